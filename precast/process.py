@@ -1,0 +1,74 @@
+"""Child processes that never outlive their parent, and CPU ids.
+
+``PR_SET_PDEATHSIG`` is the kernel's promise to signal a child when its parent dies, however it
+dies. Python children ask for it first thing with ``die_with_parent``; other programs are started
+through ``bound_to_parent``, because a ``preexec_fn`` may deadlock in a process with threads (gRPC
+has many).
+
+The promise is tied to the *thread* that started the child: start children from a thread that lives
+as long as the process does.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def die_with_parent(signum: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """Ask the kernel to send ``signum`` to this process when its parent dies.
+
+    ``parent`` is the pid that the parent had when it started us: if it died before this call, the
+    signal is sent now. Raises ``OSError`` where the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signum)
+
+
+def bound_to_parent(
+    command: Sequence[str], signum: signal.Signals = signal.SIGTERM
+) -> tuple[str, ...]:
+    """``command``, changed so that the process it starts gets ``signum`` when this process dies."""
+    return (sys.executable, "-m", __name__, signum.name, str(os.getpid()), *command)
+
+
+def available_cpus() -> tuple[int, ...]:
+    """CPU ids that this process may run on, ascending."""
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """CPU ids of a list such as ``0,2-3``. Raises ``ValueError`` with one line."""
+    cpus: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ValueError(f"not a list of CPU ids such as 0,2-3: {text!r}")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    if not cpus or len(set(cpus)) != len(cpus):
+        raise ValueError(f"a CPU id is missing or given twice: {text!r}")
+    return tuple(cpus)
+
+
+def pin(cpus: Iterable[int]) -> None:
+    """Pin the calling thread, and all threads that it starts later, to these CPUs."""
+    os.sched_setaffinity(0, set(cpus))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    """``SIGNAL PARENT COMMAND...``: bind to the parent, then become the command."""
+    name, parent, *command = arguments
+    die_with_parent(signal.Signals[name], int(parent))
+    os.execvp(command[0], command)  # PDEATHSIG survives an exec
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,225 @@
+"""gRPC servers and channels, the same everywhere.
+
+A server has the standard health and reflection services and one interceptor that turns errors into
+statuses: a ``PrecastError`` into its status with its text, anything else into INTERNAL and a log
+entry.
+Servicers stay thin: convert, call, convert back, raise.
+"""
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from precast import errors
+from precast.errors import ConfigError, PrecastError
+from precast.log import get_logger
+
+log = get_logger(__name__)
+
+_health_aio: Any = health.aio  # type: ignore[attr-defined]  # missing in its stubs
+
+MAX_MESSAGE_BYTES: Final = 64 << 20
+_ERROR_METADATA: Final = "precast-error"
+"""Trailing metadata that carries the class name of a ``PrecastError`` to the caller."""
+
+_SIZE_OPTIONS: Final = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+]
+_SERVER_OPTIONS: Final = [
+    *_SIZE_OPTIONS,
+    ("grpc.so_reuseport", 0),  # else a second server on a used port starts without an error
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+]
+_CHANNEL_OPTIONS: Final = [
+    *_SIZE_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_retries", 0),  # callers decide what is safe to repeat
+]
+
+# Most specific first: the first class that an error is an instance of gives its status.
+STATUS_OF_ERROR: Final[Sequence[tuple[type[PrecastError], grpc.StatusCode]]] = (
+    (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.UnsupportedArchitecture, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.CaptureFailed, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.ModelCorrupt, grpc.StatusCode.DATA_LOSS),
+    (errors.ArtifactRejected, grpc.StatusCode.DATA_LOSS),
+    (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.PrecastError, grpc.StatusCode.INTERNAL),
+)
+
+
+def status_of(error: PrecastError) -> grpc.StatusCode:
+    """The gRPC status that stands for an error."""
+    return next(status for kind, status in STATUS_OF_ERROR if isinstance(error, kind))
+
+
+def error_of(failure: grpc.aio.AioRpcError) -> PrecastError:
+    """The ``PrecastError`` that a failed call stands for, of the class that the server raised."""
+    detail = failure.details() or failure.code().name
+    raised = str(dict(_metadata(failure)).get(_ERROR_METADATA, ""))
+    kind = getattr(errors, raised, None)
+    if isinstance(kind, type) and issubclass(kind, PrecastError):
+        return kind(detail)
+    kinds = (kind for kind, status in STATUS_OF_ERROR if status is failure.code())
+    return next(kinds, PrecastError)(detail)
+
+
+def _metadata(failure: grpc.aio.AioRpcError) -> Iterable[tuple[str, str | bytes]]:
+    # grpc-stubs doesn't know that the metadata iterates over pairs
+    return cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A servicer and how it is added to a server."""
+
+    descriptor: ServiceDescriptor
+    """``x_service_pb2.DESCRIPTOR.services_by_name["XService"]``."""
+    servicer: object
+    add_to_server: Callable[[Any, Any], None]
+    """``x_service_pb2_grpc.add_XServiceServicer_to_server``."""
+
+
+class Server:
+    """A running gRPC server. Made by ``start_server``."""
+
+    def __init__(self, server: grpc.aio.Server, health_servicer: Any, port: int) -> None:
+        self._server = server
+        self._health = health_servicer
+        self.port = port
+        """The bound port: the one chosen by the system where ``listen`` said 0."""
+
+    async def set_serving(self, serving: bool) -> None:
+        """Report SERVING or NOT_SERVING for the server as a whole."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        await self._health.set("", status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Refuse new calls at once, let running ones go on for ``grace_s``, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait_for_termination(self) -> None:
+        await self._server.wait_for_termination()
+
+
+async def start_server(listen: str, services: Sequence[Service], *, serving: bool = True) -> Server:
+    """Start a server of these services, health and reflection at ``listen`` (``host:port``).
+
+    Raises ``ConfigError`` if the address can't be bound.
+    """
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    for service in services:
+        service.add_to_server(service.servicer, server)
+    health_servicer = _health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = [service.descriptor.full_name for service in services]
+    reflection.enable_server_reflection(
+        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError(
+            f"listen {listen!r}: can't bind (in use, or not an address here)"
+        ) from None
+    await server.start()
+    running = Server(server, health_servicer, port)
+    await running.set_serving(serving)
+    return running
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to ``host:port``; its keepalive notices a dead peer within 15 s, even when idle."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+_Handler = grpc.RpcMethodHandler[Any, Any]
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+    """Turns what a servicer raises into a gRPC status, for all four kinds of call."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # unknown method: gRPC answers UNIMPLEMENTED
+            return handler
+        return _wrapped(handler, str(handler_call_details.method))
+
+
+def _wrapped(handler: Any, method: str) -> _Handler:
+    """The same handler with its behaviour guarded."""
+    kinds = {
+        (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+        (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+        (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+        (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+    }
+    attribute, make = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+    behaviour = getattr(handler, attribute)
+    guard = _guard_generator if inspect.isasyncgenfunction(behaviour) else _guard_coroutine
+    wrapped = make(
+        guard(behaviour, method), handler.request_deserializer, handler.response_serializer
+    )
+    return wrapped
+
+
+def _guard_coroutine(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Any]:
+    async def guarded(request: Any, context: _Context) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+def _guard_generator(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+    async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
+        try:
+            # aclosing: when the caller goes away, the servicer's cleanup runs now, not at a later
+            # garbage collection
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+async def _abort(context: _Context, error: Exception, method: str) -> None:
+    """End the call with the status that stands for ``error``. Always raises."""
+    if isinstance(error, grpc.aio.AbortError):  # the servicer has chosen a status itself
+        raise error
+    if isinstance(error, PrecastError):
+        metadata = ((_ERROR_METADATA, type(error).__name__),)
+        await context.abort(status_of(error), str(error), metadata)
+    log.exception("call failed unexpectedly", method=method, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__})")

@@ -1,0 +1,245 @@
+"""Settings of every service: flag over environment over file over default.
+
+* flags: keyword arguments of ``load_settings``; ``None`` means not given
+* environment: ``PRECAST_<NAME>``; an empty variable counts as not set
+* file: ``precast.toml`` in the working directory, or the one that ``PRECAST_CONFIG`` names. Common
+  settings stand at its top, those of one service in its table::
+
+      log_level = "debug"
+      [decode-worker]
+      model = "smollm2-135m-instruct"
+      batch_sizes = [1, 2, 4]
+
+A wrong value, or an unknown key in the file, raises ``ConfigError`` with one line.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from precast.errors import ConfigError
+from precast.settings_source import ENV_PREFIX, FileSource, describe_error, read_file, source_of
+from precast.settings_types import (
+    AbsolutePath,
+    Address,
+    BatchSizes,
+    Cores,
+    Count,
+    Names,
+    Port,
+    RedisUrl,
+    Seconds,
+)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+WeightDtype = Literal["fp32", "bf16"]
+Quantization = Literal["none", "int8"]
+
+
+class CommonSettings(BaseSettings):
+    """What every service has."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+    section: ClassVar[str] = ""
+    """This service's table in the settings file."""
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    home: AbsolutePath = Path("~/.precast")
+    """Folder that holds models, artifacts, keys and logs."""
+    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, FileSource(settings_cls, _file_values(cls))
+
+
+class GatewaySettings(CommonSettings):
+    """``precast gateway``: HTTP in front of the decode workers."""
+
+    section: ClassVar[str] = "gateway"
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
+    request_timeout_s: Seconds = 600.0
+    """Longest that one request may take, queueing included."""
+    max_body_bytes: Count = 8 << 20
+    max_in_flight: Count = 1024
+    """Requests in the gateway at once; more are answered with 429."""
+    worker_refresh_s: Seconds = 0.5
+    """How often the list of live workers is read."""
+    drain_timeout_s: Seconds = 30.0
+    """How long running requests may go on after a stop was asked for."""
+
+
+class CompileWorkerSettings(CommonSettings):
+    """``precast compile-worker``: captures graphs and hands them out."""
+
+    section: ClassVar[str] = "compile-worker"
+
+    listen: Address = "127.0.0.1:7100"
+    advertise: Address = Field(default_factory=lambda data: data["listen"])
+    """Address under which other services reach it."""
+    metrics_port: Port = 0
+    """Prometheus metrics over HTTP; 0: none."""
+    store_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "store")
+    signing_key: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "keys" / "signing.key"
+    )
+    """Ed25519 private key; made on the first start."""
+    trusted_keys_dir: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "keys" / "trusted"
+    )
+    """Folder where the public half of ``signing_key`` is put for decode workers."""
+    capture_timeout_s: Seconds = 300.0
+    capture_memory_mb: Count = 4096
+    parallel_captures: Count = 1
+    max_queued: Count = 1024
+    isa_targets: Names = ()
+    """Instruction sets to build for; empty: whichever a decode worker asks for."""
+
+
+class DecodeWorkerSettings(CommonSettings):
+    """``precast decode-worker``: one model replica, one process a tensor-parallel rank."""
+
+    section: ClassVar[str] = "decode-worker"
+
+    listen: Address = "127.0.0.1:7200"
+    advertise: Address = Field(default_factory=lambda data: data["listen"])
+    """Address under which other services reach it."""
+    models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
+    model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of a folder in ``models_dir``."""
+    weight_dtype: WeightDtype = "fp32"
+    quantization: Quantization = "none"
+    tp: int = Field(default=1, ge=1, le=64)
+    """Tensor-parallel ranks."""
+    cores: Cores = ()
+    """CPU ids, dealt out to the ranks in order; empty: all that the process may use."""
+    batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
+    """Batch sizes to have graphs for."""
+    max_batch_size: Count = Field(default_factory=lambda data: max(data["batch_sizes"]))
+    max_context_length: Count | None = None
+    """Tokens of a sequence; none: the model's own."""
+    kv_blocks: Count | None = None
+    """Blocks of the KV cache; none: as many as a full batch of full contexts may need, capped."""
+    block_size: int = Field(default=32, ge=8, le=256)
+    """Tokens of a KV block."""
+    max_waiting: Count = 256
+    """Requests in the queue; more are refused as overloaded."""
+    prefill_chunk: Count = 256
+    """Prompt tokens of one prefill step."""
+    trusted_keys_dir: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "keys" / "trusted"
+    )
+    """Public keys whose artifacts may be loaded."""
+    cache_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "graphs")
+    wait_for_graphs: bool = False
+    """Become ready only once every batch size has its graph."""
+    compile_address: Address | None = None
+    """The compile worker; none: whichever has a lease."""
+    kernel_provider: Literal["native"] = "native"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_batch_size < max(self.batch_sizes):
+            raise ValueError(
+                f"max_batch_size = {self.max_batch_size} is less than the largest of "
+                f"batch_sizes = {','.join(map(str, self.batch_sizes))}"
+            )
+        if self.cores and len(self.cores) < self.tp:
+            raise ValueError(f"cores names {len(self.cores)} CPUs, too few for tp = {self.tp}")
+        return self
+
+    @property
+    def model_dir(self) -> Path:
+        return self.models_dir / self.model
+
+
+class ServeSettings(CommonSettings):
+    """``precast serve``: every service on this machine."""
+
+    section: ClassVar[str] = "serve"
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    weight_dtype: WeightDtype = "fp32"
+    quantization: Quantization = "int8"
+    tp: int = Field(default=1, ge=1, le=64)
+    cores: Cores = ()
+    batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
+    max_context_length: Count | None = None
+    compile_port: Port = 7100
+    decode_port: Port = 7200
+
+
+SETTINGS: tuple[type[CommonSettings], ...] = (
+    GatewaySettings,
+    CompileWorkerSettings,
+    DecodeWorkerSettings,
+    ServeSettings,
+)
+"""Every class that has a table in the settings file."""
+
+_S = TypeVar("_S", bound=CommonSettings)
+
+
+class SettingRow(NamedTuple):
+    """One setting as printed at a start."""
+
+    name: str
+    value: str
+    source: str
+
+
+def load_settings(cls: type[_S], **flags: Any) -> _S:
+    """Settings of one service out of flags, environment, file and defaults.
+
+    Flags that are ``None`` count as not given. Raises ``ConfigError`` with one line that names each
+    wrong setting, its value and where the value came from.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    unknown = sorted(set(given) - set(cls.model_fields))
+    if unknown:
+        raise ConfigError(f"{unknown[0]} = {given[unknown[0]]!r} (flag): unknown setting")
+    file_values = _file_values(cls)
+    try:
+        settings = cls(**given)
+    except ValidationError as error:
+        raise ConfigError(describe_error(error, given, file_values)) from None
+    for name in cls.model_fields:
+        settings._sources[name] = source_of(name, given, file_values)
+    return settings
+
+
+def describe(settings: CommonSettings) -> list[SettingRow]:
+    """Every setting with its value and source, to print at a start."""
+    return [
+        SettingRow(name, _shown(getattr(settings, name)), settings._sources.get(name, "flag"))
+        for name in type(settings).model_fields
+    ]
+
+
+def _file_values(cls: type[CommonSettings]) -> dict[str, Any]:
+    sections = {kind.section: set(kind.model_fields) for kind in SETTINGS}
+    return read_file(cls.section, sections, set(CommonSettings.model_fields))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)

@@ -1,0 +1,61 @@
+"""Types of settings that flags and environment give as text and a file may give as lists."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import NoDecode
+
+from precast.process import parse_cpus
+
+
+def absolute(path: Path) -> Path:
+    """With ``~`` expanded, relative to the working directory of the start."""
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def _split(value: object) -> object:
+    """``"1, 2"`` to ``["1", "2"]``; anything else as it is."""
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _cores(value: object) -> object:
+    return parse_cpus(value) if isinstance(value, str) and value.strip() else _split(value)
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
+        raise ValueError("must be different sizes of at least 1")
+    return tuple(sorted(sizes))
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be host:port")
+    return value
+
+
+def _redis_url(value: str) -> str:
+    if not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+# NoDecode: pydantic-settings would otherwise want JSON in an environment variable.
+BatchSizes = Annotated[
+    tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_ascending)
+]
+Cores = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_cores)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Address = Annotated[str, AfterValidator(_address)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Count = Annotated[int, Field(ge=1)]
