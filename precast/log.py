@@ -30,8 +30,8 @@ class LogSettings(Protocol):
 
 
 def get_logger(name: str) -> "FilteringBoundLogger":
-    """A logger whose events carry ``logger=name``."""
-    return cast("FilteringBoundLogger", structlog.get_logger(logger=name))
+    """A logger whose events carry ``component=name``."""
+    return cast("FilteringBoundLogger", structlog.get_logger(component=name))
 
 
 def configure(service: str, settings: LogSettings) -> None:
