@@ -13,6 +13,7 @@
 A wrong value, or an unknown key in the file, raises ``ConfigError`` with one line.
 """
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -195,6 +196,7 @@ SETTINGS: tuple[type[CommonSettings], ...] = (
 )
 """Every class that has a table in the settings file."""
 
+_PASSWORD = re.compile(r"^(\w+://[^@/]*:)[^@/]*@")
 _S = TypeVar("_S", bound=CommonSettings)
 
 
@@ -242,4 +244,4 @@ def _file_values(cls: type[CommonSettings]) -> dict[str, Any]:
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return "" if value is None else str(value)
+    return "" if value is None else _PASSWORD.sub(r"\1***@", str(value))

@@ -1,0 +1,149 @@
+"""The gRPC server builder, over real sockets."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.errors import (
+    ConfigError,
+    GraphNotFound,
+    InvalidRequest,
+    Overloaded,
+    RegistryUnavailable,
+)
+from precast.rpc import Server, Service, error_of, open_channel, start_server
+
+DESCRIPTOR = pb.DESCRIPTOR.services_by_name["DecodeService"]
+pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]
+
+
+class Servicer(pb_grpc.DecodeServiceServicer):
+    """Fails on request: a fault that the interceptor has to translate."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.stream_ended = asyncio.Event()
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        if self.error:
+            raise self.error
+        return pb.GetStatusResponse(worker_id="w")
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            async for request in request_iterator:
+                yield pb.GenerateResponse(request_id=request.request_id)
+                if self.error:
+                    raise self.error
+        finally:
+            self.stream_ended.set()
+
+
+async def serve(servicer: Servicer, listen: str = "127.0.0.1:0") -> Server:
+    add = pb_grpc.add_DecodeServiceServicer_to_server
+    return await start_server(
+        listen, [Service(descriptor=DESCRIPTOR, servicer=servicer, add_to_server=add)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidRequest("bad n = 0"), grpc.StatusCode.INVALID_ARGUMENT),
+        (GraphNotFound("no graph 77"), grpc.StatusCode.NOT_FOUND),
+        (Overloaded("queue is full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (RegistryUnavailable("Redis: gone"), grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+async def test_errors_become_statuses_and_back(error: Exception, status: grpc.StatusCode) -> None:
+    server = await serve(Servicer(error))
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = pb_grpc.DecodeServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as unary:
+            await stub.GetStatus(pb.GetStatusRequest(), timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as stream:
+            async for _ in stub.Generate(iter([pb.GenerateRequest(request_id="1")]), timeout=5):
+                pass
+    await server.stop(0)
+    for failure in (unary.value, stream.value):
+        assert (failure.code(), failure.details()) == (status, str(error))
+        assert type(error_of(failure)) is type(error)
+        assert str(error_of(failure)) == str(error)
+
+
+async def test_unexpected_exception_is_internal_without_its_text() -> None:
+    server = await serve(Servicer(KeyError("secret")))
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pb_grpc.DecodeServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=5)
+    await server.stop(0)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert caught.value.details() == "internal error (KeyError)"
+
+
+async def test_cancelled_stream_runs_the_servicers_cleanup() -> None:
+    servicer = Servicer()
+    server = await serve(servicer)
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        call = pb_grpc.DecodeServiceStub(channel).Generate(timeout=5)
+        await call.write(pb.GenerateRequest(request_id="1"))
+        assert (await call.read()).request_id == "1"
+        call.cancel()
+        await asyncio.wait_for(servicer.stream_ended.wait(), 5)
+    await server.stop(0)
+
+
+async def test_health_and_reflection() -> None:
+    server = await serve(Servicer())
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        assert (await health.Check(request, timeout=5)).status == 1
+        await server.set_serving(False)
+        assert (await health.Check(request, timeout=5)).status == 2
+        listing = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
+        )
+        names = {
+            service.name
+            async for answer in listing
+            for service in answer.list_services_response.service
+        }
+    await server.stop(0)
+    assert {"precast.decode.v1.DecodeService", "grpc.health.v1.Health"} <= names
+
+
+async def test_used_port_is_a_config_error() -> None:
+    first = await serve(Servicer())
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{first.port}"):
+        await serve(Servicer(), f"127.0.0.1:{first.port}")
+    await first.stop(0)
+
+
+async def test_unknown_method_is_unimplemented() -> None:
+    server = await start_server("127.0.0.1:0", [])
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pb_grpc.DecodeServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=5)
+    await server.stop(0)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_large_messages_pass() -> None:
+    server = await serve(Servicer())
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = pb_grpc.DecodeServiceStub(channel)
+        big = pb.GenerateRequest(request_id="x" * (32 << 20))
+        answers = [answer async for answer in stub.Generate(iter([big]), timeout=20)]
+    await server.stop(0)
+    assert len(answers[0].request_id) == 32 << 20

@@ -1,0 +1,149 @@
+"""Settings: which source wins, and one line for what is wrong."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from precast.errors import ConfigError
+from precast.settings import (
+    SETTINGS,
+    CommonSettings,
+    CompileWorkerSettings,
+    DecodeWorkerSettings,
+    GatewaySettings,
+    describe,
+    load_settings,
+)
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings file in the working directory and no ``PRECAST_`` variables."""
+    for name in list(os.environ):
+        if name.startswith("PRECAST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(settings: CommonSettings) -> dict[str, tuple[str, str]]:
+    return {row.name: (row.value, row.source) for row in describe(settings)}
+
+
+def refusal(cls: type[CommonSettings], **flags: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(cls, **flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("cls", SETTINGS)
+def test_defaults_are_valid(cls: type[CommonSettings]) -> None:
+    settings = load_settings(cls)
+    assert {row.source for row in describe(settings)} == {"default"}
+    assert settings.home == Path.home() / ".precast"
+
+
+def test_flag_over_environment_over_file_over_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("precast.toml").write_text(
+        'log_level = "debug"\n[gateway]\nhost = "file"\nport = 1\nmax_in_flight = 5\n'
+        '[decode-worker]\nmodel = "other"\n'
+    )
+    monkeypatch.setenv("PRECAST_HOST", "environment")
+    monkeypatch.setenv("PRECAST_PORT", "2")
+    got = rows(load_settings(GatewaySettings, port=3, request_timeout_s=None))
+    assert got["port"] == ("3", "flag")
+    assert got["host"] == ("environment", "PRECAST_HOST")
+    assert got["max_in_flight"] == ("5", "precast.toml")
+    assert got["log_level"] == ("debug", "precast.toml")
+    assert got["request_timeout_s"][1] == "default"
+    assert load_settings(DecodeWorkerSettings).model == "other"
+
+
+def test_named_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "elsewhere.toml"
+    monkeypatch.setenv("PRECAST_CONFIG", str(path))
+    assert str(path) in refusal(GatewaySettings)
+    path.write_text("[gateway]\nport = 9\n")
+    assert rows(load_settings(GatewaySettings))["port"] == ("9", str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("prot = 1", "prot = 1: unknown setting"),
+        ("port = 1", "port = 1: unknown setting"),
+        ("[gateway]\nprot = 1", "[gateway] prot = 1: unknown setting"),
+        ("[decode-worker]\nprot = 1", "[decode-worker] prot = 1: unknown setting"),
+        ("[gatway]\nport = 1", "gatway"),
+        ("gateway = 1", "gateway must be a table"),
+        ("port = = 1", "precast.toml"),
+        ("[gateway]\nport = 'x'", "port = 'x' (precast.toml)"),
+    ],
+)
+def test_wrong_files(content: str, named: str) -> None:
+    Path("precast.toml").write_text(content)
+    assert named in refusal(GatewaySettings)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "named"),
+    [
+        (GatewaySettings, {"port": "abc"}, "port = 'abc' (flag)"),
+        (GatewaySettings, {"port": 70_000}, "port = 70000 (flag)"),
+        (GatewaySettings, {"prot": 1}, "prot = 1 (flag): unknown setting"),
+        (GatewaySettings, {"log_level": "loud"}, "log_level = 'loud'"),
+        (GatewaySettings, {"redis_url": "localhost"}, "redis_url = 'localhost'"),
+        (CompileWorkerSettings, {"listen": "7100"}, "listen = '7100' (flag): must be host:port"),
+        (DecodeWorkerSettings, {"batch_sizes": "1,x"}, "batch_sizes = "),
+        (DecodeWorkerSettings, {"batch_sizes": "0,1"}, "different sizes of at least 1"),
+        (DecodeWorkerSettings, {"batch_sizes": "2,2"}, "different sizes of at least 1"),
+        (DecodeWorkerSettings, {"cores": "a"}, "cores = 'a'"),
+        (DecodeWorkerSettings, {"cores": "0", "tp": 2}, "cores names 1 CPUs, too few for tp = 2"),
+        (DecodeWorkerSettings, {"max_batch_size": 4}, "max_batch_size = 4 is less than"),
+        (DecodeWorkerSettings, {"model": "../up"}, "model = '../up'"),
+        (DecodeWorkerSettings, {"quantization": "int3"}, "quantization = 'int3'"),
+        (DecodeWorkerSettings, {"tp": 0}, "tp = 0"),
+    ],
+)
+def test_wrong_values(cls: type[CommonSettings], flags: dict[str, object], named: str) -> None:
+    assert named in refusal(cls, **flags)
+
+
+def test_wrong_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRECAST_TP", "two")
+    assert "tp = 'two' (PRECAST_TP)" in refusal(DecodeWorkerSettings)
+
+
+def test_all_wrong_settings_are_named_at_once() -> None:
+    line = refusal(DecodeWorkerSettings, tp=0, block_size=1)
+    assert "tp = 0" in line and "block_size = 1" in line
+
+
+def test_lists_from_text_and_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(DecodeWorkerSettings, batch_sizes="4, 1").batch_sizes == (1, 4)
+    assert load_settings(DecodeWorkerSettings, batch_sizes=(4, 1)).max_batch_size == 4
+    monkeypatch.setenv("PRECAST_CORES", "0,2-3")
+    Path("precast.toml").write_text("[decode-worker]\nbatch_sizes = [3]\n")
+    settings = load_settings(DecodeWorkerSettings)
+    assert (settings.cores, settings.batch_sizes) == ((0, 2, 3), (3,))
+
+
+def test_paths_follow_home() -> None:
+    settings = load_settings(DecodeWorkerSettings, home="here", model="m")
+    assert settings.model_dir == Path.cwd() / "here" / "models" / "m"
+    assert settings.cache_dir == Path.cwd() / "here" / "cache" / "graphs"
+
+
+def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRECAST_COMPILE_ADDRESS", "")
+    settings = load_settings(DecodeWorkerSettings)
+    assert settings.compile_address is None
+    assert rows(settings)["compile_address"] == ("", "default")
+
+
+def test_a_password_is_not_shown() -> None:
+    url = "redis://user:secret@cache:6379/0"
+    settings = load_settings(GatewaySettings, redis_url=url)
+    assert settings.redis_url == url
+    assert rows(settings)["redis_url"][0] == "redis://user:***@cache:6379/0"
