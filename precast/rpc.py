@@ -7,7 +7,6 @@ Servicers stay thin: convert, call, convert back, raise.
 """
 
 import inspect
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -24,9 +23,6 @@ from precast.errors import ConfigError, PrecastError
 from precast.log import get_logger
 
 log = get_logger(__name__)
-
-# gRPC's C core writes to stderr on its own; below ERROR it is about every connection that ends
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 _health_aio: Any = health.aio  # type: ignore[attr-defined]  # missing in its stubs
 
