@@ -32,6 +32,7 @@ from precast.settings_types import (
     Port,
     RedisUrl,
     Seconds,
+    reachable,
 )
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -92,8 +93,8 @@ class CompileWorkerSettings(CommonSettings):
     section: ClassVar[str] = "compile-worker"
 
     listen: Address = "127.0.0.1:7100"
-    advertise: Address = Field(default_factory=lambda data: data["listen"])
-    """Address under which other services reach it."""
+    advertise: Address = Field(default_factory=lambda data: reachable(data["listen"]))
+    """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     metrics_port: Port = 0
     """Prometheus metrics over HTTP; 0: none."""
     store_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "store")
@@ -119,8 +120,8 @@ class DecodeWorkerSettings(CommonSettings):
     section: ClassVar[str] = "decode-worker"
 
     listen: Address = "127.0.0.1:7200"
-    advertise: Address = Field(default_factory=lambda data: data["listen"])
-    """Address under which other services reach it."""
+    advertise: Address = Field(default_factory=lambda data: reachable(data["listen"]))
+    """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of a folder in ``models_dir``."""

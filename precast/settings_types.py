@@ -1,6 +1,7 @@
 """Types of settings that flags and environment give as text and a file may give as lists."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,13 @@ def _address(value: str) -> str:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError("must be host:port")
     return value
+
+
+def reachable(listen: str) -> str:
+    """The address under which others reach a server that listens at ``listen``."""
+    host, _, port = listen.rpartition(":")
+    wildcard = host in ("0.0.0.0", "[::]", "*")
+    return f"{socket.gethostname()}:{port}" if wildcard else listen
 
 
 def _redis_url(value: str) -> str:

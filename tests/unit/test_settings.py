@@ -1,6 +1,7 @@
 """Settings: which source wins, and one line for what is wrong."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,12 @@ def test_paths_follow_home() -> None:
     settings = load_settings(DecodeWorkerSettings, home="here", model="m")
     assert settings.model_dir == Path.cwd() / "here" / "models" / "m"
     assert settings.cache_dir == Path.cwd() / "here" / "cache" / "graphs"
+
+
+def test_advertised_address() -> None:
+    assert load_settings(DecodeWorkerSettings, listen="10.0.0.1:1").advertise == "10.0.0.1:1"
+    everywhere = load_settings(CompileWorkerSettings, listen="0.0.0.0:7100")
+    assert everywhere.advertise == f"{socket.gethostname()}:7100"
 
 
 def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
