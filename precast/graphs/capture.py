@@ -1,0 +1,287 @@
+"""Captures one decode graph: ``python -m precast.graphs.capture --out DIR < factors.json``.
+
+Runs as a child process of the compile worker, so that a crash, a hang or a compile that eats the
+memory takes down nothing else. Writes ``graph.pt2`` and ``report.json`` into DIR and a JSON line on
+stdout for each stage. Exit codes: 0 captured and verified, 2 the factors were refused, 3 the graph
+differs from eager; 2 and 3 with one line on stderr.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from precast.errors import CaptureFailed, InvalidRequest
+
+if TYPE_CHECKING:
+    from precast.graphs.capture_models import Part
+    from precast.graphs.verify_peers import Group
+    from precast.models.llama import LlamaShape
+
+VERIFY_LAYERS = 2
+TIMED_STEPS = 20
+VERIFY_STEPS = 2 * 4 + TIMED_STEPS
+"""Steps in a verification: each of the four cases of _context_cases twice, and the timed ones."""
+BOUNDS = {"none": 1e-4, "int8": 3e-2}
+"""Largest |graph - eager| / max |eager| of logits and cache entries, for each quantisation.
+
+fp32 sums come out in another order: about 1e-6 was seen. With int8 such a difference can move an
+activation across a rounding step, which is 1/127 of a row's largest value: up to 6e-3 was seen."""
+
+TARGETS = {
+    "x86-64-v2": (None, 0),
+    "x86-64-v3": ("VecAVX2", 256),
+    "x86-64-v4": ("VecAVX512", 512),
+}
+"""For each target: Inductor's vector class and its width in bits."""
+
+
+def inductor_options(isa: str) -> dict[str, Any]:
+    """Settings of a capture. Part of the graph's key, but for the output's place."""
+    return {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.enable_line_tables": False,
+        # A graph's own kernels are norms and activations of a few KB: a fork costs more than it
+        # saves. The operators have threads of their own, so no thread count is baked in.
+        "cpp.threads": 1,
+        "cpp.march": isa,
+        "cpp.simdlen": TARGETS[isa][1],
+        "cpp.vec_isa_ok": True,
+    }
+
+
+@cache
+def build_factors() -> dict[str, str]:
+    """The compiler's share of a graph's key. Cheap: imports no torch. Raises CaptureFailed."""
+    name = os.environ.get("CXX", "g++")
+    try:
+        version = subprocess.run(
+            [name, "-dumpfullversion"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CaptureFailed(f"no usable C++ compiler: {name}: {error}") from error
+    flags = {isa: inductor_options(isa) for isa in TARGETS}
+    return {
+        "compiler": f"{Path(name).name} {version}",
+        "flags": json.dumps(flags, sort_keys=True, separators=(",", ":")),
+    }
+
+
+def progress(stage: str) -> None:
+    print(json.dumps({"stage": stage}), flush=True)
+
+
+def capture(factors: Mapping[str, str], out: Path) -> dict[str, float]:
+    """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest, CaptureFailed."""
+    from precast.graphs.factors import shape_from
+    from precast.graphs.verify_peers import stand_ins
+
+    shape, batch_size = shape_from(factors), int(factors["batch_size"])
+    with stand_ins(shape, batch_size, VERIFY_LAYERS, VERIFY_STEPS) as group:
+        return _capture(factors, shape, group, out)
+
+
+def _capture(
+    factors: Mapping[str, str], shape: "LlamaShape", group: "Group", out: Path
+) -> dict[str, float]:
+    import torch
+
+    from precast.graphs import capture_models
+
+    batch_size = int(factors["batch_size"])
+    generator = torch.Generator().manual_seed(0)
+    parts = capture_models.parts(
+        shape, batch_size, int(factors["block_size"]), generator
+    )
+    progress("exporting")
+    started = time.monotonic()
+    exported = [_export(part) for part in parts]
+    export_s = time.monotonic() - started
+    progress("compiling")
+    started = time.monotonic()
+    _select_target(factors["isa"])
+    files = {
+        part.name: _compile(program, part, inductor_options(factors["isa"]))
+        for part, program in zip(parts, exported, strict=True)
+    }
+    _package(files, out / "graph.pt2")
+    compile_s = time.monotonic() - started
+    progress("verifying")
+    started = time.monotonic()
+    error, step_us = verify(factors, out / "graph.pt2", group)
+    return {
+        "max_relative_error": error,
+        "step_us": step_us,
+        "export_s": export_s,
+        "compile_s": compile_s,
+        "verify_s": time.monotonic() - started,
+    }
+
+
+def _export(part: "Part") -> Any:
+    import torch
+
+    with torch.no_grad():
+        # One entry for the module's *args, which holds one for each tensor.
+        return torch.export.export(
+            part.module, part.inputs, dynamic_shapes=(part.dynamic,), strict=False
+        )
+
+
+def _select_target(isa: str) -> None:
+    """Makes Inductor generate for ``isa`` whatever this machine has, and run no compiler probes.
+
+    With simdlen alone it would take the first class of that width that *this* CPU supports, AMX
+    included. This process does nothing but this capture, so the patch reaches nothing else.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    name = TARGETS[isa][0]
+    chosen = [getattr(cpu_vec_isa, name)()] if name else []
+    cpu_vec_isa.valid_vec_isa_list = lambda: chosen  # type: ignore[assignment]
+
+
+def _compile(program: Any, part: "Part", options: dict[str, Any]) -> list[str]:
+    import torch._inductor
+
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(
+            program.module(), part.inputs, options={**options, **_direct_calls()}
+        )
+    # The sources go: they would double the package and are not needed to load it.
+    return [name for name in files if not str(name).endswith(".cpp")]
+
+
+def _direct_calls() -> dict[str, Any]:
+    """Lets graphs call our operators by symbol instead of through the dispatcher (``ops.cpp``)."""
+    import torch
+
+    from precast.ops import native as native
+
+    def shim(name: str, arguments: str) -> list[str]:
+        return [f"AOTITorchError aoti_torch_cpu_{name}({arguments}, AtenTensorHandle* ret)"]
+
+    def tensors(names: str) -> str:
+        return ", ".join(f"AtenTensorHandle {name}" for name in names.split())
+
+    ops = torch.ops.precast
+    tail = ", AtenTensorHandle* bias, int64_t out_features"
+    paged = tensors("q k v k_cache v_cache slots query_starts context_lens block_tables")
+    return {
+        "aot_inductor.custom_ops_to_c_shims": {
+            ops.linear.default: shim("linear", tensors("x weight") + tail),
+            ops.linear_w8a8.default: shim("linear_w8a8", tensors("x weight scales sums") + tail),
+            ops.paged_attention.default: shim("paged_attention", paged + ", double scale"),
+            ops.all_reduce.default: shim("all_reduce", tensors("x")),
+            ops.all_gather.default: shim(
+                "all_gather", tensors("x") + ", const int64_t* widths, int64_t widths_len"
+            ),
+        }
+    }
+
+
+def _package(files: dict[str, list[str]], target: Path) -> None:
+    from torch._inductor.package import package_aoti
+
+    package_aoti(str(target), files)  # type: ignore[arg-type]
+
+
+def verify(factors: Mapping[str, str], package: Path, group: "Group") -> tuple[float, float]:
+    """Replays against eager on random and edge inputs. Returns the largest relative difference and the
+    median step time of a model of VERIFY_LAYERS layers, microseconds. Raises CaptureFailed."""
+    import torch
+
+    from precast.graphs import capture_models as models
+    from precast.graphs.factors import ISA_LEVELS, shape_from
+    from precast.graphs.replay import Graph
+    from precast.ops.native import native_isa
+
+    if list(ISA_LEVELS.values()).index(factors["isa"]) > list(ISA_LEVELS.values()).index(
+        ISA_LEVELS[native_isa()]
+    ):
+        raise CaptureFailed(f"this CPU can't run {factors['isa']}, so the graph can't be verified")
+    shape, batch, block = (
+        shape_from(factors),
+        int(factors["batch_size"]),
+        int(factors["block_size"]),
+    )
+    generator = torch.Generator().manual_seed(1)
+    weights = models.random_weights(shape, VERIFY_LAYERS, generator)
+    caches = [models.random_cache(shape, block, generator) for _ in range(VERIFY_LAYERS)]
+    eager_caches = [type(c)(c.k.clone(), c.v.clone()) for c in caches]
+    cases = _context_cases(batch, block)
+    worst = 0.0
+    group.join()
+    with torch.inference_mode():
+        graph = Graph(package, batch, weights, caches)
+        for contexts in cases:
+            inputs = models.step_inputs(shape, block, contexts, generator)
+            live = torch.tensor(contexts) > 0
+            expected = models.eager_step(shape, inputs, weights, eager_caches)[live]
+            actual = graph.replay(inputs.token_ids, inputs.positions, inputs.paging)[live]
+            pairs = [(actual, expected)]
+            for ours, theirs in zip(caches, eager_caches, strict=True):
+                pairs += [(ours.k, theirs.k), (ours.v, theirs.v)]
+            worst = max(worst, *(_relative_error(a, b) for a, b in pairs))
+        times = []
+        for _ in range(TIMED_STEPS):
+            start = time.perf_counter()
+            graph.replay(inputs.token_ids, inputs.positions, inputs.paging)
+            times.append(time.perf_counter() - start)
+    bound = BOUNDS[shape.quantization]
+    if not worst <= bound:
+        raise CaptureFailed(f"graph differs from eager by {worst:.2e}, more than {bound:.0e}")
+    return worst, statistics.median(times) * 1e6
+
+
+def _context_cases(batch: int, block: int) -> list[list[int]]:
+    """Context lengths to verify with: alike, at block edges, mixed, and with padded rows."""
+    edges = [1, 2, block - 1, block, block + 1, 3 * block, 4 * block - 1]
+    return [
+        [5] * batch,
+        [edges[row % len(edges)] for row in range(batch)],
+        [(row * 37) % (4 * block) + 1 for row in range(batch)],
+        [7 + row if row <= batch // 2 else 0 for row in range(batch)],
+    ]
+
+
+def _relative_error(actual: Any, expected: Any) -> float:
+    scale = float(expected.abs().max())
+    difference = float((actual - expected).abs().max())
+    if not difference < float("inf"):
+        return float("inf")  # a NaN counts as the largest difference
+    return difference / max(scale, 1e-30)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="precast.graphs.capture")
+    parser.add_argument("--out", type=Path, required=True)
+    out: Path = parser.parse_args().out
+    # A private cache: nothing that another process left behind can get into an artifact.
+    scratch = out / "inductor"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    try:
+        report = capture(json.load(sys.stdin), out)
+    except (InvalidRequest, KeyError, ValueError) as error:
+        print(f"spec refused: {error}", file=sys.stderr)
+        return 2
+    except CaptureFailed as error:
+        print(str(error), file=sys.stderr)
+        return 3
+    shutil.rmtree(scratch, ignore_errors=True)
+    (out / "report.json").write_text(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""From a rank's shapes to graph factors and back.
+
+A decode worker says what it needs as factors; the compile worker builds the same shapes from them.
+The two directions stand side by side so that they can't drift apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+from precast.errors import InvalidRequest
+from precast.models.llama import LlamaShape
+from precast.ops.native import ABI_VERSION, PACKING_VERSION, native_isa
+
+_PACKAGE = Path(__file__).parents[1]
+_GRAPH_SOURCES = (
+    "models/llama.py",
+    "ops/native.py",
+    "graphs/capture.py",
+    "graphs/capture_models.py",
+)
+
+ISA_LEVELS = {"scalar": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+"""Target of a graph's own code for each instruction set of the native kernels."""
+
+
+def rank_factors(
+    architecture: str, shape: LlamaShape, *, block_size: int, torch_version: str
+) -> dict[str, str]:
+    """A rank's spec factors but for the batch size."""
+    return {
+        "architecture": architecture,
+        "hidden_size": str(shape.hidden_size),
+        "q_heads": str(shape.q_heads),
+        "kv_heads": str(shape.kv_heads),
+        "head_dim": str(shape.head_dim),
+        "intermediate_size": str(shape.intermediate_size),
+        "vocab_size": str(shape.vocab_size),
+        "vocab_widths": ",".join(map(str, shape.vocab_widths)),
+        "rms_norm_eps": repr(shape.rms_norm_eps),
+        "attention_bias": _flag(shape.attention_bias),
+        "mlp_bias": _flag(shape.mlp_bias),
+        "tp_size": str(shape.tp_size),
+        "weight_dtype": shape.weight_dtype,
+        "quantization": shape.quantization,
+        "packing_version": str(PACKING_VERSION),
+        "phase": "decode",
+        "block_size": str(block_size),
+        "kv_dtype": "fp32",
+        "provider": "native",
+        "provider_abi": str(ABI_VERSION),
+        "torch": torch_version,
+        "isa": ISA_LEVELS[native_isa()],
+        "graph_source": graph_source(),
+    }
+
+
+def shape_from(factors: Mapping[str, str]) -> LlamaShape:
+    """The shape that the factors describe. Raises InvalidRequest if they contradict each other."""
+    widths = tuple(int(w) for w in factors["vocab_widths"].split(","))
+    shape = LlamaShape(
+        **{
+            field.name: _parse(field.name, factors[field.name])
+            for field in fields(LlamaShape)
+            if field.name != "vocab_widths"
+        },
+        vocab_widths=widths,
+    )
+    if shape.vocab_size not in widths:
+        raise InvalidRequest("vocab_size is none of vocab_widths")
+    if len(widths) != int(factors["tp_size"]):
+        raise InvalidRequest("vocab_widths must have one entry for each of tp_size ranks")
+    if shape.q_heads % shape.kv_heads:
+        raise InvalidRequest("q_heads must be a multiple of kv_heads")
+    return shape
+
+
+@cache
+def graph_source() -> str:
+    """Digest of the sources that decide what a captured graph computes and how it is called."""
+    digest = blake2b(digest_size=8)
+    for name in _GRAPH_SOURCES:
+        digest.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _parse(name: str, text: str) -> int | float | bool | str:
+    if name in ("attention_bias", "mlp_bias"):
+        return text == "true"
+    if name == "rms_norm_eps":
+        return float(text)
+    return text if name in ("weight_dtype", "quantization") else int(text)

@@ -1,0 +1,39 @@
+"""Loads and replays captured graphs. The only module that touches torch's package loader.
+
+The caller has verified the artifact: loading one runs its native code. Loading takes milliseconds and
+no compiler, because the loader's class is used directly; ``torch._inductor.aoti_load_package`` would
+probe the compiler for seconds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precast.errors import ArtifactRejected
+from precast.models.llama import LayerCache, Paging
+from precast.models.weights import Weights
+from precast.graphs.capture_models import StepWeights, runner_weights
+from precast.ops import native as native  # registers the operators that graphs call
+
+
+class Graph:
+    """One batch size's captured decode step, bound to a rank's weights and KV cache."""
+
+    def __init__(
+        self, package: Path, batch_size: int, weights: Weights | StepWeights, caches: list[LayerCache]
+    ) -> None:
+        """Raises ArtifactRejected if the package can't be loaded."""
+        self.batch_size = batch_size
+        try:
+            self._runner: Any = torch.classes.precast.StepRunner(str(package))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactRejected(f"{package}: not a loadable graph: {reason}") from error
+        self._runner.bind(*runner_weights(weights, caches))
+
+    def replay(self, token_ids: Tensor, positions: Tensor, paging: Paging) -> Tensor:
+        """int64 [batch_size] ids and positions to float32 logits [batch_size, vocabulary]."""
+        logits: Tensor = self._runner.run(token_ids, positions, list(paging))
+        return logits

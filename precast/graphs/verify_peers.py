@@ -1,0 +1,75 @@
+"""Stand-in ranks, so that one process can verify a graph with collectives in it.
+
+A stand-in takes part in every collective of a step with zeros: the graph and eager then reduce the
+same values, and what is compared is this rank's computation and the calls' order and shapes.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from precast.models.llama import LlamaShape
+from precast.ops.native import join_group
+from precast.process import die_with_parent
+
+CAPTURE_TIMEOUT_S = 3600.0
+"""How long a stand-in waits for the capture to get to its verification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    name: str
+    rank: int
+    size: int
+
+    def join(self) -> None:
+        """Joins the stand-ins; without tensor parallelism there is nobody to join."""
+        if self.size > 1:
+            join_group(self.name, self.rank, self.size, 60.0)
+
+
+@contextmanager
+def stand_ins(shape: LlamaShape, batch: int, layers: int, steps: int) -> Iterator[Group]:
+    """Forks the other ranks of a group of ``shape.tp_size``, ready for ``steps`` steps.
+
+    Call it before Inductor has started threads: a child forked later hung in its first operator.
+    """
+    parent = os.getpid()
+    group = Group(
+        name=f"precast-verify-{parent}",
+        rank=shape.vocab_widths.index(shape.vocab_size),
+        size=shape.tp_size,
+    )
+    children = []
+    for other in set(range(group.size)) - {group.rank}:
+        child = os.fork()
+        if child == 0:
+            die_with_parent(signal.SIGKILL, parent)
+            _stand_in(shape, other, batch, layers, steps, group)
+        children.append(child)
+    try:
+        yield group
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _stand_in(
+    shape: LlamaShape, rank: int, batch: int, layers: int, steps: int, group: Group
+) -> None:
+    try:
+        join_group(group.name, rank, group.size, CAPTURE_TIMEOUT_S)
+        partial = torch.zeros(batch, shape.hidden_size)
+        logits = torch.zeros(batch, shape.vocab_widths[rank])
+        for _ in range(steps):
+            for _ in range(2 * layers):
+                torch.ops.precast.all_reduce(partial)
+            torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
+        signal.pause()  # until the parent has checked that nobody is missing, and kills us
+    finally:
+        os._exit(1)

@@ -1,0 +1,117 @@
+"""Builds the native kernels: ``python -m precast.ops.build`` writes ``precast/ops/_native.so``.
+
+One shared library holds every instruction set: ``kernels_impl.cpp`` is compiled once for each, and
+``dispatch.cpp`` chooses at run time. The build is incremental: objects are kept under the name of a
+digest of their inputs.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY = Path(__file__).parent / "_native.so"
+
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ],
+}
+COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+
+
+def compiler() -> str:
+    """The C++ compiler to use: ``$CXX`` or g++."""
+    name = os.environ.get("CXX", "g++")
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"precast: no C++ compiler: {name} is not on PATH")
+    return found
+
+
+def _units() -> list[tuple[str, Path, list[str]]]:
+    """Compilation units: object name, source, flags."""
+    import torch
+    from torch.utils import cpp_extension
+
+    torch_flags = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    torch_flags += ["-O2", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    units = [
+        (f"kernels_{isa}", SOURCES / "kernels_impl.cpp", ["-O3", f"-DPRECAST_ISA={isa}", *flags])
+        for isa, flags in ISA_FLAGS.items()
+    ]
+    units += [(n, SOURCES / f"{n}.cpp", ["-O2"]) for n in ("pool", "dispatch", "comm")]
+    units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in ("ops", "step_runner")]
+    return units
+
+
+def _digest(parts: list[str], source: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    for path in [source, *sorted(SOURCES.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _compile(cxx: str, name: str, source: Path, flags: list[str], objects: Path) -> Path:
+    digest = _digest([cxx, *COMMON_FLAGS, *flags], source)
+    target = objects / f"{name}-{digest}.o"
+    if not target.exists():
+        print(f"precast: compiling {name}", flush=True)
+        partial = target.with_suffix(".tmp")
+        subprocess.run(
+            [cxx, *COMMON_FLAGS, *flags, "-c", str(source), "-o", str(partial)], check=True
+        )
+        partial.rename(target)
+    return target
+
+
+def build(objects: Path) -> Path:
+    """Compiles what has changed and links; returns the library's path. Raises CalledProcessError."""
+    import torch
+
+    cxx = compiler()
+    objects.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        built = list(pool.map(lambda unit: _compile(cxx, *unit, objects), _units()))
+    stamp = objects / "linked"
+    names = "\n".join(path.name for path in built)
+    if LIBRARY.exists() and stamp.exists() and stamp.read_text() == names:
+        return LIBRARY
+    partial = LIBRARY.with_suffix(".tmp")
+    lib = Path(torch.__file__).parent / "lib"
+    subprocess.run(
+        [cxx, "-shared", "-o", str(partial), *map(str, built), f"-L{lib}"]
+        + ["-ltorch", "-ltorch_cpu", "-lc10", "-lrt", "-pthread"],
+        check=True,
+    )
+    partial.rename(LIBRARY)
+    stamp.write_text(names)
+    for stale in set(objects.glob("*.o")) - set(built):
+        stale.unlink()
+    return LIBRARY
+
+
+def main() -> None:
+    default = Path(__file__).parents[2] / "build" / "native"
+    try:
+        print(f"precast: native kernels ready: {build(default)}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"precast: building the native kernels failed (exit code {error.returncode})")
+
+
+if __name__ == "__main__":
+    main()

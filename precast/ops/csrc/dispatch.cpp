@@ -1,0 +1,39 @@
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace precast {
+namespace {
+
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("PRECAST_NATIVE_ISA");
+  if (wanted == nullptr || *wanted == 0) {
+    if (runs_avx512()) return kernels_avx512();
+    return runs_avx2() ? kernels_avx2() : kernels_scalar();
+  }
+  if (std::strcmp(wanted, "avx512") == 0 && runs_avx512()) return kernels_avx512();
+  if (std::strcmp(wanted, "avx2") == 0 && runs_avx2()) return kernels_avx2();
+  if (std::strcmp(wanted, "scalar") == 0) return kernels_scalar();
+  throw std::runtime_error(std::string("PRECAST_NATIVE_ISA=") + wanted +
+                           ": not an instruction set that this CPU runs (scalar, avx2, avx512)");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace precast

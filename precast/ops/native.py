@@ -1,0 +1,89 @@
+"""Registers ``torch.ops.precast.*``: the native library's kernels and their fakes.
+
+The fakes give shapes and dtypes alone, so that ``torch.export`` and ``torch.compile`` can trace
+through the operators. Importing this module loads the library; nothing is compiled here.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from precast.errors import ConfigError
+
+LIBRARY = Path(__file__).parent / "_native.so"
+ABI_VERSION = 1
+"""Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
+PACKING_VERSION = 1
+
+
+def _load() -> None:
+    if not LIBRARY.exists():
+        raise ConfigError(f"native kernels are not built ({LIBRARY} is missing): run `make native`")
+    # Global, because captured graphs resolve their entry points against it (``ops.cpp``, end).
+    ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    torch.ops.load_library(str(LIBRARY))
+
+
+_load()
+
+
+@torch.library.register_fake("precast::linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("precast::linear_w8a8")
+def _linear_w8a8(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    column_sums: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("precast::paged_attention")
+def _paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("precast::all_reduce")
+def _all_reduce(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("precast::all_gather")
+def _all_gather(x: Tensor, widths: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], sum(widths)))
+
+
+def start_threads(cores: tuple[int, ...]) -> None:
+    """One compute thread on each core; the caller is the first. Replaces torch's own threads."""
+    torch.set_num_threads(1)
+    torch.ops.precast.start_threads(list(cores))
+
+
+def join_group(name: str, rank: int, size: int, timeout_s: float) -> None:
+    """Joins the shared-memory group that all_reduce and all_gather use. Raises RuntimeError."""
+    torch.ops.precast.join_group(name, rank, size, timeout_s)
+
+
+def native_isa() -> str:
+    """The instruction set that the kernels run with: scalar, avx2 or avx512."""
+    isa: str = torch.ops.precast.native_isa()
+    return isa

@@ -1,0 +1,153 @@
+"""Messages between a decode worker's leader and its rank processes.
+
+Each rank is a process with one Unix stream socket to the leader. A frame is a 4-byte little-endian
+length and a msgpack body. The leader sends every command to every rank in the same order; ranks work
+in lock step. Only rank 0 answers ``Step``; every rank answers ``Init`` and ``LoadGraph``. A rank that
+can't go on sends ``RankFailed`` and exits; a rank that dies closes its socket.
+"""
+
+import struct
+from typing import Final
+
+import msgspec
+
+FRAME_HEADER: Final = struct.Struct("<I")
+MAX_FRAME_BYTES: Final = 64 << 20
+
+
+class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """First command: load the model's shard and allocate the KV cache."""
+
+    model_dir: str
+    weight_dtype: str
+    """"fp32" or "bf16"."""
+    quantization: str
+    """"none" or "int8"."""
+    tp_rank: int
+    tp_size: int
+    cores: tuple[int, ...]
+    """CPU ids that this rank is pinned to; one compute thread runs on each."""
+    kv_blocks: int
+    block_size: int
+    max_batch_size: int
+    max_context_length: int
+    group_id: str
+    """Names the group's shared-memory segment: unique to this start of this group."""
+    kernel_provider: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Answer to ``Init``."""
+
+    tp_rank: int
+    load_s: float
+    weight_bytes: int
+    vocab_size: int
+    graph_factors: dict[str, str]
+    """This rank's graph factors, batch size left out (``precast.graphs.key``)."""
+
+
+class LoadGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Load a verified artifact and replay it for ``batch_size`` from the next step on.
+
+    Paths, keys and generations: one for each rank, since ranks' shard shapes may differ."""
+
+    batch_size: int
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+    generations: tuple[int, ...]
+
+
+class GraphLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    tp_rank: int
+    batch_size: int
+    load_ms: float
+    error: str | None = None
+    """Set if the graph was refused; the rank goes on without it."""
+
+
+class DropGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Forget the graph of a batch size (another rank refused its part). Not answered."""
+
+    batch_size: int
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How to draw one sequence's next token. Stateless: the draw depends on (seed, step) alone."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    step: int
+    """Tokens of this sequence generated so far."""
+    logprobs: int = -1
+    """Alternatives to report; -1: no logprobs."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    output_token_ids: bytes = b""
+    """int32; filled only where a penalty is set."""
+    logit_bias: dict[int, float] = {}
+
+
+class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """One forward pass over S sequences with T new tokens in all (T == S in a decode step).
+
+    Arrays are little-endian int32 bytes. ``context_lens[s]`` counts the tokens of sequence s in the
+    cache once this step's are written. ``block_tables`` is [S, width], unused entries are 0."""
+
+    step_id: int
+    prefill: bool
+    token_ids: bytes
+    positions: bytes
+    slots: bytes
+    """[T] flat cache slot of each new token: block * block_size + offset."""
+    query_starts: bytes
+    """[S + 1] prefix sums of new tokens."""
+    context_lens: bytes
+    block_tables: bytes
+    block_table_width: int
+    sample: tuple[Sampling | None, ...]
+    """For each sequence: how to draw, or None where the prompt goes on in a later step."""
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    step_id: int
+    token_ids: bytes
+    """int32 [S]; -1 where nothing was drawn."""
+    logprobs: tuple[Logprobs | None, ...]
+    """[S], or empty when no sequence asked for them."""
+    graph_batch_size: int
+    """Captured size that was replayed; 0 for an eager step."""
+    step_us: int
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    tp_rank: int
+    message: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    pass
+
+
+Command = Init | LoadGraph | DropGraph | Step | Shutdown
+Reply = Ready | GraphLoaded | StepDone | RankFailed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+
+
+def frame(message: Command | Reply) -> bytes:
+    """A message with its length in front, ready for the socket."""
+    body = encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
+    return FRAME_HEADER.pack(len(body)) + body
