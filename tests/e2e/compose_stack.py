@@ -1,0 +1,166 @@
+"""A stack of containers out of ``deploy/docker-compose.yml``, under a project name of its own."""
+
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+
+from precast.admin.v1 import admin_service_pb2_grpc
+from precast.decode.v1 import decode_service_pb2, decode_service_pb2_grpc
+from precast.process import available_cpus
+
+ROOT = Path(__file__).parents[2]
+FILES = ("deploy/docker-compose.yml", "deploy/docker-compose.test.yml")
+MODEL = "smollm2-135m-instruct"
+DECODE_WORKERS = ("decode-worker-1", "decode-worker-2")
+IMAGES = ("redis", "decode-worker-1", "decode-worker-2", "gateway", "models", "compile-worker")
+BUILD_DEADLINE_S = 1200
+START_DEADLINE_S = 240
+
+
+def wait_until(check: Callable[[], Any], deadline_s: float, what: str) -> Any:
+    """The first truthy answer of ``check``; fails after the deadline with the last answer."""
+    end = time.monotonic() + deadline_s
+    while True:
+        answer = check()
+        if answer:
+            return answer
+        assert time.monotonic() < end, f"{what}: not within {deadline_s:g} s"
+        time.sleep(0.25)
+
+
+def _environment(batch_sizes: tuple[int, ...]) -> dict[str, str]:
+    cpus = available_cpus()
+    half = max(1, len(cpus) // 2)
+    stack = {
+        "PRECAST_PORT": "0",
+        "PRECAST_BATCH_SIZES": ",".join(map(str, batch_sizes)),
+        "PRECAST_CPUS_1": ",".join(map(str, cpus[:half])),
+        "PRECAST_CPUS_2": ",".join(map(str, cpus[-half:])),
+    }
+    inherited = {name: text for name, text in os.environ.items() if name[:8] != "PRECAST_"}
+    return inherited | stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Runs ``docker compose`` for one project."""
+
+    batch_sizes: tuple[int, ...]
+    project: str = field(default_factory=lambda: f"precast-test-{uuid.uuid4().hex[:8]}")
+
+    def compose(self, *arguments: str, deadline_s: float = 60, check: bool = True) -> str:
+        """Standard output of ``docker compose ARGUMENTS``; fails with its errors."""
+        files = [part for file in FILES for part in ("-f", file)]
+        done = subprocess.run(
+            ["docker", "compose", "-p", self.project, *files, *arguments],
+            cwd=ROOT,
+            env=_environment(self.batch_sizes),
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+        )
+        if check and done.returncode:
+            tail = "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+            raise AssertionError(f"docker compose {' '.join(arguments)}:\n{tail}")
+        return done.stdout.strip()
+
+    def build(self) -> None:
+        """Build every image. One after the other: they share their first stages."""
+        for image in IMAGES:
+            self.compose("build", "-q", image, deadline_s=BUILD_DEADLINE_S)
+
+    def up(self) -> None:
+        """Start everything and wait until it is healthy; fails with the services' logs."""
+        wait = ("--wait", "--wait-timeout", str(START_DEADLINE_S))
+        try:
+            # models starts as a dependency; named here, --wait would take its end for a failure
+            self.compose("up", "-d", *wait, *LONG_RUNNING, deadline_s=START_DEADLINE_S + 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.compose('logs', '--tail=40')}") from None
+
+    def down(self) -> None:
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "20", deadline_s=120)
+
+    def leftovers(self) -> list[str]:
+        """Containers, volumes and networks of this project that exist."""
+        label = f"label=com.docker.compose.project={self.project}"
+        listings = (["ps", "-aq"], ["volume", "ls", "-q"], ["network", "ls", "-q"])
+        return [
+            line
+            for listing in listings
+            for line in subprocess.run(
+                ["docker", *listing, "--filter", label], capture_output=True, text=True, timeout=30
+            ).stdout.split()
+        ]
+
+    def shell(self, service: str, script: str, *, check: bool = True) -> str:
+        """Output of a shell script in a running container."""
+        return self.compose("exec", "-T", service, "sh", "-c", script, check=check)
+
+    def kill_main_process(self, service: str) -> None:
+        """SIGKILL for the service's own process: the engine sees a crash and restarts it."""
+        self.shell(service, "kill -9 $(cat /proc/1/task/1/children)", check=False)
+
+    def address(self, service: str, port: int) -> str:
+        """Where the host reaches a container's port. It changes when the container restarts."""
+        return self.compose("port", service, str(port))
+
+    def complete(self, max_tokens: int = 16, **fields: object) -> httpx.Response:
+        body = {"model": MODEL, "prompt": "The capital of France is", "temperature": 0}
+        return httpx.post(
+            f"http://{self.address('gateway', 8000)}/v1/completions",
+            json=body | {"max_tokens": max_tokens} | fields,
+            timeout=60,
+        )
+
+    def status(self, worker: str) -> decode_service_pb2.GetStatusResponse:
+        """A decode worker's own account of itself; ``grpc.RpcError`` if it can't be reached."""
+        with grpc.insecure_channel(self.address(worker, 7200)) as channel:
+            stub = decode_service_pb2_grpc.DecodeServiceStub(channel)
+            return stub.GetStatus(decode_service_pb2.GetStatusRequest(), timeout=5)
+
+    def graphs(self, worker: str) -> dict[int, tuple[int, ...]]:
+        """Generations of each batch size's graph; empty while the worker can't be reached."""
+        try:
+            loaded = self.status(worker).graphs
+        except (grpc.RpcError, AssertionError):
+            return {}
+        return {graph.batch_size: tuple(graph.generations) for graph in loaded}
+
+    def has_all_graphs(self, worker: str) -> bool:
+        return sorted(self.graphs(worker)) == sorted(self.batch_sizes)
+
+    def admin(self) -> tuple[grpc.Channel, admin_service_pb2_grpc.AdminServiceStub]:
+        channel = grpc.insecure_channel(self.address("compile-worker", 7100))
+        return channel, admin_service_pb2_grpc.AdminServiceStub(channel)
+
+
+LONG_RUNNING = ("redis", "compile-worker", *DECODE_WORKERS, "gateway")
+
+
+def engine_missing() -> str | None:
+    """Why containers can't be run here, in one line, or None."""
+    for command in (["docker", "info"], ["docker", "compose", "version"]):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{' '.join(command)}: {error}"
+        if done.returncode:
+            return f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}"
+    return None
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a server-sent stream that must end in ``[DONE]``."""
+    data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert data and data[-1] == "[DONE]", response.text[-500:]
+    return [json.loads(item) for item in data[:-1]]
