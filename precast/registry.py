@@ -127,17 +127,17 @@ class Registry:
         await self._client.aclose()
 
     async def ping(self) -> None:
-        async with _bounded():
+        async with bounded():
             await self._client.ping()
 
     async def publish(self, record: Lease) -> None:
         """Create or renew the lease, with this record as its value."""
-        async with _bounded():
+        async with bounded():
             await self._client.set(record.redis_key, record.model_dump_json(), px=self._ttl_ms)
 
     async def withdraw(self, record: Lease) -> None:
         """End the lease now. No error if it is gone already."""
-        async with _bounded():
+        async with bounded():
             await self._client.delete(record.redis_key)
 
     async def decode_workers(self) -> list[DecodeLease]:
@@ -149,7 +149,7 @@ class Registry:
         return await self._list(CompileLease)
 
     async def _list(self, kind: type[_L]) -> list[_L]:
-        async with _bounded():
+        async with bounded():
             pattern = f"precast:lease:{kind.kind}:*"
             keys = {key async for key in self._client.scan_iter(match=pattern, count=1000)}
             values = await self._client.mget(sorted(keys)) if keys else []
@@ -167,7 +167,8 @@ def _parse(kind: type[_L], value: bytes | str) -> _L | None:
 
 
 @asynccontextmanager
-async def _bounded() -> AsyncIterator[None]:
+async def bounded() -> AsyncIterator[None]:
+    """Redis calls within: an end after 2.5 s, and ``RegistryUnavailable`` for whatever fails."""
     try:
         async with asyncio.timeout(_OPERATION_TIMEOUT_S):
             yield

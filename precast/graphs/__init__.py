@@ -1,0 +1,1 @@
+"""Captured graphs: their keys, artifacts, signatures, store, capture and replay."""

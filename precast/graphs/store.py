@@ -1,0 +1,231 @@
+"""Where published artifacts are kept, by key and generation.
+
+``ArtifactStore`` is the contract; ``DiskStore`` keeps each artifact in ``<root>/<key>/<generation>/``.
+A generation is published once and never changed: it appears whole through a rename, and a second
+publisher of the same generation is told so. Numbers are not reused, not even after a quarantine.
+"""
+
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from precast.errors import ArtifactRejected, GraphNotFound
+from precast.graphs.artifact import (
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE_FILE,
+    Manifest,
+    check_graph_file,
+    decode_manifest,
+)
+from precast.graphs.key import is_key
+from precast.graphs.scratch import scratch_folder, sweep
+from precast.graphs.signing import MAX_SIGNATURE_FILE_BYTES, Signature
+
+TEMPORARY: Final = ".tmp"
+QUARANTINE: Final = ".quarantine"
+MAX_QUARANTINED: Final = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredArtifact:
+    """An artifact whose files on disk have been compared with its manifest."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    """What the signature covers."""
+    signature: Signature
+    graph_path: Path
+
+
+class GenerationExists(Exception):
+    """Another publisher was first. Not an error to a user: the work is done."""
+
+
+class ArtifactStore(ABC):
+    """Artifacts by key and generation.
+
+    Every method may be called from several processes at once. ``key`` is checked by each method:
+    what isn't a key raises ``GraphNotFound`` and never becomes a path.
+    """
+
+    @abstractmethod
+    def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> StoredArtifact:
+        """Make an artifact visible, whole and durable, copying ``graph``.
+
+        Raises ``GenerationExists``, or ``ArtifactRejected`` if graph and manifest don't match.
+        """
+
+    @abstractmethod
+    def open(self, key: str, generation: int = 0) -> StoredArtifact:
+        """Read an artifact (0: the newest) and compare its digest; no signature is checked.
+
+        Raises ``GraphNotFound`` or ``ArtifactRejected``.
+        """
+
+    @abstractmethod
+    def generations(self, key: str) -> list[int]:
+        """Published generations, ascending; empty for an unknown key."""
+
+    @abstractmethod
+    def last_generation(self, key: str) -> int:
+        """The highest number ever used, quarantined ones included; 0 if none."""
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """Keys that have a published generation."""
+
+    @abstractmethod
+    def quarantine(self, key: str, generation: int, reason: str) -> None:
+        """Take an artifact out of service and keep it aside for a look. No error if it is gone."""
+
+
+class DiskStore(ArtifactStore):
+    """Artifacts in a folder of a local or shared file system with atomic renames."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def sweep(self) -> int:
+        """Remove what killed publishers left behind."""
+        return sweep(self.root / TEMPORARY)
+
+    def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> StoredArtifact:
+        manifest = decode_manifest(manifest_bytes)
+        check_graph_file(graph, manifest)
+        with scratch_folder(self.root / TEMPORARY, manifest.key) as scratch:
+            folder = scratch / str(manifest.generation)
+            folder.mkdir()
+            shutil.copyfile(graph, folder / GRAPH_FILE)
+            (folder / MANIFEST_FILE).write_bytes(manifest_bytes)
+            (folder / SIGNATURE_FILE).write_bytes(signature.encode())
+            _sync_tree(folder)
+            self._rename(folder, manifest)
+        return self.open(manifest.key, manifest.generation)
+
+    def open(self, key: str, generation: int = 0) -> StoredArtifact:
+        number = generation or max(self.generations(key), default=0)
+        folder = self._folder(key, number)
+        if number <= 0 or not _is_inside(folder, self.root):
+            raise GraphNotFound(f"no artifact of graph {key[:64]!r}, generation {generation}")
+        raw = _read_bounded(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        signature = Signature.decode(
+            _read_bounded(folder / SIGNATURE_FILE, MAX_SIGNATURE_FILE_BYTES)
+        )
+        manifest = decode_manifest(raw)
+        if (manifest.key, manifest.generation) != (key, number):
+            raise ArtifactRejected(f"manifest of {key}/{number} is that of another artifact")
+        check_graph_file(folder / GRAPH_FILE, manifest)
+        return StoredArtifact(
+            manifest=manifest,
+            manifest_bytes=raw,
+            signature=signature,
+            graph_path=folder / GRAPH_FILE,
+        )
+
+    def generations(self, key: str) -> list[int]:
+        return sorted(_numbers(self._key_folder(key)))
+
+    def last_generation(self, key: str) -> int:
+        aside = self._key_folder(key).name
+        quarantined = _names(self.root / QUARANTINE)
+        used = [int(name.split(".")[1]) for name in quarantined if name.startswith(f"{aside}.")]
+        return max([*self.generations(key), *used], default=0)
+
+    def keys(self) -> list[str]:
+        return sorted(name for name in _names(self.root) if is_key(name) and self.generations(name))
+
+    def quarantine(self, key: str, generation: int, reason: str) -> None:
+        aside = self.root / QUARANTINE
+        aside.mkdir(exist_ok=True)
+        target = aside / f"{key}.{generation}.{time.time_ns()}"
+        try:
+            self._folder(key, generation).rename(target)
+        except FileNotFoundError:
+            return
+        (target / "reason.txt").write_text(reason[:4096] + "\n")
+        _drop_oldest(aside, MAX_QUARANTINED)
+
+    def prune(self, key: str, keep: int) -> None:
+        """Remove all but the newest ``keep`` generations."""
+        for number in self.generations(key)[:-keep]:
+            self.remove(key, number)
+
+    def remove(self, key: str, generation: int) -> None:
+        """Delete an artifact. No error if it is gone; whoever has its file open keeps it."""
+        shutil.rmtree(self._folder(key, generation), ignore_errors=True)
+
+    def _key_folder(self, key: str) -> Path:
+        if not is_key(key):
+            raise GraphNotFound(f"{key[:64]!r} is no graph key (32 hex digits)")
+        return self.root / key
+
+    def _folder(self, key: str, generation: int) -> Path:
+        return self._key_folder(key) / str(generation)
+
+    def _rename(self, folder: Path, manifest: Manifest) -> None:
+        target = self._folder(manifest.key, manifest.generation)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            # rename(2) replaces a folder only if it is empty, so a published one is safe
+            folder.rename(target)
+        except OSError as error:
+            if target.is_dir():
+                raise GenerationExists(f"{manifest.key}/{manifest.generation}") from None
+            raise error
+        _sync(target.parent)
+        _sync(self.root)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    try:
+        yield from os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def _numbers(folder: Path) -> Iterator[int]:
+    """Names that are generation numbers as ``publish`` writes them: "7", not "07"."""
+    plain = (name for name in _names(folder) if name.isascii() and name.isdecimal())
+    return (int(name) for name in plain if not name.startswith("0"))
+
+
+def _is_inside(folder: Path, root: Path) -> bool:
+    """A folder that really lies under ``root``, not one that a symbolic link leads to."""
+    return folder.is_dir() and folder.resolve().is_relative_to(root.resolve())
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactRejected(f"{path.name} of {path.parent.parent.name} is missing")
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ArtifactRejected(f"{path.name} of {path.parent.parent.name} exceeds {limit} bytes")
+    return raw
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _drop_oldest(folder: Path, keep: int) -> None:
+    paths = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in paths[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
