@@ -1,0 +1,68 @@
+"""Lua scripts of the capture queue: each is one atomic step inside Redis.
+
+What they share (names are in ``precast.jobs``): a stream of job ids, a hash of job records by id, a hash
+of the one active job of each key, a hash of jobs whose cancellation was asked for, a list of ended
+jobs, and a lease for each key that is being captured.
+"""
+
+from typing import Final
+
+ENQUEUE: Final = """
+-- KEYS: stream records active   ARGV: key id record max_queued
+local existing = redis.call('HGET', KEYS[3], ARGV[1])
+if existing then
+  local record = redis.call('HGET', KEYS[2], existing)
+  if record then return {'existing', record} end
+end
+if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[4]) then return {'full', ''} end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
+redis.call('XADD', KEYS[1], '*', 'job', ARGV[2])
+return {'new', ARGV[3]}
+"""
+
+RENEW: Final = """
+-- KEYS: stream records active cancels lease
+-- ARGV: token ttl_ms group consumer entry id key record
+local owner = redis.call('GET', KEYS[5])
+if owner and owner ~= ARGV[1] then return 'lost' end
+redis.call('SET', KEYS[5], ARGV[1], 'PX', ARGV[2])
+if redis.call('HEXISTS', KEYS[2], ARGV[6]) == 0 then
+  -- Redis came back empty: put the job back so that it outlives this worker too
+  redis.call('XADD', KEYS[1], '*', 'job', ARGV[6])
+end
+redis.call('HSET', KEYS[2], ARGV[6], ARGV[8])
+redis.call('HSETNX', KEYS[3], ARGV[7], ARGV[6])
+-- claiming one's own entry resets its idle time; there is no group after a loss of data
+redis.pcall('XCLAIM', KEYS[1], ARGV[3], ARGV[4], 0, ARGV[5], 'JUSTID')
+if redis.call('HEXISTS', KEYS[4], ARGV[6]) == 1 then return 'cancelled' end
+return 'held'
+"""
+
+FINISH: Final = """
+-- KEYS: stream records active cancels lease ended
+-- ARGV: token group entry id key record history
+local owner = redis.call('GET', KEYS[5])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[5])
+redis.call('HSET', KEYS[2], ARGV[4], ARGV[6])
+if redis.call('HGET', KEYS[3], ARGV[5]) == ARGV[4] then redis.call('HDEL', KEYS[3], ARGV[5]) end
+redis.call('HDEL', KEYS[4], ARGV[4])
+if ARGV[3] ~= '' then
+  redis.call('XACK', KEYS[1], ARGV[2], ARGV[3])
+  redis.call('XDEL', KEYS[1], ARGV[3])
+end
+redis.call('LREM', KEYS[6], 0, ARGV[4])
+redis.call('LPUSH', KEYS[6], ARGV[4])
+while redis.call('LLEN', KEYS[6]) > tonumber(ARGV[7]) do
+  redis.call('HDEL', KEYS[2], redis.call('RPOP', KEYS[6]))
+end
+return 1
+"""
+
+DROP: Final = """
+-- KEYS: stream lease   ARGV: token group entry
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
+redis.call('XACK', KEYS[1], ARGV[2], ARGV[3])
+return redis.call('XDEL', KEYS[1], ARGV[3])
+"""

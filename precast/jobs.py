@@ -1,0 +1,301 @@
+"""The fleet's queue of captures, in Redis Streams.
+
+A key has at most one active job, and whoever captures it holds the key's lease, so a graph is compiled
+once however many workers ask for it and however many compile workers listen. A compile worker that
+dies stops renewing: the lease expires and another one claims the job's idle stream entry. Jobs travel
+in one stream per tool chain, so that nobody claims what it would compile differently.
+
+Redis may lose everything at any moment: holders put their job back when they renew, and workers ask
+again for what they miss. A job names the generation that it will publish; publishing it a second time is
+refused by the store. That, not Redis, is the last word.
+"""
+
+import enum
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import msgspec
+import redis.asyncio
+from redis.exceptions import ResponseError
+
+from precast.errors import JobNotFound, Overloaded
+from precast.job_scripts import DROP, ENQUEUE, FINISH, RENEW
+from precast.registry import bounded
+
+GROUP: Final = "compile"
+LEASE_TTL_S: Final = 5.0
+RENEW_INTERVAL_S: Final = 1.0
+HISTORY: Final = 200
+_BLOCK_MS: Final = 500
+_RECORDS: Final = "precast:jobs:records"
+_ACTIVE: Final = "precast:jobs:active"
+_CANCELS: Final = "precast:jobs:cancels"
+_ENDED: Final = "precast:jobs:ended"
+
+
+class Stage(enum.StrEnum):
+    """How far a job is. The first five follow one another; the last three are ends."""
+
+    QUEUED = "queued"
+    CAPTURING = "capturing"
+    CAPTURED = "captured"
+    """Compiled; being compared with eager."""
+    VERIFIED = "verified"
+    PUBLISHED = "published"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (Stage.PUBLISHED, Stage.FAILED, Stage.CANCELLED)
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One capture, as kept in Redis."""
+
+    id: str
+    key: str
+    factors: dict[str, str]
+    """Spec and build factors."""
+    models: tuple[str, ...] = ()
+    batch_size: int
+    generation: int
+    """What it will publish. Once that exists the job is done, whoever did it."""
+    stage: Stage = Stage.QUEUED
+    detail: str = ""
+    attempts: int = 0
+    """Claims so far; more than one if compile workers died in it."""
+    worker: str = ""
+    queued_at: float
+    """Unix seconds, as are the next two; 0: not yet."""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A job that this process holds."""
+
+    job: Job
+    entry: str
+    """Its entry in the stream."""
+    token: str
+    """Value of the key's lease: unique to this claim."""
+
+
+class Hold(enum.StrEnum):
+    """What a renewal found."""
+
+    HELD = "held"
+    LOST = "lost"
+    """Another process holds the key now: stop, and publish nothing."""
+    CANCELLED = "cancelled"
+    """Somebody asked for the job's end."""
+
+
+def new_job(
+    key: str,
+    factors: dict[str, str],
+    *,
+    batch_size: int,
+    generation: int,
+    models: tuple[str, ...] = (),
+) -> Job:
+    """A job that has not been queued yet."""
+    return Job(
+        id=uuid.uuid4().hex[:16],
+        key=key,
+        factors=factors,
+        models=models,
+        batch_size=batch_size,
+        generation=generation,
+        queued_at=time.time(),
+    )
+
+
+class CaptureQueue:
+    """The queue as seen by one compile worker.
+
+    Every method is bounded in time and raises ``RegistryUnavailable`` while Redis is away.
+    """
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis,
+        build_id: str,
+        *,
+        max_queued: int = 1024,
+        lease_ttl_s: float = LEASE_TTL_S,
+    ) -> None:
+        self._client = client
+        self._stream = f"precast:jobs:{build_id}"
+        self._max_queued = max_queued
+        self._ttl_ms = int(lease_ttl_s * 1000)
+
+    async def enqueue(self, job: Job) -> Job:
+        """Queue a job, or return the key's active one. Raises ``Overloaded`` if the queue is full."""
+        verdict, record = await self._eval(
+            ENQUEUE,
+            [self._stream, _RECORDS, _ACTIVE],
+            [job.key, job.id, _encode(job), self._max_queued],
+        )
+        if verdict == b"full":
+            raise Overloaded(f"capture queue is full ({self._max_queued} jobs)")
+        return _decode(record)
+
+    async def claim(self, consumer: str) -> Claim | None:
+        """The next job to capture; ``None`` after half a second without one.
+
+        Jobs of dead workers come first, then new ones in the order of their requests.
+        """
+        try:
+            entry = await self._stale_entry(consumer) or await self._new_entry(consumer)
+        except ResponseError:
+            await self._create_group()
+            return None
+        return await self._take(*entry, consumer) if entry else None
+
+    async def renew(self, claim: Claim, consumer: str) -> Hold:
+        """Keep the claim for another lease time and store the job's present state."""
+        job = claim.job
+        keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key)]
+        arguments = [claim.token, self._ttl_ms, GROUP, consumer, claim.entry]
+        found = await self._eval(RENEW, keys, [*arguments, job.id, job.key, _encode(job)])
+        return Hold(found.decode())
+
+    async def finish(self, claim: Claim) -> bool:
+        """Store the end of a job and free its key; false if another process holds the key by now."""
+        job = claim.job
+        keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key), _ENDED]
+        arguments = [claim.token, GROUP, claim.entry, job.id, job.key, _encode(job), HISTORY]
+        return bool(await self._eval(FINISH, keys, arguments))
+
+    async def cancel(self, job_id: str) -> Job:
+        """Ask for a job's end. A queued job ends now, a running one when its holder next renews.
+
+        Raises ``JobNotFound``. Returns the job as it is now; an ended job stays as it ended.
+        """
+        job = await self.get(job_id)
+        if job.stage.ended:
+            return job
+        await self._command("HSET", _CANCELS, job_id, "1")
+        token = f"cancel/{job_id}"
+        if await self._lease(job.key, token):  # nobody is at work on it
+            claim = Claim(job=_cancelled(await self.get(job_id)), entry="", token=token)
+            await self.finish(claim)
+        return await self.get(job_id)
+
+    async def get(self, job_id: str) -> Job:
+        """Raises ``JobNotFound``."""
+        record = await self._command("HGET", _RECORDS, job_id)
+        if record is None:
+            raise JobNotFound(f"no capture job {job_id[:64]!r}")
+        return _decode(record)
+
+    async def jobs(self) -> list[Job]:
+        """Active jobs and the latest ended ones, oldest first."""
+        records = await self._command("HVALS", _RECORDS)
+        return sorted(map(_decode, records), key=lambda job: (job.queued_at, job.id))
+
+    async def length(self) -> int:
+        """Jobs queued or being captured."""
+        return int(await self._command("HLEN", _ACTIVE))
+
+    async def _stale_entry(self, consumer: str) -> tuple[str, str] | None:
+        reply = await self._command(
+            "XAUTOCLAIM", self._stream, GROUP, consumer, self._ttl_ms, "0-0", "COUNT", 1
+        )
+        return _first_entry(reply[1])
+
+    async def _new_entry(self, consumer: str) -> tuple[str, str] | None:
+        reply = await self._command(
+            *("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", _BLOCK_MS),
+            *("STREAMS", self._stream, ">"),
+        )
+        if not reply:
+            return None
+        streams = list(reply.values()) if isinstance(reply, dict) else [reply[0][1]]
+        return _first_entry(streams[0])
+
+    async def _create_group(self) -> None:
+        with suppress(ResponseError):  # another worker was first
+            await self._command("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
+
+    async def _take(self, entry: str, job_id: str, consumer: str) -> Claim | None:
+        """Turn a stream entry into a claim, unless its job has ended or its key is held."""
+        try:
+            job = await self.get(job_id)
+        except JobNotFound:
+            await self._drop(entry, "", "")
+            return None
+        token = f"{consumer}/{uuid.uuid4().hex}"
+        if not await self._lease(job.key, token):
+            return None  # its entry stays pending and comes up again once it is idle
+        job = await self.get(job_id)  # it may have ended before the lease was ours
+        if job.stage.ended:
+            await self._drop(entry, job.key, token)
+            return None
+        job = replace_job(
+            job,
+            worker=consumer,
+            attempts=job.attempts + 1,
+            started_at=job.started_at or time.time(),
+        )
+        claim = Claim(job=job, entry=entry, token=token)
+        if await self._command("HEXISTS", _CANCELS, job_id):
+            await self.finish(replace(claim, job=_cancelled(job)))
+            return None
+        return claim
+
+    async def _lease(self, key: str, token: str) -> bool:
+        return bool(await self._command("SET", _lease(key), token, "NX", "PX", self._ttl_ms))
+
+    async def _drop(self, entry: str, key: str, token: str) -> None:
+        await self._eval(DROP, [self._stream, _lease(key)], [token, GROUP, entry])
+
+    async def _eval(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        return await self._command("EVAL", script, len(keys), *keys, *arguments)
+
+    async def _command(self, *arguments: Any) -> Any:
+        """Run one command. A missing or an existing consumer group raises ``ResponseError``."""
+        async with bounded():
+            try:
+                return await self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+            except ResponseError as error:
+                if not str(error).startswith(("NOGROUP", "BUSYGROUP")):
+                    raise
+                group_error = error
+        raise group_error
+
+
+def replace_job(job: Job, **changes: Any) -> Job:
+    """A copy of the job with these fields changed."""
+    return msgspec.structs.replace(job, **changes)
+
+
+def _cancelled(job: Job) -> Job:
+    return replace_job(job, stage=Stage.CANCELLED, detail="cancelled", ended_at=time.time())
+
+
+def _lease(key: str) -> str:
+    return f"precast:capture:{key}"
+
+
+def _first_entry(entries: Any) -> tuple[str, str] | None:
+    """(entry id, job id) of the first entry; Redis 6.2 reports deleted entries as nil."""
+    for entry, fields in (item for item in entries or () if item):
+        if fields:
+            values = fields[b"job"] if isinstance(fields, dict) else fields[1]
+            return entry.decode(), values.decode()
+    return None
+
+
+_encode = msgspec.json.encode
+_job_decoder: Final = msgspec.json.Decoder(Job)
+
+
+def _decode(record: bytes) -> Job:
+    return _job_decoder.decode(record)

@@ -1,0 +1,1 @@
+"""The compile worker: captures graphs, verifies, signs, stores and hands them out."""

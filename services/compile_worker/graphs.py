@@ -1,0 +1,247 @@
+"""What a compile worker does with graphs, whatever the protocol: request, publish, fetch, select.
+
+The store on disk is the authority on what is published; the index is what is told about it.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from precast.errors import (
+    ArtifactRejected,
+    GraphNotFound,
+    InvalidRequest,
+    RegistryUnavailable,
+    UnsupportedSpec,
+)
+from precast.graphs.artifact import Manifest, encode_manifest, file_digest
+from precast.graphs.key import graph_key, parse_spec, spec_part
+from precast.graphs.signing import Signer, TrustedKeys
+from precast.graphs.store import DiskStore, GenerationExists, StoredArtifact
+from precast.jobs import CaptureQueue, Job, Stage, new_job
+from precast.log import get_logger
+from services.compile_worker.child import CaptureReport
+from services.compile_worker.index import GraphIndex
+from services.compile_worker.record import GraphRecord, Phase, changed, published_record
+
+log = get_logger(__name__)
+
+KEEP_GENERATIONS: Final = 4
+MAX_FAILURES: Final = 5
+BACKOFF_S: Final = 15.0
+"""Wait after the first failure of a capture; each further one doubles it."""
+NEVER_S: Final = 1.0e9
+"""After this many failures only a recompile by hand tries again."""
+CANCEL_HOLD_S: Final = 600.0
+MAX_MODEL_LABEL: Final = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graphs:
+    """The parts that have to do with graphs, and what to do with them."""
+
+    store: DiskStore
+    index: GraphIndex
+    queue: CaptureQueue
+    signer: Signer
+    trusted: TrustedKeys
+    build: Mapping[str, str]
+    """This worker's build factors."""
+    isa_targets: tuple[str, ...] = ()
+    """Instruction sets that it builds for; empty: any."""
+    backoff_s: float = BACKOFF_S
+
+    async def restore(self) -> None:
+        """Fill the index from the store; damaged artifacts are put aside."""
+        for key in self.store.keys():
+            record = await self._newest(key)
+            if record:
+                self.index.restore(record)
+
+    async def request(
+        self, specs: Iterable[Mapping[str, str]], model: str = ""
+    ) -> list[GraphRecord]:
+        """Make sure that each graph is published or queued, smallest batch first.
+
+        Returns their states in the order of the request. All factors are checked before anything
+        is queued. Raises ``UnsupportedSpec``, ``InvalidRequest`` or ``Overloaded``.
+        """
+        if len(model) > MAX_MODEL_LABEL:
+            raise InvalidRequest(f"model label is longer than {MAX_MODEL_LABEL} characters")
+        wanted = [self._check(factors) for factors in specs]
+        order = sorted(range(len(wanted)), key=lambda i: int(wanted[i]["batch_size"]))
+        states = {i: await self._request(wanted[i], model) for i in order}
+        return [states[i] for i in range(len(wanted))]
+
+    async def recapture(self, record: GraphRecord) -> Job:
+        """Queue a further generation of a known graph, whatever became of the ones before."""
+        job = await self._enqueue(record)
+        if record.phase is Phase.FAILED:
+            await self.index.put(changed(record, phase=Phase.QUEUED, failures=0, retry_at=0.0))
+        return job
+
+    async def fetch(self, key: str, generation: int) -> StoredArtifact:
+        """An artifact with its digest and signature checked.
+
+        A damaged one is put aside and queued for capture again. Raises ``GraphNotFound``, or
+        ``ArtifactRejected`` for the damaged one.
+        """
+        number = generation or max(self.store.generations(key), default=0)
+        try:
+            return await asyncio.to_thread(self._open, key, number)
+        except ArtifactRejected as error:
+            await self._put_aside(key, number, str(error))
+            raise ArtifactRejected(f"{error}; it was put aside, ask for the graph again") from None
+
+    async def capturing(self, job: Job) -> None:
+        """A capture has begun."""
+        record = self._record(job)
+        if record.phase is not Phase.PUBLISHED:
+            await self.index.put(changed(record, phase=Phase.CAPTURING))
+
+    async def failed(self, job: Job, error: str) -> None:
+        """A capture has failed; what was published before stays in service."""
+        record = self._record(job)
+        failures = record.failures + 1
+        wait = self.backoff_s * 2.0 ** (failures - 1) if failures < MAX_FAILURES else NEVER_S
+        await self._unsuccessful(record, error, failures, wait)
+
+    async def cancelled(self, job: Job) -> None:
+        """A capture was cancelled: for a while it is not begun again because a worker misses it."""
+        record = self._record(job)
+        await self._unsuccessful(record, "capture was cancelled", record.failures, CANCEL_HOLD_S)
+
+    async def publish(self, job: Job, report: CaptureReport, graph: Path) -> None:
+        """Sign and publish what a capture made. If another process was first, its artifact stays."""
+        await asyncio.to_thread(self._publish, job, report, graph)
+        await self.published(job.key)
+
+    async def published(self, key: str) -> None:
+        """Tell everybody about the newest artifact in the store."""
+        record = await self._newest(key)
+        if record:
+            await self.index.put(record)
+
+    def buildable(self, record: GraphRecord) -> bool:
+        """Whether this worker's tool chain is the one that the key was made for."""
+        return graph_key(spec_part(record.factors), self.build) == record.key
+
+    def _check(self, factors: Mapping[str, str]) -> dict[str, str]:
+        spec = parse_spec(factors)
+        if self.isa_targets and spec.isa not in self.isa_targets:
+            targets = ", ".join(self.isa_targets)
+            raise UnsupportedSpec(f"isa {spec.isa!r}: this compile worker builds for {targets}")
+        return dict(factors)
+
+    async def _request(self, spec: dict[str, str], model: str) -> GraphRecord:
+        key = graph_key(spec, self.build)
+        known = await self._newest(key) if self.store.generations(key) else None
+        if known:
+            await self.index.put(known.with_model(model))
+            return known.with_model(model)
+        fresh = GraphRecord(key=key, phase=Phase.QUEUED, factors={**spec, **self.build})
+        record = (self.index.get(key) or fresh).with_model(model)
+        if record.phase is Phase.FAILED and time.time() < record.retry_at:
+            return record
+        return await self._queue_missing(record)
+
+    async def _queue_missing(self, record: GraphRecord) -> GraphRecord:
+        try:
+            job = await self._enqueue(record)
+        except RegistryUnavailable as error:
+            reason = f"not queued for capture, ask again: {error}"
+            return changed(record, phase=Phase.FAILED, generation=0, error=reason)
+        phase = Phase.QUEUED if job.stage is Stage.QUEUED else Phase.CAPTURING
+        if (record.phase, record.generation) != (phase, 0) or not self.index.get(record.key):
+            record = changed(record, phase=phase, generation=0)
+        await self.index.put(record)
+        return record
+
+    async def _enqueue(self, record: GraphRecord) -> Job:
+        last = max(self.store.last_generation(record.key), record.generation)
+        job = new_job(
+            record.key,
+            record.factors,
+            batch_size=int(record.factors["batch_size"]),
+            generation=last + 1,
+            models=record.models,
+        )
+        return await self.queue.enqueue(job)
+
+    async def _unsuccessful(
+        self, record: GraphRecord, error: str, failures: int, wait_s: float
+    ) -> None:
+        phase = Phase.PUBLISHED if record.generation else Phase.FAILED
+        retry_at = time.time() + wait_s
+        await self.index.put(
+            changed(record, phase=phase, error=error, failures=failures, retry_at=retry_at)
+        )
+
+    def _record(self, job: Job) -> GraphRecord:
+        fresh = GraphRecord(key=job.key, phase=Phase.QUEUED, factors=job.factors, models=job.models)
+        return self.index.get(job.key) or fresh
+
+    async def _newest(self, key: str) -> GraphRecord | None:
+        """The record of the newest good artifact in the store; damaged ones are put aside."""
+        while generations := self.store.generations(key):
+            record = self.index.get(key)
+            if record and record.generation == generations[-1]:
+                return record
+            try:
+                artifact = await asyncio.to_thread(self._open, key, generations[-1])
+            except GraphNotFound:  # removed meanwhile
+                return None
+            except ArtifactRejected as error:
+                await asyncio.to_thread(self.store.quarantine, key, generations[-1], str(error))
+                continue
+            return published_record(artifact.manifest, record)
+        return None
+
+    def _open(self, key: str, generation: int) -> StoredArtifact:
+        artifact = self.store.open(key, generation)
+        # another compile worker's key may be unknown here; whoever fetches decides whom to trust
+        if artifact.signature.signer in self.trusted.keys:
+            self.trusted.verify(artifact.manifest_bytes, artifact.signature)
+        return artifact
+
+    async def _put_aside(self, key: str, generation: int, reason: str) -> None:
+        log.error("artifact put aside", key=key, generation=generation, reason=reason)
+        await asyncio.to_thread(self.store.quarantine, key, generation, reason)
+        record = self.index.get(key)
+        if record is None:
+            return
+        older = await self._newest(key)
+        if older:
+            await self.index.put(older)
+            record = older
+        try:
+            await self.recapture(record)
+            if not older:
+                await self.index.put(changed(record, phase=Phase.QUEUED, generation=0))
+        except RegistryUnavailable as error:
+            log.warning("not queued for capture again", key=key, reason=str(error))
+
+    def _publish(self, job: Job, report: CaptureReport, graph: Path) -> None:
+        manifest = encode_manifest(
+            Manifest(
+                key=job.key,
+                generation=job.generation,
+                factors=job.factors,
+                models=job.models,
+                size=graph.stat().st_size,
+                digest=file_digest(graph),
+                created_at=time.time(),
+                max_relative_error=report.max_relative_error,
+                capture_s=report.capture_s,
+                step_us=report.step_us,
+                compiler=self.build.get("compiler", ""),
+            )
+        )
+        try:
+            self.store.publish(manifest, self.signer.sign(manifest), graph)
+        except GenerationExists:
+            log.warning("published by another process first", key=job.key)
+        self.store.prune(job.key, KEEP_GENERATIONS)

@@ -1,0 +1,179 @@
+"""The compile worker's process."""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from precast import log as logging
+from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
+from precast.graphs import capture
+from precast.graphs.key import build_digest
+from precast.graphs.scratch import sweep
+from precast.graphs.signing import TrustedKeys, load_or_create_signer
+from precast.graphs.store import DiskStore
+from precast.jobs import CaptureQueue
+from precast.registry import CompileLease, Heartbeat, Registry
+from precast.rpc import Server, start_server
+from precast.settings import CompileWorkerSettings
+from services.compile_worker.child import CaptureLimits
+from services.compile_worker.graphs import Graphs
+from services.compile_worker.index import GraphIndex
+from services.compile_worker.metrics import Metrics
+from services.compile_worker.server import services
+from services.compile_worker.worker import MAX_ATTEMPTS, Worker
+
+log = logging.get_logger(__name__)
+
+STOP_GRACE_S: Final = 1.0
+_COUNT_INTERVAL_S: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureProgram:
+    """What captures a graph, and what it adds to the graph's key."""
+
+    command: Sequence[str] = (sys.executable, "-m", "precast.graphs.capture")
+    build_factors: Callable[[], Mapping[str, str]] = capture.build_factors
+
+
+def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Raises ``ConfigError`` if it can't start."""
+    logging.configure("compile-worker", settings)
+    asyncio.run(_serve(settings, program or CaptureProgram()))
+    return 0
+
+
+async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> None:
+    started = time.monotonic()
+    registry = Registry.connect(settings.redis_url)
+    metrics = Metrics()
+    graphs = await _open_graphs(settings, program, registry)
+    capture_s = settings.capture_timeout_s * MAX_ATTEMPTS
+    server = await start_server(settings.listen, services(graphs, registry, metrics, capture_s))
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
+    log.info(
+        "compile worker ready",
+        port=server.port,
+        graphs=len(graphs.index.records()),
+        signer=graphs.signer.id,
+        start_s=round(time.monotonic() - started, 2),
+    )
+    try:
+        await _work_until_stopped(settings, program, registry, graphs, metrics, server)
+    finally:
+        await server.stop(STOP_GRACE_S)
+        await registry.close()
+
+
+async def _open_graphs(
+    settings: CompileWorkerSettings, program: CaptureProgram, registry: Registry
+) -> Graphs:
+    """Keys, store, index and queue, cleaned of what a killed predecessor left."""
+    signer = load_or_create_signer(settings.signing_key, settings.trusted_keys_dir)
+    try:
+        build = dict(await asyncio.to_thread(program.build_factors))
+    except CaptureFailed as error:
+        raise ConfigError(str(error)) from None
+    store = DiskStore(settings.store_dir)
+    index = GraphIndex(registry.redis)
+    queue = CaptureQueue(registry.redis, build_digest(build), max_queued=settings.max_queued)
+    graphs = Graphs(
+        store=store,
+        index=index,
+        queue=queue,
+        signer=signer,
+        trusted=TrustedKeys.load(settings.trusted_keys_dir),
+        build=build,
+        isa_targets=tuple(settings.isa_targets),
+    )
+    swept = store.sweep() + sweep(settings.home / "tmp")
+    if swept:
+        log.warning("leftovers of killed processes removed", folders=swept)
+    try:
+        await index.reconcile()  # labels and failures that the store doesn't know
+    except RegistryUnavailable as error:
+        log.warning("starting without Redis", reason=str(error))
+    await graphs.restore()
+    return graphs
+
+
+async def _work_until_stopped(
+    settings: CompileWorkerSettings,
+    program: CaptureProgram,
+    registry: Registry,
+    graphs: Graphs,
+    metrics: Metrics,
+    server: Server,
+) -> None:
+    worker_id = f"compile-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    workers = [
+        Worker(
+            consumer=f"{worker_id}.{number}",
+            graphs=graphs,
+            queue=graphs.queue,
+            command=program.command,
+            limits=CaptureLimits(
+                timeout_s=settings.capture_timeout_s,
+                memory_bytes=settings.capture_memory_mb << 20,
+            ),
+            scratch=settings.home / "tmp",
+            metrics=metrics,
+        )
+        for number in range(settings.parallel_captures)
+    ]
+
+    def lease() -> CompileLease:
+        capturing = metrics.count("compile_worker_capturing_jobs")
+        return CompileLease(
+            worker_id=worker_id,
+            address=_address(settings, server.port),
+            queued=max(metrics.count("compile_worker_active_jobs") - capturing, 0),
+            capturing=capturing,
+        )
+
+    async with Heartbeat(registry, lease):
+        tasks = [asyncio.create_task(worker.run()) for worker in workers]
+        tasks += [
+            asyncio.create_task(graphs.index.run()),
+            asyncio.create_task(_count_jobs(graphs.queue, metrics)),
+        ]
+        await _until_stopped(tasks)
+
+
+async def _until_stopped(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    """Wait for a signal, or for a task to fail: then the failure is raised and ends the process."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _count_jobs(queue: CaptureQueue, metrics: Metrics) -> None:
+    while True:
+        try:
+            metrics.active_jobs.set(await queue.length())
+        except RegistryUnavailable:
+            pass  # the gauge keeps the last known count
+        await asyncio.sleep(_COUNT_INTERVAL_S)
+
+
+def _address(settings: CompileWorkerSettings, port: int) -> str:
+    """Where others reach us: with the bound port where the system chose it."""
+    host, _, given = settings.advertise.rpartition(":")
+    return f"{host}:{port}" if given == "0" else settings.advertise

@@ -1,0 +1,201 @@
+"""Recompiling graphs by hand, from the request to the workers that have taken up the result."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from precast.errors import (
+    DeadlineExceeded,
+    GraphNotFound,
+    InvalidRequest,
+    JobNotFound,
+    RegistryUnavailable,
+    UnsupportedSpec,
+)
+from precast.jobs import CaptureQueue, Job, Stage
+from precast.log import get_logger
+from precast.registry import DecodeLease, Registry
+from services.compile_worker.graphs import Graphs
+from services.compile_worker.record import GraphRecord
+
+log = get_logger(__name__)
+
+POLL_S: Final = 0.2
+DEFAULT_ADOPTION_S: Final = 60.0
+MAX_ADOPTION_S: Final = 3600.0
+_ON_THE_WAY: Final = (
+    Stage.QUEUED,
+    Stage.CAPTURING,
+    Stage.CAPTURED,
+    Stage.VERIFIED,
+    Stage.PUBLISHED,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which graphs. The filters that are given must all match."""
+
+    keys: Sequence[str] = ()
+    model: str = ""
+    batch_sizes: Sequence[int] = ()
+    everything: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One thing that has happened to a job."""
+
+    job: Job
+    stage: Stage | None
+    """None: adoption."""
+    detail: str = ""
+    adopted: int = 0
+    workers: int = 0
+
+
+@dataclass(kw_only=True)
+class _Followed:
+    """A job, and what has been said of it so far."""
+
+    job: Job
+    told: list[Stage] = field(default_factory=list)
+    published_at: float = 0.0
+    """On the monotonic clock."""
+    adoption: tuple[int, int] | None = None
+    done: bool = False
+
+
+def select(graphs: Graphs, selection: Selection) -> list[GraphRecord]:
+    """The graphs to recompile, smallest batch first.
+
+    Graphs that another tool chain's worker made are left out of a filter's result, and refused where
+    they are named. Raises ``InvalidRequest``, ``GraphNotFound`` or ``UnsupportedSpec``.
+    """
+    named = (selection.keys, selection.model, selection.batch_sizes)
+    if not any(named) and not selection.everything:
+        raise InvalidRequest("recompile what? Give keys, a model, batch sizes, or all")
+    unknown = [key for key in selection.keys if graphs.index.get(key) is None]
+    if unknown:
+        raise GraphNotFound(f"no graph {unknown[0][:64]!r}")
+    matching = [record for record in graphs.index.records() if _matches(record, selection)]
+    records = [record for record in matching if graphs.buildable(record)]
+    if matching and (not records or (selection.keys and len(records) < len(matching))):
+        raise UnsupportedSpec("captured with another compiler or flags than this worker's")
+    if not records:
+        raise GraphNotFound("no graph matches")
+    return sorted(records, key=lambda record: int(record.factors["batch_size"]))
+
+
+def _matches(record: GraphRecord, selection: Selection) -> bool:
+    return (
+        (not selection.keys or record.key in selection.keys)
+        and (not selection.model or selection.model in record.models)
+        and (
+            not selection.batch_sizes or int(record.factors["batch_size"]) in selection.batch_sizes
+        )
+    )
+
+
+async def recompile(
+    graphs: Graphs,
+    registry: Registry,
+    records: Sequence[GraphRecord],
+    *,
+    adoption_s: float,
+    capture_s: float,
+) -> AsyncIterator[Progress]:
+    """Queue the graphs and report each job's stages, then its adoption by live workers.
+
+    Ends when every job has ended and been adopted by all, or ``adoption_s`` after its publication.
+    Raises ``DeadlineExceeded`` if the captures take longer than ``capture_s`` in all.
+    """
+    followed = [_Followed(job=await graphs.recapture(record)) for record in records]
+    end = time.monotonic() + capture_s
+    while not all(item.done for item in followed):
+        leases = await _leases(registry)
+        for item in followed:
+            for progress in await _step(item, graphs.queue, leases, adoption_s):
+                yield progress
+        if time.monotonic() > end and not all(item.job.stage.ended for item in followed):
+            raise DeadlineExceeded(f"captures did not end within {capture_s:g} s; they go on")
+        await asyncio.sleep(POLL_S)
+
+
+async def _step(
+    item: _Followed, queue: CaptureQueue, leases: list[DecodeLease] | None, adoption_s: float
+) -> list[Progress]:
+    """What is new about one job."""
+    if item.done:
+        return []
+    if not item.job.stage.ended:
+        await _refresh(item, queue)
+    news = [
+        Progress(job=item.job, stage=stage, detail=item.job.detail)
+        for stage in _stages_until(item.job.stage)
+        if stage not in item.told
+    ]
+    item.told += [progress.stage for progress in news if progress.stage]
+    if item.job.stage is Stage.PUBLISHED:
+        news += _adoption(item, leases, adoption_s)
+    elif item.job.stage.ended:
+        item.done = True
+    return news
+
+
+async def _refresh(item: _Followed, queue: CaptureQueue) -> None:
+    try:
+        item.job = await queue.get(item.job.id)
+    except RegistryUnavailable as error:
+        log.warning("progress of recompile unknown for now", reason=str(error))
+    except JobNotFound:
+        # Redis came back empty. The same job again: if it has been published meanwhile, whoever
+        # claims it will see that.
+        item.job = await queue.enqueue(item.job)
+
+
+def _stages_until(stage: Stage) -> list[Stage]:
+    """Stages may pass faster than they are looked at; each is told once, in order."""
+    if stage in _ON_THE_WAY:
+        return list(_ON_THE_WAY[: _ON_THE_WAY.index(stage) + 1])
+    return [Stage.QUEUED, stage]
+
+
+def _adoption(
+    item: _Followed, leases: list[DecodeLease] | None, adoption_s: float
+) -> list[Progress]:
+    item.published_at = item.published_at or time.monotonic()
+    expired = time.monotonic() - item.published_at > adoption_s
+    count = count_adopted(leases, item.job) if leases is not None else item.adoption
+    item.done = expired or (count is not None and count[0] == count[1])
+    if count is None or (count == item.adoption and not item.done):
+        return []
+    item.adoption = count
+    detail = "not all within the deadline" if count[0] < count[1] and expired else ""
+    return [Progress(job=item.job, stage=None, detail=detail, adopted=count[0], workers=count[1])]
+
+
+def count_adopted(leases: Sequence[DecodeLease], job: Job) -> tuple[int, int]:
+    """(workers that run the job's generation or a later one, workers that run its key)."""
+    running = [
+        generation
+        for lease in leases
+        for generation in [_generation_of(lease, job.key)]
+        if generation is not None
+    ]
+    return sum(generation >= job.generation for generation in running), len(running)
+
+
+def _generation_of(lease: DecodeLease, key: str) -> int | None:
+    """The oldest generation of the key among a worker's ranks; None if it doesn't run it."""
+    pairs = [pair for graph in lease.graphs for pair in zip(graph.keys, graph.generations)]
+    return min((generation for name, generation in pairs if name == key), default=None)
+
+
+async def _leases(registry: Registry) -> list[DecodeLease] | None:
+    try:
+        return await registry.decode_workers()
+    except RegistryUnavailable:
+        return None

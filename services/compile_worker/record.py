@@ -1,0 +1,72 @@
+"""What is known of one graph: the row of the index."""
+
+import enum
+import time
+
+import msgspec
+
+from precast.graphs.artifact import Manifest
+
+
+class Phase(enum.StrEnum):
+    QUEUED = "queued"
+    CAPTURING = "capturing"
+    PUBLISHED = "published"
+    """There is a generation to fetch, whatever else happens to the graph."""
+    FAILED = "failed"
+
+
+class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """State of a key, as kept in Redis for all compile workers. Times are Unix seconds."""
+
+    key: str
+    phase: Phase
+    factors: dict[str, str]
+    models: tuple[str, ...] = ()
+    generation: int = 0
+    """The newest published one; 0: none."""
+    error: str = ""
+    """Why the last capture failed, if it did."""
+    failures: int = 0
+    """In a row."""
+    retry_at: float = 0.0
+    """A failed capture isn't begun again before this time, unless by hand."""
+    size_bytes: int = 0
+    published_at: float = 0.0
+    max_relative_error: float = 0.0
+    capture_s: float = 0.0
+    step_us: float = 0.0
+    updated_at: float = 0.0
+    """Of two versions of a record the later one counts."""
+
+    def with_model(self, model: str) -> "GraphRecord":
+        if not model or model in self.models:
+            return self
+        return changed(self, models=tuple(sorted((*self.models, model))))
+
+
+def changed(record: GraphRecord, **changes: object) -> GraphRecord:
+    """A later version of the record."""
+    later = max(time.time(), record.updated_at + 1e-6)
+    return msgspec.structs.replace(record, **changes, updated_at=later)
+
+
+def published_record(manifest: Manifest, previous: GraphRecord | None) -> GraphRecord:
+    """The record of a published artifact; labels add up, failures are forgotten."""
+    models = {*manifest.models, *(previous.models if previous else ())}
+    base = previous or GraphRecord(key=manifest.key, phase=Phase.PUBLISHED, factors={})
+    return changed(
+        base,
+        phase=Phase.PUBLISHED,
+        factors=manifest.factors,
+        models=tuple(sorted(models)),
+        generation=manifest.generation,
+        error="",
+        failures=0,
+        retry_at=0.0,
+        size_bytes=manifest.size,
+        published_at=manifest.created_at,
+        max_relative_error=manifest.max_relative_error,
+        capture_s=manifest.capture_s,
+        step_us=manifest.step_us,
+    )

@@ -1,0 +1,180 @@
+"""Real compile workers in processes of their own, for tests; captures are those of a small program.
+
+``python -m tests.support.compile_worker SETTINGS_JSON LEDGER`` is one worker.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from precast.admin.v1 import admin_service_pb2_grpc as admin_grpc
+from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
+from precast.redis_server import free_port
+from precast.rpc import open_channel
+from precast.settings import CompileWorkerSettings, load_settings
+from services.compile_worker.main import CaptureProgram, run
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("capture_program.py")
+BUILD = {"compiler": "test 1.0", "flags": "-O2"}
+FACTORS = {
+    "architecture": "llama",
+    "hidden_size": "576",
+    "q_heads": "9",
+    "kv_heads": "3",
+    "head_dim": "64",
+    "intermediate_size": "1536",
+    "vocab_size": "49152",
+    "vocab_widths": "49152",
+    "rms_norm_eps": "1e-05",
+    "attention_bias": "false",
+    "mlp_bias": "false",
+    "tp_size": "1",
+    "weight_dtype": "fp32",
+    "quantization": "int8",
+    "packing_version": "1",
+    "phase": "decode",
+    "batch_size": "1",
+    "block_size": "32",
+    "kv_dtype": "fp32",
+    "provider": "native",
+    "provider_abi": "1",
+    "torch": "2.13.0+cpu",
+    "isa": "x86-64-v3",
+    "graph_source": "0123456789abcdef",
+}
+"""Well-formed factors; tests change some of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerProcess:
+    """A running compile worker."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    home: Path
+    log: Path
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def program(ledger: Path) -> CaptureProgram:
+    """The test's capture program, which notes its starts in a folder."""
+    ledger.mkdir(parents=True, exist_ok=True)
+    return CaptureProgram(
+        command=(sys.executable, str(PROGRAM), str(ledger)), build_factors=lambda: BUILD
+    )
+
+
+def starts(ledger: Path) -> list[list[str]]:
+    """[pid, architecture, batch size] of each capture begun."""
+    path = ledger / "started"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@contextmanager
+def compile_worker(
+    home: Path, redis_url: str, ledger: Path, **settings: Any
+) -> Iterator[WorkerProcess]:
+    """A worker that answers; killed at the end if it still lives."""
+    address = f"127.0.0.1:{free_port()}"
+    given = {"home": str(home), "redis_url": redis_url, "listen": address, **settings}
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / f"worker-{time.time_ns()}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(given), str(ledger)],
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PRECAST_LOG_FORMAT": "json"},
+        )
+    worker = WorkerProcess(process=process, address=address, home=home, log=log)
+    try:
+        _wait_until_serving(worker)
+        yield worker
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_serving(worker: WorkerProcess, deadline_s: float = 20.0) -> None:
+    def serving() -> bool:
+        assert worker.process.poll() is None, worker.log.read_text()
+        with grpc.insecure_channel(worker.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                stub.Check(health_pb2.HealthCheckRequest(), timeout=0.5)
+            except grpc.RpcError:
+                return False
+            return True
+
+    wait_until(serving, deadline_s)
+
+
+def wait_until(condition: Callable[[], Any], deadline_s: float = 15.0) -> Any:
+    """Poll until the condition holds, and return what it gave."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.03)
+    raise AssertionError(f"did not come true within {deadline_s:g} s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """Stubs to one worker."""
+
+    graphs: graphs_grpc.GraphsServiceStub
+    admin: admin_grpc.AdminServiceStub
+
+    async def request(self, *specs: dict[str, str], model: str = "tiny") -> list[pb.GraphState]:
+        message = pb.RequestGraphsRequest(
+            specs=[pb.GraphSpec(factors=spec) for spec in specs], model=model
+        )
+        return list((await self.graphs.RequestGraphs(message, timeout=10)).states)
+
+    async def until(
+        self, keys: list[str], *phases: int, deadline_s: float = 20.0
+    ) -> dict[str, pb.GraphState]:
+        """Watch the keys until each is in one of the phases."""
+        states: dict[str, pb.GraphState] = {}
+        watch = self.graphs.WatchGraphs(pb.WatchGraphsRequest(keys=keys), timeout=deadline_s)
+        async for message in watch:
+            states[message.state.key] = message.state
+            if len(states) == len(set(keys)) and all(s.phase in phases for s in states.values()):
+                watch.cancel()
+                break
+        return states
+
+
+@asynccontextmanager
+async def connect(worker: WorkerProcess) -> AsyncIterator[Client]:
+    channel = open_channel(worker.address)
+    try:
+        yield Client(
+            graphs=graphs_grpc.GraphsServiceStub(channel), admin=admin_grpc.AdminServiceStub(channel)
+        )
+    finally:
+        await channel.close()
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    sys.exit(run(load_settings(CompileWorkerSettings, **options), program(Path(sys.argv[2]))))
