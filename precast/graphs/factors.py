@@ -57,6 +57,26 @@ def rank_factors(
     }
 
 
+def check_versions(factors: Mapping[str, str], *, torch_version: str) -> None:
+    """Refuses factors of another installation: the graph would not be what its key says.
+
+    Raises InvalidRequest.
+    """
+    ours = {
+        "architecture": "llama",
+        "packing_version": str(PACKING_VERSION),
+        "phase": "decode",
+        "kv_dtype": "fp32",
+        "provider": "native",
+        "provider_abi": str(ABI_VERSION),
+        "torch": torch_version,
+        "graph_source": graph_source(),
+    }
+    for name, value in ours.items():
+        if factors[name] != value:
+            raise InvalidRequest(f"{name} is {factors[name]}, but {value} is installed here")
+
+
 def shape_from(factors: Mapping[str, str]) -> LlamaShape:
     """The shape that the factors describe. Raises InvalidRequest if they contradict each other."""
     widths = tuple(int(w) for w in factors["vocab_widths"].split(","))
