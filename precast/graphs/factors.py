@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 
 from precast.errors import InvalidRequest
@@ -57,7 +58,7 @@ def rank_factors(
     }
 
 
-def check_versions(factors: Mapping[str, str], *, torch_version: str) -> None:
+def check_versions(factors: Mapping[str, str]) -> None:
     """Refuses factors of another installation: the graph would not be what its key says.
 
     Raises InvalidRequest.
@@ -69,7 +70,7 @@ def check_versions(factors: Mapping[str, str], *, torch_version: str) -> None:
         "kv_dtype": "fp32",
         "provider": "native",
         "provider_abi": str(ABI_VERSION),
-        "torch": torch_version,
+        "torch": version("torch"),
         "graph_source": graph_source(),
     }
     for name, value in ours.items():
