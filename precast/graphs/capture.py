@@ -82,9 +82,10 @@ def progress(stage: str) -> None:
 
 def capture(factors: Mapping[str, str], out: Path) -> dict[str, float]:
     """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest, CaptureFailed."""
-    from precast.graphs.factors import shape_from
+    from precast.graphs.factors import check_versions, shape_from
     from precast.graphs.verify_peers import stand_ins
 
+    check_versions(factors)
     shape, batch_size = shape_from(factors), int(factors["batch_size"])
     with stand_ins(shape, batch_size, VERIFY_LAYERS, VERIFY_STEPS) as group:
         return _capture(factors, shape, group, out)
