@@ -83,7 +83,8 @@ async def _run(
     limits: CaptureLimits,
     on_stage: OnStage,
 ) -> CaptureReport:
-    async with _started([*command, "--out", str(folder)], folder, limits.nice) as process:
+    async with _started([*command, "--out", str(folder)], folder, limits.nice) as started:
+        process, status = started
         watchdog = asyncio.create_task(_watch_memory(process.pid, limits.memory_bytes))
         talk = asyncio.create_task(_talk(process, spec, on_stage))
         try:
@@ -95,34 +96,42 @@ async def _run(
             watchdog.cancel()
             talk.cancel()
             await asyncio.gather(watchdog, talk, return_exceptions=True)
-        _check_exit(process.returncode or 0, stderr)
+        _check_exit(os.read(status, 16), stderr)
     return _read_report(folder)
 
 
 @asynccontextmanager
 async def _started(
     command: Sequence[str], folder: Path, nice: int
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The capture's processes in a group of their own; at the end the whole group is dead."""
-    theirs, ours = os.pipe()
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+    """The capture's processes in a group of their own, and a pipe that gets the exit code.
+
+    At the end the whole group is dead.
+    """
+    (their_lifeline, lifeline), (status, their_status) = os.pipe(), os.pipe()
+    launcher = (sys.executable, "-I", launch.__file__, str(their_lifeline), str(their_status))
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", launch.__file__, str(theirs), str(nice), *command),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # what compilers leave in TMPDIR goes with the folder, even after a SIGKILL
-            env={**os.environ, "TMPDIR": str(folder)},
-            pass_fds=(theirs,),
-            start_new_session=True,
-        )
         try:
-            yield process
+            process = await asyncio.create_subprocess_exec(
+                *(*launcher, str(nice), *command),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                # what compilers leave in TMPDIR goes with the folder, even after a SIGKILL
+                env={**os.environ, "TMPDIR": str(folder)},
+                pass_fds=(their_lifeline, their_status),
+                start_new_session=True,
+            )
+        finally:
+            os.close(their_lifeline)
+            os.close(their_status)
+        try:
+            yield process, status
         finally:
             await _kill_group(process)
     finally:
-        os.close(theirs)
-        os.close(ours)
+        os.close(lifeline)
+        os.close(status)
 
 
 async def _kill_group(process: asyncio.subprocess.Process) -> None:
@@ -191,18 +200,18 @@ def _resident_bytes(pid: int) -> int:
     return total
 
 
-def _check_exit(code: int, stderr: bytes) -> None:
+def _check_exit(status: bytes, stderr: bytes) -> None:
+    """Judge the command by its exit code; none was written if something killed the whole group."""
     lines = stderr.decode(errors="replace").strip().splitlines()
     said = lines[-1][:500] if lines else "no message"
+    code = int(status) if status else -signal.SIGKILL
     if code == EXIT_REFUSED:
         raise CaptureFailed(f"capture refused the graph: {said}")
     if code == EXIT_DIFFERS:
         raise CaptureFailed(f"verification failed: {said}")
-    if code > launch.SIGNALLED:
-        name = signal.strsignal(code - launch.SIGNALLED) or "a signal"
-        raise CaptureFailed(
-            f"capture was ended by signal {code - launch.SIGNALLED} ({name}): {said}"
-        )
+    if code < 0:
+        name = signal.strsignal(-code) or "unknown"
+        raise CaptureFailed(f"capture was ended by signal {-code} ({name}): {said}")
     if code != 0:
         raise CaptureFailed(f"capture ended with exit code {code}: {said}")
 

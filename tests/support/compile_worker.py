@@ -169,7 +169,8 @@ async def connect(worker: WorkerProcess) -> AsyncIterator[Client]:
     channel = open_channel(worker.address)
     try:
         yield Client(
-            graphs=graphs_grpc.GraphsServiceStub(channel), admin=admin_grpc.AdminServiceStub(channel)
+            graphs=graphs_grpc.GraphsServiceStub(channel),
+            admin=admin_grpc.AdminServiceStub(channel),
         )
     finally:
         await channel.close()

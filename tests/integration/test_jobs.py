@@ -1,0 +1,196 @@
+"""The capture queue against a real Redis: single flight, takeover, cancellation, loss of data."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from precast.errors import JobNotFound, Overloaded, RegistryUnavailable
+from precast.jobs import HISTORY, CaptureQueue, Claim, Hold, Job, Stage, new_job, replace_job
+from precast.redis_server import RedisServer, loopback_port, start_redis
+from precast.registry import Registry
+
+pytestmark = pytest.mark.asyncio
+TTL_S = 0.6
+
+
+def job(key: str = "a" * 32, *, batch_size: int = 1, generation: int = 1) -> Job:
+    return new_job(
+        key, {"batch_size": str(batch_size)}, batch_size=batch_size, generation=generation
+    )
+
+
+@pytest_asyncio.fixture
+async def registry(redis_url: str) -> AsyncIterator[Registry]:
+    registry = Registry.connect(redis_url)
+    yield registry
+    await registry.close()
+
+
+@pytest.fixture
+def queue(registry: Registry) -> CaptureQueue:
+    return CaptureQueue(registry.redis, "build", lease_ttl_s=TTL_S, max_queued=5)
+
+
+async def claimed(queue: CaptureQueue, consumer: str = "one", deadline_s: float = 5.0) -> Claim:
+    async with asyncio.timeout(deadline_s):
+        while True:
+            claim = await queue.claim(consumer)
+            if claim:
+                return claim
+
+
+async def unclaimed(queue: CaptureQueue, consumer: str = "two", tries: int = 3) -> bool:
+    return not any([await queue.claim(consumer) for _ in range(tries)])
+
+
+def ended(claim: Claim, stage: Stage = Stage.PUBLISHED) -> Claim:
+    done = replace_job(claim.job, stage=stage, ended_at=time.time())
+    return Claim(job=done, entry=claim.entry, token=claim.token)
+
+
+async def test_a_key_has_one_active_job(queue: CaptureQueue) -> None:
+    first = await queue.enqueue(job())
+    assert await queue.enqueue(job()) == first
+    assert await queue.length() == 1
+    claim = await claimed(queue)
+    assert (claim.job.id, claim.job.worker, claim.job.attempts) == (first.id, "one", 1)
+    assert (await queue.enqueue(job())).id == first.id
+    assert await queue.finish(ended(claim))
+    assert (await queue.enqueue(job())).id != first.id
+
+
+async def test_jobs_come_in_the_order_of_their_requests(queue: CaptureQueue) -> None:
+    made = [await queue.enqueue(job(letter * 32)) for letter in "cab"]
+    assert [(await claimed(queue)).job.id for _ in made] == [each.id for each in made]
+
+
+async def test_full_queue_says_so(queue: CaptureQueue) -> None:
+    for letter in "abcde":
+        await queue.enqueue(job(letter * 32))
+    with pytest.raises(Overloaded, match="5 jobs"):
+        await queue.enqueue(job("f" * 32))
+    assert (await queue.enqueue(job("a" * 32))).key == "a" * 32
+
+
+async def test_renewed_claim_stays_and_an_abandoned_one_is_taken_over(queue: CaptureQueue) -> None:
+    made = await queue.enqueue(job())
+    claim = await claimed(queue)
+    for _ in range(4):
+        await asyncio.sleep(TTL_S / 2)
+        assert await queue.renew(claim, "one") is Hold.HELD
+    assert await unclaimed(queue, tries=1)
+    taken = await claimed(queue, "two")  # "one" renews no more
+    assert (taken.job.id, taken.job.attempts, taken.job.worker) == (made.id, 2, "two")
+    assert await queue.renew(claim, "one") is Hold.LOST
+    assert not await queue.finish(ended(claim, Stage.FAILED)), "a lost claim can't end the job"
+    assert await queue.finish(ended(taken))
+    assert (await queue.get(made.id)).stage is Stage.PUBLISHED
+
+
+async def test_attempts_count_the_claims_that_were_recorded(queue: CaptureQueue) -> None:
+    await queue.enqueue(job())
+    for attempt in (1, 2, 3):
+        claim = await claimed(queue, f"worker-{attempt}")
+        assert claim.job.attempts == attempt
+        assert await queue.renew(claim, f"worker-{attempt}") is Hold.HELD
+
+
+async def test_two_listeners_share_the_work_without_doing_any_twice(queue: CaptureQueue) -> None:
+    made = {(await queue.enqueue(job(letter * 32))).id for letter in "abcde"}
+    done: list[str] = []
+
+    async def listen(name: str) -> None:
+        while len(done) < len(made):
+            claim = await queue.claim(name)
+            if claim:
+                done.append(claim.job.id)
+                await queue.finish(ended(claim))
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(listen(name) for name in ("one", "two", "three")))
+    assert sorted(done) == sorted(made)
+
+
+async def test_other_tool_chains_do_not_see_the_job(
+    queue: CaptureQueue, registry: Registry
+) -> None:
+    await queue.enqueue(job())
+    other = CaptureQueue(registry.redis, "another build", lease_ttl_s=TTL_S)
+    assert await unclaimed(other)
+    assert await claimed(queue)
+
+
+async def test_queued_job_is_cancelled_at_once(queue: CaptureQueue) -> None:
+    made = await queue.enqueue(job())
+    cancelled = await queue.cancel(made.id)
+    assert cancelled.stage is Stage.CANCELLED
+    assert cancelled.ended_at > 0
+    assert await unclaimed(queue)
+    assert await queue.length() == 0
+    assert await queue.cancel(made.id) == cancelled
+    assert (await queue.enqueue(job())).id != made.id
+
+
+async def test_running_job_learns_of_its_cancellation(queue: CaptureQueue) -> None:
+    made = await queue.enqueue(job())
+    claim = await claimed(queue)
+    assert (await queue.cancel(made.id)).stage is not Stage.CANCELLED
+    assert await queue.renew(claim, "one") is Hold.CANCELLED
+    await queue.finish(ended(claim, Stage.CANCELLED))
+    assert (await queue.get(made.id)).stage is Stage.CANCELLED
+
+
+async def test_unknown_job(queue: CaptureQueue) -> None:
+    for call in (queue.get, queue.cancel):
+        with pytest.raises(JobNotFound, match="nothing"):
+            await call("nothing")
+
+
+async def test_history_is_bounded(queue: CaptureQueue) -> None:
+    for number in range(HISTORY + 10):
+        await queue.enqueue(job(f"{number:032x}"))
+        await queue.finish(ended(await claimed(queue)))
+    jobs = await queue.jobs()
+    assert len(jobs) == HISTORY
+    assert jobs[-1].key == f"{HISTORY + 9:032x}"
+
+
+async def test_holder_puts_its_job_back_after_a_loss_of_all_data(
+    queue: CaptureQueue, registry: Registry
+) -> None:
+    made = await queue.enqueue(job())
+    claim = await claimed(queue)
+    await registry.redis.flushall()
+    assert await queue.renew(claim, "one") is Hold.HELD
+    assert (await queue.enqueue(job())).id == made.id, "still one job for the key"
+    assert await unclaimed(queue, tries=1)
+    # the holder dies now: its job must come up again
+    taken = await claimed(queue, "two")
+    assert taken.job.id == made.id
+    await queue.finish(ended(taken))
+    assert await unclaimed(queue)
+
+
+async def test_queue_survives_a_killed_redis(tmp_path: Path) -> None:
+    server: RedisServer = await asyncio.to_thread(start_redis, tmp_path / "redis")
+    port = loopback_port(server.url)
+    assert port
+    registry = Registry.connect(server.url)
+    queue = CaptureQueue(registry.redis, "build", lease_ttl_s=TTL_S)
+    made = [await queue.enqueue(job(letter * 32)) for letter in "ab"]
+    claim = await claimed(queue)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    for call in (queue.claim("one"), queue.renew(claim, "one"), queue.finish(claim), queue.jobs()):
+        with pytest.raises(RegistryUnavailable):
+            await call
+    with await asyncio.to_thread(start_redis, tmp_path / "redis", port):
+        assert await queue.renew(claim, "one") is Hold.HELD
+        await queue.finish(ended(claim))
+        assert (await claimed(queue)).job.id == made[1].id
+    await registry.close()
