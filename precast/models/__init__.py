@@ -1,0 +1,1 @@
+"""Models: import, configuration, weights and the readable reference of each architecture."""
