@@ -67,7 +67,7 @@ def _main(arguments: Sequence[str]) -> None:
     """``SIGNAL PARENT COMMAND...``: bind to the parent, then become the command."""
     name, parent, *command = arguments
     die_with_parent(signal.Signals[name], int(parent))
-    os.execvp(command[0], command)  # PDEATHSIG survives an exec
+    os.execvp(command[0], command)  # noqa: S606  # PDEATHSIG survives an exec
 
 
 if __name__ == "__main__":

@@ -172,10 +172,9 @@ class ErrorInterceptor(_Interceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
-        handler = await continuation(handler_call_details)
-        if handler is None:  # unknown method: gRPC answers UNIMPLEMENTED
-            return handler
-        return _wrapped(handler, str(handler_call_details.method))
+        handler: _Handler | None = await continuation(handler_call_details)
+        # None for an unknown method, which the stubs don't say: gRPC answers UNIMPLEMENTED
+        return handler and _wrapped(handler, str(handler_call_details.method))
 
 
 def _wrapped(handler: Any, method: str) -> _Handler:
@@ -189,10 +188,7 @@ def _wrapped(handler: Any, method: str) -> _Handler:
     attribute, make = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
     behaviour = getattr(handler, attribute)
     guard = _guard_generator if inspect.isasyncgenfunction(behaviour) else _guard_coroutine
-    wrapped = make(
-        guard(behaviour, method), handler.request_deserializer, handler.response_serializer
-    )
-    return wrapped
+    return make(guard(behaviour, method), handler.request_deserializer, handler.response_serializer)
 
 
 def _guard_coroutine(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Any]:

@@ -154,6 +154,8 @@ class DecodeWorkerSettings(CommonSettings):
     compile_address: Address | None = None
     """The compile worker; none: whichever has a lease."""
     kernel_provider: Literal["native"] = "native"
+    metrics_port: Port = 0
+    """Prometheus metrics over HTTP; 0: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,6 +1,5 @@
 """Types of settings that flags and environment give as text and a file may give as lists."""
 
-import os
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,10 @@ from precast.process import parse_cpus
 
 def absolute(path: Path) -> Path:
     """With ``~`` expanded, relative to the working directory of the start."""
-    return Path(os.path.abspath(path.expanduser()))
+    try:
+        return path.expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # no home folder is known, or a loop of links
+        raise ValueError(str(error)) from None
 
 
 def _split(value: object) -> object:

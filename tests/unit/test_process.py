@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,7 @@ from precast.process import available_cpus, parse_cpus, pin
 
 def is_running(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -40,10 +40,7 @@ def test_a_bound_command_ends_when_its_parent_is_killed() -> None:
     )
     # the shim becomes the command only after it has bound itself
     end = time.monotonic() + 10
-    while True:
-        with open(f"/proc/{child}/comm") as comm:
-            if comm.read().strip() == "sleep":
-                break
+    while Path(f"/proc/{child}/comm").read_text().strip() != "sleep":
         assert time.monotonic() < end
         time.sleep(0.01)
     parent.kill()
