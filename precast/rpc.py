@@ -174,7 +174,8 @@ class ErrorInterceptor(_Interceptor):
     ) -> _Handler:
         handler: _Handler | None = await continuation(handler_call_details)
         # None for an unknown method, which the stubs don't say: gRPC answers UNIMPLEMENTED
-        return handler and _wrapped(handler, str(handler_call_details.method))
+        wrapped = handler and _wrapped(handler, str(handler_call_details.method))
+        return cast("_Handler", wrapped)
 
 
 def _wrapped(handler: Any, method: str) -> _Handler:
