@@ -1,0 +1,200 @@
+"""Gets this worker its graphs: from its cache, then from a compile worker.
+
+Everything is repeated until it is so: missing graphs are asked for again every few seconds, and a
+compile worker that went away is looked for again. No request ever waits for this.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc.aio
+
+from precast.errors import ArtifactRejected, CompilerUnavailable, PrecastError
+from precast.graphs.fetch import GraphCache, fetch_graph
+from precast.graphs.key import spec_digest
+from precast.graphs.store import StoredArtifact
+from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
+from precast.log import get_logger
+from precast.registry import Registry
+from precast.rpc import error_of, open_channel
+from services.decode_worker.graph_set import GraphSet, Offer
+
+log = get_logger(__name__)
+
+REQUEST_INTERVAL_S: Final = 10.0
+RETRY_S: Final = 1.0
+RPC_TIMEOUT_S: Final = 10.0
+
+Spec = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One batch size's graph specs, one for each rank."""
+
+    batch_size: int
+    specs: tuple[Spec, ...]
+
+
+class GraphsClient:
+    def __init__(
+        self,
+        *,
+        model: str,
+        graphs: GraphSet,
+        cache: GraphCache,
+        registry: Registry,
+        compile_address: str | None,
+        on_offer: Callable[[], None],
+    ) -> None:
+        """``on_offer`` is called when a graph is ready to be loaded."""
+        self._model = model
+        self._graphs = graphs
+        self._cache = cache
+        self._registry = registry
+        self._compile_address = compile_address
+        self._on_offer = on_offer
+        self._artifacts: dict[str, StoredArtifact] = {}
+        """Newest verified artifact by spec digest."""
+        self._reported = ""
+
+    def load_cached(self) -> None:
+        """Offers what the cache holds. Reads and hashes files."""
+        for wanted in self._wanted():
+            for spec in wanted.specs:
+                artifact = self._cache.find(spec)
+                if artifact is not None:
+                    self._artifacts[spec_digest(spec)] = artifact
+        self._offer_complete()
+
+    async def run(self) -> None:
+        """Asks, watches and fetches until cancelled."""
+        while True:
+            try:
+                await self._follow(await self._compile_worker())
+            except (PrecastError, grpc.aio.AioRpcError) as error:
+                self._report(error)
+            await asyncio.sleep(RETRY_S)
+
+    def _report(self, error: PrecastError | grpc.aio.AioRpcError) -> None:
+        """Logs a trouble once, not at every retry."""
+        if isinstance(error, grpc.aio.AioRpcError):
+            error = error_of(error)
+        text = str(error)
+        if text != self._reported:
+            log.warning("no graphs for now; serving with what is loaded", reason=text)
+        self._reported = text
+
+    async def _compile_worker(self) -> str:
+        if self._compile_address is not None:
+            return self._compile_address
+        leases = await self._registry.compile_workers()
+        if not leases:
+            raise CompilerUnavailable("no live compile worker")
+        return min(leases, key=lambda lease: (lease.queued + lease.capturing, lease.worker_id)).address
+
+    async def _follow(self, address: str) -> None:
+        """Works with one compile worker until it fails."""
+        async with open_channel(address) as channel:
+            stub: Any = pb_grpc.GraphsServiceStub(channel)
+            keys = await self._request(stub)
+            self._reported = ""
+            watching = asyncio.ensure_future(self._watch(stub, keys))
+            asking = asyncio.ensure_future(self._keep_asking(stub))
+            try:
+                done, _ = await asyncio.wait(
+                    {watching, asking}, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
+            finally:
+                watching.cancel()
+                asking.cancel()
+                await asyncio.gather(watching, asking, return_exceptions=True)
+
+    async def _keep_asking(self, stub: Any) -> None:
+        """Repeats the request, so that a compile worker or a Redis that lost it captures after all."""
+        while True:
+            await asyncio.sleep(REQUEST_INTERVAL_S)
+            if self._graphs.missing:
+                await self._request(stub)
+
+    async def _request(self, stub: Any) -> dict[str, Spec]:
+        """Asks for every wanted spec and fetches what is there; returns the spec of each key."""
+        specs = self._specs()
+        response = await stub.RequestGraphs(
+            pb.RequestGraphsRequest(
+                specs=[pb.GraphSpec(factors=spec) for spec in specs], model=self._model
+            ),
+            timeout=RPC_TIMEOUT_S,
+        )
+        keys = {}
+        for spec, state in zip(specs, response.states, strict=True):
+            keys[state.key] = spec
+            await self._update(stub, spec, state)
+        return keys
+
+    async def _watch(self, stub: Any, keys: dict[str, Spec]) -> None:
+        async for change in stub.WatchGraphs(pb.WatchGraphsRequest(keys=list(keys))):
+            spec = keys.get(change.state.key)
+            if spec is not None:
+                await self._update(stub, spec, change.state)
+
+    async def _update(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
+        """Fetches a generation that is not the one we have, and offers what is complete."""
+        present = self._artifacts.get(spec_digest(spec))
+        if state.generation == 0 or (
+            present is not None
+            and (present.manifest.key, present.manifest.generation) == (state.key, state.generation)
+        ):
+            return
+        if self._graphs.is_bad(((state.key, state.generation),)):
+            return
+        try:
+            artifact = await fetch_graph(
+                stub, self._cache, state.key, spec=spec, generation=state.generation
+            )
+        except ArtifactRejected as error:
+            log.error(
+                "artifact rejected", key=state.key, generation=state.generation, reason=str(error)
+            )
+            return
+        self._artifacts[spec_digest(spec)] = artifact
+        self._offer_complete()
+
+    def _wanted(self) -> list[Wanted]:
+        return [
+            Wanted(
+                batch_size=size,
+                specs=tuple({**rank, "batch_size": str(size)} for rank in self._graphs.factors),
+            )
+            for size in self._graphs.batch_sizes
+        ]
+
+    def _specs(self) -> list[Spec]:
+        """Each distinct spec once, smallest batch first: ranks with equal shards share a graph."""
+        unique = {spec_digest(spec): spec for wanted in self._wanted() for spec in wanted.specs}
+        return list(unique.values())
+
+    def _offer_complete(self) -> None:
+        """Offers every batch size for which all ranks' artifacts are here and not loaded yet."""
+        for wanted in self._wanted():
+            artifacts = [self._artifacts.get(spec_digest(spec)) for spec in wanted.specs]
+            complete = [artifact for artifact in artifacts if artifact is not None]
+            if len(complete) == len(artifacts):
+                self._offer(wanted.batch_size, complete)
+
+    def _offer(self, batch_size: int, artifacts: Sequence[StoredArtifact]) -> None:
+        offer = Offer(
+            batch_size=batch_size,
+            paths=tuple(artifact.graph_path for artifact in artifacts),
+            keys=tuple(artifact.manifest.key for artifact in artifacts),
+            generations=tuple(artifact.manifest.generation for artifact in artifacts),
+        )
+        current = self._graphs.current(batch_size)
+        if current is None or current.identity != offer.identity:
+            self._graphs.offer(offer)
+            self._on_offer()

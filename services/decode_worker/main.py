@@ -1,0 +1,263 @@
+"""The decode worker's process: the leader of a group of ranks."""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import psutil
+from tokenizers import Tokenizer
+
+from precast import log as logging
+from precast.errors import ConfigError, ModelCorrupt
+from precast.graphs.fetch import GraphCache
+from precast.graphs.signing import TrustedKeys
+from precast.models.config import ModelConfig, load_config
+from precast.process import available_cpus
+from precast.registry import Heartbeat, Registry
+from precast.rpc import Server, start_server
+from precast.settings import DecodeWorkerSettings
+from services.decode_worker import server as grpc_server
+from services.decode_worker.engine import Engine
+from services.decode_worker.graph_set import GraphSet
+from services.decode_worker.graphs_client import GraphsClient
+from services.decode_worker.metrics import Metrics
+from services.decode_worker.rank_group import (
+    RANK_MODULE,
+    GroupFailed,
+    new_group_id,
+    sweep_segments,
+)
+from services.decode_worker.rank_protocol import Init
+from services.decode_worker.scheduler import Scheduler
+from services.decode_worker.worker import Worker
+
+log = logging.get_logger(__name__)
+
+DRAIN_S: Final = 10.0
+KV_MEMORY_SHARE: Final = 0.3
+"""Most of the free memory that the KV cache may take when its size is not set."""
+_GAUGE_INTERVAL_S: Final = 1.0
+
+
+def run(settings: DecodeWorkerSettings, rank_module: str = RANK_MODULE) -> int:
+    """Serves until SIGTERM or SIGINT; the exit code. Raises PrecastError if it can't start."""
+    logging.configure("decode-worker", settings)
+    asyncio.run(_serve(settings, rank_module))
+    return 0
+
+
+async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
+    started = time.monotonic()
+    config = load_config(settings.model_dir)
+    tokenizer = load_tokenizer(settings)
+    context = context_length(settings, config)
+    blocks = settings.kv_blocks or kv_blocks(settings, config, context)
+    if swept := sweep_segments():
+        log.warning("shared memory of dead groups removed", segments=swept)
+    metrics = Metrics()
+    scheduler = Scheduler(
+        blocks=blocks,
+        block_size=settings.block_size,
+        max_batch_size=settings.max_batch_size,
+        max_context_length=context,
+        max_waiting=settings.max_waiting,
+        prefill_chunk=settings.prefill_chunk,
+    )
+    changed = asyncio.Event()
+    graphs = GraphSet(settings.batch_sizes, changed.set)
+    engine = Engine(
+        scheduler=scheduler,
+        graphs=graphs,
+        inits=lambda: rank_inits(settings, context, blocks),
+        rank_module=rank_module,
+        metrics=metrics,
+    )
+    running = asyncio.create_task(engine.run(), name="engine")
+    worker = Worker(
+        worker_id=f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+        settings=settings,
+        config=config,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        engine=engine,
+        graphs=graphs,
+        max_context_length=context,
+    )
+    registry = Registry.connect(settings.redis_url)
+    server = await start_server(settings.listen, [grpc_server.service(worker)], serving=False)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
+    address = _address(settings, server.port)
+    try:
+        async with Heartbeat(registry, lambda: worker.lease(address)) as heartbeat:
+            await _until_stopped(
+                [
+                    running,
+                    asyncio.create_task(_get_graphs(settings, engine, graphs, registry)),
+                    asyncio.create_task(_follow_changes(changed, heartbeat)),
+                    asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
+                    asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
+                ],
+                before_stop=lambda: _drain(worker, heartbeat),
+            )
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await server.stop(0.5)
+        await registry.close()
+
+
+def load_tokenizer(settings: DecodeWorkerSettings) -> Tokenizer:
+    path = settings.model_dir / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelCorrupt(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def context_length(settings: DecodeWorkerSettings, config: ModelConfig) -> int:
+    """Tokens of a sequence. Raises ConfigError if more are asked for than the model has."""
+    wanted = settings.max_context_length or config.max_position_embeddings
+    if wanted > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_context_length = {wanted}: {settings.model} has "
+            f"{config.max_position_embeddings} positions"
+        )
+    return wanted
+
+
+def kv_blocks(settings: DecodeWorkerSettings, config: ModelConfig, context: int) -> int:
+    """Blocks for a full batch of full contexts, or as many as a share of the free memory holds."""
+    per_sequence = -(-context // settings.block_size)
+    floats = 2 * config.num_layers * config.kv_heads * settings.block_size * config.head_dim
+    budget = int(psutil.virtual_memory().available * KV_MEMORY_SHARE) // (4 * floats)
+    blocks = min(settings.max_batch_size * per_sequence, budget)
+    if blocks < per_sequence:
+        raise ConfigError(
+            f"max_context_length = {context}: one sequence needs {per_sequence} KV blocks, memory "
+            f"holds {blocks}; set max_context_length or kv_blocks"
+        )
+    return blocks
+
+
+def rank_inits(settings: DecodeWorkerSettings, context: int, blocks: int) -> list[Init]:
+    """The first command of each rank of a new group."""
+    group_id = new_group_id()
+    return [
+        Init(
+            model_dir=str(settings.model_dir),
+            weight_dtype=settings.weight_dtype,
+            quantization=settings.quantization,
+            tp_rank=rank,
+            tp_size=settings.tp,
+            cores=cores,
+            kv_blocks=blocks,
+            block_size=settings.block_size,
+            max_batch_size=settings.max_batch_size,
+            max_context_length=context,
+            group_id=group_id,
+            kernel_provider=settings.kernel_provider,
+        )
+        for rank, cores in enumerate(split_cores(settings.cores or available_cpus(), settings.tp))
+    ]
+
+
+def split_cores(cores: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
+    """Contiguous runs of cores, one a rank; ranks share cores only where there are too few."""
+    if len(cores) < ranks:
+        log.warning("fewer cores than ranks: decoding will be slow", cores=len(cores), ranks=ranks)
+        return [(cores[rank % len(cores)],) for rank in range(ranks)]
+    each, extra = divmod(len(cores), ranks)
+    starts = [rank * each + min(rank, extra) for rank in range(ranks + 1)]
+    return [tuple(cores[starts[rank] : starts[rank + 1]]) for rank in range(ranks)]
+
+
+async def _get_graphs(
+    settings: DecodeWorkerSettings, engine: Engine, graphs: GraphSet, registry: Registry
+) -> None:
+    await engine.started.wait()
+    while not list(settings.trusted_keys_dir.glob("*.pub")):
+        # A compile worker that starts for the first time has yet to make its key.
+        await asyncio.sleep(0.5)
+    client = GraphsClient(
+        model=settings.model,
+        graphs=graphs,
+        cache=GraphCache(settings.cache_dir, TrustedKeys.load(settings.trusted_keys_dir)),
+        registry=registry,
+        compile_address=settings.compile_address,
+        on_offer=engine.nudge,
+    )
+    await asyncio.to_thread(client.load_cached)
+    await client.run()
+
+
+async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        heartbeat.publish_soon()
+
+
+async def _follow_state(
+    worker: Worker, server: Server, heartbeat: Heartbeat, started: float
+) -> None:
+    """Keeps the health service and the lease in step with the worker's state."""
+    known, first = "starting", True
+    while True:
+        if (state := worker.state) != known:
+            known = state
+            await server.set_serving(state == "ready")
+            heartbeat.publish_soon()
+            if state == "ready" and first:
+                first = False
+                start_s = round(time.monotonic() - started, 2)
+                log.info("decode worker ready", port=server.port, start_s=start_s)
+        await asyncio.sleep(0.02)
+
+
+async def _set_gauges(metrics: Metrics, engine: Engine, scheduler: Scheduler) -> None:
+    while True:
+        metrics.running.set(engine.running)
+        metrics.waiting.set(engine.waiting)
+        metrics.kv_free.set(scheduler.blocks.free_blocks)
+        await asyncio.sleep(_GAUGE_INTERVAL_S)
+
+
+async def _drain(worker: Worker, heartbeat: Heartbeat) -> None:
+    draining = asyncio.create_task(worker.drain(DRAIN_S))
+    heartbeat.publish_soon()
+    finished, aborted = await draining
+    log.info("drained", finished=finished, aborted=aborted)
+
+
+async def _until_stopped(
+    tasks: Sequence["asyncio.Task[None]"], before_stop: Callable[[], Awaitable[None]]
+) -> None:
+    """Waits for a signal; a task that fails ends the process with its error."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopped}:
+            try:
+                task.result()
+            except GroupFailed as failure:
+                raise ConfigError(str(failure)) from None
+        await before_stop()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _address(settings: DecodeWorkerSettings, port: int) -> str:
+    """Where others reach us: with the bound port where the system chose it."""
+    host, _, given = settings.advertise.rpartition(":")
+    return f"{host}:{port}" if given == "0" else settings.advertise

@@ -1,0 +1,56 @@
+"""A decode worker's Prometheus metrics."""
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_STEP_BUCKETS: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.restarts = Counter(
+            "decode_worker_group_restarts", "Times the ranks were restarted", registry=self.registry
+        )
+        self.running = Gauge(
+            "decode_worker_running_requests", "Requests with a slot", registry=self.registry
+        )
+        self.waiting = Gauge(
+            "decode_worker_waiting_requests", "Requests in the queue", registry=self.registry
+        )
+        self.kv_free = Gauge(
+            "decode_worker_kv_free_blocks", "Free blocks of the KV cache", registry=self.registry
+        )
+        self._steps = Counter(
+            "decode_worker_decode_steps",
+            "Decode steps by the captured size that ran, 0 for eager",
+            ["graph_batch_size"],
+            registry=self.registry,
+        )
+        self._tokens = Counter(
+            "decode_worker_tokens", "Tokens computed", ["phase"], registry=self.registry
+        )
+        self._padding = Counter(
+            "decode_worker_padding_rows", "Rows computed only to fill a graph", registry=self.registry
+        )
+        self._seconds = Histogram(
+            "decode_worker_step_seconds",
+            "Time of a step in rank 0",
+            ["phase"],
+            buckets=_STEP_BUCKETS,
+            registry=self.registry,
+        )
+
+    def serve(self, port: int) -> None:
+        start_http_server(port, registry=self.registry)
+
+    def prefill(self, tokens: int, step_us: int) -> None:
+        self._tokens.labels("prefill").inc(tokens)
+        self._seconds.labels("prefill").observe(step_us / 1e6)
+
+    def decode(self, rows: int, graph_batch_size: int, step_us: int) -> None:
+        self._tokens.labels("decode").inc(rows)
+        self._steps.labels(str(graph_batch_size)).inc()
+        self._padding.inc(max(0, graph_batch_size - rows))
+        self._seconds.labels("decode").observe(step_us / 1e6)

@@ -1,0 +1,189 @@
+"""One tensor-parallel rank: ``python -m services.decode_worker.rank --fd N``.
+
+Reads commands from its leader's socket and computes. It holds no state that a step doesn't name but
+weights, KV cache and graphs, and lives and dies with its leader.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from precast.errors import PrecastError
+from precast.models.llama import Paging
+from precast.ops import native
+from precast.process import die_with_parent
+from services.decode_worker import rank_model
+from services.decode_worker.rank_model import Batch, RankModel
+from services.decode_worker.rank_protocol import (
+    FRAME_HEADER,
+    MAX_FRAME_BYTES,
+    DropGraph,
+    GraphLoaded,
+    Init,
+    LoadGraph,
+    Logprobs,
+    RankFailed,
+    Ready,
+    Reply,
+    Shutdown,
+    Step,
+    StepDone,
+    decode_command,
+    frame,
+)
+from services.decode_worker.sampler import sample
+
+GROUP_TIMEOUT_S = 60.0
+"""Longest wait for a peer in a collective. A dead peer is noticed at once, by its process state."""
+
+
+def receive(connection: socket.socket) -> Init | LoadGraph | DropGraph | Step | Shutdown:
+    """The next command; Shutdown when the leader is gone. Raises ValueError for a broken frame."""
+    header = _read(connection, FRAME_HEADER.size)
+    if header is None:
+        return Shutdown()
+    (size,) = FRAME_HEADER.unpack(header)
+    if size > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {size} bytes")
+    body = _read(connection, size)
+    return Shutdown() if body is None else decode_command(body)
+
+
+def _read(connection: socket.socket, size: int) -> bytes | None:
+    buffer = bytearray(size)
+    view, filled = memoryview(buffer), 0
+    while filled < size:
+        count = connection.recv_into(view[filled:])
+        if count == 0:
+            return None
+        filled += count
+    return bytes(buffer)
+
+
+def serve(connection: socket.socket) -> None:
+    """Runs commands until Shutdown. Raises PrecastError or RuntimeError when it can't go on."""
+    init = receive(connection)
+    if isinstance(init, Shutdown):
+        return
+    if not isinstance(init, Init):
+        raise ValueError(f"expected Init, got {type(init).__name__}")
+    native.start_threads(init.cores)
+    model = rank_model.load(init)
+    if init.tp_size > 1:
+        native.join_group(init.group_id, init.tp_rank, init.tp_size, GROUP_TIMEOUT_S)
+    _send(connection, _ready(init, model))
+    while not isinstance(command := receive(connection), Shutdown):
+        reply = _run(init, model, command)
+        if reply is not None:
+            _send(connection, reply)
+
+
+def _run(init: Init, model: RankModel, command: object) -> Reply | None:
+    if isinstance(command, Step):
+        return _step(init, model, command)
+    if isinstance(command, LoadGraph):
+        return _load_graph(init, model, command)
+    if isinstance(command, DropGraph):
+        model.graphs.pop(command.batch_size, None)
+        return None
+    raise ValueError(f"unexpected command {type(command).__name__}")
+
+
+def _ready(init: Init, model: RankModel) -> Ready:
+    return Ready(
+        tp_rank=init.tp_rank,
+        load_s=model.load_s,
+        weight_bytes=model.weights.nbytes(),
+        vocab_size=model.vocab_size,
+        graph_factors=model.factors,
+    )
+
+
+def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded:
+    error, load_ms = None, 0.0
+    try:
+        load_ms = model.load_graph(command.batch_size, Path(command.paths[init.tp_rank]))
+    except PrecastError as refused:
+        error = str(refused)
+    return GraphLoaded(
+        tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=load_ms, error=error
+    )
+
+
+def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
+    started = time.perf_counter()
+    batch = _batch(step)
+    graph_batch_size = 0
+    if step.prefill:
+        logits = model.prefill(batch)
+    else:
+        logits, graph_batch_size = model.decode(batch)
+    if init.tp_rank != 0:
+        return None
+    tokens, logprobs = sample(logits, step.sample)
+    return StepDone(
+        step_id=step.step_id,
+        token_ids=np.array(tokens, dtype=np.int32).tobytes(),
+        logprobs=_reported(logprobs),
+        graph_batch_size=graph_batch_size,
+        step_us=int((time.perf_counter() - started) * 1e6),
+    )
+
+
+def _reported(logprobs: list[Logprobs | None]) -> tuple[Logprobs | None, ...]:
+    return tuple(logprobs) if any(entry is not None for entry in logprobs) else ()
+
+
+def _batch(step: Step) -> Batch:
+    return Batch(
+        token_ids=_ints(step.token_ids).long(),
+        positions=_ints(step.positions).long(),
+        paging=Paging(
+            slots=_ints(step.slots),
+            query_starts=_ints(step.query_starts),
+            context_lens=_ints(step.context_lens),
+            block_tables=_ints(step.block_tables).view(-1, step.block_table_width),
+        ),
+    )
+
+
+def _ints(data: bytes) -> Tensor:
+    # A copy, because the message's bytes are read-only and torch tensors are not.
+    return torch.from_numpy(np.frombuffer(data, dtype=np.int32).copy())
+
+
+def _send(connection: socket.socket, message: Reply) -> None:
+    connection.sendall(frame(message))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="services.decode_worker.rank")
+    parser.add_argument("--fd", type=int, required=True)
+    connection = socket.socket(fileno=parser.parse_args().fd)
+    die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader decides when ranks stop
+    try:
+        with torch.inference_mode():
+            serve(connection)
+    except (PrecastError, RuntimeError, ValueError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        connection.sendall(frame(RankFailed(tp_rank=-1, message=lines[0])))
+        return 1
+    except (BrokenPipeError, ConnectionResetError):
+        return 0  # the leader is gone
+    return 0
+
+
+if __name__ == "__main__":
+    # The pool's threads and torch's are still there: skip their teardown.
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

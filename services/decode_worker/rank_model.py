@@ -1,0 +1,130 @@
+"""A rank's model: its shard of the weights, its KV cache, and the graphs it can replay."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from precast.errors import ConfigError
+from precast.graphs.factors import rank_factors
+from precast.graphs.replay import Graph
+from precast.models import llama
+from precast.models.config import load_config
+from precast.models.llama import LayerCache, LlamaShape, Paging
+from precast.models.sharding import shard
+from precast.models.weights import Weights, load_weights
+from services.decode_worker.rank_protocol import Init
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's tensors: int64 ids and positions [T], and where their keys and values go."""
+
+    token_ids: Tensor
+    positions: Tensor
+    paging: Paging
+
+    @property
+    def sequences(self) -> int:
+        return self.paging.context_lens.shape[0]
+
+
+@dataclass(kw_only=True)
+class RankModel:
+    shape: LlamaShape
+    weights: Weights
+    caches: list[LayerCache]
+    factors: dict[str, str]
+    vocab_size: int
+    load_s: float
+    graphs: dict[int, Graph] = field(default_factory=dict)
+
+    def prefill(self, batch: Batch) -> Tensor:
+        """Eager ragged forward pass; returns logits [S, V] of each sequence's last token."""
+        hidden = self._hidden(batch)
+        last = batch.paging.query_starts[1:].long() - 1
+        return llama.head(self.shape, hidden[last], self.weights.head)
+
+    def decode(self, batch: Batch) -> tuple[Tensor, int]:
+        """One token a sequence; returns logits [S, V] and the captured size that ran, 0 if eager."""
+        graph = self._graph_for(batch.sequences)
+        if graph is None:
+            return llama.head(self.shape, self._hidden(batch), self.weights.head), 0
+        padded = pad(batch, graph.batch_size)
+        logits = graph.replay(padded.token_ids, padded.positions, padded.paging)
+        return logits[: batch.sequences], graph.batch_size
+
+    def load_graph(self, batch_size: int, package: Path) -> float:
+        """Loads a verified package and swaps it in; returns milliseconds. Raises ArtifactRejected."""
+        started = time.perf_counter()
+        graph = Graph(package, batch_size, self.weights, self.caches)
+        self.graphs[batch_size] = graph
+        return (time.perf_counter() - started) * 1e3
+
+    def _graph_for(self, sequences: int) -> Graph | None:
+        """The smallest captured size that holds the batch."""
+        sizes = [size for size in self.graphs if size >= sequences]
+        return self.graphs[min(sizes)] if sizes else None
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden, cos, sin = llama.embed(batch.token_ids, batch.positions, self.weights.embed)
+        for weights, cache in zip(self.weights.layers, self.caches, strict=True):
+            hidden = llama.layer(self.shape, hidden, cos, sin, batch.paging, cache, weights)
+        return hidden
+
+
+def load(init: Init) -> RankModel:
+    """Loads the rank's shard and allocates its KV cache. Raises PrecastError with one line."""
+    started = time.perf_counter()
+    folder = Path(init.model_dir)
+    config = load_config(folder)
+    if init.max_context_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_context_length={init.max_context_length} exceeds the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    part = shard(config, init.tp_rank, init.tp_size)
+    shape = llama.shape_of(config, part, init.weight_dtype, init.quantization)
+    weights = load_weights(folder, config, part, shape, init.max_context_length)
+    size = (init.kv_blocks, shape.kv_heads, init.block_size, shape.head_dim)
+    return RankModel(
+        shape=shape,
+        weights=weights,
+        # Zeros are mapped lazily: a block costs memory when it is first written.
+        caches=[
+            LayerCache(torch.zeros(size), torch.zeros(size)) for _ in range(config.num_layers)
+        ],
+        factors=rank_factors(
+            config.architecture,
+            shape,
+            block_size=init.block_size,
+            torch_version=str(torch.__version__),
+        ),
+        vocab_size=config.vocab_size,
+        load_s=time.perf_counter() - started,
+    )
+
+
+def pad(batch: Batch, rows: int) -> Batch:
+    """The decode batch with rows added that write nothing and attend to nothing."""
+    extra = rows - batch.sequences
+    if extra == 0:
+        return batch
+    paging = batch.paging
+    starts = torch.arange(rows + 1, dtype=torch.int32)
+    return Batch(
+        token_ids=_append(batch.token_ids, extra, 0),
+        positions=_append(batch.positions, extra, 0),
+        paging=Paging(
+            slots=_append(paging.slots, extra, -1),
+            query_starts=starts,
+            context_lens=_append(paging.context_lens, extra, 0),
+            block_tables=_append(paging.block_tables, extra, 0),
+        ),
+    )
+
+
+def _append(tensor: Tensor, rows: int, value: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), value)])

@@ -1,0 +1,171 @@
+"""A decode worker as its gRPC service and its lease see it."""
+
+from collections.abc import Callable
+
+from tokenizers import Tokenizer
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    PrecastError,
+)
+from precast.models.config import ModelConfig
+from precast.registry import DecodeLease, WorkerState
+from precast.settings import DecodeWorkerSettings
+from services.decode_worker.admission import make_sequence
+from services.decode_worker.detokenizer import Detokenizer
+from services.decode_worker.engine import Engine
+from services.decode_worker.graph_set import GraphSet
+from services.decode_worker.outbox import Outbox
+from services.decode_worker.requests import Request, error_response
+from services.decode_worker.scheduler import Scheduler
+
+_STATES = {
+    "starting": pb.WORKER_STATE_STARTING,
+    "ready": pb.WORKER_STATE_READY,
+    "restarting": pb.WORKER_STATE_RESTARTING,
+    "draining": pb.WORKER_STATE_DRAINING,
+}
+_CODES: tuple[tuple[type[PrecastError], "pb.ErrorCode.ValueType"], ...] = (
+    (ContextLengthExceeded, pb.ERROR_CODE_CONTEXT_LENGTH_EXCEEDED),
+    (ModelNotFound, pb.ERROR_CODE_MODEL_NOT_FOUND),
+    (InvalidRequest, pb.ERROR_CODE_INVALID_ARGUMENT),
+    (Overloaded, pb.ERROR_CODE_OVERLOADED),
+)
+
+
+class Worker:
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        settings: DecodeWorkerSettings,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        engine: Engine,
+        graphs: GraphSet,
+        max_context_length: int,
+    ) -> None:
+        self._worker_id = worker_id
+        self._settings = settings
+        self._config = config
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._engine = engine
+        self._graphs = graphs
+        self._max_context_length = max_context_length
+        self._eos = frozenset(config.eos_token_ids)
+
+    def start(
+        self,
+        request_id: str,
+        start: pb.StartGeneration,
+        outbox: Outbox,
+        on_end: Callable[[str], None],
+    ) -> pb.GenerateResponse | None:
+        """Queues a request; returns the refusal, if it was refused."""
+        try:
+            self._submit(request_id, start, outbox, on_end)
+        except PrecastError as error:
+            code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+            return error_response(request_id, code or pb.ERROR_CODE_INTERNAL, str(error))
+        return None
+
+    def _submit(
+        self,
+        request_id: str,
+        start: pb.StartGeneration,
+        outbox: Outbox,
+        on_end: Callable[[str], None],
+    ) -> None:
+        if self._engine.draining:
+            raise Overloaded("the worker is draining")
+        if self._engine.knows(request_id):
+            raise InvalidRequest(f"request_id {request_id!r} is running already")
+        sequence = make_sequence(
+            request_id,
+            start,
+            model=self._settings.model,
+            vocab_size=self._config.vocab_size,
+            eos_token_ids=self._eos,
+        )
+        detokenizer = Detokenizer(
+            self._tokenizer, list(sequence.prompt), tuple(start.stop.stop_strings)
+        )
+        self._engine.submit(
+            Request(
+                sequence=sequence,
+                detokenizer=detokenizer,
+                outbox=outbox,
+                on_end=on_end,
+                hidden_token_ids=sequence.stop_token_ids,
+            )
+        )
+
+    def abort(self, request_id: str) -> bool:
+        return self._engine.abort(request_id)
+
+    async def drain(self, deadline_s: float) -> tuple[int, int]:
+        """Requests that finished and that were aborted."""
+        return await self._engine.drain(deadline_s)
+
+    @property
+    def state(self) -> WorkerState:
+        if self._engine.draining:
+            return "draining"
+        if not self._engine.started.is_set():
+            return "starting"
+        if not self._engine.up:
+            return "restarting"
+        if self._settings.wait_for_graphs and self._graphs.missing:
+            return "starting"
+        return "ready"
+
+    def lease(self, address: str) -> DecodeLease:
+        return DecodeLease(
+            worker_id=self._worker_id,
+            address=address,
+            model=self._settings.model,
+            state=self.state,
+            running=self._engine.running,
+            waiting=self._engine.waiting,
+            max_batch_size=self._settings.max_batch_size,
+            max_context_length=self._max_context_length,
+            kv_blocks_total=self._scheduler.blocks.total,
+            kv_blocks_free=self._scheduler.blocks.free_blocks,
+            tensor_parallel_size=self._settings.tp,
+            weight_dtype=self._settings.weight_dtype,
+            quantization=self._settings.quantization,
+            graphs=self._graphs.records(),
+            captures_wanted=self._graphs.missing,
+        )
+
+    def status(self) -> pb.GetStatusResponse:
+        lease = self.lease("")
+        return pb.GetStatusResponse(
+            worker_id=lease.worker_id,
+            model=lease.model,
+            state=_STATES[lease.state],
+            tensor_parallel_size=lease.tensor_parallel_size,
+            max_batch_size=lease.max_batch_size,
+            max_context_length=lease.max_context_length,
+            running=lease.running,
+            waiting=lease.waiting,
+            kv_blocks_total=lease.kv_blocks_total,
+            kv_blocks_free=lease.kv_blocks_free,
+            graphs=[
+                pb.LoadedGraph(
+                    batch_size=graph.batch_size, keys=graph.keys, generations=graph.generations
+                )
+                for graph in lease.graphs
+            ],
+            weight_dtype=lease.weight_dtype,
+            quantization=lease.quantization,
+            graph_steps=self._engine.graph_steps,
+            eager_steps=self._engine.eager_steps,
+            restarts=self._engine.restarts,
+        )
