@@ -39,14 +39,21 @@ _COUNT_INTERVAL_S: Final = 1.0
 class CaptureProgram:
     """What captures a graph, and what it adds to the graph's key."""
 
-    command: Sequence[str] = (sys.executable, "-m", "precast.graphs.capture")
+    command: Sequence[str]
     build_factors: Callable[[], Mapping[str, str]] = capture.build_factors
+
+
+def capture_program(settings: CompileWorkerSettings) -> CaptureProgram:
+    headers = settings.home / "cache" / "headers"
+    return CaptureProgram(
+        command=(sys.executable, "-m", "precast.graphs.capture", "--headers", str(headers))
+    )
 
 
 def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises ``ConfigError`` if it can't start."""
     logging.configure("compile-worker", settings)
-    asyncio.run(_serve(settings, program or CaptureProgram()))
+    asyncio.run(_serve(settings, program or capture_program(settings)))
     return 0
 
 
