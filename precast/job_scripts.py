@@ -1,8 +1,8 @@
 """Lua scripts of the capture queue: each is one atomic step inside Redis.
 
-What they share (names are in ``precast.jobs``): a stream of job ids, a hash of job records by id, a hash
-of the one active job of each key, a hash of jobs whose cancellation was asked for, a list of ended
-jobs, and a lease for each key that is being captured.
+What they share (names are in ``precast.jobs``): a stream of job ids, a hash of job records by id,
+a hash of the one active job of each key, a hash of jobs whose cancellation was asked for, a list
+of ended jobs, and a lease for each key that is being captured.
 """
 
 from typing import Final
@@ -26,8 +26,10 @@ RENEW: Final = """
 -- ARGV: token ttl_ms group consumer entry id key record
 local owner = redis.call('GET', KEYS[5])
 if owner and owner ~= ARGV[1] then return 'lost' end
+local known = redis.call('HGET', KEYS[2], ARGV[6])
+if not owner and known and cjson.decode(known).ended_at > 0 then return 'lost' end
 redis.call('SET', KEYS[5], ARGV[1], 'PX', ARGV[2])
-if redis.call('HEXISTS', KEYS[2], ARGV[6]) == 0 then
+if not known then
   -- Redis came back empty: put the job back so that it outlives this worker too
   redis.call('XADD', KEYS[1], '*', 'job', ARGV[6])
 end
@@ -44,6 +46,8 @@ FINISH: Final = """
 -- ARGV: token group entry id key record history
 local owner = redis.call('GET', KEYS[5])
 if owner and owner ~= ARGV[1] then return 0 end
+local known = redis.call('HGET', KEYS[2], ARGV[4])
+if not owner and known and cjson.decode(known).ended_at > 0 then return 0 end
 redis.call('DEL', KEYS[5])
 redis.call('HSET', KEYS[2], ARGV[4], ARGV[6])
 if redis.call('HGET', KEYS[3], ARGV[5]) == ARGV[4] then redis.call('HDEL', KEYS[3], ARGV[5]) end

@@ -1,13 +1,14 @@
 """The fleet's queue of captures, in Redis Streams.
 
-A key has at most one active job, and whoever captures it holds the key's lease, so a graph is compiled
-once however many workers ask for it and however many compile workers listen. A compile worker that
-dies stops renewing: the lease expires and another one claims the job's idle stream entry. Jobs travel
-in one stream per tool chain, so that nobody claims what it would compile differently.
+A key has at most one active job, and whoever captures it holds the key's lease, so a graph is
+compiled once however many workers ask for it and however many compile workers listen. A compile
+worker that dies stops renewing: the lease expires and another one claims the job's idle stream
+entry. Jobs travel in one stream per tool chain, so that nobody claims what it would compile
+differently.
 
-Redis may lose everything at any moment: holders put their job back when they renew, and workers ask
-again for what they miss. A job names the generation that it will publish; publishing it a second time is
-refused by the store. That, not Redis, is the last word.
+Redis may lose everything at any moment: holders put their job back when they renew, and workers
+ask again for what they miss. A job names the generation that it will publish; publishing it a
+second time is refused by the store. That, not Redis, is the last word.
 """
 
 import enum
@@ -136,7 +137,8 @@ class CaptureQueue:
         self._ttl_ms = int(lease_ttl_s * 1000)
 
     async def enqueue(self, job: Job) -> Job:
-        """Queue a job, or return the key's active one. Raises ``Overloaded`` if the queue is full."""
+        """Queue a job, or return the key's active one. Raises ``Overloaded`` if the queue is
+        full."""
         verdict, record = await self._eval(
             ENQUEUE,
             [self._stream, _RECORDS, _ACTIVE],
@@ -167,7 +169,8 @@ class CaptureQueue:
         return Hold(found.decode())
 
     async def finish(self, claim: Claim) -> bool:
-        """Store the end of a job and free its key; false if another process holds the key by now."""
+        """Store the end of a job and free its key; false if another process holds the key by
+        now."""
         job = claim.job
         keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key), _ENDED]
         arguments = [claim.token, GROUP, claim.entry, job.id, job.key, _encode(job), HISTORY]
@@ -263,7 +266,8 @@ class CaptureQueue:
         """Run one command. A missing or an existing consumer group raises ``ResponseError``."""
         async with bounded():
             try:
-                return await self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+                call = self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+                return await call
             except ResponseError as error:
                 if not str(error).startswith(("NOGROUP", "BUSYGROUP")):
                     raise

@@ -1,8 +1,8 @@
 """A worker's own copy of the graphs it runs: fetched over gRPC, verified, kept on disk.
 
-Nothing gets into the cache, and nothing comes out of it, without a manifest that a trusted key signed
-and bytes that match the manifest's digest. What is refused raises ``ArtifactRejected`` with the reason.
-The cache works without any compile worker alive.
+Nothing gets into the cache, and nothing comes out of it, without a manifest that a trusted key
+signed and bytes that match the manifest's digest. What is refused raises ``ArtifactRejected`` with
+the reason. The cache works without any compile worker alive.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ class GraphCache:
     def _candidates(self) -> dict[str, list[tuple[str, int]]]:
         """spec digest -> (key, generation), newest first; read from manifests, not yet verified."""
         found: dict[str, list[tuple[float, str, int]]] = defaultdict(list)
-        for key in self._store.keys():
+        for key in self._store.published_keys():
             for generation in self._store.generations(key):
                 path = self._store.root / key / str(generation) / MANIFEST_FILE
                 try:
@@ -124,7 +124,7 @@ class GraphCache:
         """Remove the least recently used artifacts until the cache fits its bound."""
         folders = [
             (folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder)
-            for key in self._store.keys()
+            for key in self._store.published_keys()
             for folder in (self._store.root / key).iterdir()
         ]
         total = sum(size for _, size, _ in folders)

@@ -2,8 +2,8 @@
 
 A graph is a pure function of shapes, data types, kernels and tool chain; never of weights, ranks,
 hosts, ports, paths or time. What the worker that runs it knows are the *spec factors*; what the
-compile worker adds are the *build factors*. The key is a digest of both, so the same inputs give the
-same key on every machine, and a miss can be explained by naming the factors that differ.
+compile worker adds are the *build factors*. The key is a digest of both, so the same inputs give
+the same key on every machine, and a miss can be explained by naming the factors that differ.
 
 A new spec factor is a new field of ``SpecFactors``, and nothing else.
 """
@@ -126,7 +126,8 @@ def key_of_factors(factors: Mapping[str, str]) -> str:
 
 
 def explain(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
-    """The factors in which two graphs differ: name -> (value in a, value in b); None where absent."""
+    """The factors in which two graphs differ: name -> (value in a, value in b); None where
+    absent."""
     names = sorted(set(a) | set(b))
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 

@@ -1,8 +1,8 @@
 """Temporary folders that a killed process can't leave behind for good.
 
-Each folder is locked (``flock`` on the folder itself) for as long as its maker lives; the kernel drops
-the lock with the process. ``sweep`` removes the folders that nobody holds, so it may run at any time,
-also beside other processes that use the same root.
+Each folder is locked (``flock`` on the folder itself) for as long as its maker lives; the kernel
+drops the lock with the process. ``sweep`` removes the folders that nobody holds, so it may run at
+any time, also beside other processes that use the same root.
 """
 
 import fcntl

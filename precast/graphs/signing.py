@@ -1,8 +1,8 @@
 """Ed25519 signatures over manifests, and the keys that a worker trusts.
 
 A compile worker has a private key (PEM, mode 0600). A decode worker has a folder of trusted public
-keys, ``<signer>.pub`` (PEM), where ``<signer>`` is the first 16 hex digits of the BLAKE3 digest of the
-raw public key. To trust another compile worker, copy its ``.pub``; to stop, delete it.
+keys, ``<signer>.pub`` (PEM), where ``<signer>`` is the first 16 hex digits of the BLAKE3 digest of
+the raw public key. To trust another compile worker, copy its ``.pub``; to stop, delete it.
 """
 
 import base64

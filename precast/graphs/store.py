@@ -1,8 +1,9 @@
 """Where published artifacts are kept, by key and generation.
 
-``ArtifactStore`` is the contract; ``DiskStore`` keeps each artifact in ``<root>/<key>/<generation>/``.
-A generation is published once and never changed: it appears whole through a rename, and a second
-publisher of the same generation is told so. Numbers are not reused, not even after a quarantine.
+``ArtifactStore`` is the contract; ``DiskStore`` keeps each artifact in
+``<root>/<key>/<generation>/``. A generation is published once and never changed: it appears whole
+through a rename, and a second publisher of the same generation is told so. Numbers are not reused,
+not even after a quarantine.
 """
 
 import os
@@ -78,7 +79,7 @@ class ArtifactStore(ABC):
         """The highest number ever used, quarantined ones included; 0 if none."""
 
     @abstractmethod
-    def keys(self) -> list[str]:
+    def published_keys(self) -> list[str]:
         """Keys that have a published generation."""
 
     @abstractmethod
@@ -139,7 +140,7 @@ class DiskStore(ArtifactStore):
         used = [int(name.split(".")[1]) for name in quarantined if name.startswith(f"{aside}.")]
         return max([*self.generations(key), *used], default=0)
 
-    def keys(self) -> list[str]:
+    def published_keys(self) -> list[str]:
         return sorted(name for name in _names(self.root) if is_key(name) and self.generations(name))
 
     def quarantine(self, key: str, generation: int, reason: str) -> None:
@@ -186,7 +187,7 @@ class DiskStore(ArtifactStore):
 
 def _names(folder: Path) -> Iterator[str]:
     try:
-        yield from os.listdir(folder)
+        yield from [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return
 

@@ -1,7 +1,8 @@
 """One capture as a child process with limits on time and memory.
 
-Whatever happens to it (a crash, a hang, too much memory, a cancellation), it ends as ``CaptureFailed``
-or as the cancellation, its processes are killed and reaped, and the worker goes on.
+Whatever happens to it (a crash, a hang, too much memory, a cancellation), it ends as
+``CaptureFailed`` or as the cancellation, its processes are killed and reaped, and the worker goes
+on.
 """
 
 import asyncio
@@ -147,7 +148,9 @@ async def _talk(
     process: asyncio.subprocess.Process, spec: dict[str, str], on_stage: OnStage
 ) -> bytes:
     """Send the spec, hear the stages, wait for the end. Returns the last of stderr."""
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
     stderr = asyncio.create_task(_tail(process.stderr))
     try:
         with suppress(ConnectionError):  # a child that is dead already says more by its exit code

@@ -36,6 +36,8 @@ BACKOFF_S: Final = 15.0
 NEVER_S: Final = 1.0e9
 """After this many failures only a recompile by hand tries again."""
 CANCEL_HOLD_S: Final = 600.0
+ENDING_POLLS: Final = 20
+ENDING_POLL_S: Final = 0.1
 MAX_MODEL_LABEL: Final = 128
 
 
@@ -56,7 +58,7 @@ class Graphs:
 
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
-        for key in self.store.keys():
+        for key in self.store.published_keys():
             record = await self._newest(key)
             if record:
                 self.index.restore(record)
@@ -77,8 +79,16 @@ class Graphs:
         return [states[i] for i in range(len(wanted))]
 
     async def recapture(self, record: GraphRecord) -> Job:
-        """Queue a further generation of a known graph, whatever became of the ones before."""
-        job = await self._enqueue(record)
+        """Queue a further generation of a known graph, whatever became of the ones before.
+
+        A capture that is under way already counts, unless it is just ending.
+        """
+        for _ in range(ENDING_POLLS):
+            job = await self._enqueue(record)
+            ending = job.generation <= self.store.last_generation(record.key)
+            if not ending and (record.phase is not Phase.FAILED or not job.started_at):
+                break
+            await asyncio.sleep(ENDING_POLL_S)
         if record.phase is Phase.FAILED:
             await self.index.put(changed(record, phase=Phase.QUEUED, failures=0, retry_at=0.0))
         return job
@@ -115,7 +125,8 @@ class Graphs:
         await self._unsuccessful(record, "capture was cancelled", record.failures, CANCEL_HOLD_S)
 
     async def publish(self, job: Job, report: CaptureReport, graph: Path) -> None:
-        """Sign and publish what a capture made. If another process was first, its artifact stays."""
+        """Sign and publish what a capture made. If another process was first, its artifact
+        stays."""
         await asyncio.to_thread(self._publish, job, report, graph)
         await self.published(job.key)
 

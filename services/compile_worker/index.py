@@ -61,7 +61,8 @@ class GraphIndex:
             log.warning("graph index not shared", key=record.key, reason=str(error))
 
     async def reconcile(self) -> None:
-        """Exchange with Redis what one side knows and the other doesn't, or only in an older version.
+        """Exchange with Redis what one side knows and the other doesn't, or only in an older
+        version.
 
         Raises ``RegistryUnavailable``.
         """

@@ -1,9 +1,9 @@
 """Runs a capture that ends whole: ``python launch.py LIFELINE_FD STATUS_FD NICE COMMAND...``.
 
-A capture starts compilers, which start more processes. All of them share this process's group, which
-is killed, this process included, when the command has ended (its exit code is written to STATUS_FD
-first) or when the compile worker dies: it holds the other end of the lifeline, which then closes.
-Standard library only: this file runs as a script, for every capture.
+A capture starts compilers, which start more processes. All of them share this process's group,
+which is killed, this process included, when the command has ended (its exit code is written to
+STATUS_FD first) or when the compile worker dies: it holds the other end of the lifeline, which
+then closes. Standard library only: this file runs as a script, for every capture.
 """
 
 import os

@@ -71,8 +71,8 @@ class _Followed:
 def select(graphs: Graphs, selection: Selection) -> list[GraphRecord]:
     """The graphs to recompile, smallest batch first.
 
-    Graphs that another tool chain's worker made are left out of a filter's result, and refused where
-    they are named. Raises ``InvalidRequest``, ``GraphNotFound`` or ``UnsupportedSpec``.
+    Graphs that another tool chain's worker made are left out of a filter's result, and refused
+    where they are named. Raises ``InvalidRequest``, ``GraphNotFound`` or ``UnsupportedSpec``.
     """
     named = (selection.keys, selection.model, selection.batch_sizes)
     if not any(named) and not selection.everything:
@@ -134,7 +134,7 @@ async def _step(
         await _refresh(item, queue)
     news = [
         Progress(job=item.job, stage=stage, detail=item.job.detail)
-        for stage in _stages_until(item.job.stage)
+        for stage in _stages_of(item.job)
         if stage not in item.told
     ]
     item.told += [progress.stage for progress in news if progress.stage]
@@ -156,11 +156,12 @@ async def _refresh(item: _Followed, queue: CaptureQueue) -> None:
         item.job = await queue.enqueue(item.job)
 
 
-def _stages_until(stage: Stage) -> list[Stage]:
+def _stages_of(job: Job) -> list[Stage]:
     """Stages may pass faster than they are looked at; each is told once, in order."""
-    if stage in _ON_THE_WAY:
-        return list(_ON_THE_WAY[: _ON_THE_WAY.index(stage) + 1])
-    return [Stage.QUEUED, stage]
+    if job.stage in _ON_THE_WAY:
+        return list(_ON_THE_WAY[: _ON_THE_WAY.index(job.stage) + 1])
+    begun = [Stage.CAPTURING] if job.started_at else []
+    return [Stage.QUEUED, *begun, job.stage]
 
 
 def _adoption(
@@ -190,7 +191,9 @@ def count_adopted(leases: Sequence[DecodeLease], job: Job) -> tuple[int, int]:
 
 def _generation_of(lease: DecodeLease, key: str) -> int | None:
     """The oldest generation of the key among a worker's ranks; None if it doesn't run it."""
-    pairs = [pair for graph in lease.graphs for pair in zip(graph.keys, graph.generations)]
+    pairs = [
+        pair for graph in lease.graphs for pair in zip(graph.keys, graph.generations, strict=False)
+    ]
     return min((generation for name, generation in pairs if name == key), default=None)
 
 

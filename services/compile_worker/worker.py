@@ -1,8 +1,8 @@
 """Claims capture jobs and sees each one through to its end.
 
-A claim is renewed every second while the capture runs. If the renewal finds that the claim is lost or
-the job was cancelled, the capture is killed. If Redis can't be reached, the capture goes on: should
-somebody else capture the same graph meanwhile, the store takes only the first.
+A claim is renewed every second while the capture runs. If the renewal finds that the claim is lost
+or the job was cancelled, the capture is killed. If Redis can't be reached, the capture goes on:
+should somebody else capture the same graph meanwhile, the store takes only the first.
 """
 
 import asyncio
@@ -36,7 +36,8 @@ class Held:
         self.claim = claim
         self.hold = Hold.HELD
         self.publishing = False
-        """Past this point neither a cancellation nor a lost claim stops the job: the store decides."""
+        """Past this point neither a cancellation nor a lost claim stops the job: the store
+        decides."""
         self._queue = queue
         self._consumer = consumer
         self._changed = asyncio.Event()
@@ -117,11 +118,15 @@ class Worker:
         job = held.claim.job
         if self.graphs.store.last_generation(job.key) >= job.generation:
             await self.graphs.published(job.key)
-            return await self._end(held, Stage.PUBLISHED, "was published already")
-        if job.attempts > MAX_ATTEMPTS:
+            await self._end(held, Stage.PUBLISHED, "was published already")
+        elif job.attempts > MAX_ATTEMPTS:
             reason = f"{MAX_ATTEMPTS} compile workers ended while capturing it"
             await self.graphs.failed(job, reason)
-            return await self._end(held, Stage.FAILED, reason)
+            await self._end(held, Stage.FAILED, reason)
+        else:
+            await self._capture_while_held(held)
+
+    async def _capture_while_held(self, held: Held) -> None:
         capture = asyncio.create_task(self._capture(held))
         keep = asyncio.create_task(held.keep())
         try:

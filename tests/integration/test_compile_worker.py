@@ -1,30 +1,66 @@
-"""A compile worker over gRPC: requests, captures, fetches, errors."""
+"""A compile worker over gRPC: requests, captures, fetches, recompiles, errors."""
 
+import asyncio
+import urllib.request
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
+from precast.admin.v1 import admin_service_pb2 as admin_pb
+from precast.errors import ArtifactRejected
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
+from precast.graphs.store import QUARANTINE, DiskStore
 from precast.graphs.v1 import graphs_service_pb2 as pb
-from tests.support.compile_worker import FACTORS, compile_worker, connect, starts
+from precast.redis_server import free_port
+from precast.registry import DecodeLease, LoadedGraphRecord, Registry
+from tests.support.compile_worker import (
+    FACTORS,
+    Client,
+    WorkerProcess,
+    compile_worker,
+    connect,
+    starts,
+    wait_until,
+)
 
 pytestmark = pytest.mark.asyncio
+PUBLISHED, FAILED = pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED
+
+
+def spec(how: str = "llama", batch_size: int = 1) -> dict[str, str]:
+    return {**FACTORS, "architecture": how, "batch_size": str(batch_size)}
+
+
+def cache_of(tmp_path: Path, worker: WorkerProcess) -> GraphCache:
+    return GraphCache(tmp_path / "cache", TrustedKeys.load(worker.home / "keys" / "trusted"))
+
+
+async def published(client: Client, *specs: dict[str, str]) -> list[str]:
+    """Ask for graphs and wait for them; their keys."""
+    keys = [state.key for state in await client.request(*specs)]
+    states = await client.until(keys, PUBLISHED, FAILED)
+    assert {state.phase for state in states.values()} == {PUBLISHED}, states
+    return keys
 
 
 async def test_captures_each_graph_once_and_hands_it_out(tmp_path: Path, redis_url: str) -> None:
-    specs = [{**FACTORS, "batch_size": str(size)} for size in (4, 1, 2)]
+    specs = [spec(batch_size=size) for size in (4, 1, 2)]
     ledger = tmp_path / "ledger"
     with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
         async with connect(worker) as client:
             states = await client.request(*specs)
             again = await client.request(*specs)
             keys = [state.key for state in states]
-            done = await client.until(keys, pb.GRAPH_PHASE_PUBLISHED)
-            cache = GraphCache(
-                tmp_path / "cache", TrustedKeys.load(worker.home / "keys" / "trusted")
-            )
+            done = await client.until(keys, PUBLISHED)
+            cache = cache_of(tmp_path, worker)
             fetched = await fetch_graph(client.graphs, cache, keys[0], spec=specs[0])
+            listed = await client.graphs.ListGraphs(pb.ListGraphsRequest(model="tiny"), timeout=5)
+            none = await client.graphs.ListGraphs(pb.ListGraphsRequest(model="other"), timeout=5)
+            one = await client.graphs.ListGraphs(pb.ListGraphsRequest(batch_size=2), timeout=5)
     assert [state.key for state in again] == keys
     assert {state.generation for state in done.values()} == {1}
     assert [size for _, _, size in starts(ledger)] == ["1", "2", "4"]
@@ -32,3 +68,253 @@ async def test_captures_each_graph_once_and_hands_it_out(tmp_path: Path, redis_u
     assert fetched.manifest.models == ("tiny",)
     assert cache.find(specs[0]) == fetched
     assert cache.find(specs[1]) is None
+    assert {graph.key for graph in listed.graphs} == set(keys)
+    assert list(none.graphs) == []
+    assert [graph.key for graph in one.graphs] == [keys[2]]
+    assert not list((worker.home / "tmp").iterdir())
+
+
+async def test_restarted_worker_captures_nothing_twice(tmp_path: Path, redis_url: str) -> None:
+    ledger = tmp_path / "ledger"
+    with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
+        async with connect(worker) as client:
+            keys = await published(client, spec())
+    with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
+        async with connect(worker) as client:
+            assert await published(client, spec()) == keys
+    assert len(starts(ledger)) == 1
+
+
+ERRORS: list[tuple[str, Any, str, str]] = [
+    (
+        "RequestGraphs",
+        pb.RequestGraphsRequest(specs=[pb.GraphSpec(factors={**FACTORS, "batch_size": "0"})]),
+        "INVALID_ARGUMENT",
+        "batch_size",
+    ),
+    (
+        "RequestGraphs",
+        pb.RequestGraphsRequest(specs=[pb.GraphSpec(factors={"host": "a"})]),
+        "INVALID_ARGUMENT",
+        "host",
+    ),
+    (
+        "RequestGraphs",
+        pb.RequestGraphsRequest(specs=[pb.GraphSpec()] * 1025),
+        "INVALID_ARGUMENT",
+        "1025 specs",
+    ),
+    (
+        "RequestGraphs",
+        pb.RequestGraphsRequest(model="m" * 200),
+        "INVALID_ARGUMENT",
+        "model label",
+    ),
+    ("FetchGraph", pb.FetchGraphRequest(key="0" * 32), "NOT_FOUND", "0" * 32),
+    ("FetchGraph", pb.FetchGraphRequest(key="../../keys"), "NOT_FOUND", "no graph key"),
+    ("FetchGraph", pb.FetchGraphRequest(key="0" * 32, generation=2**64 - 1), "NOT_FOUND", "0"),
+    ("WatchGraphs", pb.WatchGraphsRequest(keys=["0" * 32]), "NOT_FOUND", "0" * 32),
+    ("WatchGraphs", pb.WatchGraphsRequest(keys=["x"]), "INVALID_ARGUMENT", "'x'"),
+    ("Recompile", admin_pb.RecompileRequest(), "INVALID_ARGUMENT", "recompile what"),
+    ("Recompile", admin_pb.RecompileRequest(keys=["0" * 32]), "NOT_FOUND", "0" * 32),
+    ("Recompile", admin_pb.RecompileRequest(model="none"), "NOT_FOUND", "no graph matches"),
+    ("CancelJob", admin_pb.CancelJobRequest(job_id="none"), "NOT_FOUND", "'none'"),
+]
+
+
+async def test_bad_requests_get_their_status_and_the_service_stays_up(
+    tmp_path: Path, redis_url: str
+) -> None:
+    with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker:
+        async with connect(worker) as client:
+            for method, request, status, detail in ERRORS:
+                stub = client.graphs if hasattr(client.graphs, method) else client.admin
+                call = getattr(stub, method)(request, timeout=5)
+                with pytest.raises(grpc.aio.AioRpcError) as failure:
+                    if isinstance(call, grpc.aio.UnaryStreamCall):
+                        await call.read()
+                    else:
+                        await call
+                assert failure.value.code().name == status, method
+                assert detail in str(failure.value.details())
+            assert await published(client, spec())
+        assert "Traceback" not in worker.log.read_text()
+
+
+async def test_failed_captures_fail_alone(tmp_path: Path, redis_url: str) -> None:
+    ways = {
+        "hang": "longer than 4 s",
+        "crash": "signal 11",
+        "eat": "more than 300 MB",
+        "exit": "no such operator",
+        "refuse": "kv_heads is odd",
+        "differ": "differs from eager",
+    }
+    ledger = tmp_path / "ledger"
+    limits = {"capture_timeout_s": 4, "capture_memory_mb": 300}
+    with compile_worker(tmp_path / "home", redis_url, ledger, **limits) as worker:
+        async with connect(worker) as client:
+            states = await client.request(*(spec(how) for how in ways), spec())
+            keys = [state.key for state in states]
+            done = await client.until(keys, PUBLISHED, FAILED, deadline_s=40)
+            for key, reason in zip(keys, ways.values(), strict=False):
+                assert done[key].phase == FAILED
+                assert reason in done[key].error
+            assert done[keys[-1]].phase == PUBLISHED
+            # a further request, within the backoff, begins nothing
+            again = await client.request(*(spec(how) for how in ways))
+            assert {state.phase for state in again} == {FAILED}
+            jobs = (await client.admin.ListJobs(admin_pb.ListJobsRequest(), timeout=5)).jobs
+            assert sum(job.stage == admin_pb.RECOMPILE_STAGE_FAILED for job in jobs) == len(ways)
+        assert len(starts(ledger)) == len(ways) + 1
+        assert worker.process.poll() is None
+
+
+async def test_recompile_starts_a_failed_capture_again(tmp_path: Path, redis_url: str) -> None:
+    ledger = tmp_path / "ledger"
+    with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
+        async with connect(worker) as client:
+            [state] = await client.request(spec("exit"))
+            await client.until([state.key], FAILED)
+            request = admin_pb.RecompileRequest(keys=[state.key])
+            stages = [step.stage async for step in client.admin.Recompile(request, timeout=20)]
+            assert stages == [
+                admin_pb.RECOMPILE_STAGE_QUEUED,
+                admin_pb.RECOMPILE_STAGE_CAPTURING,
+                admin_pb.RECOMPILE_STAGE_FAILED,
+            ]
+    assert len(starts(ledger)) == 2
+
+
+def decode_lease(name: str, key: str, generation: int) -> DecodeLease:
+    return DecodeLease(
+        worker_id=name,
+        address="127.0.0.1:1",
+        model="tiny",
+        state="ready",
+        max_batch_size=1,
+        max_context_length=1,
+        weight_dtype="fp32",
+        quantization="int8",
+        graphs=(LoadedGraphRecord(batch_size=1, keys=(key,), generations=(generation,)),),
+    )
+
+
+async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_url: str) -> None:
+    registry = Registry.connect(redis_url, lease_ttl_s=30)
+    with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker:
+        async with connect(worker) as client:
+            [key, other] = await published(client, spec(), spec(batch_size=2))
+            await registry.publish(decode_lease("one", key, 1))
+            await registry.publish(decode_lease("two", key, 1))
+            await registry.publish(decode_lease("elsewhere", other, 1))
+            steps = []
+            request = admin_pb.RecompileRequest(model="tiny", batch_sizes=[1])
+            async for step in client.admin.Recompile(request, timeout=30):
+                steps.append(step)
+                if step.stage == admin_pb.RECOMPILE_STAGE_ADOPTED:
+                    name = ("one", "two", "")[step.adopted]
+                    if name:
+                        await registry.publish(decode_lease(name, key, step.generation))
+            cache = cache_of(tmp_path, worker)
+            newest = await fetch_graph(client.graphs, cache, key, spec=spec())
+    await registry.close()
+    names = [
+        admin_pb.RecompileStage.Name(step.stage).removeprefix("RECOMPILE_STAGE_") for step in steps
+    ]
+    stages = ["QUEUED", "CAPTURING", "CAPTURED", "VERIFIED", "PUBLISHED"]
+    assert names == [*stages, "ADOPTED", "ADOPTED", "ADOPTED"]
+    assert [(step.adopted, step.workers) for step in steps[5:]] == [(0, 2), (1, 2), (2, 2)]
+    assert {(step.key, step.generation, step.batch_size) for step in steps} == {(key, 2, 1)}
+    assert newest.manifest.generation == 2
+
+
+async def test_adoption_has_a_deadline(tmp_path: Path, redis_url: str) -> None:
+    registry = Registry.connect(redis_url, lease_ttl_s=30)
+    with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker:
+        async with connect(worker) as client:
+            [key] = await published(client, spec())
+            await registry.publish(decode_lease("stuck", key, 1))
+            request = admin_pb.RecompileRequest(all=True, adoption_deadline_s=1)
+            *_, last = [step async for step in client.admin.Recompile(request, timeout=20)]
+    await registry.close()
+    assert (last.adopted, last.workers, last.detail) == (0, 1, "not all within the deadline")
+
+
+async def test_cancelled_capture_is_killed_and_not_begun_again(
+    tmp_path: Path, redis_url: str
+) -> None:
+    ledger = tmp_path / "ledger"
+    with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
+        async with connect(worker) as client:
+            states = await client.request(spec("gated"), spec("gated", 2))
+            await asyncio.to_thread(wait_until, lambda: starts(ledger))
+            jobs = (await client.admin.ListJobs(admin_pb.ListJobsRequest(), timeout=5)).jobs
+            for job in reversed(jobs):  # the queued one first
+                request = admin_pb.CancelJobRequest(job_id=job.job_id)
+                cancelled = (await client.admin.CancelJob(request, timeout=20)).job
+                assert cancelled.stage == admin_pb.RECOMPILE_STAGE_CANCELLED
+            [pid, *_] = starts(ledger)[0]
+            await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{pid}").exists())
+            again = await client.request(spec("gated"), spec("gated", 2))
+            assert {state.phase for state in again} == {FAILED}
+            assert {state.error for state in again} == {"capture was cancelled"}
+            assert await published(client, spec()) != [states[0].key]
+    assert len(starts(ledger)) == 2
+
+
+async def test_damaged_artifact_is_refused_put_aside_and_captured_again(
+    tmp_path: Path, redis_url: str
+) -> None:
+    ledger = tmp_path / "ledger"
+    with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
+        async with connect(worker) as client:
+            [key] = await published(client, spec())
+            store = DiskStore(worker.home / "store")
+            path = store.open(key).graph_path
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            cache = cache_of(tmp_path, worker)
+            with pytest.raises(ArtifactRejected, match=r"digest.*put aside"):
+                await fetch_graph(client.graphs, cache, key, spec=spec())
+
+            def second() -> bool:
+                return store.generations(key) == [2]
+
+            await asyncio.to_thread(wait_until, second)
+            fetched = await fetch_graph(client.graphs, cache, key, spec=spec())
+            assert fetched.manifest.generation == 2
+            assert worker.process.poll() is None
+    [aside] = (worker.home / "store" / QUARANTINE).iterdir()
+    assert "digest" in (aside / "reason.txt").read_text()
+    assert len(starts(ledger)) == 2
+
+
+async def test_isa_that_is_not_a_target_is_refused(tmp_path: Path, redis_url: str) -> None:
+    targets = {"isa_targets": ["x86-64-v2"]}
+    with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger", **targets) as worker:
+        async with connect(worker) as client:
+            with pytest.raises(grpc.aio.AioRpcError, match="builds for x86-64-v2"):
+                await client.request(spec())
+
+
+async def test_lease_and_metrics(tmp_path: Path, redis_url: str) -> None:
+    port = free_port()
+    registry = Registry.connect(redis_url)
+    with compile_worker(
+        tmp_path / "home", redis_url, tmp_path / "ledger", metrics_port=port
+    ) as worker:
+        async with connect(worker) as client:
+            await published(client, spec())
+            [lease] = await registry.compile_workers()
+            assert lease.address == worker.address
+
+        def scrape() -> str:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                return str(answer.read().decode())
+
+        expected = 'compile_worker_captures_total{outcome="published"} 1.0'
+        await asyncio.to_thread(wait_until, lambda: expected in scrape())
+        worker.process.terminate()
+        assert worker.process.wait(10) == 0
+        assert await registry.compile_workers() == [], "a worker that stops withdraws its lease"
+    await registry.close()

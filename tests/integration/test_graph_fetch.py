@@ -1,7 +1,7 @@
 """Fetching over gRPC from a server that lies, and reading a cache that was tampered with.
 
-Whatever is done to an artifact, its manifest, its signature or the stream: it is refused with a reason,
-and nothing is written outside the cache or left in it.
+Whatever is done to an artifact, its manifest, its signature or the stream: it is refused with a
+reason, and nothing is written outside the cache or left in it.
 """
 
 import random

@@ -1,9 +1,9 @@
 """A capture program with the command line of ``precast.graphs.capture``, and no compiler in it.
 
-``python capture_program.py LEDGER --out DIR`` reads factors on stdin and notes each start as a line in
-``LEDGER/started``. The factor ``architecture`` chooses what happens: "gated" waits for the file
-``LEDGER/open``; "hang", "crash", "exit", "eat", "refuse", "differ", "silent", "noisy", "orphan" are the
-ways in which a capture can go wrong; anything else is captured at once.
+``python capture_program.py LEDGER --out DIR`` reads factors on stdin and notes each start as a
+line in ``LEDGER/started``. The factor ``architecture`` chooses what happens: "gated" waits for the
+file ``LEDGER/open``; "hang", "crash", "exit", "eat", "refuse", "differ", "silent", "noisy",
+"orphan" are the ways in which a capture can go wrong; anything else is captured at once.
 """
 
 import json
@@ -49,36 +49,73 @@ def say(stage: str) -> None:
     print(json.dumps({"stage": stage}), flush=True)
 
 
-def misbehave(how: str, ledger: Path) -> int:
-    match how:
-        case "gated":
-            while not (ledger / "open").exists():
-                time.sleep(0.02)
-        case "hang":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(600)
-        case "orphan":
-            subprocess.Popen(["sleep", "600"])
-            return 1
-        case "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case "exit":
-            raise RuntimeError("no such operator")
-        case "eat":
-            hoard = [bytearray(os.urandom(1 << 20)) for _ in range(2048)]
-            time.sleep(600)
-            return len(hoard)
-        case "refuse":
-            print("spec refused: kv_heads is odd", file=sys.stderr)
-            return 2
-        case "differ":
-            print("graph differs from eager by 1.00e+00", file=sys.stderr)
-            return 3
-        case "noisy":
-            print("x" * 3_000_000)
-            print("{not json", flush=True)
-            sys.stderr.write("y" * 3_000_000)
+def wait_for_gate(ledger: Path) -> int:
+    while not (ledger / "open").exists():
+        time.sleep(0.02)
     return 0
+
+
+def hang(_: Path) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+    return 1
+
+
+def leave_orphan(_: Path) -> int:
+    subprocess.Popen(["sleep", "600"])
+    return 1
+
+
+def crash(_: Path) -> int:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return 1
+
+
+def raise_error(_: Path) -> int:
+    raise RuntimeError("no such operator")
+
+
+def eat_memory(ledger: Path) -> int:
+    hoard = []
+    for _ in range(100):
+        hoard.append(b"x" * (16 << 20))
+        time.sleep(0.01)
+    return hang(ledger)
+
+
+def refuse(_: Path) -> int:
+    print("spec refused: kv_heads is odd", file=sys.stderr)
+    return 2
+
+
+def differ(_: Path) -> int:
+    print("graph differs from eager by 1.00e+00", file=sys.stderr)
+    return 3
+
+
+def make_noise(_: Path) -> int:
+    print("x" * 3_000_000)
+    print("{not json", flush=True)
+    sys.stderr.write("y" * 3_000_000)
+    return 0
+
+
+BEHAVIOURS = {
+    "gated": wait_for_gate,
+    "hang": hang,
+    "orphan": leave_orphan,
+    "crash": crash,
+    "exit": raise_error,
+    "eat": eat_memory,
+    "refuse": refuse,
+    "differ": differ,
+    "noisy": make_noise,
+}
+
+
+def misbehave(how: str, ledger: Path) -> int:
+    """Do what the factor says; the exit code, 0 to go on."""
+    return BEHAVIOURS[how](ledger) if how in BEHAVIOURS else 0
 
 
 if __name__ == "__main__":

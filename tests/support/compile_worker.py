@@ -1,6 +1,7 @@
 """Real compile workers in processes of their own, for tests; captures are those of a small program.
 
-``python -m tests.support.compile_worker SETTINGS_JSON LEDGER`` is one worker.
+``python -m tests.support.compile_worker SETTINGS_JSON LEDGER`` is one worker; with an empty LEDGER
+its captures are real.
 """
 
 import json
@@ -88,16 +89,19 @@ def starts(ledger: Path) -> list[list[str]]:
 
 @contextmanager
 def compile_worker(
-    home: Path, redis_url: str, ledger: Path, **settings: Any
+    home: Path, redis_url: str, ledger: Path | None = None, **settings: Any
 ) -> Iterator[WorkerProcess]:
-    """A worker that answers; killed at the end if it still lives."""
+    """A worker that answers; killed at the end if it still lives.
+
+    With a ledger its captures are those of the test's program, else real ones.
+    """
     address = f"127.0.0.1:{free_port()}"
     given = {"home": str(home), "redis_url": redis_url, "listen": address, **settings}
     home.mkdir(parents=True, exist_ok=True)
     log = home / f"worker-{time.time_ns()}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(given), str(ledger)],
+            [sys.executable, "-m", __name__, json.dumps(given), str(ledger or "")],
             cwd=ROOT,
             stdout=file,
             stderr=file,
@@ -178,4 +182,5 @@ async def connect(worker: WorkerProcess) -> AsyncIterator[Client]:
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
-    sys.exit(run(load_settings(CompileWorkerSettings, **options), program(Path(sys.argv[2]))))
+    captures = program(Path(sys.argv[2])) if sys.argv[2] else None
+    sys.exit(run(load_settings(CompileWorkerSettings, **options), captures))

@@ -29,7 +29,7 @@ def test_published_artifact_is_found_by_key_and_generation(tmp_path: Path) -> No
     store = DiskStore(tmp_path / "store")
     key = publish(store, tmp_path)
     publish(store, tmp_path, generation=2, seed=2)
-    assert store.keys() == [key]
+    assert store.published_keys() == [key]
     assert store.generations(key) == [1, 2]
     assert store.open(key).manifest.generation == 2
     first = store.open(key, 1)
@@ -73,7 +73,7 @@ def test_graph_that_differs_from_its_manifest_is_not_published(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ArtifactRejected, match="digest"):
         store.publish(raw, signature, path)
-    assert store.keys() == []
+    assert store.published_keys() == []
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_killed_publisher_leaves_nothing_that_counts(tmp_path: Path) -> None:
         process.stdout.readline()
         assert store.sweep() == 0, "a living publisher's folder must stay"
         os.kill(process.pid, signal.SIGKILL)
-    assert store.keys() == []
+    assert store.published_keys() == []
     assert len(list((store.root / TEMPORARY).iterdir())) == 1
     assert store.sweep() == 1
     assert list((store.root / TEMPORARY).iterdir()) == []

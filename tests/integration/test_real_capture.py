@@ -1,0 +1,60 @@
+"""A tiny model's graph through the real capture program: compiled, verified, signed, fetched."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from precast.graphs.factors import rank_factors
+from precast.graphs.fetch import GraphCache, fetch_graph
+from precast.graphs.signing import TrustedKeys
+from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.models.llama import LlamaShape
+from tests.support.compile_worker import compile_worker, connect
+
+SHAPE = LlamaShape(
+    hidden_size=64,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    vocab_widths=(256,),
+    vocab_size=256,
+    rms_norm_eps=1e-5,
+    attention_bias=False,
+    mlp_bias=False,
+    weight_dtype="fp32",
+    quantization="int8",
+)
+"""Small enough that nearly all of the time goes into the compiler's fixed cost."""
+
+
+def tiny_spec(batch_size: int = 2) -> dict[str, str]:
+    factors = rank_factors("llama", SHAPE, block_size=32, torch_version=torch.__version__)
+    return {**factors, "batch_size": str(batch_size)}
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(240)
+async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
+    spec = tiny_spec()
+    stale = {**spec, "graph_source": "0123456789abcdef"}
+    with compile_worker(tmp_path / "home", redis_url) as worker:
+        async with connect(worker) as client:
+            states = await client.request(spec, stale)
+            phases = (pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED)
+            done = await client.until([state.key for state in states], *phases, deadline_s=200)
+            good, refused = (done[state.key] for state in states)
+            assert good.phase == pb.GRAPH_PHASE_PUBLISHED, good.error
+            assert "graph_source is 0123456789abcdef" in refused.error
+            trusted = TrustedKeys.load(worker.home / "keys" / "trusted")
+            cache = GraphCache(tmp_path / "cache", trusted)
+            graph = await fetch_graph(client.graphs, cache, good.key, spec=spec)
+    assert 0 < good.max_relative_error < 3e-2
+    assert good.step_us > 0
+    assert good.capture_s > 1
+    with zipfile.ZipFile(graph.graph_path) as package:
+        assert any(name.endswith(".so") for name in package.namelist())
+    assert "g++" in graph.manifest.compiler
+    assert not list((worker.home / "tmp").iterdir())
