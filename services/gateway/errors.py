@@ -45,15 +45,20 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         detail = {
-            "message": self.message,
+            "message": _encodable(self.message),
             "type": self.kind,
-            "param": self.param,
+            "param": None if self.param is None else _encodable(self.param),
             "code": self.code,
         }
         return {"error": detail}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def _encodable(text: str) -> str:
+    """Errors quote what clients sent, halves of characters included."""
+    return text.encode(errors="replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

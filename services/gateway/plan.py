@@ -47,7 +47,7 @@ class Planner:
     async def completion(self, body: CompletionRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
         tokenizer = await self._tokenizer(body.model)
-        prompts = [await _completion_prompt(prompt, tokenizer) for prompt in body.prompts]
+        prompts = await _completion_prompts(body.prompts, tokenizer)
         starts = [
             _start(body, ids, _completion_budget(body, len(ids), limit), body.logprobs, choice)
             for ids in prompts
@@ -93,14 +93,18 @@ class Planner:
             raise internal(str(error)) from error
 
 
-async def _completion_prompt(prompt: str | list[int], tokenizer: ModelTokenizer) -> list[int]:
-    if isinstance(prompt, str):
-        ids = await tokenizer.encode(prompt, add_special_tokens=True)
-        if not ids:
+async def _completion_prompts(
+    prompts: list[str | list[int]], tokenizer: ModelTokenizer
+) -> list[list[int]]:
+    """Token ids of each prompt, whether it came as text or as ids."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await tokenizer.encode(texts, add_special_tokens=True))
+    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for prompt in ids:
+        if not prompt:
             raise invalid("Invalid 'prompt': it has no tokens.", "prompt")
-        return ids
-    _check_ids("prompt", prompt, tokenizer)
-    return prompt
+        _check_ids("prompt", prompt, tokenizer)
+    return ids
 
 
 async def _chat_prompt(body: ChatRequest, tokenizer: ModelTokenizer) -> list[int]:
@@ -108,7 +112,8 @@ async def _chat_prompt(body: ChatRequest, tokenizer: ModelTokenizer) -> list[int
         text = tokenizer.render_chat([_message(message) for message in body.messages])
     except InvalidRequest as error:
         raise invalid(str(error), "messages") from None
-    ids = await tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+    # The template has written the special tokens.
+    (ids,) = await tokenizer.encode([text], add_special_tokens=False)
     if not ids:
         raise invalid("Invalid 'messages': they have no tokens.", "messages")
     return ids

@@ -7,7 +7,7 @@ only label a request are accepted and ignored.
 
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_CHOICES: Final = 128
 """Generations of one HTTP request: prompts times ``n``."""
@@ -17,9 +17,9 @@ _MAX_SEED: Final = 2**63 - 1
 
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
@@ -47,6 +47,18 @@ _LABELS: Final = frozenset(
     }
 )
 """Fields that don't change a result."""
+
+
+def _check_text(text: str) -> str:
+    """JSON can carry halves of characters, which nothing behind the gateway can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
 
 
 def _check_prompt(value: Any) -> Any:
@@ -103,14 +115,14 @@ class StreamOptions(_Body):
 class _Sampling(_Body):
     """What both endpoints have in common."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: Text = Field(min_length=1, max_length=256)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     """Extension. 0 and -1: every token."""
     seed: int | None = Field(default=None, ge=-_MAX_SEED, le=_MAX_SEED)
-    stop: Annotated[list[str], BeforeValidator(_check_stop)] = []
+    stop: Annotated[list[Text], BeforeValidator(_check_stop)] = []
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         default=None, max_length=64
     )
@@ -169,7 +181,9 @@ class UnsupportedField(FieldError):
 class CompletionRequest(_Sampling):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
+    prompt: Annotated[
+        Text | list[Text] | list[int] | list[list[int]], BeforeValidator(_check_prompt)
+    ]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1)
@@ -197,15 +211,15 @@ class CompletionRequest(_Sampling):
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     @property
     def text(self) -> str:

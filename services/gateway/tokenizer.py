@@ -40,11 +40,11 @@ class ModelTokenizer:
     special_tokens: Mapping[str, str]
     """``bos_token`` and the like, for the template."""
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``. Long texts don't hold up the event loop."""
-        if len(text) < _LONG_TEXT:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text. Long texts don't hold up the event loop."""
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return self._encode(texts, add_special_tokens)
+        return await asyncio.to_thread(self._encode, texts, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
@@ -67,8 +67,9 @@ class ModelTokenizer:
                 None
             )
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        encode = self.tokenizer.encode
+        return [list(encode(text, add_special_tokens=add_special_tokens).ids) for text in texts]
 
 
 class TokenizerStore:

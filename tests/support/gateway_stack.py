@@ -1,0 +1,186 @@
+"""Gateway tests' surroundings: a tiny model folder, and worker and gateway processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.redis_server import free_port
+
+ROOT = Path(__file__).parents[2]
+MODEL = "tiny"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] == 'refuse me' %}{{ raise_exception('no such talk') }}{% endif %}"
+    "{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make_model_folder(models_dir: Path, name: str = MODEL) -> Path:
+    """A byte-level tokenizer of about 300 tokens and a chat template."""
+    folder = models_dir / name
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 20, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"chat_template": CHAT_TEMPLATE, "eos_token": {"content": "<end>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def eventually(check: Callable[[], Any], deadline_s: float = 15.0) -> Any:
+    """What ``check`` returns once it is true."""
+    end = time.monotonic() + deadline_s
+    while not (value := check()):
+        assert time.monotonic() < end, "deadline passed"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass(kw_only=True)
+class Process:
+    """A child process that serves ``port``."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+class Worker(Process):
+    """A parrot worker."""
+
+    def status(self) -> pb.GetStatusResponse:
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            stub = DecodeServiceStub(channel)  # type: ignore[no-untyped-call]
+            response: pb.GetStatusResponse = stub.GetStatus(pb.GetStatusRequest(), timeout=5)
+        return response
+
+    def running(self) -> int:
+        return self.status().running
+
+    def served(self) -> int:
+        return self.status().graph_steps
+
+
+class Gateway(Process):
+    """A gateway process."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30, **options
+        )
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30
+        )
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    def post(self, path: str, **arguments: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=30, **arguments)
+
+    def workers(self) -> int:
+        answer = self.get("/ready")
+        return int(answer.json()["workers"]) if answer.status_code == 200 else 0
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """Starts processes around one Redis and one folder of models."""
+
+    redis_url: str
+    models_dir: Path
+    started: list[subprocess.Popen[str]]
+
+    def worker(self, **options: Any) -> Worker:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        process = self._start(
+            "-m",
+            "tests.support.parrot_worker",
+            f"--redis-url={self.redis_url}",
+            f"--models-dir={self.models_dir}",
+            *flags,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        return Worker(process=process, port=int(process.stdout.readline()))
+
+    def gateway(self, *, wait_for: int = 1, **settings: Any) -> Gateway:
+        """A gateway that sees ``wait_for`` ready workers."""
+        port = free_port()
+        values = {
+            "home": str(self.models_dir.parent),
+            "port": port,
+            "redis_url": self.redis_url,
+            "drain_timeout_s": 2,
+            **settings,
+        }
+        code = (
+            "import sys, json; from precast.settings import GatewaySettings, load_settings;"
+            "from services.gateway.main import run;"
+            "sys.exit(run(load_settings(GatewaySettings, **json.loads(sys.argv[1]))))"
+        )
+        gateway = Gateway(process=self._start("-c", code, json.dumps(values)), port=port)
+        eventually(lambda: _is_up(gateway))
+        eventually(lambda: gateway.workers() >= wait_for)
+        return gateway
+
+    def _start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        environment = {key: v for key, v in os.environ.items() if not key.startswith("PRECAST_")}
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, **options
+        )
+        self.started.append(process)
+        return process
+
+
+def _is_up(gateway: Gateway) -> bool:
+    assert gateway.process.poll() is None, "the gateway ended"
+    try:
+        return gateway.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def running_stack(redis_url: str, folder: Path) -> Iterator[Stack]:
+    """A stack whose processes are gone afterwards."""
+    make_model_folder(folder / "models")
+    stack = Stack(redis_url=redis_url, models_dir=folder / "models", started=[])
+    try:
+        yield stack
+    finally:
+        for process in stack.started:
+            process.kill()
+        for process in stack.started:
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()

@@ -1,0 +1,223 @@
+"""A decode worker without a model: it says the prompt's own tokens again and again.
+
+A real gRPC server with a real lease, for tests and benchmarks of what stands in front of it. Run
+``python -m tests.support.parrot_worker --help``. Prompts that begin with one of ``FAULTS``
+fail in that way.
+"""
+
+import argparse
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.registry import DecodeLease, Heartbeat, Registry
+from precast.rpc import Service, start_server
+
+FAULTS: Final = {
+    "!invalid": pb.ERROR_CODE_INVALID_ARGUMENT,
+    "!context": pb.ERROR_CODE_CONTEXT_LENGTH_EXCEEDED,
+    "!overloaded": pb.ERROR_CODE_OVERLOADED,
+    "!internal": pb.ERROR_CODE_INTERNAL,
+}
+FAIL_AFTER_TWO: Final = "!later"
+"""Two tokens, then INTERNAL."""
+SLOW: Final = "!slow"
+"""A tenth of a second a token."""
+SILENT: Final = "!silent"
+"""Never a token."""
+
+
+@dataclass(kw_only=True)
+class Speech:
+    """One generation: text lags the tokens as the protocol says."""
+
+    tokenizer: Tokenizer
+    start: pb.StartGeneration
+    ids: list[int] = field(default_factory=list)
+    sent: int = 0
+    """Characters that were sent."""
+    finished: int = 0
+    """The reason, once it has one."""
+
+    def step(self) -> pb.TokenDelta:
+        prompt = self.start.prompt_token_ids
+        self.ids.append(prompt[len(self.ids) % len(prompt)])
+        if len(self.ids) == self.start.stop.max_tokens:
+            self.finished = pb.FINISH_REASON_LENGTH
+        text = self._sendable(self.tokenizer.decode(self.ids))
+        delta = pb.TokenDelta(token_ids=self.ids[-1:], text=text[self.sent :])
+        self.sent = max(self.sent, len(text))
+        if self.start.HasField("logprobs"):
+            delta.logprobs.append(self._logprob(self.ids[-1], self.start.logprobs))
+        return delta
+
+    def _sendable(self, text: str) -> str:
+        stops = list(self.start.stop.stop_strings)
+        cuts = [text.index(stop) for stop in stops if stop in text]
+        if cuts:
+            self.finished = pb.FINISH_REASON_STOP
+            return text[: min(cuts)]
+        if self.finished:
+            return text
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        return text[: len(text) - _held_back(text, stops)]
+
+    def _logprob(self, token: int, count: int) -> pb.TokenLogprob:
+        size = self.tokenizer.get_vocab_size()
+        others = [(token + 1 + i) % size for i in range(count)]
+        return pb.TokenLogprob(
+            token_id=token,
+            logprob=-0.5,
+            text=self.tokenizer.decode([token]),
+            top=[
+                pb.TopLogprob(token_id=other, logprob=-1.0 - i, text=self.tokenizer.decode([other]))
+                for i, other in enumerate(others)
+            ],
+        )
+
+
+class Parrot(pb_grpc.DecodeServiceServicer):
+    """The servicer. ``running`` holds the ids of requests that take a slot."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._tokenizer = Tokenizer.from_file(
+            str(options.models_dir / options.model / "tokenizer.json")
+        )
+        self.worker_id = options.worker_id or f"parrot-{uuid.uuid4().hex[:8]}"
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.served = 0
+
+    async def Generate(self, requests: Any, _context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        out: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
+        mine: set[str] = set()
+        reader = asyncio.create_task(self._read(requests, out, mine))
+        try:
+            while (response := await out.get()) is not None:
+                yield response
+        finally:
+            reader.cancel()
+            for request_id in mine:
+                self._stop(request_id)
+
+    async def _read(self, requests: Any, out: "asyncio.Queue[Any]", mine: set[str]) -> None:
+        async for request in requests:
+            if request.WhichOneof("action") == "abort":
+                self._stop(request.request_id)
+            elif len(self.running) >= self._options.max_running:
+                await out.put(_error(request.request_id, pb.ERROR_CODE_OVERLOADED, "full"))
+            else:
+                mine.add(request.request_id)
+                work = self._generate(request.request_id, request.start, out)
+                self.running[request.request_id] = asyncio.create_task(work)
+        await out.put(None)
+
+    def _stop(self, request_id: str) -> None:
+        task = self.running.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def _generate(
+        self, request_id: str, start: pb.StartGeneration, out: "asyncio.Queue[Any]"
+    ) -> None:
+        try:
+            self.served += 1
+            await self._speak(request_id, start, out)
+        finally:
+            self.running.pop(request_id, None)
+
+    async def _speak(
+        self, request_id: str, start: pb.StartGeneration, out: "asyncio.Queue[Any]"
+    ) -> None:
+        prompt = list(start.prompt_token_ids)
+        said = self._tokenizer.decode(prompt[:16])
+        fault = next((FAULTS[prefix] for prefix in FAULTS if said.startswith(prefix)), None)
+        if fault is not None:
+            await out.put(_error(request_id, fault, f"told to fail: {said}"))
+            return
+        if said.startswith(SILENT):
+            await asyncio.Event().wait()
+        step_s = 0.1 if said.startswith(SLOW) else self._options.step_ms / 1000
+        speech = Speech(tokenizer=self._tokenizer, start=start)
+        while not speech.finished:
+            if step_s:
+                await asyncio.sleep(step_s)
+            if len(speech.ids) == 2 and said.startswith(FAIL_AFTER_TWO):
+                await out.put(_error(request_id, pb.ERROR_CODE_INTERNAL, "told to fail"))
+                return
+            await out.put(pb.GenerateResponse(request_id=request_id, delta=speech.step()))
+        finished = pb.GenerationFinished(
+            reason=speech.finished,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(speech.ids),
+        )
+        await out.put(pb.GenerateResponse(request_id=request_id, finished=finished))
+
+    async def GetStatus(self, _request: Any, _context: Any) -> pb.GetStatusResponse:
+        return pb.GetStatusResponse(
+            worker_id=self.worker_id, running=len(self.running), graph_steps=self.served
+        )
+
+    def lease(self, port: int) -> DecodeLease:
+        return DecodeLease(
+            worker_id=self.worker_id,
+            address=f"127.0.0.1:{port}",
+            model=self._options.model,
+            state=self._options.state,
+            running=len(self.running),
+            max_batch_size=8,
+            max_context_length=self._options.max_context_length,
+            weight_dtype="fp32",
+            quantization="none",
+        )
+
+
+def _held_back(text: str, stops: Any) -> int:
+    """Characters at the end that may be the beginning of a stop string."""
+    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(lengths, default=0)
+
+
+def _error(request_id: str, code: Any, message: str) -> pb.GenerateResponse:
+    error = pb.GenerationError(code=code, message=message)
+    return pb.GenerateResponse(request_id=request_id, error=error)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--redis-url", required=True)
+    parser.add_argument("--models-dir", type=Path, required=True)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--worker-id", default="")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--step-ms", type=float, default=0.0, help="time of one token")
+    parser.add_argument("--max-running", type=int, default=1000)
+    parser.add_argument("--max-context-length", type=int, default=256)
+    parser.add_argument("--state", default="ready")
+    return parser.parse_args()
+
+
+async def _main() -> None:
+    options = _options()
+    parrot = Parrot(options)
+    service = Service(
+        descriptor=pb.DESCRIPTOR.services_by_name["DecodeService"],
+        servicer=parrot,
+        add_to_server=pb_grpc.add_DecodeServiceServicer_to_server,
+    )
+    server = await start_server(f"127.0.0.1:{options.port}", [service])
+    registry = Registry.connect(options.redis_url)
+    async with Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=0.25):
+        print(server.port, flush=True)
+        await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
