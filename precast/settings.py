@@ -44,7 +44,11 @@ class CommonSettings(BaseSettings):
     """What every service has."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,  # they are the flags' help
     )
     section: ClassVar[str] = ""
     """This service's table in the settings file."""

@@ -1,0 +1,5 @@
+"""``python -m precast`` is the ``precast`` command."""
+
+from precast.cli.main import app
+
+app()

@@ -1,0 +1,1 @@
+"""The ``precast`` command. Nothing heavy is imported before a command needs it."""

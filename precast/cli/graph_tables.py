@@ -1,0 +1,115 @@
+"""Graphs and recompile events as tables, lines and JSON."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from precast.admin.v1 import admin_service_pb2 as admin
+from precast.graphs.v1 import graphs_service_pb2 as pb
+
+_SHOWN_KEY: Final = 12
+_STAGE: Final = "RECOMPILE_STAGE_"
+_PHASE: Final = "GRAPH_PHASE_"
+
+
+def to_json(graphs: Sequence[pb.GraphState], *, single: bool = False) -> str:
+    """An array, or an object where ``single``."""
+    values = [_dict(graph) for graph in graphs]
+    return json.dumps(values[0] if single else values, indent=2, sort_keys=True)
+
+
+def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
+    """One line a graph, by model and batch size."""
+    if not graphs:
+        return "no graphs"
+    table = Table("key", "batch", "phase", "gen", "step", "capture", "size", "age", "models")
+    for graph in sorted(graphs, key=_order):
+        table.add_row(
+            graph.key[:_SHOWN_KEY],
+            graph.factors.get("batch_size", ""),
+            _phase(graph),
+            str(graph.generation or ""),
+            f"{graph.step_us / 1000:.2f} ms" if graph.step_us else "",
+            f"{graph.capture_s:.1f} s" if graph.capture_s else "",
+            f"{graph.size_bytes / 2**20:.1f} MiB" if graph.size_bytes else "",
+            _age(graph.published_at_s),
+            ", ".join(graph.models),
+        )
+    return table
+
+
+def detail(graph: pb.GraphState) -> RenderableType:
+    """Every field of one graph, and its key's factors."""
+    table = Table(show_header=False)
+    for name, value in _dict(graph).items():
+        if name != "factors":
+            table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    factors = Table("factor", "value")
+    for name, value in sorted(graph.factors.items()):
+        factors.add_row(name, value)
+    return Group(table, factors)
+
+
+def is_failure(event: admin.RecompileResponse) -> bool:
+    """Whether the event says that a job ended without a graph."""
+    return event.stage in (admin.RECOMPILE_STAGE_FAILED, admin.RECOMPILE_STAGE_CANCELLED)
+
+
+def event_json(event: admin.RecompileResponse) -> str:
+    """One line of JSON."""
+    value = MessageToDict(
+        event, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    value["stage"] = _stage(event)
+    value["generation"] = event.generation
+    return json.dumps(value, sort_keys=True)
+
+
+def event_line(event: admin.RecompileResponse) -> str:
+    """One line for people."""
+    words = [event.key[:_SHOWN_KEY], f"batch {event.batch_size}", _stage(event)]
+    if event.generation:
+        words.append(f"generation {event.generation}")
+    if event.stage == admin.RECOMPILE_STAGE_ADOPTED:
+        words.append(f"by {event.adopted} of {event.workers} workers")
+    return "  ".join([*words, *([event.detail] if event.detail else [])])
+
+
+def _dict(graph: pb.GraphState) -> dict[str, Any]:
+    value = MessageToDict(
+        graph, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    # protobuf's JSON writes 64-bit numbers as strings
+    return value | {
+        "phase": _phase(graph),
+        "generation": graph.generation,
+        "size_bytes": graph.size_bytes,
+    }
+
+
+def _phase(graph: pb.GraphState) -> str:
+    return pb.GraphPhase.Name(graph.phase).removeprefix(_PHASE).lower()
+
+
+def _stage(event: admin.RecompileResponse) -> str:
+    return admin.RecompileStage.Name(event.stage).removeprefix(_STAGE).lower()
+
+
+def _order(graph: pb.GraphState) -> tuple[str, int, str]:
+    size = graph.factors.get("batch_size", "0")
+    return ",".join(graph.models), int(size) if size.isdecimal() else 0, graph.key
+
+
+def _age(published_at_s: float) -> str:
+    if not published_at_s:
+        return ""
+    seconds = max(0.0, time.time() - published_at_s)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,56 @@
+"""The ``precast`` command and its subcommands."""
+
+from typing import Annotated
+
+import typer
+
+from precast import __version__
+from precast.cli import graphs, models, serve, services
+from precast.cli.options import settings_command
+from precast.settings import (
+    CompileWorkerSettings,
+    DecodeWorkerSettings,
+    GatewaySettings,
+    ServeSettings,
+)
+
+app = typer.Typer(
+    help="Serve language models on CPUs out of graphs that are captured once and shared.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("serve")(
+    settings_command(ServeSettings, serve.run, "Run every service on this machine.")
+)
+app.command("gateway")(
+    settings_command(GatewaySettings, services.run_gateway, "Run the HTTP gateway.")
+)
+app.command("compile-worker")(
+    settings_command(
+        CompileWorkerSettings, services.run_compile_worker, "Run a worker that captures graphs."
+    )
+)
+app.command("decode-worker")(
+    settings_command(
+        DecodeWorkerSettings, services.run_decode_worker, "Run a worker that serves one model."
+    )
+)
+app.add_typer(graphs.app, name="graphs")
+app.add_typer(models.app, name="models")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Every setting is a flag, a variable PRECAST_<NAME> and a line of precast.toml."""

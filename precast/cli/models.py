@@ -1,0 +1,82 @@
+"""``precast models``: import models and list them."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from precast.cli.failures import reported
+from precast.settings import CommonSettings, load_settings
+
+app = typer.Typer(help="Import models and list them.", no_args_is_help=True)
+
+HomeOption = Annotated[
+    str | None, typer.Option("--home", metavar="VALUE", help="Folder that holds models.")
+]
+
+
+@app.command("import")
+@reported
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face folder, a .gguf file, or smollm2-135m-instruct.",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="Name to serve it under.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Import it again if there.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Import a model into the home folder."""
+    from precast.models.importer import import_model
+
+    console = Console(stderr=True)
+    with console.status(f"importing {source}") as status:
+
+        def report(stage: str) -> None:
+            status.update(f"importing {source}: {stage}")
+            if not console.is_terminal:
+                console.print(f"importing {source}: {stage}", highlight=False)
+
+        info = import_model(source, _models_dir(home), name=name, replace=replace, report=report)
+    typer.echo(f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}")
+
+
+@app.command("list")
+@reported
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """List the models in the home folder, broken ones too."""
+    from precast.models.catalog import BrokenModel, list_models
+
+    models = list_models(_models_dir(home))
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(m) for m in models], default=str, indent=2))
+        return
+    table = Table("model", "architecture", "parameters", "size", "context")
+    for model in models:
+        if isinstance(model, BrokenModel):
+            table.add_row(model.name, f"can't be served: {model.problem}")
+            continue
+        table.add_row(
+            model.name,
+            model.architecture,
+            f"{model.parameters / 1e6:.0f}M",
+            f"{model.size_bytes / 2**20:.0f} MiB",
+            str(model.context_length),
+        )
+    Console(file=sys.stdout).print(
+        table if models else "no models; `precast models import` adds one"
+    )
+
+
+def _models_dir(home: str | None) -> Path:
+    return load_settings(CommonSettings, home=home).home / "models"

@@ -1,0 +1,128 @@
+"""``precast serve``: every service on this machine, watched over by one process."""
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+
+from precast.cli import stack as stacks
+from precast.cli.view import View, open_view, print_settings
+from precast.errors import ConfigError, PrecastError
+from precast.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from precast.cli.supervisor import Supervisor
+
+STOP_GRACE_S: Final = 20.0
+REDIS_DEADLINE_S: Final = 15.0
+_LOOK_INTERVAL_S: Final = 0.5
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ``PrecastError`` if the stack can't start."""
+    console = Console()
+    console.print("settings:")
+    print_settings(console, settings)
+    url = f"http://{_shown_host(settings.host)}:{settings.port}"
+    if not settings.port:
+        raise ConfigError("port = 0: serve needs a port of its own to tell you")
+    with stacks.sole_owner(settings.home), open_view(console, url, settings.model) as view:
+        plan = stacks.plan(settings)
+        _import_model(settings, view)
+        asyncio.run(_serve(plan, settings, url, view))
+    console.print("stopped")
+
+
+def _shown_host(host: str) -> str:
+    if host in ("0.0.0.0", "::", "*"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _import_model(settings: ServeSettings, view: View) -> None:
+    """Make sure that the model is there and can be served. Raises ``PrecastError``."""
+    from precast.models.catalog import find_model
+    from precast.models.importer import BUILT_IN, import_model
+
+    models_dir = settings.home / "models"
+    if settings.model in BUILT_IN:
+
+        def report(stage: str) -> None:
+            view.stage(f"importing {settings.model}: {stage}")
+
+        import_model(settings.model, models_dir, report=report)
+    else:
+        find_model(models_dir, settings.model)
+
+
+async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: View) -> None:
+    # imported here: redis and httpx would slow down every other command
+    from precast.cli.status import Observer
+    from precast.cli.supervisor import Supervisor
+
+    stop = asyncio.Event()
+    supervisor = Supervisor(plan.specs)
+
+    def on_signal() -> None:
+        if stop.is_set():  # asked twice: don't wait for anything
+            supervisor.kill()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    observer = Observer(supervisor.children, plan.redis_url, url)
+    try:
+        if plan.embedded_redis:
+            view.stage("starting Redis")
+            supervisor.start([stacks.REDIS])
+            await _until_redis_answers(plan, supervisor, stop)
+        supervisor.start([stacks.COMPILE_WORKER, stacks.GATEWAY, stacks.DECODE_WORKER])
+        while not stop.is_set():
+            supervisor.check()
+            view.status(await observer.look())
+            await _sleep_or(stop, _LOOK_INTERVAL_S)
+    finally:
+        view.stage("stopping")
+        await supervisor.stop(STOP_GRACE_S)
+        await observer.close()
+        _sweep_shared_memory()
+
+
+async def _until_redis_answers(
+    plan: stacks.Stack, supervisor: "Supervisor", stop: asyncio.Event
+) -> None:
+    from precast.redis_server import answers
+
+    end = time.monotonic() + REDIS_DEADLINE_S
+    while not stop.is_set():
+        supervisor.check()
+        if await asyncio.to_thread(answers, plan.redis_url):
+            return
+        if time.monotonic() > end:
+            log = plan.specs[0].log_path
+            raise PrecastError(f"Redis does not answer at {plan.redis_url}: {_tail(log)}")
+        await _sleep_or(stop, 0.05)
+
+
+async def _sleep_or(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await stop.wait()
+    except TimeoutError:
+        pass
+
+
+def _tail(log: Path) -> str:
+    from precast.cli.supervisor import last_line
+
+    return f"{last_line(log)} (log: {log})"
+
+
+def _sweep_shared_memory() -> None:
+    """Remove what killed ranks have left; ranks that end by themselves clean up."""
+    from services.decode_worker.rank_group import sweep_segments
+
+    sweep_segments()

@@ -1,0 +1,159 @@
+"""What ``precast serve`` runs: which processes, with which flags, and the ports that they need."""
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from precast.cli.supervisor import ChildSpec
+from precast.errors import ConfigError
+from precast.redis_server import LOOPBACK, answers, free_port, loopback_port, redis_command
+from precast.settings import ServeSettings, describe
+
+REDIS: Final = "redis"
+COMPILE_WORKER: Final = "compile-worker"
+DECODE_WORKER: Final = "decode-worker"
+GATEWAY: Final = "gateway"
+
+GATEWAY_DRAIN_S: Final = 5
+_PASSED_ON: Final = (
+    "model",
+    "weight_dtype",
+    "quantization",
+    "tp",
+    "cores",
+    "batch_sizes",
+    "max_context_length",
+)
+"""Settings of ``serve`` that are the decode worker's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The processes to run, and where they meet."""
+
+    specs: Sequence[ChildSpec]
+    """In the order in which they start."""
+    redis_url: str
+    embedded_redis: bool
+
+
+def plan(settings: ServeSettings) -> Stack:
+    """The stack that these settings describe. Raises ``ConfigError`` if a port is taken."""
+    _check_ports(settings)
+    redis_url, port = _redis(settings)
+    logs = settings.home / "logs"
+    data = settings.home / "redis"
+    for folder in (logs, data):
+        folder.mkdir(parents=True, exist_ok=True)
+    specs = []
+    if port is not None:
+        command = redis_command(data, port)
+        specs.append(ChildSpec(name=REDIS, command=command, log_path=logs / f"{REDIS}.log"))
+    for name, flags in _flags(settings).items():
+        flags |= {"home": settings.home, "redis-url": redis_url, "log-level": settings.log_level}
+        flags |= {"log-format": settings.log_format}
+        given = [f"--{flag}={value}" for flag, value in flags.items()]
+        command = (sys.executable, "-m", "precast", name, *given)
+        specs.append(ChildSpec(name=name, command=command, log_path=logs / f"{name}.log"))
+    return Stack(specs=specs, redis_url=redis_url, embedded_redis=port is not None)
+
+
+@contextmanager
+def sole_owner(home: Path) -> Iterator[None]:
+    """This home folder for one ``precast serve`` at a time. Raises ``ConfigError``."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "serve.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            raise ConfigError(
+                f"home {str(home)!r}: process {owner} already serves from it"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
+    """Each service's own flags, in the order in which the services start."""
+    decode = {
+        name.replace("_", "-"): _text(getattr(settings, name))
+        for name in _PASSED_ON
+        if getattr(settings, name) not in (None, ())
+    }
+    return {
+        COMPILE_WORKER: {"listen": f"{LOOPBACK}:{settings.compile_port}"},
+        GATEWAY: {
+            "host": settings.host,
+            "port": settings.port,
+            "drain-timeout-s": GATEWAY_DRAIN_S,
+        },
+        DECODE_WORKER: {"listen": f"{LOOPBACK}:{settings.decode_port}", **decode},
+    }
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _redis(settings: ServeSettings) -> tuple[str, int | None]:
+    """The Redis to use, and the port to start an embedded one on (None: it runs already).
+
+    A Redis that was asked for is used if it answers. By default we start our own, on a free port if
+    something else has Redis's: a stranger's data is none of our business.
+    """
+    asked_for = {row.name: row.source for row in describe(settings)}["redis_url"] != "default"
+    port = loopback_port(settings.redis_url)
+    if asked_for and answers(settings.redis_url):
+        return settings.redis_url, None
+    if port is None:
+        raise ConfigError(f"redis_url = {settings.redis_url!r}: no Redis answers there")
+    if _in_use(LOOPBACK, port):
+        if asked_for:
+            raise ConfigError(
+                f"redis_url = {settings.redis_url!r}: the port is in use, not by Redis"
+            )
+        port = free_port()
+    return f"redis://{LOOPBACK}:{port}/0", port
+
+
+def _check_ports(settings: ServeSettings) -> None:
+    wanted = (
+        ("port", settings.host, settings.port),
+        ("compile_port", LOOPBACK, settings.compile_port),
+        ("decode_port", LOOPBACK, settings.decode_port),
+    )
+    taken: dict[int, str] = {}
+    for name, host, port in wanted:
+        if port and port in taken:
+            raise ConfigError(f"{name} = {port}: the same as {taken[port]}")
+        taken[port] = name
+        if port and _in_use(host, port):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{name} = {port}: in use; free it or choose another with --{flag}")
+
+
+def _in_use(host: str, port: int) -> bool:
+    """Whether nothing can listen there. Raises ``ConfigError`` if ``host`` is no address here."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"host = {host!r}: {error.strerror}") from None
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return True
+    return False
