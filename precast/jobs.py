@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import msgspec
 import redis.asyncio
 from redis.exceptions import ResponseError
 
 from precast.errors import JobNotFound, Overloaded
+from precast.job import Job, Stage, decode_job, encode_job, replace_job
 from precast.job_scripts import DROP, ENQUEUE, FINISH, RENEW
 from precast.registry import bounded
 
@@ -30,50 +30,13 @@ GROUP: Final = "compile"
 LEASE_TTL_S: Final = 5.0
 RENEW_INTERVAL_S: Final = 1.0
 HISTORY: Final = 200
+_GROUP_ERRORS: Final = ("NOGROUP", "BUSYGROUP", "no such key")
 _BLOCK_MS: Final = 500
+_FORGET_CONSUMER_MS: Final = 3_600_000
 _RECORDS: Final = "precast:jobs:records"
 _ACTIVE: Final = "precast:jobs:active"
 _CANCELS: Final = "precast:jobs:cancels"
 _ENDED: Final = "precast:jobs:ended"
-
-
-class Stage(enum.StrEnum):
-    """How far a job is. The first five follow one another; the last three are ends."""
-
-    QUEUED = "queued"
-    CAPTURING = "capturing"
-    CAPTURED = "captured"
-    """Compiled; being compared with eager."""
-    VERIFIED = "verified"
-    PUBLISHED = "published"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def ended(self) -> bool:
-        return self in (Stage.PUBLISHED, Stage.FAILED, Stage.CANCELLED)
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One capture, as kept in Redis."""
-
-    id: str
-    key: str
-    factors: dict[str, str]
-    """Spec and build factors."""
-    models: tuple[str, ...] = ()
-    batch_size: int
-    generation: int
-    """What it will publish. Once that exists the job is done, whoever did it."""
-    stage: Stage = Stage.QUEUED
-    detail: str = ""
-    attempts: int = 0
-    """Claims so far; more than one if compile workers died in it."""
-    worker: str = ""
-    queued_at: float
-    """Unix seconds, as are the next two; 0: not yet."""
-    started_at: float = 0.0
-    ended_at: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +58,6 @@ class Hold(enum.StrEnum):
     """Another process holds the key now: stop, and publish nothing."""
     CANCELLED = "cancelled"
     """Somebody asked for the job's end."""
-
-
-def new_job(
-    key: str,
-    factors: dict[str, str],
-    *,
-    batch_size: int,
-    generation: int,
-    models: tuple[str, ...] = (),
-) -> Job:
-    """A job that has not been queued yet."""
-    return Job(
-        id=uuid.uuid4().hex[:16],
-        key=key,
-        factors=factors,
-        models=models,
-        batch_size=batch_size,
-        generation=generation,
-        queued_at=time.time(),
-    )
 
 
 class CaptureQueue:
@@ -142,11 +85,11 @@ class CaptureQueue:
         verdict, record = await self._eval(
             ENQUEUE,
             [self._stream, _RECORDS, _ACTIVE],
-            [job.key, job.id, _encode(job), self._max_queued],
+            [job.key, job.id, encode_job(job), self._max_queued],
         )
         if verdict == b"full":
             raise Overloaded(f"capture queue is full ({self._max_queued} jobs)")
-        return _decode(record)
+        return decode_job(record) or job
 
     async def claim(self, consumer: str) -> Claim | None:
         """The next job to capture; ``None`` after half a second without one.
@@ -165,7 +108,7 @@ class CaptureQueue:
         job = claim.job
         keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key)]
         arguments = [claim.token, self._ttl_ms, GROUP, consumer, claim.entry]
-        found = await self._eval(RENEW, keys, [*arguments, job.id, job.key, _encode(job)])
+        found = await self._eval(RENEW, keys, [*arguments, job.id, job.key, encode_job(job)])
         return Hold(found.decode())
 
     async def finish(self, claim: Claim) -> bool:
@@ -173,7 +116,7 @@ class CaptureQueue:
         now."""
         job = claim.job
         keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key), _ENDED]
-        arguments = [claim.token, GROUP, claim.entry, job.id, job.key, _encode(job), HISTORY]
+        arguments = [claim.token, GROUP, claim.entry, job.id, job.key, encode_job(job), HISTORY]
         return bool(await self._eval(FINISH, keys, arguments))
 
     async def cancel(self, job_id: str) -> Job:
@@ -194,18 +137,31 @@ class CaptureQueue:
     async def get(self, job_id: str) -> Job:
         """Raises ``JobNotFound``."""
         record = await self._command("HGET", _RECORDS, job_id)
-        if record is None:
+        job = decode_job(record) if record is not None else None
+        if job is None:
             raise JobNotFound(f"no capture job {job_id[:64]!r}")
-        return _decode(record)
+        return job
 
     async def jobs(self) -> list[Job]:
         """Active jobs and the latest ended ones, oldest first."""
-        records = await self._command("HVALS", _RECORDS)
-        return sorted(map(_decode, records), key=lambda job: (job.queued_at, job.id))
+        records = map(decode_job, await self._command("HVALS", _RECORDS))
+        known = [job for job in records if job is not None]
+        return sorted(known, key=lambda job: (job.queued_at, job.id))
 
     async def length(self) -> int:
         """Jobs queued or being captured."""
         return int(await self._command("HLEN", _ACTIVE))
+
+    async def forget_dead_consumers(self) -> None:
+        """Drop the names of workers that are long gone and left no job behind."""
+        try:
+            rows = await self._command("XINFO CONSUMERS", self._stream, GROUP)
+        except ResponseError:  # no stream or group yet
+            return
+        for row in rows:
+            if row["pending"] == 0 and row["idle"] > _FORGET_CONSUMER_MS:
+                name = row["name"].decode()
+                await self._command("XGROUP", "DELCONSUMER", self._stream, GROUP, name)
 
     async def _stale_entry(self, consumer: str) -> tuple[str, str] | None:
         reply = await self._command(
@@ -269,15 +225,10 @@ class CaptureQueue:
                 call = self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
                 return await call
             except ResponseError as error:
-                if not str(error).startswith(("NOGROUP", "BUSYGROUP")):
+                if not str(error).startswith(_GROUP_ERRORS):
                     raise
                 group_error = error
         raise group_error
-
-
-def replace_job(job: Job, **changes: Any) -> Job:
-    """A copy of the job with these fields changed."""
-    return msgspec.structs.replace(job, **changes)
 
 
 def _cancelled(job: Job) -> Job:
@@ -295,11 +246,3 @@ def _first_entry(entries: Any) -> tuple[str, str] | None:
             values = fields[b"job"] if isinstance(fields, dict) else fields[1]
             return entry.decode(), values.decode()
     return None
-
-
-_encode = msgspec.json.encode
-_job_decoder: Final = msgspec.json.Decoder(Job)
-
-
-def _decode(record: bytes) -> Job:
-    return _job_decoder.decode(record)

@@ -83,7 +83,7 @@ class GraphCache:
                 self._store.publish(manifest, signature, graph)
             except GenerationExists:
                 log.info("graph was cached by another process meanwhile", key=parsed.key)
-        self._store.prune(parsed.key, KEEP_GENERATIONS)
+        self._prune(parsed)
         self._evict(parsed.key)
         return self.open(parsed.key, parsed.generation, spec_part(parsed.factors))
 
@@ -119,6 +119,12 @@ class GraphCache:
             list,
             {d: [(key, number) for _, key, number in rows] for d, rows in newest_first.items()},
         )
+
+    def _prune(self, added: Manifest) -> None:
+        """Keep the newest generations, and the one just added whatever its number."""
+        for generation in self._store.generations(added.key)[:-KEEP_GENERATIONS]:
+            if generation != added.generation:
+                self._store.remove(added.key, generation)
 
     def _evict(self, kept: str) -> None:
         """Remove the least recently used artifacts until the cache fits its bound."""

@@ -4,7 +4,7 @@ from typing import Final
 
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
-from precast.jobs import Job, Stage
+from precast.job import Job, Stage
 from services.compile_worker.record import GraphRecord, Phase
 
 PHASES: Final = {

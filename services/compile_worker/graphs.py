@@ -21,7 +21,8 @@ from precast.graphs.artifact import Manifest, encode_manifest, file_digest
 from precast.graphs.key import graph_key, parse_spec, spec_part
 from precast.graphs.signing import Signer, TrustedKeys
 from precast.graphs.store import DiskStore, GenerationExists, StoredArtifact
-from precast.jobs import CaptureQueue, Job, Stage, new_job
+from precast.job import Job, Stage, new_job
+from precast.jobs import CaptureQueue
 from precast.log import get_logger
 from services.compile_worker.child import CaptureReport
 from services.compile_worker.index import GraphIndex

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 OOM_SCORE = "800"
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str]) -> None:
     """Start the command as a child in our group. Does not return."""
     lifeline, status, nice, *command = arguments
     os.nice(int(nice))
-    Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+    with suppress(OSError):  # some sandboxes have a read-only /proc
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     child = subprocess.Popen(command)
     if ended_first(child, int(lifeline)):

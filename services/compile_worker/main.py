@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +33,8 @@ from services.compile_worker.worker import MAX_ATTEMPTS, Worker
 log = logging.get_logger(__name__)
 
 STOP_GRACE_S: Final = 1.0
+CAPTURES: Final = "captures"
+"""Folder in ``home`` where captures work; what is left in it by the dead is removed."""
 _COUNT_INTERVAL_S: Final = 1.0
 
 
@@ -101,7 +104,7 @@ async def _open_graphs(
         build=build,
         isa_targets=tuple(settings.isa_targets),
     )
-    swept = store.sweep() + sweep(settings.home / "tmp")
+    swept = store.sweep() + sweep(settings.home / CAPTURES)
     if swept:
         log.warning("leftovers of killed processes removed", folders=swept)
     try:
@@ -131,7 +134,7 @@ async def _work_until_stopped(
                 timeout_s=settings.capture_timeout_s,
                 memory_bytes=settings.capture_memory_mb << 20,
             ),
-            scratch=settings.home / "tmp",
+            scratch=settings.home / CAPTURES,
             metrics=metrics,
         )
         for number in range(settings.parallel_captures)
@@ -172,6 +175,8 @@ async def _until_stopped(tasks: Sequence["asyncio.Task[None]"]) -> None:
 
 
 async def _count_jobs(queue: CaptureQueue, metrics: Metrics) -> None:
+    with suppress(RegistryUnavailable):
+        await queue.forget_dead_consumers()
     while True:
         try:
             metrics.active_jobs.set(await queue.length())

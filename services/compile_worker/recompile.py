@@ -14,7 +14,8 @@ from precast.errors import (
     RegistryUnavailable,
     UnsupportedSpec,
 )
-from precast.jobs import CaptureQueue, Job, Stage
+from precast.job import Job, Stage
+from precast.jobs import CaptureQueue
 from precast.log import get_logger
 from precast.registry import DecodeLease, Registry
 from services.compile_worker.graphs import Graphs

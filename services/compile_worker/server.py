@@ -12,7 +12,7 @@ from precast.graphs.key import is_key
 from precast.graphs.store import StoredArtifact
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
-from precast.jobs import Job
+from precast.job import Job
 from precast.registry import Registry
 from precast.rpc import Service
 from services.compile_worker.convert import STAGES, graph_state, job_message
@@ -58,8 +58,8 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         except ArtifactRejected:
             self._metrics.fetches.labels("rejected").inc()
             raise
-        yield graphs_pb.FetchGraphResponse(header=_header(artifact))
-        with artifact.graph_path.open("rb") as file:
+        with artifact.graph_path.open("rb") as file:  # held open: it may be pruned meanwhile
+            yield graphs_pb.FetchGraphResponse(header=_header(artifact))
             while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
                 yield graphs_pb.FetchGraphResponse(chunk=chunk)
         self._metrics.fetches.labels("sent").inc()

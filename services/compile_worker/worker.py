@@ -16,7 +16,8 @@ from precast.errors import CaptureFailed, PrecastError, RegistryUnavailable
 from precast.graphs.artifact import GRAPH_FILE
 from precast.graphs.key import spec_part
 from precast.graphs.scratch import scratch_folder
-from precast.jobs import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold, Stage, replace_job
+from precast.job import Stage, replace_job
+from precast.jobs import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold
 from precast.log import get_logger
 from services.compile_worker.child import CaptureLimits, run_capture
 from services.compile_worker.graphs import Graphs

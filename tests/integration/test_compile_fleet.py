@@ -49,7 +49,7 @@ def whole(store: DiskStore, key: str) -> list[int]:
 
 
 def leftovers(home: Path) -> list[Path]:
-    folders = [home / "store" / TEMPORARY, home / "tmp"]
+    folders = [home / "store" / TEMPORARY, home / "captures"]
     return [path for folder in folders if folder.exists() for path in folder.iterdir()]
 
 

@@ -71,7 +71,7 @@ async def test_captures_each_graph_once_and_hands_it_out(tmp_path: Path, redis_u
     assert {graph.key for graph in listed.graphs} == set(keys)
     assert list(none.graphs) == []
     assert [graph.key for graph in one.graphs] == [keys[2]]
-    assert not list((worker.home / "tmp").iterdir())
+    assert not list((worker.home / "captures").iterdir())
 
 
 async def test_restarted_worker_captures_nothing_twice(tmp_path: Path, redis_url: str) -> None:

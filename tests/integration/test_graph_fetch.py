@@ -17,6 +17,7 @@ import pytest
 
 from precast.errors import ArtifactRejected, GraphNotFound, PrecastError
 from precast.graphs.fetch import GraphCache, fetch_graph
+from precast.graphs.store import DiskStore
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
 from precast.rpc import Service, open_channel, start_server
@@ -294,3 +295,12 @@ def test_cache_is_bounded_and_forgets_what_was_not_used(tmp_path: Path) -> None:
         specs.append({**FACTORS, "batch_size": str(number + 1)})
         assert cache.find(specs[0]) is not None, "what is used stays"
     assert [cache.find(spec) is not None for spec in specs] == [True, False, False, True, True]
+
+
+def test_few_generations_are_kept_and_always_the_one_just_fetched(tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "cache", trust(GOOD))
+    for generation in (5, 6, 7, 1):  # 1: the store was emptied and has begun anew
+        made = graph_file(tmp_path, seed=generation)
+        manifest = manifest_for(made.read_bytes(), generation=generation)
+        assert cache.add(*signed(manifest, GOOD), made).manifest == manifest
+    assert DiskStore(tmp_path / "cache").generations(MANIFEST.key) == [1, 6, 7]

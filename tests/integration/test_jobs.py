@@ -10,7 +10,8 @@ import pytest
 import pytest_asyncio
 
 from precast.errors import JobNotFound, Overloaded, RegistryUnavailable
-from precast.jobs import HISTORY, CaptureQueue, Claim, Hold, Job, Stage, new_job, replace_job
+from precast.job import Job, Stage, new_job, replace_job
+from precast.jobs import HISTORY, CaptureQueue, Claim, Hold
 from precast.redis_server import RedisServer, loopback_port, start_redis
 from precast.registry import Registry
 
@@ -194,3 +195,16 @@ async def test_queue_survives_a_killed_redis(tmp_path: Path) -> None:
         await queue.finish(ended(claim))
         assert (await claimed(queue)).job.id == made[1].id
     await registry.close()
+
+
+async def test_names_of_dead_workers_are_forgotten(
+    queue: CaptureQueue, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await queue.forget_dead_consumers()  # nothing there yet
+    await queue.enqueue(job())
+    await claimed(queue, "busy")
+    await queue.claim("idle")
+    monkeypatch.setattr("precast.jobs._FORGET_CONSUMER_MS", -1)
+    await queue.forget_dead_consumers()
+    rows = await registry.redis.xinfo_consumers("precast:jobs:build", "compile")
+    assert [row["name"] for row in rows] == [b"busy"]

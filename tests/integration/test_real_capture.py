@@ -57,4 +57,4 @@ async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
     with zipfile.ZipFile(graph.graph_path) as package:
         assert any(name.endswith(".so") for name in package.namelist())
     assert "g++" in graph.manifest.compiler
-    assert not list((worker.home / "tmp").iterdir())
+    assert not list((worker.home / "captures").iterdir())
