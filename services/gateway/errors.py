@@ -140,7 +140,7 @@ def from_validation(failures: Sequence[Mapping[str, Any]]) -> ApiError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         code = "unsupported_parameter" if isinstance(cause, UnsupportedField) else None
-        return invalid(f"Invalid '{cause.field}': {cause.reason}.", cause.field, code)
+        return invalid(f"'{cause.field}' {cause.reason}.", cause.field, code)
     if first["type"] == "json_invalid":
         return invalid(f"The request body is not valid JSON: {cause}.")
     if not where:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ def run(settings: GatewaySettings) -> int:
     Returns the exit code. Raises ``ConfigError`` if the address can't be bound.
     """
     logs.configure("gateway", settings)
+    # The cores belong to the decode workers' ranks: a long prompt may have one, not all of them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     listener = _bind(settings.host, settings.port)
     config = uvicorn.Config(
         create_app(settings),

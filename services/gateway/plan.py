@@ -9,10 +9,13 @@ from typing import Final, Literal
 
 from precast.decode.v1 import decode_service_pb2 as pb
 from precast.errors import InvalidRequest, PrecastError
+from precast.log import get_logger
 from services.gateway.errors import context_length_exceeded, internal, invalid
 from services.gateway.schemas import ChatRequest, CompletionRequest, Message
 from services.gateway.tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.workers import WorkerPool
+
+log = get_logger(__name__)
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's default of ``max_tokens`` for completions; a chat's is what the context has left."""
@@ -89,8 +92,10 @@ class Planner:
     async def _tokenizer(self, model: str) -> ModelTokenizer:
         try:
             return await self._tokenizers.get(model)
-        except PrecastError as error:  # a worker serves it, so the folder is the gateway's problem
-            raise internal(str(error)) from error
+        except PrecastError as error:
+            # A worker serves the model, so the folder is the operator's problem, not the client's.
+            log.error("tokenizer not loaded", model=model, reason=str(error))
+            raise internal(f"The gateway can't read the tokenizer of {model!r}.") from error
 
 
 async def _completion_prompts(

@@ -68,7 +68,7 @@ class GenerationResponse(Response):
         answer = self._stream(sender) if self._plan.stream else self._whole(sender)
         try:
             await unless_disconnected(receive, self._before_deadline(answer))
-        except (ClientGone, OSError):  # OSError: writing found out first
+        except ClientGone:
             self._metrics.disconnects.labels(self._plan.model).inc()
         except Exception as error:
             await self._fail(sender, error)
@@ -103,7 +103,7 @@ class GenerationResponse(Response):
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
                 await self._send_error(sender, answer)
-        except (TimeoutError, OSError):
+        except (TimeoutError, ClientGone):
             self._metrics.disconnects.labels(self._plan.model).inc()
 
     async def _send_error(self, sender: "_Sender", answer: ApiError) -> None:
@@ -189,7 +189,7 @@ class _TokenWatch:
 
 
 class _Sender:
-    """ASGI's ``send``, remembering whether the answer has begun."""
+    """ASGI's ``send``, remembering whether the answer has begun. Raises ``ClientGone``."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -197,11 +197,16 @@ class _Sender:
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._write({"type": "http.response.start", "status": status, "headers": headers})
 
     async def body(self, body: bytes, *, more: bool) -> None:
-        message: Message = {"type": "http.response.body", "body": body, "more_body": more}
-        await self._send(message)
+        await self._write({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _write(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # some servers say so where others go on silently
+            raise ClientGone from None
 
 
 def _json_headers() -> list[tuple[bytes, bytes]]:

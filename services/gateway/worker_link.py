@@ -65,9 +65,12 @@ class WorkerLink:
         stream = self._stream
         if stream is not None and not stream.broken:
             return stream
+        asked_at = time.monotonic()
         async with self._opening:
             if self._closed:
                 raise WorkerUnavailable(f"Worker {self._worker_id} is gone.")
+            if self._failed_at > asked_at:  # else all who wait here would try one after the other
+                raise WorkerUnavailable(f"Worker {self._worker_id} can't be reached.")
             if self._stream is None or self._stream.broken:
                 await self._drop()
                 self._stream = await self._connect()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import openai
 import pytest
 
 from precast.redis_server import RedisServer, start_redis
+from precast.registry import DecodeLease, Registry
 from tests.support.gateway_stack import Gateway, Stack, eventually, make_model_folder, running_stack
 
 BODY = {"model": "tiny", "prompt": "the fox", "max_tokens": 4}
@@ -139,6 +141,33 @@ def test_the_last_worker_killed_and_back(stack: Stack) -> None:
     stack.worker()
     eventually(lambda: gateway.workers() == 1)
     assert complete(gateway).status_code == 200
+
+
+async def test_a_worker_that_accepts_and_never_answers(stack: Stack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        registry = Registry.connect(stack.redis_url, lease_ttl_s=60)
+        await registry.publish(
+            DecodeLease(
+                worker_id="mute",
+                address=f"127.0.0.1:{mute.getsockname()[1]}",
+                model="tiny",
+                state="ready",
+                max_batch_size=1,
+                max_context_length=256,
+                weight_dtype="fp32",
+                quantization="none",
+            )
+        )
+        await registry.close()
+        gateway = stack.gateway()
+        start = time.monotonic()
+        answers = await post_all(gateway, [BODY] * 5)
+        assert {answer.status_code for answer in answers} == {503}
+        assert time.monotonic() - start < 4  # one timeout of 2 s for all of them
+        stack.worker()
+        eventually(lambda: gateway.workers() == 2)
+        answers = await post_all(gateway, [BODY] * 5)
+        assert {answer.status_code for answer in answers} == {200}
 
 
 def test_no_worker_yet(stack: Stack) -> None:
