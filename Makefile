@@ -91,14 +91,15 @@ $(STAMPS)/venv:
 
 $(STAMPS)/run: requirements.lock pyproject.toml $(STAMPS)/venv
 	$(say) "installing requirements.lock (torch is the large one)"
-	@$(BIN)/pip install --quiet --progress-bar on -r requirements.lock
+	@# modules are compiled when they are first imported: most never are
+	@$(BIN)/pip install --quiet --no-compile -r requirements.lock
 	@$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(STAMPS)/dev: requirements-dev.lock $(STAMPS)/run
 	$(say) "installing requirements-dev.lock"
-	@$(BIN)/pip install --quiet -r requirements-dev.lock
+	@$(BIN)/pip install --quiet --no-compile -r requirements-dev.lock
 	@touch $@
 
 $(NATIVE): $(wildcard precast/ops/csrc/*) precast/ops/build.py $(STAMPS)/run
