@@ -92,7 +92,10 @@ async def _open_graphs(
         build = dict(await asyncio.to_thread(program.build_factors))
     except CaptureFailed as error:
         raise ConfigError(str(error)) from None
-    store = DiskStore(settings.store_dir)
+    try:
+        store = DiskStore(settings.store_dir)
+    except OSError as error:
+        raise ConfigError(f"store_dir {settings.store_dir}: {error.strerror}") from None
     index = GraphIndex(registry.redis)
     queue = CaptureQueue(registry.redis, build_digest(build), max_queued=settings.max_queued)
     graphs = Graphs(

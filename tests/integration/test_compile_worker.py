@@ -1,6 +1,8 @@
 """A compile worker over gRPC: requests, captures, fetches, recompiles, errors."""
 
 import asyncio
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from tests.support.compile_worker import (
     wait_until,
 )
 
-pytestmark = pytest.mark.asyncio
 PUBLISHED, FAILED = pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED
 
 
@@ -295,6 +296,18 @@ async def test_isa_that_is_not_a_target_is_refused(tmp_path: Path, redis_url: st
         async with connect(worker) as client:
             with pytest.raises(grpc.aio.AioRpcError, match="builds for x86-64-v2"):
                 await client.request(spec())
+
+
+@pytest.mark.parametrize("broken", ["store", "keys/signing.key"])
+def test_start_that_can_not_work_ends_with_one_line(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / broken
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("not what it should be")
+    command = [Path(sys.executable).with_name("precast"), "compile-worker", "--home", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr
+    assert str(path) in ended.stderr.splitlines()[-1]
 
 
 async def test_lease_and_metrics(tmp_path: Path, redis_url: str) -> None:
