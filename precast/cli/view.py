@@ -1,7 +1,7 @@
 """How ``precast serve`` shows its stack: a live view on a terminal, lines anywhere else."""
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -9,8 +9,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from precast.cli.status import Captures, Status
 from precast.settings import CommonSettings, describe
+
+if TYPE_CHECKING:
+    from precast.cli.status import Captures, Status
 
 
 class View(Protocol):
@@ -26,7 +28,7 @@ class View(Protocol):
     def stage(self, text: str) -> None:
         """A step of the start that is going on now."""
 
-    def status(self, status: Status) -> None:
+    def status(self, status: "Status") -> None:
         """A new look at the stack."""
 
 
@@ -58,7 +60,7 @@ def print_settings(console: Console, settings: CommonSettings) -> None:
         )
 
 
-def captures_text(captures: Captures) -> str:
+def captures_text(captures: "Captures") -> str:
     """``captures 2 of 6, about 1 min 10 s left``"""
     text = f"captures {captures.done} of {captures.wanted}"
     if captures.done >= captures.wanted:
@@ -98,7 +100,7 @@ class LineView:
     def stage(self, text: str) -> None:
         self._print(text)
 
-    def status(self, status: Status) -> None:
+    def status(self, status: "Status") -> None:
         for service in status.services:
             # queue lengths change too often for lines
             state = service.state.partition(",")[0]
@@ -148,7 +150,7 @@ class LiveView:
     def stage(self, text: str) -> None:
         self._live.update(Text(f"… {text}"))
 
-    def status(self, status: Status) -> None:
+    def status(self, status: "Status") -> None:
         if status.ready and not self._announced:
             self._announced = True
             line = f"Precast serves {self._model} at {self._url}"
@@ -157,7 +159,7 @@ class LiveView:
         self._live.update(_render(status))
 
 
-def _render(status: Status) -> RenderableType:
+def _render(status: "Status") -> RenderableType:
     table = Table("service", "state", "pid", "")
     for service in status.services:
         table.add_row(

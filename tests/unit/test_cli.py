@@ -1,0 +1,184 @@
+"""The command line: flags are settings, errors are one line, and it starts light."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from precast.cli import stack
+from precast.cli.main import app
+from precast.cli.options import settings_command
+from precast.errors import ConfigError
+from precast.redis_server import RedisServer
+from precast.settings import (
+    CommonSettings,
+    CompileWorkerSettings,
+    DecodeWorkerSettings,
+    GatewaySettings,
+    ServeSettings,
+    load_settings,
+)
+from tests.support.models import write_model
+
+COMMANDS: dict[str, type[CommonSettings]] = {
+    "serve": ServeSettings,
+    "gateway": GatewaySettings,
+    "compile-worker": CompileWorkerSettings,
+    "decode-worker": DecodeWorkerSettings,
+}
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("PRECAST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PRECAST_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def precast(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "precast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_starts_without_the_heavy_libraries() -> None:
+    program = "import sys, precast.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    heavy = {"torch", "transformers", "numpy", "grpc", "redis", "fastapi", "tokenizers"}
+    assert done.returncode == 0
+    assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_setting_is_a_flag_with_its_help(name: str) -> None:
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    flags = {option for parameter in command.params for option in parameter.opts}
+    for setting, field in COMMANDS[name].model_fields.items():
+        assert f"--{setting.replace('_', '-')}" in flags
+        if field.description:
+            shown = next(p for p in command.params if p.name == setting)
+            assert field.description.split()[0].strip("`") in shown.help
+
+
+def test_flags_reach_the_settings_and_win_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[DecodeWorkerSettings] = []
+    one = typer.Typer()
+    one.command()(settings_command(DecodeWorkerSettings, seen.append, "x"))
+    monkeypatch.setenv("PRECAST_TP", "4")
+    monkeypatch.setenv("PRECAST_QUANTIZATION", "int8")
+    flags = ["--tp=2", "--batch-sizes=4,1", "--wait-for-graphs", "--compile-address=h:1"]
+    result = CliRunner().invoke(one, flags)
+    assert result.exit_code == 0, result.output
+    (settings,) = seen
+    assert (settings.tp, settings.quantization, settings.batch_sizes) == (2, "int8", (1, 4))
+    assert settings.wait_for_graphs
+    assert settings.compile_address == "h:1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["decode-worker", "--tp", "zero"], "tp = 'zero' (flag)"),
+        (["gateway", "--port", "99999"], "port = '99999' (flag)"),
+        (["compile-worker", "--listen", "nonsense"], "listen = 'nonsense' (flag)"),
+        (["serve", "--batch-sizes", "1,x"], "batch_sizes"),
+        (["serve", "--model", "../x"], "model = '../x' (flag)"),
+        (["models", "import", "/no/such/folder"], "/no/such/folder"),
+        (["graphs", "recompile"], "say which graphs"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_code_2(arguments: Sequence[str], said: str) -> None:
+    done = precast(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_wrong_variable_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRECAST_LOG_LEVEL", "loud")
+    done = precast("gateway")
+    assert done.returncode == 2
+    assert "log_level = 'loud' (PRECAST_LOG_LEVEL)" in done.stderr
+
+
+def test_services_log_their_settings_with_the_source() -> None:
+    # no model is there: the worker ends, but has said its settings before
+    done = precast("decode-worker", "--model", "nope", "--listen", "127.0.0.1:0")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "nope" in done.stderr.splitlines()[-1]
+    model = next(line for line in done.stderr.splitlines() if "name=model " in line)
+    assert "source=flag" in model
+    home = next(line for line in done.stderr.splitlines() if "name=home " in line)
+    assert "source=PRECAST_HOME" in home
+
+
+def test_models_list(tmp_path: Path) -> None:
+    write_model(tmp_path / "home" / "models" / "tiny")
+    write_model(tmp_path / "home" / "models" / "bad").joinpath("config.json").write_text("x")
+    done = precast("models", "list", "--json")
+    assert done.returncode == 0
+    bad, tiny = json.loads(done.stdout)
+    assert "config.json" in bad["problem"]
+    assert tiny["architecture"] == "llama"
+    assert "tiny" in precast("models", "list").stdout
+
+
+def test_graphs_without_a_compile_worker(redis_server: RedisServer) -> None:
+    done = precast("graphs", "list", "--redis-url", redis_server.url)
+    assert done.returncode == 1
+    assert "no compile worker has a lease" in done.stderr
+    done = precast("graphs", "list", "--address", f"127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("precast: compile worker at 127.0.0.1:")
+    assert done.stderr.count("\n") == 1
+
+
+def test_serve_names_the_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = precast("serve", "--port", str(port))
+    assert done.returncode == 2
+    assert f"port = {port}: in use" in done.stderr
+
+
+def test_serve_refuses_a_port_twice() -> None:
+    port = free_port()
+    settings = load_settings(ServeSettings, port=port, compile_port=port)
+    with pytest.raises(ConfigError, match="the same as port"):
+        stack.plan(settings)
+
+
+def test_serve_uses_a_redis_that_is_named_and_answers(redis_server: RedisServer) -> None:
+    ports = {"port": free_port(), "compile_port": free_port(), "decode_port": 0}
+    plan = stack.plan(load_settings(ServeSettings, redis_url=redis_server.url, **ports))
+    assert not plan.embedded_redis
+    assert [spec.name for spec in plan.specs] == ["compile-worker", "gateway", "decode-worker"]
+    own = stack.plan(load_settings(ServeSettings, **ports))
+    assert own.embedded_redis
+    assert own.specs[0].name == "redis"
+
+
+def test_serve_owns_its_home(tmp_path: Path) -> None:
+    refused = pytest.raises(ConfigError, match=f"process {os.getpid()} already serves")
+    with stack.sole_owner(tmp_path), refused, stack.sole_owner(tmp_path):
+        pass
+    with stack.sole_owner(tmp_path):
+        pass
