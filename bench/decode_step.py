@@ -1,0 +1,149 @@
+"""Decode step time, captured graph against eager, in one process and alternating.
+
+    python -m bench.decode_step [--quantization int8] [--batch-sizes 1,4,16]
+
+Captures what is missing (into a temporary folder), loads SmolLM2-135M's shapes with random weights and
+prints a table: median step of each, their ratio, and the share of the memory bandwidth that this
+machine showed in the same run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from precast.graphs import capture_models as models
+from precast.graphs.factors import rank_factors
+from precast.graphs.replay import Graph
+from precast.models.llama import LlamaShape
+from precast.ops import native
+from precast.process import available_cpus
+
+LAYERS = 30
+BLOCK_SIZE = 32
+CONTEXT = 128
+ROUNDS = 60
+
+
+def smollm2(quantization: str) -> LlamaShape:
+    return LlamaShape(
+        hidden_size=576,
+        q_heads=9,
+        kv_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        vocab_widths=(49152,),
+        vocab_size=49152,
+        rms_norm_eps=1e-5,
+        attention_bias=False,
+        mlp_bias=False,
+        weight_dtype="fp32",
+        quantization=quantization,
+    )
+
+
+def capture(shape: LlamaShape, batch_size: int, folder: Path) -> Path:
+    """The package for one batch size; captured if the folder lacks it."""
+    out = folder / f"{shape.quantization}-{batch_size}"
+    if not (out / "graph.pt2").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        factors = rank_factors(
+            "llama", shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__)
+        )
+        subprocess.run(
+            [sys.executable, "-m", "precast.graphs.capture", "--out", str(out)]
+            + ["--headers", str(folder / "headers")],
+            input=json.dumps({**factors, "batch_size": str(batch_size)}).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=True,
+        )
+    return out / "graph.pt2"
+
+
+def alternate(functions: list[Callable[[], object]]) -> list[float]:
+    """Median seconds of each function, called in turn so that noise meets all alike."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(ROUNDS):
+        for function, samples in zip(functions, times, strict=True):
+            function()  # the other one's data is in the caches
+            start = time.perf_counter()
+            function()
+            samples.append(time.perf_counter() - start)
+    return [statistics.median(samples) for samples in times]
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that this machine's memory gives to reading threads."""
+    torch.set_num_threads(threads)
+    data = torch.ones(256 << 17, dtype=torch.int64)  # 256 MiB
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        data.max()
+        times.append(time.perf_counter() - start)
+    torch.set_num_threads(1)
+    return data.numel() * 8 / min(times)
+
+
+def measure(shape: LlamaShape, batch_size: int, package: Path) -> tuple[float, float, int]:
+    """Seconds of a graph step and an eager step, and the bytes of weights they read."""
+    generator = torch.Generator().manual_seed(0)
+    weights = models.random_weights(shape, LAYERS, generator)
+    caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
+    inputs = models.step_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator)
+    graph = Graph(package, batch_size, weights, caches)
+    graph_s, eager_s = alternate(
+        [
+            lambda: graph.replay(inputs.token_ids, inputs.positions, inputs.paging),
+            lambda: models.eager_step(shape, inputs, weights, caches),
+        ]
+    )
+    embedding, layers, head = models.runner_weights(weights, caches)
+    read = [*head, *(tensor for layer in layers for tensor in layer[2:])]
+    return graph_s, eager_s, sum(tensor.nbytes for tensor in read)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quantization", default="int8,none")
+    parser.add_argument("--batch-sizes", default="1")
+    parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
+    arguments = parser.parse_args()
+    cores = available_cpus()
+    bandwidth = read_bandwidth(len(cores))
+    native.start_threads(cores)
+    table = Table("weights", "batch", "graph ms", "eager ms", "eager / graph", "GB/s", "of read")
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        folder = arguments.graphs or Path(scratch)
+        for quantization in arguments.quantization.split(","):
+            shape = smollm2(quantization)
+            for batch_size in map(int, arguments.batch_sizes.split(",")):
+                package = capture(shape, batch_size, folder)
+                graph_s, eager_s, size = measure(shape, batch_size, package)
+                table.add_row(
+                    "int8" if quantization == "int8" else "fp32",
+                    str(batch_size),
+                    f"{graph_s * 1e3:.2f}",
+                    f"{eager_s * 1e3:.2f}",
+                    f"{eager_s / graph_s:.2f}",
+                    f"{size / graph_s / 1e9:.1f}",
+                    f"{size / graph_s / bandwidth:.0%}",
+                )
+    title = f"SmolLM2-135M shapes, {len(cores)} threads, {native.native_isa()}, "
+    Console().print(title + f"memory read {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
