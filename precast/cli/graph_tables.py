@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from precast.admin.v1 import admin_service_pb2 as admin
 from precast.graphs.v1 import graphs_service_pb2 as pb
@@ -27,7 +27,8 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
     """One line a graph, by model and batch size."""
     if not graphs:
         return "no graphs"
-    table = Table("key", "batch", "phase", "gen", "step", "capture", "size", "age", "models")
+    key = Column("key", no_wrap=True, min_width=_SHOWN_KEY)
+    table = Table(key, "batch", "phase", "gen", "step", "capture", "size", "age", "models")
     for graph in sorted(graphs, key=_order):
         table.add_row(
             graph.key[:_SHOWN_KEY],

@@ -1,0 +1,68 @@
+"""The demo model's import against transformers reading the same GGUF file directly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from precast.models.config import load_config
+from precast.models.importer import find_built_in
+from precast.models.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.timeout(300)
+TEXTS = (
+    "The capital of France is",
+    "  two  spaces\tand\n\nlines",
+    "naïve café, 日本語, 🙂 and 12345.678",
+    "def f(x):\n    return x**2  # square",
+    "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def test_logits_are_those_of_the_gguf_file(demo_model: Path) -> None:
+    source = find_built_in(demo_model.name)
+    direct = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32
+    )
+    imported = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    ids = torch.tensor([load_tokenizer(demo_model).encode(TEXTS[0]).ids])
+    with torch.inference_mode():
+        expected, logits = direct(ids).logits, imported(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert float(expected.abs().max()) > 1.0
+
+
+def test_texts_survive_the_tokenizer(demo_model: Path) -> None:
+    tokenizer = load_tokenizer(demo_model)
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    # digits are tokens of their own, and special tokens one id each
+    assert len(tokenizer.encode("12345").ids) == 5
+    assert tokenizer.encode("<|im_end|>").ids == [2]
+
+
+def test_the_chat_template_renders_and_ends_where_the_model_ends(demo_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert load_config(demo_model).eos_token_ids == (2,)
+
+
+def test_the_folder_is_complete_and_readable_by_others(demo_model: Path) -> None:
+    assert {path.name for path in demo_model.iterdir()} >= {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in demo_model.iterdir())
+    config = json.loads((demo_model / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config

@@ -1,0 +1,119 @@
+"""The supervisor: real children that crash, refuse, ignore signals and lose their parent."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from precast.cli.status import CaptureClock
+from precast.cli.supervisor import ChildSpec, Supervisor
+from precast.errors import ConfigError
+
+DEADLINE_S = 20.0
+SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPER}"
+
+
+def spec(tmp_path: Path, program: str, name: str = "child") -> ChildSpec:
+    return ChildSpec(
+        name=name, command=(sys.executable, "-c", program), log_path=tmp_path / f"{name}.log"
+    )
+
+
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not check():
+            await asyncio.sleep(0.02)
+
+
+async def test_restarts_a_child_that_is_killed(tmp_path: Path) -> None:
+    supervisor = Supervisor([spec(tmp_path, SLEEPER)])
+    (child,) = supervisor.children
+    supervisor.start(["child"])
+    await until(lambda: child.pid is not None)
+    first = child.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: child.restarts == 1 and child.pid not in (None, first))
+    assert child.last_exit == "SIGKILL"
+    supervisor.check()
+    second = child.pid
+    await supervisor.stop(DEADLINE_S)
+    assert second is not None
+    assert not psutil.pid_exists(second)
+
+
+async def test_a_child_that_refuses_its_settings_is_not_restarted(tmp_path: Path) -> None:
+    refuse = "import sys; sys.stderr.write('precast: tp = 9: too many\\n'); sys.exit(2)"
+    supervisor = Supervisor([spec(tmp_path, refuse, "worker")])
+    supervisor.start(["worker"])
+
+    def refused() -> bool:
+        try:
+            supervisor.check()
+        except ConfigError:
+            return True
+        return False
+
+    await until(refused)
+    with pytest.raises(ConfigError, match=r"^worker: tp = 9: too many$"):
+        supervisor.check()
+    assert supervisor.children[0].restarts == 0
+    await supervisor.stop(DEADLINE_S)
+
+
+async def test_a_stubborn_child_is_killed_at_the_deadline(tmp_path: Path) -> None:
+    one, two = spec(tmp_path, STUBBORN, "one"), spec(tmp_path, SLEEPER, "two")
+    supervisor = Supervisor([one, two])
+    supervisor.start(["one", "two"])
+    await until(lambda: all(s.log_path.exists() and s.log_path.read_text() for s in (one, two)))
+    pids = [child.pid for child in supervisor.children]
+    begun = time.monotonic()
+    await supervisor.stop(1.0)
+    assert time.monotonic() - begun < 5.0
+    assert not any(pid is None or psutil.pid_exists(pid) for pid in pids)
+
+
+def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, sys
+from pathlib import Path
+from precast.cli.supervisor import ChildSpec, Supervisor
+async def main():
+    spec = ChildSpec(name="c", command=(sys.executable, "-c", {SLEEPER!r}), log_path=Path("c.log"))
+    supervisor = Supervisor([spec])
+    supervisor.start(["c"])
+    while not Path("c.log").exists() or not Path("c.log").read_text():
+        await asyncio.sleep(0.02)
+    print(supervisor.children[0].pid, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    end = time.monotonic() + DEADLINE_S
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the child outlived its parent"
+        time.sleep(0.02)
+
+
+def test_time_left_comes_from_the_captures_so_far() -> None:
+    clock = CaptureClock()
+    assert clock.update(0, 4, 100.0).left_s is None
+    assert clock.update(1, 4, 130.0).left_s == pytest.approx(90.0)
+    assert clock.update(1, 4, 140.0).left_s == pytest.approx(80.0)
+    assert clock.update(3, 4, 160.0).left_s == pytest.approx(20.0)
+    assert clock.update(4, 4, 180.0).left_s == 0.0
+    # recaptured after a restart: begin again
+    assert clock.update(0, 4, 200.0).left_s is None

@@ -1,0 +1,115 @@
+"""``precast serve`` as a process, for tests: start, ask, break, stop."""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+STOP_DEADLINE_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Serve:
+    """A running ``precast serve``."""
+
+    def __init__(self, home: Path, flags: Sequence[str]) -> None:
+        self.home = home
+        self.port = free_port()
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        command = [sys.executable, "-m", "precast", "serve", f"--home={home}"]
+        command += [f"--port={self.port}", "--compile-port=0", "--decode-port=0", *flags]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PRECAST_")}
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=home,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def wait_line(self, part: str, deadline_s: float) -> str:
+        """The next line that has ``part`` in it; fails with all lines so far."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            try:
+                line = self._queue.get(timeout=max(0.01, end - time.monotonic()))
+            except queue.Empty:
+                break
+            if line is None:
+                raise AssertionError(f"serve ended before {part!r}:\n" + "\n".join(self.lines))
+            self.lines.append(line)
+            if part in line:
+                return line
+        raise AssertionError(f"no {part!r} in {deadline_s} s:\n" + "\n".join(self.lines))
+
+    def complete(self, prompt: str = "The capital of France is", max_tokens: int = 8) -> str:
+        answer = self.ask(prompt, max_tokens)
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["text"])
+
+    def ask(self, prompt: str, max_tokens: int, timeout_s: float = 60.0) -> httpx.Response:
+        body = {"model": "smollm2-135m-instruct", "prompt": prompt, "temperature": 0}
+        body |= {"max_tokens": max_tokens}
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        return httpx.post(url, json=body, timeout=timeout_s, trust_env=False)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def service(self, word: str) -> psutil.Process:
+        """The child whose command line has this word in it; the outermost where several do."""
+        for child in psutil.Process(self.process.pid).children():
+            if any(word in part for part in child.cmdline()):
+                return child
+        raise AssertionError(f"no process of {word}")
+
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(signum)
+        return self.process.wait(STOP_DEADLINE_S)
+
+
+@contextmanager
+def serving(home: Path, *flags: str) -> Iterator[Serve]:
+    """A stack that is stopped, if need be by force, at the end."""
+    stack = Serve(home, flags)
+    try:
+        yield stack
+    finally:
+        if stack.process.poll() is None:
+            stack.process.kill()
+            stack.process.wait()
+
+
+def poll(check: Callable[[], bool], deadline_s: float, what: str) -> None:
+    end = time.monotonic() + deadline_s
+    while not check():
+        assert time.monotonic() < end, f"not within {deadline_s} s: {what}"
+        time.sleep(0.1)
+
+
+def segments() -> set[str]:
+    """Precast's shared-memory segments on this machine."""
+    return {path.name for path in Path("/dev/shm").glob("precast*")}
