@@ -1,0 +1,131 @@
+"""Greedy fp32 output is transformers', token for token: eager and from graphs, on one rank and two.
+
+The whole path is real: a compile worker captures, the decode worker fetches, verifies, pads and
+replays; SmolLM2's three KV heads are split unevenly over two ranks.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.redis_server import start_redis
+from tests.support.compile_worker import compile_worker
+from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker
+
+PROMPTS = [
+    "The capital of France is",
+    "Write a short poem about the sea.\n",
+    "def fibonacci(n):",
+    "In 1969, the first",
+    "Water boils at",
+    "Dear Sir or Madam,",
+    "The three primary colours are",
+    "Once upon a time, in a small village,",
+    "1, 1, 2, 3, 5, 8,",
+    "A recipe for pancakes:",
+    "The mitochondria",
+    "Q: What is the largest planet?\nA:",
+    "import numpy as np\n",
+    "To be, or not to be,",
+    "Photosynthesis is the process by which",
+    "SELECT name FROM users WHERE",
+    "The quick brown fox",
+    "Albert Einstein was born in",
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
+    "My favourite season is autumn because",
+]
+TOKENS = 64
+SIZES = (1, 3, 8)
+"""Requests at once. Graphs exist for 1 and 8, so that 3 is padded."""
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_model: Path) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(demo_model / "tokenizer.json"))
+    return [tokenizer.encode(text).ids for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        generated = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        outputs.append(generated[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").mkdir()
+    (home / "models" / demo_model.name).symlink_to(demo_model)
+    return home
+
+
+@pytest.fixture(scope="module")
+def redis_url(home: Path) -> Iterator[str]:
+    with start_redis(home / "redis") as server:
+        yield server.url
+
+
+def generate(client: DecodeClient, worker: DecodeWorker, prompts: list[list[int]]) -> list[list[int]]:
+    """All prompts at once."""
+    names = [f"{id(prompts)}-{index}" for index in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        client.start(name, worker.request(prompt, TOKENS, stop={"ignore_eos": True}))
+    answers = [client.finish(name, 120) for name in names]
+    assert all(answer.reason == pb.FINISH_REASON_LENGTH for answer in answers)
+    return [answer.token_ids for answer in answers]
+
+
+def check_all_sizes(
+    worker: DecodeWorker, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    client = worker.client()
+    for size in SIZES:
+        for first in range(0, len(prompts), size):
+            actual = generate(client, worker, prompts[first : first + size])
+            assert actual == expected[first : first + size], f"{size} at once, from prompt {first}"
+    client.close()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_eager_then_graphs(
+    tp: int, home: Path, redis_url: str, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    settings = {
+        "home": home,
+        "redis_url": redis_url,
+        "model": "smollm2-135m-instruct",
+        "batch_sizes": "1,8",
+        "tp": tp,
+        "max_context_length": 256,
+    }
+    with decode_worker(**settings) as worker:
+        check_all_sizes(worker, prompts, expected)
+        status = worker.status()
+        assert (status.graph_steps, status.eager_steps > 0) == (0, True)
+    with ExitStack() as stack:
+        stack.enter_context(compile_worker(home, redis_url, capture_timeout_s=400))
+        worker = stack.enter_context(decode_worker(**settings, wait_for_graphs=True, ready_s=500))
+        check_all_sizes(worker, prompts, expected)
+        status = worker.status()
+        assert (status.eager_steps, status.graph_steps > 0) == (0, True)
+        assert [graph.batch_size for graph in status.graphs] == [1, 8]

@@ -1,0 +1,254 @@
+"""A real decode worker with real ranks on a tiny model: requests, limits, faults."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.redis_server import start_redis
+from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.models import VOCABULARY, write_model
+
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "models" / MODEL)
+    return home
+
+
+@pytest.fixture(scope="module")
+def redis_url(home: Path) -> Iterator[str]:
+    with start_redis(home / "redis") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def worker(home: Path, redis_url: str, request: pytest.FixtureRequest) -> Iterator[DecodeWorker]:
+    """Shared by tests that leave it running."""
+    with decode_worker(
+        home, redis_url, MODEL, tp=request.param, batch_sizes="1,4", max_waiting=6
+    ) as running:
+        yield running
+
+
+ENDLESS = {"ignore_eos": True}
+
+
+def test_greedy_is_the_same_alone_and_in_a_crowd(worker: DecodeWorker) -> None:
+    client = worker.client()
+    prompts = [[i, i + 1, i + 2] for i in range(5)]
+    alone = []
+    for index, prompt in enumerate(prompts):
+        client.start(f"alone-{index}", worker.request(prompt, 20, stop=ENDLESS))
+        alone.append(client.finish(f"alone-{index}").token_ids)
+    for index, prompt in enumerate(prompts):
+        client.start(f"crowd-{index}", worker.request(prompt, 20, stop=ENDLESS))
+    assert [client.finish(f"crowd-{i}").token_ids for i in range(5)] == alone
+    assert all(len(tokens) == 20 for tokens in alone)
+
+
+def test_a_seed_gives_the_same_tokens(worker: DecodeWorker) -> None:
+    client = worker.client()
+    outputs = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        sampling = {"temperature": 1.5, "seed": seed}
+        client.start(name, worker.request([1, 2], 30, sampling=sampling, stop=ENDLESS))
+        outputs.append(client.finish(name).token_ids)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_logprobs_come_with_every_token(worker: DecodeWorker) -> None:
+    client = worker.client()
+    client.start("a", worker.request([1], 3, logprobs=2, stop=ENDLESS))
+    entries = []
+    while (response := client.next("a")).WhichOneof("event") == "delta":
+        entries += response.delta.logprobs
+    assert len(entries) == 3
+    assert all(len(entry.top) == 2 and entry.top[0].logprob <= 0 for entry in entries)
+    assert all(entry.token_id == entry.top[0].token_id for entry in entries)  # greedy
+
+
+def test_a_stop_string_ends_the_request(worker: DecodeWorker) -> None:
+    client = worker.client()
+    client.start("whole", worker.request([5, 6], 30, stop=ENDLESS))
+    text = client.finish("whole").text
+    assert len(text) > 6
+    cut = text[3:5]
+    client.start("cut", worker.request([5, 6], 30, stop={**ENDLESS, "stop_strings": [cut]}))
+    answer = client.finish("cut")
+    assert answer.reason == pb.FINISH_REASON_STOP
+    assert answer.text == text[: text.index(cut)]
+
+
+def test_a_stop_token_ends_the_request(worker: DecodeWorker) -> None:
+    client = worker.client()
+    client.start("whole", worker.request([9], 10, stop=ENDLESS))
+    tokens = client.finish("whole").token_ids
+    client.start("cut", worker.request([9], 10, stop={**ENDLESS, "stop_token_ids": [tokens[2]]}))
+    answer = client.finish("cut")
+    assert answer.reason == pb.FINISH_REASON_STOP
+    assert answer.token_ids == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_a_long_prompt_in_chunks_reads_as_a_short_one(home: Path, redis_url: str) -> None:
+    """Chunked prefill and preemption change nothing about the tokens."""
+    prompt = [(i * 7) % VOCABULARY for i in range(90)]
+    outputs = []
+    for settings in ({"prefill_chunk": 256}, {"prefill_chunk": 16, "kv_blocks": 20, "block_size": 8}):
+        with decode_worker(
+            home, redis_url, MODEL, batch_sizes="1", max_batch_size=4, max_context_length=160,
+            **settings,
+        ) as worker:
+            client = worker.client()
+            for index in range(3):
+                client.start(str(index), worker.request(prompt[index:], 40, stop=ENDLESS))
+            outputs.append([client.finish(str(index)).token_ids for index in range(3)])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"model": "other"}, pb.ERROR_CODE_MODEL_NOT_FOUND, "tiny"),
+        ({"prompt_token_ids": []}, pb.ERROR_CODE_INVALID_ARGUMENT, "empty"),
+        ({"prompt_token_ids": [VOCABULARY]}, pb.ERROR_CODE_INVALID_ARGUMENT, "vocabulary"),
+        ({"prompt_token_ids": [1] * 256}, pb.ERROR_CODE_CONTEXT_LENGTH_EXCEEDED, "256"),
+        ({"stop": pb.StopConditions()}, pb.ERROR_CODE_INVALID_ARGUMENT, "max_tokens"),
+        ({"sampling": pb.SamplingParams(top_p=1.5)}, pb.ERROR_CODE_INVALID_ARGUMENT, "top_p"),
+        (
+            {"sampling": pb.SamplingParams(temperature=float("nan"))},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "temperature",
+        ),
+        (
+            {"sampling": pb.SamplingParams(logit_bias={VOCABULARY + 5: 1.0})},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "logit_bias",
+        ),
+        ({"logprobs": 500}, pb.ERROR_CODE_INVALID_ARGUMENT, "logprobs"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(
+    worker: DecodeWorker, change: dict[str, object], code: int, message: str
+) -> None:
+    values: dict[str, object] = {
+        "model": MODEL,
+        "prompt_token_ids": [1],
+        "stop": pb.StopConditions(max_tokens=2),
+    }
+    client = worker.client()
+    client.start("bad", pb.StartGeneration(**{**values, **change}))  # type: ignore[arg-type]
+    end = client.finish("bad", 10).end
+    assert (end.error.code, message in end.error.message) == (code, True), end
+    client.start("good", worker.request([1], 2))
+    assert client.finish("good").end.WhichOneof("event") == "finished"
+
+
+def test_a_full_queue_refuses_and_abort_frees(worker: DecodeWorker) -> None:
+    client = worker.client()
+    names = [f"r{i}" for i in range(14)]
+    for name in names:
+        client.start(name, worker.request([1], 250, stop=ENDLESS))
+    refused = []
+    for name in names:
+        response = client.next(name)
+        if response.WhichOneof("event") == "error":
+            assert response.error.code == pb.ERROR_CODE_OVERLOADED
+            refused.append(name)
+            if len(refused) == 4:
+                break
+        else:
+            client.abort(name)
+    assert refused
+    for name in names:
+        client.abort(name)
+    eventually(lambda: worker.status().running + worker.status().waiting == 0)
+    status = worker.status()
+    assert status.kv_blocks_free == status.kv_blocks_total
+
+
+def test_a_broken_stream_frees_its_requests(worker: DecodeWorker) -> None:
+    channel = grpc.insecure_channel(worker.address)
+    stub = channel.stream_stream(
+        "/precast.decode.v1.DecodeService/Generate",
+        request_serializer=pb.GenerateRequest.SerializeToString,
+        response_deserializer=pb.GenerateResponse.FromString,
+    )
+    start = worker.request([1], 250, stop=ENDLESS)
+
+    def requests() -> Iterator[pb.GenerateRequest]:
+        yield pb.GenerateRequest(request_id="lost", start=start)
+        time.sleep(30)
+
+    responses = stub(requests())
+    next(iter(responses))
+    channel.close()
+    eventually(lambda: worker.status().running == 0, 10)
+
+
+def test_a_killed_rank_fails_what_runs_within_a_second_and_nothing_else(
+    worker: DecodeWorker,
+) -> None:
+    client = worker.client()
+    for victim in (0, -1):
+        eventually(worker.is_ready)
+        restarts = worker.status().restarts
+        client.start("doomed", worker.request([1], 250, stop=ENDLESS, logprobs=0))
+        client.next("doomed")
+        killed = time.monotonic()
+        os.kill(worker.ranks()[victim], signal.SIGKILL)
+        end = client.finish("doomed", 10).end
+        assert time.monotonic() - killed < 1.0
+        assert end.error.code == pb.ERROR_CODE_INTERNAL
+        assert "died" in end.error.message
+        client.start("next", worker.request([1], 3))
+        assert client.finish("next", 60).end.WhichOneof("event") == "finished"
+        assert worker.status().restarts == restarts + 1
+
+
+def test_a_hung_rank_does_not_hang_a_drain(home: Path, redis_url: str) -> None:
+    with decode_worker(home, redis_url, MODEL, batch_sizes="1") as worker:
+        client = worker.client()
+        client.start("stuck", worker.request([1], 250, stop=ENDLESS))
+        client.next("stuck")
+        os.kill(worker.ranks()[0], signal.SIGSTOP)
+        drained = worker.stub().Drain(pb.DrainRequest(deadline_s=1), timeout=10)
+        assert drained.aborted == 1
+        assert client.finish("stuck", 10).reason == pb.FINISH_REASON_ABORTED
+
+
+def test_drain_lets_requests_finish_and_admits_no_more(home: Path, redis_url: str) -> None:
+    with decode_worker(home, redis_url, MODEL, batch_sizes="1") as worker:
+        client = worker.client()
+        client.start("running", worker.request([1], 60, stop=ENDLESS))
+        client.next("running")
+        drained = worker.stub().Drain(pb.DrainRequest(deadline_s=20), timeout=30)
+        assert (drained.finished, drained.aborted) == (1, 0)
+        assert client.finish("running").reason == pb.FINISH_REASON_LENGTH
+        client.start("late", worker.request([1], 2))
+        assert client.finish("late").end.error.code == pb.ERROR_CODE_OVERLOADED
+
+
+def test_ranks_die_with_a_killed_leader(home: Path, redis_url: str) -> None:
+    with decode_worker(home, redis_url, MODEL, tp=2, batch_sizes="1") as worker:
+        ranks = worker.ranks()
+        assert len(ranks) == 2
+        worker.kill()
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 5)
+    ours = [p for p in Path("/dev/shm").glob("precast-*") if str(worker.process.pid) in p.name]
+    assert ours == []
+
+
+def test_redis_may_be_away(home: Path) -> None:
+    with decode_worker(home, "redis://127.0.0.1:1/0", MODEL, batch_sizes="1") as worker:
+        client = worker.client()
+        client.start("a", worker.request([1], 3))
+        assert client.finish("a").end.WhichOneof("event") == "finished"
