@@ -180,7 +180,8 @@ class Engine:
             self._emit(outcomes)
             outcomes = []
             if step is None:
-                await self._idle(group)
+                if not self._graphs.pending:  # one graph is loaded between two steps
+                    await self._idle(group)
                 continue
             done = await group.step_done(self._step_timeout_s)
             self._count(step, done.graph_batch_size, done.step_us)

@@ -45,6 +45,11 @@ class GraphSet:
         """Each rank's graph factors but for the batch size; empty until a group has started."""
 
     @property
+    def pending(self) -> bool:
+        """Whether an offer waits to be loaded."""
+        return bool(self._pending)
+
+    @property
     def missing(self) -> tuple[int, ...]:
         return tuple(size for size in self.batch_sizes if size not in self._loaded)
 
