@@ -2,9 +2,9 @@
 
     python -m bench.decode_step [--quantization int8] [--batch-sizes 1,4,16]
 
-Captures what is missing (into a temporary folder), loads SmolLM2-135M's shapes with random weights and
-prints a table: median step of each, their ratio, and the share of the memory bandwidth that this
-machine showed in the same run.
+Captures what is missing (into a temporary folder), loads SmolLM2-135M's shapes with random weights
+and prints a table: median step of each, their ratio, and the share of the memory bandwidth that
+this machine showed in the same run.
 """
 
 import argparse
@@ -61,8 +61,15 @@ def capture(shape: LlamaShape, batch_size: int, folder: Path) -> Path:
             "llama", shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__)
         )
         subprocess.run(
-            [sys.executable, "-m", "precast.graphs.capture", "--out", str(out)]
-            + ["--headers", str(folder / "headers")],
+            [
+                sys.executable,
+                "-m",
+                "precast.graphs.capture",
+                "--out",
+                str(out),
+                "--headers",
+                str(folder / "headers"),
+            ],
             input=json.dumps({**factors, "batch_size": str(batch_size)}).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -109,7 +116,7 @@ def measure(shape: LlamaShape, batch_size: int, package: Path) -> tuple[float, f
             lambda: models.eager_step(shape, inputs, weights, caches),
         ]
     )
-    embedding, layers, head = models.runner_weights(weights, caches)
+    _embedding, layers, head = models.runner_weights(weights, caches)
     read = [*head, *(tensor for layer in layers for tensor in layer[2:])]
     return graph_s, eager_s, sum(tensor.nbytes for tensor in read)
 
@@ -141,7 +148,9 @@ def main() -> None:
                     f"{size / graph_s / bandwidth:.0%}",
                 )
     title = f"SmolLM2-135M shapes, {len(cores)} threads, {native.native_isa()}, "
-    Console().print(title + f"memory read {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}")
+    Console().print(
+        title + f"memory read {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}"
+    )
     Console().print(table)
 
 

@@ -81,7 +81,8 @@ def progress(stage: str) -> None:
 
 
 def capture(factors: Mapping[str, str], out: Path) -> dict[str, float]:
-    """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest, CaptureFailed."""
+    """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest,
+    CaptureFailed."""
     from precast.graphs.factors import check_versions, shape_from
     from precast.graphs.verify_peers import stand_ins
 
@@ -100,9 +101,7 @@ def _capture(
 
     batch_size = int(factors["batch_size"])
     generator = torch.Generator().manual_seed(0)
-    parts = capture_models.parts(
-        shape, batch_size, int(factors["block_size"]), generator
-    )
+    parts = capture_models.parts(shape, batch_size, int(factors["block_size"]), generator)
     progress("exporting")
     started = time.monotonic()
     exported = [_export(part) for part in parts]
@@ -164,7 +163,7 @@ def _compile(program: Any, part: "Part", options: dict[str, Any]) -> list[str]:
     import torch._inductor
 
     with torch.no_grad():
-        files = torch._inductor.aot_compile(
+        files: Any = torch._inductor.aot_compile(
             program.module(), part.inputs, options={**options, **_direct_calls()}
         )
     # The sources go: they would double the package and are not needed to load it.
@@ -200,14 +199,14 @@ def _direct_calls() -> dict[str, Any]:
 
 
 def _package(files: dict[str, list[str]], target: Path) -> None:
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     package_aoti(str(target), files)  # type: ignore[arg-type]
 
 
 def verify(factors: Mapping[str, str], package: Path, group: "Group") -> tuple[float, float]:
-    """Replays against eager on random and edge inputs. Returns the largest relative difference and the
-    median step time of a model of VERIFY_LAYERS layers, microseconds. Raises CaptureFailed."""
+    """Replays against eager on random and edge inputs. Returns the largest relative difference and
+    the median step time of a model of VERIFY_LAYERS layers, microseconds. Raises CaptureFailed."""
     import torch
 
     from precast.graphs import capture_models as models

@@ -1,8 +1,9 @@
-"""What is captured: a decode step's three parts as modules, with example inputs of the right shapes.
+"""What is captured: a decode step's three parts as modules, with example inputs of the right
+shapes.
 
 A package holds ``embed``, ``layer`` and ``head``. The layer is captured once and replayed for every
-layer of the model with that layer's weights (``csrc/step_runner.cpp``), so capture time and artifact
-size don't grow with depth.
+layer of the model with that layer's weights (``csrc/step_runner.cpp``), so capture time and
+artifact size don't grow with depth.
 """
 
 from collections.abc import Callable
@@ -23,18 +24,11 @@ from precast.models.llama import (
     LlamaShape,
     Paging,
 )
-from precast.models.weights import DTYPES, pack
+from precast.models.weights import DTYPES, Weights, pack
 
 CAPTURE_POSITIONS = 256
 CAPTURE_BLOCKS = 64
 """Sizes of the example tables; the graph is dynamic in them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepWeights:
-    embed: EmbedWeights
-    layers: tuple[LayerWeights, ...]
-    head: HeadWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +61,25 @@ class _Flat(nn.Module):
         return self._function(*tree_unflatten(flat, self._spec))
 
 
-def random_weights(shape: LlamaShape, layers: int, generator: torch.Generator) -> StepWeights:
+def random_weights(shape: LlamaShape, layers: int, generator: torch.Generator) -> Weights:
     """Weights of the shape's formats with the variance that keeps activations near one."""
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
+        return torch.randn(rows, columns, generator=generator).div_(columns**0.5)
 
     def packed(rows: int, columns: int, bias: bool = False) -> Linear:
         added = torch.randn(rows, generator=generator) * 0.1 if bias else None
         return pack(shape, matrix(rows, columns), added)
 
     def norm() -> Tensor:
-        return 1 + 0.1 * torch.randn(shape.hidden_size, generator=generator)
+        return torch.randn(shape.hidden_size, generator=generator).mul_(0.1).add_(1)
 
     hidden, q_size = shape.hidden_size, shape.q_heads * shape.head_dim
     qkv_size = q_size + 2 * shape.kv_heads * shape.head_dim
     angles = torch.rand(CAPTURE_POSITIONS, shape.head_dim // 2, generator=generator) * 6.28
     vocabulary = sum(shape.vocab_widths)
     table = torch.randn(vocabulary, hidden, generator=generator).to(DTYPES[shape.weight_dtype])
-    return StepWeights(
+    return Weights(
         embed=EmbedWeights(table, angles.cos(), angles.sin()),
         layers=tuple(
             LayerWeights(
@@ -112,7 +106,8 @@ def random_cache(shape: LlamaShape, block_size: int, generator: torch.Generator)
 def step_inputs(
     shape: LlamaShape, block_size: int, contexts: list[int], generator: torch.Generator
 ) -> StepInputs:
-    """A decode step whose rows have the given context lengths, each counting the new token; 0 pads."""
+    """A decode step whose rows have the given context lengths, each counting the new token; 0
+    pads."""
     width = max(1, -(-max(contexts) // block_size))
     tables = torch.stack(
         [torch.randperm(CAPTURE_BLOCKS, generator=generator)[:width] for _ in contexts]
@@ -136,7 +131,7 @@ def step_inputs(
 
 
 def eager_step(
-    shape: LlamaShape, inputs: StepInputs, weights: StepWeights, caches: list[LayerCache]
+    shape: LlamaShape, inputs: StepInputs, weights: Weights, caches: list[LayerCache]
 ) -> Tensor:
     """The step as plain function calls: what a graph must agree with. Returns logits [B, V]."""
     hidden, cos, sin = llama.embed(inputs.token_ids, inputs.positions, weights.embed)
@@ -198,7 +193,7 @@ def _part(
 
 
 def runner_weights(
-    weights: StepWeights, caches: list[LayerCache]
+    weights: Weights, caches: list[LayerCache]
 ) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
     """Weights as ``StepRunner.bind`` takes them: each layer's cache in front of its weights."""
     layers = [

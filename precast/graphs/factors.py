@@ -10,6 +10,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from precast.errors import InvalidRequest
 from precast.models.llama import LlamaShape
@@ -81,14 +82,12 @@ def check_versions(factors: Mapping[str, str]) -> None:
 def shape_from(factors: Mapping[str, str]) -> LlamaShape:
     """The shape that the factors describe. Raises InvalidRequest if they contradict each other."""
     widths = tuple(int(w) for w in factors["vocab_widths"].split(","))
-    shape = LlamaShape(
-        **{
-            field.name: _parse(field.name, factors[field.name])
-            for field in fields(LlamaShape)
-            if field.name != "vocab_widths"
-        },
-        vocab_widths=widths,
-    )
+    values: dict[str, Any] = {
+        field.name: _parse(field.name, factors[field.name])
+        for field in fields(LlamaShape)
+        if field.name != "vocab_widths"
+    }
+    shape = LlamaShape(**values, vocab_widths=widths)
     if shape.vocab_size not in widths:
         raise InvalidRequest("vocab_size is none of vocab_widths")
     if len(widths) != int(factors["tp_size"]):

@@ -1,8 +1,8 @@
 """Loads and replays captured graphs. The only module that touches torch's package loader.
 
-The caller has verified the artifact: loading one runs its native code. Loading takes milliseconds and
-no compiler, because the loader's class is used directly; ``torch._inductor.aoti_load_package`` would
-probe the compiler for seconds.
+The caller has verified the artifact: loading one runs its native code. Loading takes milliseconds
+and no compiler, because the loader's class is used directly; ``torch._inductor.aoti_load_package``
+would probe the compiler for seconds.
 """
 
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from precast.errors import ArtifactRejected
+from precast.graphs.capture_models import runner_weights
 from precast.models.llama import LayerCache, Paging
 from precast.models.weights import Weights
-from precast.graphs.capture_models import StepWeights, runner_weights
 from precast.ops import native as native  # registers the operators that graphs call
 
 
@@ -22,7 +22,11 @@ class Graph:
     """One batch size's captured decode step, bound to a rank's weights and KV cache."""
 
     def __init__(
-        self, package: Path, batch_size: int, weights: Weights | StepWeights, caches: list[LayerCache]
+        self,
+        package: Path,
+        batch_size: int,
+        weights: Weights,
+        caches: list[LayerCache],
     ) -> None:
         """Raises ArtifactRejected if the package can't be loaded."""
         self.batch_size = batch_size

@@ -1,8 +1,8 @@
 """Llama (2 and 3, SmolLM2, and what else shares the architecture), for one rank.
 
-A step is ``embed``, then ``layer`` once for each layer, then ``head``: pure functions of tensors and
-of a ``LlamaShape``. They run as they stand (prefill, and decode where no graph is there yet) and are
-what is captured. Weights are arguments, so a captured graph holds none.
+A step is ``embed``, then ``layer`` once for each layer, then ``head``: pure functions of tensors
+and of a ``LlamaShape``. They run as they stand (prefill, and decode where no graph is there yet)
+and are what is captured. Weights are arguments, so a captured graph holds none.
 
 T: tokens in the step. S: sequences. H: hidden size. D: head size. Hidden states are float32.
 """
@@ -157,7 +157,9 @@ def attention(
         shape.head_dim**-0.5,
     )
     out = out.view(-1, q_size)
-    return reduce(shape, linear(shape, out, weights.output, shape.hidden_size, shape.attention_bias))
+    return reduce(
+        shape, linear(shape, out, weights.output, shape.hidden_size, shape.attention_bias)
+    )
 
 
 def mlp(shape: LlamaShape, x: Tensor, weights: LayerWeights) -> Tensor:

@@ -1,8 +1,9 @@
 """How a model is cut over the ranks of a tensor-parallel group.
 
-A rank takes whole KV heads with their query heads, so head counts that don't divide leave some ranks
-with more attention work; the MLP's columns are dealt the other way, so that every rank reads about
-as many weight bytes a layer. SmolLM2-135M over two ranks: KV heads 2 and 1, MLP columns 688 and 848.
+A rank takes whole KV heads with their query heads, so head counts that don't divide leave some
+ranks with more attention work; the MLP's columns are dealt the other way, so that every rank reads
+about as many weight bytes a layer. SmolLM2-135M over two ranks: KV heads 2 and 1, MLP columns 688
+and 848.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ def _mlp_work(config: ModelConfig, kv_heads: Sequence[int]) -> list[float]:
 
 
 def _deal(count: int, weights: Sequence[float], unit: int) -> list[int]:
-    """``count`` things in proportion to ``weights``, each share but the last a multiple of ``unit``."""
+    """``count`` things in proportion to ``weights``, each share but the last a multiple of
+    ``unit``."""
     units = -(-count // unit)
     if units < len(weights):
         raise ConfigError(f"can't cut {count} columns over {len(weights)} ranks")

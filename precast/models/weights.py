@@ -50,7 +50,7 @@ class _Checkpoint:
         if not paths:
             raise ModelCorrupt(f"{folder}: no .safetensors file")
         for path in paths:
-            file = stack.enter_context(safe_open(path, framework="pt"))  # type: ignore[no-untyped-call]
+            file = stack.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -78,20 +78,18 @@ def load_weights(
 ) -> Weights:
     """Weights of one rank; rotary tables reach ``positions``. Raises ModelCorrupt.
 
-    One layer at a time is read, cut and packed, so that the peak is the packed weights plus a layer.
+    One layer at a time is read, cut and packed, so that the peak is the packed weights plus a
+    layer.
     """
     with _open_checkpoint(folder) as checkpoint:
         hidden = (config.vocab_size, config.hidden_size)
         table = checkpoint.get("model.embed_tokens.weight", hidden).to(DTYPES[shape.weight_dtype])
-        vocab = (
-            table
-            if config.tie_word_embeddings
-            else checkpoint.get("lm_head.weight", hidden)
-        )
+        vocab = table if config.tie_word_embeddings else checkpoint.get("lm_head.weight", hidden)
         return Weights(
             embed=EmbedWeights(table, *_rotary(config, positions)),
             layers=tuple(
-                _layer(checkpoint, index, config, shard, shape) for index in range(config.num_layers)
+                _layer(checkpoint, index, config, shard, shape)
+                for index in range(config.num_layers)
             ),
             head=HeadWeights(
                 checkpoint.get("model.norm.weight", (config.hidden_size,)).float(),

@@ -66,7 +66,8 @@ def _digest(parts: list[str], source: Path) -> str:
     return digest.hexdigest()
 
 
-def _compile(cxx: str, name: str, source: Path, flags: list[str], objects: Path) -> Path:
+def _compile(cxx: str, unit: tuple[str, Path, list[str]], objects: Path) -> Path:
+    name, source, flags = unit
     digest = _digest([cxx, *COMMON_FLAGS, *flags], source)
     target = objects / f"{name}-{digest}.o"
     if not target.exists():
@@ -80,24 +81,22 @@ def _compile(cxx: str, name: str, source: Path, flags: list[str], objects: Path)
 
 
 def build(objects: Path) -> Path:
-    """Compiles what has changed and links; returns the library's path. Raises CalledProcessError."""
+    """Compiles what has changed and links; returns the library's path. Raises
+    CalledProcessError."""
     import torch
 
     cxx = compiler()
     objects.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        built = list(pool.map(lambda unit: _compile(cxx, *unit, objects), _units()))
+        built = list(pool.map(lambda unit: _compile(cxx, unit, objects), _units()))
     stamp = objects / "linked"
     names = "\n".join(path.name for path in built)
     if LIBRARY.exists() and stamp.exists() and stamp.read_text() == names:
         return LIBRARY
     partial = LIBRARY.with_suffix(".tmp")
     lib = Path(torch.__file__).parent / "lib"
-    subprocess.run(
-        [cxx, "-shared", "-o", str(partial), *map(str, built), f"-L{lib}"]
-        + ["-ltorch", "-ltorch_cpu", "-lc10", "-lrt", "-pthread"],
-        check=True,
-    )
+    libraries = [f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-lrt", "-pthread"]
+    subprocess.run([cxx, "-shared", "-o", str(partial), *map(str, built), *libraries], check=True)
     partial.rename(LIBRARY)
     stamp.write_text(names)
     for stale in set(objects.glob("*.o")) - set(built):

@@ -32,8 +32,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_int8(weight: Tensor) -> list[Tensor]:
-    """float [N, K] to the tensors of ``linear_w8a8``: packed int8 [ceil(N / 16), ceil(K / 4), 16, 4],
-    scales float32 [N], column sums int32 [ceil(N / 16) * 16]."""
+    """float [N, K] to the tensors of ``linear_w8a8``: packed int8 [ceil(N / 16), ceil(K / 4), 16,
+    4], scales float32 [N], column sums int32 [ceil(N / 16) * 16]."""
     quantized, scales = quantize_int8(weight)
     padded = _pad(quantized, PANEL, 4)
     n, k = padded.shape

@@ -1,7 +1,7 @@
 """Token ids to text, as they come.
 
-Text is given out only when no later token can change it: an incomplete character waits for its other
-bytes, and text that may turn out to be the beginning of a stop string waits until it can't.
+Text is given out only when no later token can change it: an incomplete character waits for its
+other bytes, and text that may turn out to be the beginning of a stop string waits until it can't.
 """
 
 from typing import Final

@@ -1,8 +1,8 @@
 """The leader's loop: schedule a step, let the ranks compute it, hand out what it made.
 
-While the ranks compute one step, the previous step's tokens are turned into text and sent: that work
-costs no step time. When the group of ranks fails, running requests end with an error, queued ones
-wait, and a new group is started.
+While the ranks compute one step, the previous step's tokens are turned into text and sent: that
+work costs no step time. When the group of ranks fails, running requests end with an error, queued
+ones wait, and a new group is started.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -115,9 +115,10 @@ class Engine:
         """Admits nothing more and waits; returns how many requests finished and were aborted."""
         self._draining = True
         before = len(self._requests)
-        end = time.monotonic() + deadline_s
-        while self._requests and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self._requests:  # noqa: ASYNC110 - any of many requests may be the last
+                    await asyncio.sleep(0.02)
         left = list(self._requests)
         for request_id in left:
             self.abort(request_id)
@@ -194,7 +195,8 @@ class Engine:
     async def _idle(self, group: RankGroup) -> None:
         """Waits for work, or raises when the group fails meanwhile."""
         wake = asyncio.ensure_future(self._wake.wait())
-        await asyncio.wait({wake, group.failed}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {wake, group.failed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if group.failed.done():
             wake.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,7 +1,7 @@
 """Which graphs the group replays, and which it must not.
 
-Offers come from the graphs client at any time; they are applied between two steps. A graph that a rank
-refuses, or with which the group dies at its first replay, is remembered as bad.
+Offers come from the graphs client at any time; they are applied between two steps. A graph that a
+rank refuses, or with which the group dies at its first replay, is remembered as bad.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,7 +91,8 @@ class GraphSet:
         self._on_change()
 
     async def apply(self, group: RankGroup) -> None:
-        """Loads one pending offer, smallest batch first; called between steps. Raises GroupFailed."""
+        """Loads one pending offer, smallest batch first; called between steps. Raises
+        GroupFailed."""
         if not self._pending:
             return
         offer = self._pending.pop(min(self._pending))

@@ -94,7 +94,9 @@ class GraphsClient:
         leases = await self._registry.compile_workers()
         if not leases:
             raise CompilerUnavailable("no live compile worker")
-        return min(leases, key=lambda lease: (lease.queued + lease.capturing, lease.worker_id)).address
+        return min(
+            leases, key=lambda lease: (lease.queued + lease.capturing, lease.worker_id)
+        ).address
 
     async def _follow(self, address: str) -> None:
         """Works with one compile worker until it fails."""
@@ -116,7 +118,8 @@ class GraphsClient:
                 await asyncio.gather(watching, asking, return_exceptions=True)
 
     async def _keep_asking(self, stub: Any) -> None:
-        """Repeats the request, so that a compile worker or a Redis that lost it captures after all."""
+        """Repeats the request, so that a compile worker or a Redis that lost it captures after
+        all."""
         while True:
             await asyncio.sleep(REQUEST_INTERVAL_S)
             if self._graphs.missing:

@@ -181,7 +181,7 @@ async def _get_graphs(
     settings: DecodeWorkerSettings, engine: Engine, graphs: GraphSet, registry: Registry
 ) -> None:
     await engine.started.wait()
-    while not list(settings.trusted_keys_dir.glob("*.pub")):
+    while not list(settings.trusted_keys_dir.glob("*.pub")):  # noqa: ASYNC110 - a file's coming
         # A compile worker that starts for the first time has yet to make its key.
         await asyncio.sleep(0.5)
     client = GraphsClient(

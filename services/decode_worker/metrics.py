@@ -32,7 +32,9 @@ class Metrics:
             "decode_worker_tokens", "Tokens computed", ["phase"], registry=self.registry
         )
         self._padding = Counter(
-            "decode_worker_padding_rows", "Rows computed only to fill a graph", registry=self.registry
+            "decode_worker_padding_rows",
+            "Rows computed only to fill a graph",
+            registry=self.registry,
         )
         self._seconds = Histogram(
             "decode_worker_step_seconds",

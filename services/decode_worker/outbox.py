@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from precast.decode.v1 import decode_service_pb2 as pb
 
 
-
 class Outbox:
     def __init__(self) -> None:
         self._deltas: dict[str, pb.TokenDelta] = {}

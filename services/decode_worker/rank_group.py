@@ -1,7 +1,8 @@
 """The processes of a tensor-parallel group, seen from the leader.
 
-The group works or it doesn't: when one rank dies or fails, the others are killed and whoever waits gets
-``GroupFailed``. A dead rank closes its socket, so that is noticed at once and not by a time-out.
+The group works or it doesn't: when one rank dies or fails, the others are killed and whoever waits
+gets ``GroupFailed``. A dead rank closes its socket, so that is noticed at once and not by a
+time-out.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from precast.log import get_logger
 from services.decode_worker.rank_protocol import (
@@ -40,7 +41,7 @@ log = get_logger(__name__)
 START_TIMEOUT_S: Final = 120.0
 LOAD_GRAPH_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 3.0
-SHARED_MEMORY: Final = Path("/dev/shm")
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where shm_open puts its files
 RANK_MODULE: Final = "services.decode_worker.rank"
 
 _SEGMENT = re.compile(r"^precast-(?:verify-)?(\d+)(?:-|$)")
@@ -170,7 +171,10 @@ class RankGroup:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", rank_module, "--fd", str(theirs.fileno())]
-            self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
+            # Not asyncio's: its child watcher would reap ranks from a thread that may be gone, and
+            # a fork and exec is all that blocks here.
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: ASYNC220
+            self._processes.append(process)
         loop = asyncio.get_running_loop()
         rank = _Rank(self, index)
         await loop.create_unix_connection(lambda: rank, sock=ours)
@@ -184,13 +188,10 @@ class RankGroup:
             raise GroupFailed(f"expected {kind.__name__}, got {wrong[0]}")
         return [reply for reply in replies if isinstance(reply, kind)]
 
-    async def _within(
-        self, answer: Awaitable[_T], timeout_s: float, what: str
-    ) -> _T:
+    async def _within(self, answer: Awaitable[_T], timeout_s: float, what: str) -> _T:
         waiter = asyncio.ensure_future(answer)
-        await asyncio.wait(
-            {waiter, self.failed}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        either: set[asyncio.Future[Any]] = {waiter, self.failed}
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if waiter.done() and not waiter.cancelled():
             return waiter.result()
         waiter.cancel()

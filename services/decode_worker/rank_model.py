@@ -48,7 +48,8 @@ class RankModel:
         return llama.head(self.shape, hidden[last], self.weights.head)
 
     def decode(self, batch: Batch) -> tuple[Tensor, int]:
-        """One token a sequence; returns logits [S, V] and the captured size that ran, 0 if eager."""
+        """One token a sequence; returns logits [S, V] and the captured size that ran, 0 if
+        eager."""
         graph = self._graph_for(batch.sequences)
         if graph is None:
             return llama.head(self.shape, self._hidden(batch), self.weights.head), 0
@@ -57,7 +58,8 @@ class RankModel:
         return logits[: batch.sequences], graph.batch_size
 
     def load_graph(self, batch_size: int, package: Path) -> float:
-        """Loads a verified package and swaps it in; returns milliseconds. Raises ArtifactRejected."""
+        """Loads a verified package and swaps it in; returns milliseconds. Raises
+        ArtifactRejected."""
         started = time.perf_counter()
         graph = Graph(package, batch_size, self.weights, self.caches)
         self.graphs[batch_size] = graph
@@ -93,9 +95,7 @@ def load(init: Init) -> RankModel:
         shape=shape,
         weights=weights,
         # Zeros are mapped lazily: a block costs memory when it is first written.
-        caches=[
-            LayerCache(torch.zeros(size), torch.zeros(size)) for _ in range(config.num_layers)
-        ],
+        caches=[LayerCache(torch.zeros(size), torch.zeros(size)) for _ in range(config.num_layers)],
         factors=rank_factors(
             config.architecture,
             shape,

@@ -1,9 +1,9 @@
 """Messages between a decode worker's leader and its rank processes.
 
 Each rank is a process with one Unix stream socket to the leader. A frame is a 4-byte little-endian
-length and a msgpack body. The leader sends every command to every rank in the same order; ranks work
-in lock step. Only rank 0 answers ``Step``; every rank answers ``Init`` and ``LoadGraph``. A rank that
-can't go on sends ``RankFailed`` and exits; a rank that dies closes its socket.
+length and a msgpack body. The leader sends every command to every rank in the same order; ranks
+work in lock step. Only rank 0 answers ``Step``; every rank answers ``Init`` and ``LoadGraph``. A
+rank that can't go on sends ``RankFailed`` and exits; a rank that dies closes its socket.
 """
 
 import struct

@@ -1,7 +1,7 @@
 """Draws next tokens from logits: greedy, temperature, top-k, top-p, penalties and logit bias.
 
-A draw depends on the sequence's (seed, step) alone, never on its place in a batch, so a request with a
-seed gives the same tokens whatever else is running.
+A draw depends on the sequence's (seed, step) alone, never on its place in a batch, so a request
+with a seed gives the same tokens whatever else is running.
 """
 
 import numpy as np
@@ -11,11 +11,13 @@ from torch import Tensor
 from services.decode_worker.rank_protocol import Logprobs, Sampling
 
 
-def sample(logits: Tensor, requests: tuple[Sampling | None, ...]) -> tuple[list[int], list[Logprobs | None]]:
+def sample(
+    logits: Tensor, requests: tuple[Sampling | None, ...]
+) -> tuple[list[int], list[Logprobs | None]]:
     """float32 [S, V] logits to token ids [S] (-1 where a request is None) and logprobs [S].
 
-    Logits are changed in place. Logprobs are of the distribution that penalties and bias leave, before
-    temperature and cuts, as OpenAI reports them.
+    Logits are changed in place. Logprobs are of the distribution that penalties and bias leave,
+    before temperature and cuts, as OpenAI reports them.
     """
     greedy = logits.argmax(dim=-1).tolist() if any(map(_plain, requests)) else []
     tokens: list[int] = []
@@ -67,7 +69,8 @@ def _draw(row: Tensor, request: Sampling) -> int:
         values, ids = row, None
     probabilities = torch.softmax(values.double() / request.temperature, dim=-1)
     if request.top_p < 1.0:
-        # The smallest set whose mass reaches top_p: a candidate stays while the mass before it is less.
+        # The smallest set whose mass reaches top_p: a candidate stays while the mass before it is
+        # less.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = torch.where(before < request.top_p, probabilities, 0.0)
     cumulative = probabilities.cumsum(-1)
@@ -78,8 +81,8 @@ def _draw(row: Tensor, request: Sampling) -> int:
 
 
 def _uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) from a counter-based generator (Salmon et al., "Parallel random numbers: as
-    easy as 1, 2, 3", 2011)."""
+    """A number in [0, 1) from a counter-based generator (Salmon et al., "Parallel random numbers:
+    as easy as 1, 2, 3", 2011)."""
     generator = np.random.Generator(np.random.Philox(key=seed & (2**64 - 1), counter=step))
     return float(generator.random())
 

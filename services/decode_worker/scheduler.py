@@ -1,9 +1,9 @@
 """Continuous batching: which sequences run in the next step, and where their tokens live.
 
 Pure bookkeeping, without IO or clock. A sequence waits until it has blocks for its prompt, is
-prefilled in chunks, then decodes one token a step together with all the others. When blocks run out,
-the youngest running sequence gives up its own and waits again; it is prefilled anew with what it had
-generated, so nothing is lost but time.
+prefilled in chunks, then decodes one token a step together with all the others. When blocks run
+out, the youngest running sequence gives up its own and waits again; it is prefilled anew with what
+it had generated, so nothing is lost but time.
 """
 
 import enum
@@ -148,7 +148,8 @@ class Scheduler:
     def apply(
         self, step: ScheduledStep, token_ids: list[int]
     ) -> list[tuple[Sequence, int, FinishReason | None]]:
-        """Takes in a step's draws; -1 where nothing was drawn. Finished sequences free their blocks."""
+        """Takes in a step's draws; -1 where nothing was drawn. Finished sequences free their
+        blocks."""
         outcomes = []
         for sequence, count, token in zip(step.sequences, step.counts, token_ids, strict=True):
             if not sequence.alive:
@@ -199,12 +200,14 @@ class Scheduler:
         return self._step(step_id, chosen, prefill=True) if chosen else None
 
     def _schedule_decode(self, step_id: int) -> ScheduledStep | None:
-        chosen: list[tuple[Sequence, int]] = []
-        # A copy: growing a sequence may put a younger one back into the queue.
-        for sequence in list(self._running):
-            if sequence.blocks and _to_prefill(sequence) == 0 and self._grow(sequence):
-                chosen.append((sequence, 1))
-        chosen = [(sequence, count) for sequence, count in chosen if sequence.blocks]
+        # A copy: growing a sequence may put a younger one, chosen already or not, back in the
+        # queue.
+        grown = [
+            sequence
+            for sequence in list(self._running)
+            if sequence.blocks and _to_prefill(sequence) == 0 and self._grow(sequence)
+        ]
+        chosen = [(sequence, 1) for sequence in grown if sequence.blocks]
         return self._step(step_id, chosen, prefill=False) if chosen else None
 
     def _grow(self, sequence: Sequence) -> bool:

@@ -84,7 +84,9 @@ def redis_url(home: Path) -> Iterator[str]:
         yield server.url
 
 
-def generate(client: DecodeClient, worker: DecodeWorker, prompts: list[list[int]]) -> list[list[int]]:
+def generate(
+    client: DecodeClient, worker: DecodeWorker, prompts: list[list[int]]
+) -> list[list[int]]:
     """All prompts at once."""
     names = [f"{id(prompts)}-{index}" for index in range(len(prompts))]
     for name, prompt in zip(names, prompts, strict=True):

@@ -102,9 +102,17 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(home: Path, redis_url: str
     """Chunked prefill and preemption change nothing about the tokens."""
     prompt = [(i * 7) % VOCABULARY for i in range(90)]
     outputs = []
-    for settings in ({"prefill_chunk": 256}, {"prefill_chunk": 16, "kv_blocks": 20, "block_size": 8}):
+    for settings in (
+        {"prefill_chunk": 256},
+        {"prefill_chunk": 16, "kv_blocks": 20, "block_size": 8},
+    ):
         with decode_worker(
-            home, redis_url, MODEL, batch_sizes="1", max_batch_size=4, max_context_length=160,
+            home,
+            redis_url,
+            MODEL,
+            batch_sizes="1",
+            max_batch_size=4,
+            max_context_length=160,
             **settings,
         ) as worker:
             client = worker.client()

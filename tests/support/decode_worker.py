@@ -61,9 +61,7 @@ class DecodeClient:
         self._outgoing.put(pb.GenerateRequest(request_id=request_id, start=start))
 
     def abort(self, request_id: str) -> None:
-        self._outgoing.put(
-            pb.GenerateRequest(request_id=request_id, abort=pb.AbortGeneration())
-        )
+        self._outgoing.put(pb.GenerateRequest(request_id=request_id, abort=pb.AbortGeneration()))
 
     def next(self, request_id: str, timeout_s: float = 60.0) -> pb.GenerateResponse:
         return self._answers[request_id].get(timeout=timeout_s)
@@ -110,9 +108,7 @@ class DecodeWorker:
         client.open()
         return client
 
-    def request(
-        self, prompt: Sequence[int], max_tokens: int, **options: Any
-    ) -> pb.StartGeneration:
+    def request(self, prompt: Sequence[int], max_tokens: int, **options: Any) -> pb.StartGeneration:
         sampling = pb.SamplingParams(**options.pop("sampling", {}))
         stop = pb.StopConditions(max_tokens=max_tokens, **options.pop("stop", {}))
         return pb.StartGeneration(

@@ -185,7 +185,9 @@ def test_operators_trace() -> None:
     packed = pack_float(torch.randn(20, 8))
     torch.library.opcheck(ops.linear, (torch.randn(3, 8), packed, None, 20), test_utils=tests)
     torch.library.opcheck(
-        ops.linear_w8a8, (torch.randn(3, 8), *pack_int8(torch.randn(20, 8)), None, 20), test_utils=tests
+        ops.linear_w8a8,
+        (torch.randn(3, 8), *pack_int8(torch.randn(20, 8)), None, 20),
+        test_utils=tests,
     )
     torch.library.opcheck(ops.paged_attention, tuple(attention_arguments()), test_utils=tests)
 

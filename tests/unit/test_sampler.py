@@ -13,7 +13,9 @@ def request(**changes: object) -> Sampling:
 
 
 def draws(logits: torch.Tensor, count: int, **changes: object) -> np.ndarray:
-    tokens = [sample(logits.clone()[None], (request(**changes, step=i),))[0][0] for i in range(count)]
+    tokens = [
+        sample(logits.clone()[None], (request(**changes, step=i),))[0][0] for i in range(count)
+    ]
     return np.bincount(tokens, minlength=logits.shape[0]) / count
 
 

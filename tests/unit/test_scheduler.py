@@ -1,5 +1,7 @@
 """Continuous batching and its blocks."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -117,7 +119,7 @@ def test_a_long_prompt_does_not_starve_running_requests() -> None:
         kinds.append(step.message.prefill)
         scheduler.apply(step, draw(step))
     assert True in kinds
-    assert all(not (a and b) for a, b in zip(kinds, kinds[1:], strict=False))
+    assert all(not (a and b) for a, b in itertools.pairwise(kinds))
 
 
 def test_stop_token_ends_with_stop() -> None:
