@@ -5,6 +5,7 @@ process, so that a conversion that runs out of memory or is killed takes nothing
 JSON line a stage; ends with 2 and one line on stderr if it refuses the file.
 """
 
+import functools
 import json
 import os
 import resource
@@ -29,6 +30,7 @@ END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>")
 def convert(source: Path, target: Path) -> None:
     """Write ``target``'s files. Raises ``ModelCorrupt`` or ``UnsupportedArchitecture``."""
     _report("reading the file")
+    _read_once()
     fields = read_fields(source)
     check_fields(source, fields)
     _report("loading libraries")
@@ -44,12 +46,23 @@ def convert(source: Path, target: Path) -> None:
     _write_model(source, target, fields)
 
 
+def _read_once() -> None:
+    """Share one reader of the file: transformers opens it anew for each of its parts.
+
+    Reading takes seconds, because every token of the vocabulary is a field part. This process reads
+    one file and ends.
+    """
+    import gguf
+
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # type: ignore[misc, assignment]
+
+
 def read_fields(source: Path) -> dict[str, Any]:
     """The file's metadata without the vocabulary. Raises ``ModelCorrupt``."""
     from gguf import GGUFReader
 
     try:
-        fields = GGUFReader(source).fields
+        fields = GGUFReader(str(source)).fields
         return {
             name: field.contents()
             for name, field in fields.items()
@@ -116,7 +129,7 @@ def _write_model(source: Path, target: Path, fields: Mapping[str, Any]) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # the library makes it its owner's alone; other services read it
     config = model.config.to_dict()
-    for name in ("quantization_config", "_name_or_path"):
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(name, None)
     architecture = ARCHITECTURE_KEYS[str(fields["general.architecture"])]
     _write_json(target / "config.json", config | {"architectures": [architecture]})
