@@ -144,6 +144,12 @@ class Stack:
         return channel, admin_service_pb2_grpc.AdminServiceStub(channel)
 
 
+def warnings_in(logs: str) -> str:
+    """The last lines of services' logs that are more than routine."""
+    telling = ("warning", "error", "failed", "Traceback")
+    return "\n".join([line for line in logs.splitlines() if any(w in line for w in telling)][-20:])
+
+
 LONG_RUNNING = ("redis", "compile-worker", *DECODE_WORKERS, "gateway")
 
 

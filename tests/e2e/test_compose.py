@@ -11,7 +11,15 @@ from functools import partial
 
 import httpx
 import pytest
-from compose_stack import DECODE_WORKERS, MODEL, Stack, engine_missing, events, wait_until
+from compose_stack import (
+    DECODE_WORKERS,
+    MODEL,
+    Stack,
+    engine_missing,
+    events,
+    wait_until,
+    warnings_in,
+)
 
 from precast.admin.v1 import admin_service_pb2 as admin
 
@@ -127,8 +135,11 @@ def test_the_signing_key_stays_with_the_compile_worker(stack: Stack) -> None:
 
 def test_workers_replay_captured_graphs(stack: Stack) -> None:
     for worker in DECODE_WORKERS:
-        check = partial(stack.has_all_graphs, worker)
-        wait_until(check, CAPTURE_DEADLINE_S, f"{worker} has its graphs")
+        try:
+            check = partial(stack.has_all_graphs, worker)
+            wait_until(check, CAPTURE_DEADLINE_S, f"{worker} has its graphs")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{warnings_in(stack.compose('logs'))}") from None
     before = {worker: stack.status(worker) for worker in DECODE_WORKERS}
     assert stack.complete(32, ignore_eos=True).status_code == 200
     after = {worker: stack.status(worker) for worker in DECODE_WORKERS}
