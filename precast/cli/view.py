@@ -168,7 +168,9 @@ def _render(status: "Status") -> RenderableType:
     parts: list[RenderableType] = [table]
     if status.captures:
         bar = ProgressBar(
-            total=max(status.captures.wanted, 1), completed=status.captures.done, width=40
+            total=max(status.captures.wanted, 1), completed=status.captures.done, width=30
         )
-        parts += [Text(captures_text(status.captures)), bar]
+        line = Table.grid(padding=(0, 1))
+        line.add_row(bar, captures_text(status.captures))
+        parts.append(line)
     return Group(*parts, Text("Ctrl-C stops everything.", "dim"))
