@@ -1,13 +1,16 @@
 """What a Generate stream still has to send.
 
-Deltas of one request that the client has not read yet are merged, so a slow reader costs a bounded
-amount of memory: its requests' own outputs.
+Deltas of one request that the client has not read yet are merged, and a stream whose ended requests
+are not read takes no new ones, so a slow reader costs a bounded amount of memory.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Final
 
 from precast.decode.v1 import decode_service_pb2 as pb
+
+MAX_UNREAD_ENDINGS: Final = 1024
 
 
 class Outbox:
@@ -15,6 +18,8 @@ class Outbox:
         self._deltas: dict[str, pb.TokenDelta] = {}
         self._endings: list[pb.GenerateResponse] = []
         self._changed = asyncio.Event()
+        self._read = asyncio.Event()
+        """Set each time the client has taken what was waiting."""
         self._closed = False
 
     def delta(self, request_id: str, delta: pb.TokenDelta) -> None:
@@ -32,6 +37,12 @@ class Outbox:
         self._endings.append(response)
         self._changed.set()
 
+    async def room(self) -> None:
+        """Waits while too many ended requests are unread."""
+        while len(self._endings) >= MAX_UNREAD_ENDINGS:
+            self._read.clear()
+            await self._read.wait()
+
     def close(self) -> None:
         """No message follows."""
         self._closed = True
@@ -48,5 +59,6 @@ class Outbox:
                 yield pb.GenerateResponse(request_id=request_id, delta=delta)
             for ending in endings:
                 yield ending
+            self._read.set()
             if self._closed and not self._deltas and not self._endings:
                 return

@@ -63,6 +63,7 @@ class _Stream:
         """Starts and aborts requests until the client half-closes; the rest is then still sent."""
         try:
             async for request in requests:
+                await self.outbox.room()
                 self._handle(request)
         finally:
             self._half_closed = True
