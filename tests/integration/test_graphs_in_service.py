@@ -1,0 +1,168 @@
+"""Graphs reach a decode worker while it serves: captured, fetched, replaced, cached, damaged."""
+
+import os
+import signal
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from precast.admin.v1 import admin_service_pb2 as admin_pb
+from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.redis_server import start_redis
+from tests.support.compile_worker import WorkerProcess, compile_worker
+from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.models import write_model
+
+MODEL = "tiny"
+CAPTURE_S = 240
+TOOLS = ("g++", "gcc", "cc", "c++", "clang", "clang++", "ld", "as", "make", "ninja", "cmake")
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "models" / MODEL)
+    return home
+
+
+@pytest.fixture(scope="module")
+def redis_url(home: Path) -> Iterator[str]:
+    with start_redis(home / "redis") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def compiler(home: Path, redis_url: str) -> Iterator[WorkerProcess]:
+    with compile_worker(home, redis_url) as running:
+        yield running
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment whose compilers only write down that they were called."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    for tool in TOOLS:
+        path = folder / tool
+        path.write_text(f'#!/bin/sh\necho "{tool} $*" >> {calls}\nexit 1\n')
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    (folder / "sh").symlink_to("/bin/sh")
+    yield {"PATH": str(folder)}
+    assert not calls.exists(), calls.read_text()
+
+
+def generation(worker: DecodeWorker) -> int:
+    """Of the loaded graph; 0 if there is none."""
+    graphs = worker.status().graphs
+    return graphs[0].generations[0] if graphs else 0
+
+
+def ask(worker: DecodeWorker) -> list[int]:
+    client = worker.client()
+    client.start("ask", worker.request([1, 2, 3], 12, stop={"ignore_eos": True}))
+    return client.finish("ask").token_ids
+
+
+def test_eager_at_first_then_a_graph_then_its_next_generation(
+    home: Path, redis_url: str, compiler: WorkerProcess, no_compiler: dict[str, str]
+) -> None:
+    with decode_worker(home, redis_url, MODEL, batch_sizes="1", environment=no_compiler) as worker:
+        eager = ask(worker)
+        assert worker.status().eager_steps > 0
+        eventually(lambda: generation(worker) == 1, CAPTURE_S)
+        before = worker.status()
+        assert ask(worker) == eager
+        assert worker.status().graph_steps > before.graph_steps
+        assert worker.status().eager_steps == before.eager_steps
+
+        stages = recompile_under_traffic(worker, compiler, eager)
+        assert admin_pb.RECOMPILE_STAGE_PUBLISHED in [s.stage for s in stages]
+        last = stages[-1]
+        assert (last.stage, last.adopted, last.workers, last.generation) == (
+            admin_pb.RECOMPILE_STAGE_ADOPTED,
+            1,
+            1,
+            2,
+        )
+        assert generation(worker) == 2
+        assert ask(worker) == eager
+
+
+def recompile_under_traffic(
+    worker: DecodeWorker, compiler: WorkerProcess, expected: list[int]
+) -> list[Any]:
+    """The stages of a recompile; requests run all the while and must not notice."""
+    done = threading.Event()
+    wrong: list[list[int]] = []
+
+    def traffic() -> None:
+        while not done.is_set():
+            if (tokens := ask(worker)) != expected:
+                wrong.append(tokens)
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    try:
+        with grpc.insecure_channel(compiler.address) as channel:
+            stub = AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            request = admin_pb.RecompileRequest(model=MODEL, adoption_deadline_s=60)
+            return list(stub.Recompile(request, timeout=CAPTURE_S))
+    finally:
+        done.set()
+        thread.join()
+        assert wrong == []
+
+
+def test_a_warm_cache_needs_no_compile_worker(
+    home: Path, redis_url: str, no_compiler: dict[str, str]
+) -> None:
+    with decode_worker(
+        home,
+        redis_url,
+        MODEL,
+        batch_sizes="1",
+        environment=no_compiler,
+        wait_for_graphs=True,
+        compile_address="127.0.0.1:1",
+    ) as worker:
+        assert generation(worker) == 2
+        ask(worker)
+        assert worker.status().eager_steps == 0
+
+
+def test_graphs_come_back_after_a_rank_died(home: Path, redis_url: str) -> None:
+    with decode_worker(
+        home, redis_url, MODEL, batch_sizes="1", wait_for_graphs=True, compile_address="127.0.0.1:1"
+    ) as worker:
+        expected = ask(worker)
+        os.kill(worker.ranks()[0], signal.SIGKILL)
+        eventually(lambda: worker.status().restarts == 1 and worker.is_ready())
+        eventually(lambda: generation(worker) == 2)
+        assert ask(worker) == expected
+        assert worker.status().eager_steps == 0
+
+
+def test_a_damaged_artifact_is_never_loaded(home: Path, redis_url: str) -> None:
+    """Every cached generation is damaged: the worker says so, stays up and serves eagerly."""
+    damaged = list((home / "cache" / "graphs").rglob("graph.pt2"))
+    assert damaged
+    for path in damaged:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.chmod(0o600)
+        path.write_bytes(data)
+    with decode_worker(
+        home, redis_url, MODEL, batch_sizes="1", compile_address="127.0.0.1:1"
+    ) as worker:
+        assert ask(worker)
+        status = worker.status()
+        assert (status.state, list(status.graphs)) == (pb.WORKER_STATE_READY, [])
+        assert "cached graph removed" in worker.log.read_text()
