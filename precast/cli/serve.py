@@ -76,7 +76,7 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
     observer = Observer(supervisor.children, plan.redis_url, url)
     try:
         if plan.embedded_redis:
-            view.stage("starting Redis")
+            view.stage(f"starting Redis at {plan.redis_url}")
             supervisor.start([stacks.REDIS])
             await _until_redis_answers(plan, supervisor, stop)
         supervisor.start([stacks.COMPILE_WORKER, stacks.GATEWAY, stacks.DECODE_WORKER])
