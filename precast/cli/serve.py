@@ -123,6 +123,6 @@ def _tail(log: Path) -> str:
 
 def _sweep_shared_memory() -> None:
     """Remove what killed ranks have left; ranks that end by themselves clean up."""
-    from services.decode_worker.rank_group import sweep_segments
+    from precast.shared_memory import sweep_segments
 
     sweep_segments()

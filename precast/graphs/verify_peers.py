@@ -15,6 +15,7 @@ import torch
 from precast.models.llama import LlamaShape
 from precast.ops.native import join_group
 from precast.process import die_with_parent
+from precast.shared_memory import new_segment_name
 
 CAPTURE_TIMEOUT_S = 3600.0
 """How long a stand-in waits for the capture to get to its verification."""
@@ -40,7 +41,7 @@ def stand_ins(shape: LlamaShape, batch: int, layers: int, steps: int) -> Iterato
     """
     parent = os.getpid()
     group = Group(
-        name=f"precast-verify-{parent}",
+        name=new_segment_name(),
         rank=shape.vocab_widths.index(shape.vocab_size),
         size=shape.tp_size,
     )

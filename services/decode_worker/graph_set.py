@@ -1,12 +1,15 @@
 """Which graphs the group replays, and which it must not.
 
 Offers come from the graphs client at any time; they are applied between two steps. A graph that a
-rank refuses, or with which the group dies at its first replay, is remembered as bad.
+rank refuses, or with which the group dies twice at its first replay, is remembered as bad, and what
+was loaded before it comes back. Once is not enough: a rank may be killed for reasons of its own.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from precast.log import get_logger
 from precast.registry import LoadedGraphRecord
@@ -15,6 +18,11 @@ from services.decode_worker.rank_protocol import LoadGraph, Ready
 from services.decode_worker.scheduler import ScheduledStep
 
 log = get_logger(__name__)
+
+
+MAX_DEATHS: Final = 2
+Identity = tuple[tuple[str, int], ...]
+"""Key and generation of each rank's artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,7 @@ class Offer:
     generations: tuple[int, ...]
 
     @property
-    def identity(self) -> tuple[tuple[str, int], ...]:
+    def identity(self) -> Identity:
         return tuple(zip(self.keys, self.generations, strict=True))
 
 
@@ -40,7 +48,10 @@ class GraphSet:
         self._loaded: dict[int, Offer] = {}
         self._unproven: set[int] = set()
         self._suspect: Offer | None = None
-        self._bad: set[tuple[tuple[str, int], ...]] = set()
+        self._proven: dict[int, Offer] = {}
+        """The newest offer of each size that was replayed: what to go back to."""
+        self._deaths: Counter[Identity] = Counter()
+        self._bad: set[Identity] = set()
         self.factors: tuple[dict[str, str], ...] = ()
         """Each rank's graph factors but for the batch size; empty until a group has started."""
 
@@ -63,9 +74,6 @@ class GraphSet:
         """What is loaded, or about to be."""
         return self._pending.get(batch_size) or self._loaded.get(batch_size)
 
-    def is_bad(self, identity: tuple[tuple[str, int], ...]) -> bool:
-        return identity in self._bad
-
     def offer(self, offer: Offer) -> None:
         """To be loaded before the next step, unless it is known to be bad."""
         if offer.identity not in self._bad:
@@ -80,13 +88,7 @@ class GraphSet:
 
     def group_failed(self) -> None:
         if self._suspect is not None:
-            log.error(
-                "graph set aside: the ranks died with it",
-                batch_size=self._suspect.batch_size,
-                keys=self._suspect.keys,
-                generations=self._suspect.generations,
-            )
-            self._condemn(self._suspect)
+            self._blame(self._suspect)
             self._suspect = None
         self._on_change()
 
@@ -113,7 +115,8 @@ class GraphSet:
             self._condemn(offer)
         else:
             self._loaded[offer.batch_size] = offer
-            self._unproven.add(offer.batch_size)
+            if self._proven.get(offer.batch_size) != offer:
+                self._unproven.add(offer.batch_size)
             log.info(
                 "graph loaded",
                 batch_size=offer.batch_size,
@@ -134,9 +137,33 @@ class GraphSet:
 
     def ran(self, graph_batch_size: int) -> None:
         self._suspect = None
-        self._unproven.discard(graph_batch_size)
+        if graph_batch_size in self._unproven:
+            self._unproven.discard(graph_batch_size)
+            self._proven[graph_batch_size] = self._loaded[graph_batch_size]
+
+    def _blame(self, offer: Offer) -> None:
+        self._deaths[offer.identity] += 1
+        deaths = self._deaths[offer.identity]
+        log.error(
+            "the ranks died with a graph that was new to them",
+            batch_size=offer.batch_size,
+            keys=offer.keys,
+            generations=offer.generations,
+            deaths=deaths,
+        )
+        if deaths >= MAX_DEATHS:
+            self._condemn(offer)
+        else:
+            self._pending.setdefault(offer.batch_size, offer)
 
     def _condemn(self, offer: Offer) -> None:
+        """Never loads the offer again; goes back to the one before it."""
+        size = offer.batch_size
         self._bad.add(offer.identity)
-        self._loaded.pop(offer.batch_size, None)
-        self._pending.pop(offer.batch_size, None)
+        self._loaded.pop(size, None)
+        self._unproven.discard(size)
+        if self._pending.get(size) == offer:
+            del self._pending[size]
+        before = self._proven.get(size)
+        if before is not None and before.identity not in self._bad:
+            self._pending.setdefault(size, before)

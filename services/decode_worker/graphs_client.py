@@ -154,8 +154,6 @@ class GraphsClient:
             and (present.manifest.key, present.manifest.generation) == (state.key, state.generation)
         ):
             return
-        if self._graphs.is_bad(((state.key, state.generation),)):
-            return
         try:
             artifact = await fetch_graph(
                 stub, self._cache, state.key, spec=spec, generation=state.generation

@@ -21,17 +21,13 @@ from precast.process import available_cpus
 from precast.registry import Heartbeat, Registry
 from precast.rpc import Server, start_server
 from precast.settings import DecodeWorkerSettings
+from precast.shared_memory import new_segment_name, sweep_segments
 from services.decode_worker import server as grpc_server
 from services.decode_worker.engine import Engine
 from services.decode_worker.graph_set import GraphSet
 from services.decode_worker.graphs_client import GraphsClient
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.rank_group import (
-    RANK_MODULE,
-    GroupFailed,
-    new_group_id,
-    sweep_segments,
-)
+from services.decode_worker.rank_group import RANK_MODULE, GroupFailed
 from services.decode_worker.rank_protocol import Init
 from services.decode_worker.scheduler import Scheduler
 from services.decode_worker.worker import Worker
@@ -147,7 +143,7 @@ def kv_blocks(settings: DecodeWorkerSettings, config: ModelConfig, context: int)
 
 def rank_inits(settings: DecodeWorkerSettings, context: int, blocks: int) -> list[Init]:
     """The first command of each rank of a new group."""
-    group_id = new_group_id()
+    group_id = new_segment_name()
     return [
         Init(
             model_dir=str(settings.model_dir),

@@ -7,17 +7,15 @@ time-out.
 
 import asyncio
 import contextlib
-import os
-import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Sequence
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from precast.log import get_logger
+from precast.shared_memory import remove_segment
 from services.decode_worker.rank_protocol import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -41,11 +39,8 @@ log = get_logger(__name__)
 START_TIMEOUT_S: Final = 120.0
 LOAD_GRAPH_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 3.0
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where shm_open puts its files
 RANK_MODULE: Final = "services.decode_worker.rank"
 
-_SEGMENT = re.compile(r"^precast-(?:verify-)?(\d+)(?:-|$)")
-_STALE_S: Final = 60.0
 _R = TypeVar("_R", bound=Reply)
 _T = TypeVar("_T")
 
@@ -213,28 +208,3 @@ class RankGroup:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def new_group_id() -> str:
-    """A name for a group's shared memory that no other group on this host has."""
-    return f"precast-{os.getpid()}-{time.monotonic_ns()}"
-
-
-def remove_segment(group_id: str) -> None:
-    with contextlib.suppress(OSError):
-        (SHARED_MEMORY / group_id).unlink()
-
-
-def sweep_segments() -> int:
-    """Removes segments whose leader died before its ranks had all joined; returns how many."""
-    removed = 0
-    for path in SHARED_MEMORY.glob("precast-*"):
-        match = _SEGMENT.match(path.name)
-        with contextlib.suppress(OSError):
-            # The age guards segments of another PID namespace that shares this /dev/shm: names go
-            # as soon as all ranks have joined, so one that has stayed is nobody's.
-            dead = match is not None and not Path(f"/proc/{match[1]}").exists()
-            if dead and time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink()
-                removed += 1
-    return removed

@@ -1,0 +1,119 @@
+"""Which graphs are loaded, which come back after a restart, and which never."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from services.decode_worker.graph_set import GraphSet, Offer
+from services.decode_worker.rank_group import GroupFailed, RankGroup
+from services.decode_worker.rank_protocol import GraphLoaded, LoadGraph, Ready
+from services.decode_worker.scheduler import ScheduledStep
+
+
+class Ranks:
+    """Stands in for a group whose ranks refuse, or die of, chosen generations."""
+
+    def __init__(self, refuse: int = 0, die: int = 0) -> None:
+        self.refuse, self.die = refuse, die
+        self.loaded: dict[int, int] = {}
+
+    async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
+        generation = command.generations[0]
+        if generation == self.die:
+            raise GroupFailed("rank 0 died")
+        error = "no" if generation == self.refuse else None
+        if error is None:
+            self.loaded[command.batch_size] = generation
+        return [GraphLoaded(tp_rank=0, batch_size=command.batch_size, load_ms=1.0, error=error)]
+
+    def drop_graph(self, batch_size: int) -> None:
+        self.loaded.pop(batch_size, None)
+
+
+def offer(generation: int, batch_size: int = 1) -> Offer:
+    return Offer(batch_size=batch_size, paths=(Path("x"),), keys=("k",), generations=(generation,))
+
+
+def ready() -> list[Ready]:
+    return [Ready(tp_rank=0, load_s=0.0, weight_bytes=0, vocab_size=1, graph_factors={"a": "b"})]
+
+
+async def settle(graphs: GraphSet, ranks: Ranks) -> None:
+    while graphs.pending:
+        await graphs.apply(cast(RankGroup, ranks))
+
+
+def decode(graphs: GraphSet, size: int = 1) -> None:
+    """A decode step that the ranks survive."""
+    step: Any = SimpleNamespace(sequences=(None,), message=SimpleNamespace(prefill=False))
+    graphs.about_to_run(cast(ScheduledStep, step))
+    graphs.ran(size)
+
+
+@pytest.fixture
+def graphs() -> GraphSet:
+    made = GraphSet([2, 1], lambda: None)
+    made.group_started(ready())
+    return made
+
+
+async def test_an_offer_is_loaded_and_recorded(graphs: GraphSet) -> None:
+    ranks = Ranks()
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    assert ranks.loaded == {1: 1}
+    assert graphs.missing == (2,)
+    assert [(r.batch_size, r.generations) for r in graphs.records()] == [(1, (1,))]
+
+
+async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphSet) -> None:
+    graphs.offer(offer(1))
+    await settle(graphs, Ranks())
+    decode(graphs)
+    graphs.group_failed()
+    graphs.group_started(ready())
+    assert graphs.records() == ()
+    fresh = Ranks()
+    await settle(graphs, fresh)
+    assert fresh.loaded == {1: 1}
+
+
+async def test_a_refused_generation_gives_way_to_the_one_before(graphs: GraphSet) -> None:
+    ranks = Ranks(refuse=2)
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    decode(graphs)
+    graphs.offer(offer(2))
+    await settle(graphs, ranks)
+    assert ranks.loaded == {1: 1}
+    graphs.offer(offer(2))
+    assert not graphs.pending
+
+
+async def test_the_second_death_with_a_graph_is_one_too_many(graphs: GraphSet) -> None:
+    ranks = Ranks(die=2)
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    decode(graphs)
+    graphs.offer(offer(2))
+    for _ in range(2):
+        with pytest.raises(GroupFailed):
+            await settle(graphs, ranks)
+        graphs.group_failed()
+        graphs.group_started(ready())
+    await settle(graphs, ranks)
+    assert ranks.loaded == {1: 1}
+
+
+async def test_a_death_later_on_blames_no_graph(graphs: GraphSet) -> None:
+    graphs.offer(offer(1))
+    await settle(graphs, Ranks())
+    decode(graphs)
+    for _ in range(5):
+        graphs.group_failed()
+        graphs.group_started(ready())
+        await settle(graphs, Ranks())
+        decode(graphs)
+    assert graphs.missing == (2,)
