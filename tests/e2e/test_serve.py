@@ -74,6 +74,7 @@ def test_second_start_is_quick_and_needs_no_capture(home: Path, stack: Serve) ->
     assert stack.process.poll() is not None
     begun = time.monotonic()
     with serving(home, "--batch-sizes=1") as again:
+        again.wait_line("Precast serves", READY_DEADLINE_S)
         again.wait_line("captures 1 of 1", READY_DEADLINE_S)
         assert "Paris" in again.complete()
         assert time.monotonic() - begun < 60

@@ -51,7 +51,9 @@ class Serve:
         self._queue.put(None)
 
     def wait_line(self, part: str, deadline_s: float) -> str:
-        """The next line that has ``part`` in it; fails with all lines so far."""
+        """A line, earlier or to come, that has ``part`` in it; fails with all lines so far."""
+        if found := next((line for line in self.lines if part in line), None):
+            return found
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             try:
