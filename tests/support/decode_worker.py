@@ -152,7 +152,10 @@ def decode_worker(
     address = f"127.0.0.1:{free_port()}"
     flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model, **settings}
     log = home / f"decode-{address.rpartition(':')[2]}.log"
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    arguments = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in flags.items()
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("precast"), "decode-worker", *arguments],

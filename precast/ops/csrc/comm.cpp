@@ -167,11 +167,11 @@ void Communicator::all_reduce(const float* x, float* out, int64_t count) {
       kernels().sum(slots.data(), size_, out + first, n);
       continue;
     }
-    ThreadPool::instance().run([&](int thread, int threads) {
-      const Range r = share(n, thread, threads);
-      std::vector<const float*> parts(size_);
-      for (int peer = 0; peer < size_; ++peer) parts[peer] = slots[peer] + r.begin;
-      kernels().sum(parts.data(), size_, out + first + r.begin, r.end - r.begin);
+    ThreadPool::instance().run([&](int part, int parts) {
+      const Range r = share(n, part, parts);
+      std::vector<const float*> sources(size_);
+      for (int peer = 0; peer < size_; ++peer) sources[peer] = slots[peer] + r.begin;
+      kernels().sum(sources.data(), size_, out + first + r.begin, r.end - r.begin);
     });
   }
 }

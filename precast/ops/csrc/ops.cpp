@@ -39,8 +39,8 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
               "linear: weight must be packed as [ceil(N / 16), K, 16]");
   at::Tensor y = at::empty({m, n}, x.options());
   const float* b = bias_of(bias, n);
-  ThreadPool::instance().run([&](int thread, int threads) {
-    const Range r = share(weight.size(0), thread, threads);
+  ThreadPool::instance().run([&](int part, int parts) {
+    const Range r = share(weight.size(0), part, parts);
     kernels().gemm_float(is_float ? WeightType::kFloat32 : WeightType::kBFloat16,
                          x.const_data_ptr<float>(), x.stride(0), weight.const_data_ptr(), b,
                          y.mutable_data_ptr<float>(), m, n, k, r.begin, r.end);
@@ -79,13 +79,13 @@ at::Tensor linear_w8a8(const at::Tensor& x_in, const at::Tensor& weight, const a
   if (m < 4) {
     quantize(0, m);
   } else {
-    pool.run([&](int thread, int threads) {
-      const Range r = share(m, thread, threads);
+    pool.run([&](int part, int parts) {
+      const Range r = share(m, part, parts);
       quantize(r.begin, r.end);
     });
   }
-  pool.run([&](int thread, int threads) {
-    const Range r = share(panels, thread, threads);
+  pool.run([&](int part, int parts) {
+    const Range r = share(panels, part, parts);
     kernels().gemm_int8(xq, xs, weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(),
                         sums.const_data_ptr<int32_t>(), b, y.mutable_data_ptr<float>(), m, n,
                         k_padded, r.begin, r.end);
@@ -172,7 +172,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   args.head_dim = static_cast<int>(q.size(2));
   args.block_size = static_cast<int>(k_cache.size(2));
   args.scale = static_cast<float>(scale);
-  ThreadPool::instance().run([&](int thread, int threads) {
+  ThreadPool::instance().run([&](int part, int parts) {
     thread_local std::vector<float> scratch;
     scratch.resize(attend_scratch_floats(args));
     AttentionArgs mine = args;
@@ -183,7 +183,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
       for (int64_t t = starts[s]; t < starts[s + 1]; ++t) {
         const int64_t context = lengths[s] - (starts[s + 1] - 1 - t);
         for (int h = 0; h < kv_heads; ++h, ++item) {
-          if (item % threads == thread) {
+          if (item % parts == part) {
             kernels().attend(mine, t, h, context > 0 ? context : 0, scratch.data());
           }
         }

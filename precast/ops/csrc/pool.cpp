@@ -17,6 +17,10 @@ namespace {
 // between the operators of a step but not an idle engine.
 constexpr int kSpins = 4000;
 
+// Parts that a job is cut into for each thread: few enough that weights are read in long runs, enough
+// that threads that started late or were interrupted leave the rest to the others.
+constexpr int kPartsPerThread = 4;
+
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
           nullptr, 0);
@@ -37,14 +41,25 @@ void pin(int64_t core) {
 
 }  // namespace
 
+// The gate holds an epoch, the number of workers inside, and whether the job may be entered. A worker
+// enters by compare-and-swap, so it can't enter a job that was closed, or another one, in between.
 struct ThreadPool::State {
-  alignas(64) std::atomic<uint32_t> job{0};
+  static constexpr uint64_t kOpen = 1, kOne = 2, kInside = 0xfffe, kEpoch = 1 << 16;
+  alignas(64) std::atomic<uint64_t> gate{0};
+  alignas(64) std::atomic<uint32_t> job{0};  // counts jobs; what sleeping workers wait on
   alignas(64) std::atomic<int> sleepers{0};
-  alignas(64) std::atomic<int> pending{0};
+  alignas(64) std::atomic<int> next{0};  // next part to be taken
+  int parts = 0;
   void (*fn)(void*, int, int) = nullptr;
   void* context = nullptr;
-  bool stopping = false;
+  std::atomic<bool> stopping{false};
   std::vector<std::thread> workers;
+
+  void take_parts() {
+    for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+      fn(context, part, parts);
+    }
+  }
 };
 
 ThreadPool& ThreadPool::instance() {
@@ -60,13 +75,13 @@ void ThreadPool::start(const std::vector<int64_t>& cores) {
   if (size_ == 1) return;
   state_ = new State();
   for (int i = 1; i < size_; ++i) {
-    state_->workers.emplace_back(&ThreadPool::work, this, i, static_cast<int>(cores[i]));
+    state_->workers.emplace_back(&ThreadPool::work, this, cores[i]);
   }
 }
 
 void ThreadPool::stop() {
   if (state_ == nullptr) return;
-  state_->stopping = true;
+  state_->stopping.store(true);
   state_->job.fetch_add(1);
   futex_wake_all(state_->job);
   for (auto& worker : state_->workers) worker.join();
@@ -75,7 +90,7 @@ void ThreadPool::stop() {
   size_ = 1;
 }
 
-void ThreadPool::work(int thread, int core) {
+void ThreadPool::work(int64_t core) {
   pin(core);
   State& s = *state_;
   uint32_t seen = 0;
@@ -92,9 +107,16 @@ void ThreadPool::work(int thread, int core) {
       s.sleepers.fetch_sub(1);
     }
     seen = s.job.load(std::memory_order_acquire);
-    if (s.stopping) return;
-    s.fn(s.context, thread, size_);
-    s.pending.fetch_sub(1, std::memory_order_release);
+    if (s.stopping.load()) return;
+    uint64_t gate = s.gate.load(std::memory_order_acquire);
+    bool inside = false;
+    while ((gate & State::kOpen) != 0 && !inside) {
+      inside = s.gate.compare_exchange_weak(gate, gate + State::kOne, std::memory_order_acq_rel,
+                                            std::memory_order_acquire);
+    }
+    if (!inside) continue;  // too late: the others have done it all
+    s.take_parts();
+    s.gate.fetch_sub(State::kOne, std::memory_order_release);
   }
 }
 
@@ -104,18 +126,23 @@ void ThreadPool::run(void (*fn)(void*, int, int), void* context) {
     return;
   }
   State& s = *state_;
+  // The gate is closed and nobody is inside, so nobody reads these.
   s.fn = fn;
   s.context = context;
-  s.pending.store(size_ - 1, std::memory_order_relaxed);
+  s.parts = size_ * kPartsPerThread;
+  s.next.store(0, std::memory_order_relaxed);
+  const uint64_t epoch = (s.gate.load(std::memory_order_relaxed) & ~(State::kEpoch - 1));
+  s.gate.store(epoch + State::kEpoch + State::kOpen, std::memory_order_release);
   s.job.fetch_add(1);
   if (s.sleepers.load() > 0) futex_wake_all(s.job);
-  fn(context, 0, size_);
+  s.take_parts();
+  s.gate.fetch_and(~State::kOpen, std::memory_order_acq_rel);
   int spins = 0;
-  while (s.pending.load(std::memory_order_acquire) != 0) {
+  while ((s.gate.load(std::memory_order_acquire) & State::kInside) != 0) {
     if (++spins < kSpins) {
       _mm_pause();
     } else {
-      sched_yield();  // a worker lost its core to another process
+      sched_yield();  // a worker lost its core within a part
     }
   }
 }

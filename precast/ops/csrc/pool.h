@@ -20,13 +20,15 @@ class ThreadPool {
   void start(const std::vector<int64_t>& cores);
   int size() const { return size_; }
 
-  // Calls fn(thread, threads) once on each thread and returns when all are done. Not re-entrant:
-  // one caller at a time, and fn must not call run.
+  // Calls fn(context, part, parts) for every part in [0, parts) and returns when all have run. Threads
+  // take the next part as they come: one that has lost its core to another process holds up at most
+  // the part it is in, and if it has none, nothing. Not re-entrant: one caller at a time, and fn must
+  // not call run.
   void run(void (*fn)(void*, int, int), void* context);
 
   template <typename F>
   void run(F&& body) {
-    run([](void* context, int thread, int threads) { (*static_cast<F*>(context))(thread, threads); },
+    run([](void* context, int part, int parts) { (*static_cast<F*>(context))(part, parts); },
         &body);
   }
 
@@ -36,7 +38,7 @@ class ThreadPool {
  private:
   ThreadPool() = default;
   void stop();
-  void work(int thread, int core);
+  void work(int64_t core);
 
   struct State;
   State* state_ = nullptr;
@@ -47,11 +49,11 @@ struct Range {
   int64_t begin, end;
 };
 
-// The share of `thread` when `count` items are dealt out in contiguous, nearly equal runs.
-inline Range share(int64_t count, int thread, int threads) {
-  const int64_t base = count / threads, rest = count % threads;
-  const int64_t begin = base * thread + (thread < rest ? thread : rest);
-  return {begin, begin + base + (thread < rest ? 1 : 0)};
+// What `part` gets when `count` items are dealt out in contiguous, nearly equal runs.
+inline Range share(int64_t count, int part, int parts) {
+  const int64_t base = count / parts, rest = count % parts;
+  const int64_t begin = base * part + (part < rest ? part : rest);
+  return {begin, begin + base + (part < rest ? 1 : 0)};
 }
 
 }  // namespace precast
