@@ -25,6 +25,7 @@ from precast.models.llama import (
     Paging,
 )
 from precast.models.weights import DTYPES, Weights, pack
+from precast.ops.memory import Arena
 
 CAPTURE_POSITIONS = 256
 CAPTURE_BLOCKS = 64
@@ -64,12 +65,14 @@ class _Flat(nn.Module):
 def random_weights(shape: LlamaShape, layers: int, generator: torch.Generator) -> Weights:
     """Weights of the shape's formats with the variance that keeps activations near one."""
 
+    arena = Arena()
+
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).div_(columns**0.5)
 
     def packed(rows: int, columns: int, bias: bool = False) -> Linear:
         added = torch.randn(rows, generator=generator) * 0.1 if bias else None
-        return pack(shape, matrix(rows, columns), added)
+        return pack(shape, matrix(rows, columns), added, arena)
 
     def norm() -> Tensor:
         return torch.randn(shape.hidden_size, generator=generator).mul_(0.1).add_(1)

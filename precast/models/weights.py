@@ -20,6 +20,7 @@ from precast.models.llama import (
     LlamaShape,
 )
 from precast.models.sharding import Shard
+from precast.ops.memory import Arena
 from precast.ops.packing import pack_float, pack_int8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,6 +82,7 @@ def load_weights(
     One layer at a time is read, cut and packed, so that the peak is the packed weights plus a
     layer.
     """
+    arena = Arena()
     with _open_checkpoint(folder) as checkpoint:
         hidden = (config.vocab_size, config.hidden_size)
         table = checkpoint.get("model.embed_tokens.weight", hidden).to(DTYPES[shape.weight_dtype])
@@ -88,23 +90,25 @@ def load_weights(
         return Weights(
             embed=EmbedWeights(table, *_rotary(config, positions)),
             layers=tuple(
-                _layer(checkpoint, index, config, shard, shape)
+                _layer(checkpoint, index, config, shard, shape, arena)
                 for index in range(config.num_layers)
             ),
             head=HeadWeights(
                 checkpoint.get("model.norm.weight", (config.hidden_size,)).float(),
-                pack(shape, vocab[shard.vocab.start : shard.vocab.stop], None),
+                pack(shape, vocab[shard.vocab.start : shard.vocab.stop], None, arena),
             ),
         )
 
 
-def pack(shape: LlamaShape, weight: Tensor, bias: Tensor | None) -> Linear:
-    """[N, K] weights, and a bias, in the format that ``shape`` names."""
+def pack(shape: LlamaShape, weight: Tensor, bias: Tensor | None, arena: Arena) -> Linear:
+    """[N, K] weights, and a bias, in the format that ``shape`` names and in the arena's memory."""
     if shape.quantization == "int8":
         packed = pack_int8(weight.float())
     else:
         packed = [pack_float(weight.to(DTYPES[shape.weight_dtype]))]
-    return packed if bias is None else [*packed, bias.float().contiguous()]
+    if bias is not None:
+        packed.append(bias.float())
+    return [arena.copy(tensor) for tensor in packed]
 
 
 def _rotary(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,12 @@ def _rotary(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def _layer(
-    checkpoint: _Checkpoint, index: int, config: ModelConfig, shard: Shard, shape: LlamaShape
+    checkpoint: _Checkpoint,
+    index: int,
+    config: ModelConfig,
+    shard: Shard,
+    shape: LlamaShape,
+    arena: Arena,
 ) -> LayerWeights:
     prefix = f"model.layers.{index}."
     dim, hidden = config.head_dim, config.hidden_size
@@ -132,13 +141,12 @@ def _layer(
         # Ranks' results are summed, so only the first adds the bias.
         if bias is not None and part.start > 0:
             bias = torch.zeros_like(bias)
-        return pack(shape, weight[:, part.start : part.stop].contiguous(), bias)
+        return pack(shape, weight[:, part.start : part.stop].contiguous(), bias, arena)
 
     def stacked(parts: list[tuple[Tensor, Tensor | None]]) -> Linear:
         biases = [bias for _, bias in parts if bias is not None]
-        return pack(
-            shape, torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
-        )
+        bias = torch.cat(biases) if biases else None
+        return pack(shape, torch.cat([weight for weight, _ in parts]), bias, arena)
 
     def scaled(part: range) -> range:
         return range(part.start * dim, part.stop * dim)
