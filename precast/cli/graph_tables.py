@@ -28,7 +28,7 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
     if not graphs:
         return "no graphs"
     key = Column("key", no_wrap=True, min_width=_SHOWN_KEY)
-    table = Table(key, "batch", "phase", "gen", "step", "capture", "size", "age", "models")
+    table = Table(key, "batch", "phase", "gen", "2-layer step", "capture", "size", "age", "models")
     for graph in sorted(graphs, key=_order):
         table.add_row(
             graph.key[:_SHOWN_KEY],

@@ -180,7 +180,9 @@ class GraphState(_message.Message):
     capture_s: _builtins.float
     """Seconds that export, compilation and verification took."""
     step_us: _builtins.float
-    """Median step time in verification on the compile worker, microseconds."""
+    """Median time of the two-layer step that verification replays, microseconds. It compares
+    generations of one graph; a model's own step has more layers.
+    """
     @_builtins.property
     def factors(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
