@@ -194,6 +194,7 @@ def _direct_calls() -> dict[str, Any]:
             ops.all_gather.default: shim(
                 "all_gather", tensors("x") + ", const int64_t* widths, int64_t widths_len"
             ),
+            ops.broadcast.default: shim("broadcast", tensors("x") + ", int64_t root"),
         }
     }
 

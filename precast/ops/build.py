@@ -52,8 +52,10 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         (f"kernels_{isa}", SOURCES / "kernels_impl.cpp", ["-O3", f"-DPRECAST_ISA={isa}", *flags])
         for isa, flags in ISA_FLAGS.items()
     ]
-    units += [(n, SOURCES / f"{n}.cpp", ["-O2"]) for n in ("pool", "dispatch", "comm")]
-    units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in ("ops", "step_runner")]
+    units += [
+        (n, SOURCES / f"{n}.cpp", ["-O2"]) for n in ("pool", "dispatch", "comm", "comm_segment")
+    ]
+    units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in ("ops", "comm_ops", "step_runner")]
     return units
 
 

@@ -72,6 +72,11 @@ def _all_gather(x: Tensor, widths: list[int]) -> Tensor:
     return x.new_empty((x.shape[0], sum(widths)))
 
 
+@torch.library.register_fake("precast::broadcast")
+def _broadcast(x: Tensor, root: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def start_threads(cores: tuple[int, ...]) -> None:
     """One compute thread on each core; the caller is the first. Replaces torch's own threads."""
     torch.set_num_threads(1)
@@ -79,7 +84,8 @@ def start_threads(cores: tuple[int, ...]) -> None:
 
 
 def join_group(name: str, rank: int, size: int, timeout_s: float) -> None:
-    """Joins the shared-memory group that all_reduce and all_gather use. Raises RuntimeError."""
+    """Joins the shared-memory group that the collectives use; leaves the one before. Raises
+    RuntimeError."""
     torch.ops.precast.join_group(name, rank, size, timeout_s)
 
 

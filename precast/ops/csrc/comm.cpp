@@ -1,20 +1,15 @@
 #include "comm.h"
 
-#include <fcntl.h>
 #include <immintrin.h>
 #include <sched.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
-#include <thread>
 
+#include "comm_segment.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -22,184 +17,250 @@ namespace precast {
 namespace {
 
 constexpr int64_t kSlotBytes = 1 << 20;  // two slots a rank; longer messages go in pieces
-constexpr uint64_t kMagic = 0x3154534143455250;  // "PRECAST1"
-constexpr int kSpinsBeforeYield = 2000;  // about 50 us
-constexpr int64_t kParallelFloats = 16384;
+constexpr int64_t kSlotFloats = kSlotBytes / sizeof(float);
+constexpr int64_t kParallelFloats = 32768;  // from here on two fork/joins pay
+constexpr int64_t kSmallBytes = 48;
+constexpr int kMaxRanks = 64;
+constexpr int kSpins = 2000;  // about 50 us; then the core is offered to others
+constexpr int kYieldsPerLook = 32;
+constexpr double kCheckEvery_s = 0.02;
 
-using Clock = std::chrono::steady_clock;
+enum Kind : uint64_t { kReduce = 1, kGather, kBroadcast };
+constexpr const char* kKindNames[] = {"nothing", "all_reduce", "all_gather", "broadcast"};
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+uint64_t tag(Kind kind, int64_t bytes) { return kind << 56 | static_cast<uint64_t>(bytes); }
 
-std::runtime_error failure(const std::string& what, const std::string& name, int error) {
-  return std::runtime_error(what + " /dev/shm/" + name + ": " + std::strerror(error));
+std::string named(uint64_t what) {
+  return std::string(kKindNames[std::min<uint64_t>(what >> 56, 3)]) + " of " +
+         std::to_string(what & ((1ull << 56) - 1)) + " bytes";
 }
 
 }  // namespace
 
-struct Communicator::RankState {
-  alignas(64) std::atomic<uint64_t> magic;
-  std::atomic<int64_t> pid;
-  // Newest collective whose input is in this rank's slot, and its size, by which ranks that have
-  // fallen out of step are noticed.
-  alignas(64) std::atomic<uint64_t> sequence;
-  std::atomic<int64_t> bytes[2];
+// One cache line: the flag that peers poll, and small payloads, which so come in one transfer.
+struct alignas(64) Communicator::Mailbox {
+  std::atomic<uint64_t> sequence;  // of the newest collective whose data are in place
+  uint64_t what;
+  char small[kSmallBytes];
 };
+
+struct Communicator::RankState {
+  Mailbox mailboxes[2];  // by the parity of the sequence number, as slots
+  alignas(64) std::atomic<int32_t> size;  // of the group, as this rank knows it; 0 until it joined
+  std::atomic<int32_t> pid;
+  std::atomic<uint64_t> started;  // tells the process from a later one of the same pid
+};
+
+static int64_t header_bytes(int size, int64_t state_bytes) {
+  return (size * state_bytes + 4095) / 4096 * 4096;
+}
 
 Communicator::RankState& Communicator::state(int rank) const {
   return reinterpret_cast<RankState*>(memory_)[rank];
 }
 
-float* Communicator::slot(int rank, uint64_t sequence) const {
-  const int64_t header = (size_ * sizeof(RankState) + 4095) / 4096 * 4096;
-  return reinterpret_cast<float*>(memory_ + header + (rank * 2 + sequence % 2) * kSlotBytes);
+Communicator::Mailbox& Communicator::mailbox(int rank) const {
+  return state(rank).mailboxes[sequence_ % 2];
+}
+
+bool Communicator::arrived(int peer) const {
+  return mailbox(peer).sequence.load(std::memory_order_acquire) >= sequence_;
+}
+
+char* Communicator::place(int rank, int64_t bytes) const {
+  if (bytes <= kSmallBytes) return mailbox(rank).small;
+  return memory_ + header_bytes(size_, sizeof(RankState)) + (rank * 2 + sequence_ % 2) * kSlotBytes;
 }
 
 Communicator::Communicator(const std::string& name, int rank, int size, double timeout_s)
     : rank_(rank), size_(size), timeout_s_(timeout_s) {
-  const std::string path = "/" + name;
-  total_bytes_ = (size * sizeof(RankState) + 4095) / 4096 * 4096 + size * 2 * kSlotBytes;
-  const auto start = Clock::now();
-  int fd = -1;
-  if (rank == 0) {
-    fd = shm_open(path.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600);
-    if (fd < 0) throw failure("can't create", name, errno);
-    // fallocate, not ftruncate: a full /dev/shm is an error here instead of a SIGBUS later.
-    if (const int error = posix_fallocate(fd, 0, total_bytes_); error != 0) {
-      shm_unlink(path.c_str());
-      close(fd);
-      throw failure("/dev/shm is too small: need " + std::to_string(total_bytes_) + " bytes for",
-                    name, error);
-    }
-  } else {
-    while ((fd = shm_open(path.c_str(), O_RDWR, 0600)) < 0 ||
-           lseek(fd, 0, SEEK_END) < total_bytes_) {
-      if (fd >= 0) close(fd);
-      if (seconds_since(start) > timeout_s) throw failure("rank 0 never made", name, ETIMEDOUT);
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+  if (size < 1 || size > kMaxRanks || rank < 0 || rank >= size) {
+    throw std::runtime_error("rank " + std::to_string(rank) + " of " + std::to_string(size) +
+                             ": a group has 1 to " + std::to_string(kMaxRanks) + " ranks");
   }
-  void* memory = mmap(nullptr, total_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  close(fd);
-  if (memory == MAP_FAILED) throw failure("can't map", name, errno);
-  memory_ = static_cast<char*>(memory);
-  state(rank).pid.store(getpid());
-  state(rank).magic.store(kMagic, std::memory_order_release);
-  for (int peer = 0; peer < size; ++peer) {
-    while (state(peer).magic.load(std::memory_order_acquire) != kMagic) {
-      if (seconds_since(start) > timeout_s) {
-        if (rank == 0) shm_unlink(path.c_str());
-        throw std::runtime_error("rank " + std::to_string(peer) + " did not join group " + name);
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+  total_bytes_ = header_bytes(size, sizeof(RankState)) + size * 2 * kSlotBytes;
+  const Deadline deadline(timeout_s);
+  memory_ = rank == 0 ? create_segment(name, total_bytes_)
+                      : open_segment(name, total_bytes_, deadline);
+  try {
+    claim_rank(name);
+    await_peers(name, deadline);
+  } catch (...) {
+    unmap_segment(memory_, total_bytes_);
+    if (rank == 0) remove_segment(name);
+    throw;
   }
-  if (rank == 0) shm_unlink(path.c_str());
+  if (rank == 0) remove_segment(name);
 }
 
-Communicator::~Communicator() {
-  if (memory_ != nullptr) munmap(memory_, total_bytes_);
+Communicator::~Communicator() { unmap_segment(memory_, total_bytes_); }
+
+void Communicator::claim_rank(const std::string& name) {
+  const Process self = this_process();
+  int32_t nobody = 0;
+  if (!state(rank_).pid.compare_exchange_strong(nobody, self.pid)) {
+    throw std::runtime_error("rank " + std::to_string(rank_) + " of group " + name +
+                             " is taken by process " + std::to_string(nobody));
+  }
+  state(rank_).started.store(self.started);
+  state(rank_).size.store(size_, std::memory_order_release);
 }
 
-// A dead process that its parent has not collected yet still takes signals, so its state decides.
-void Communicator::check_peer(int peer) const {
-  const std::string path = "/proc/" + std::to_string(state(peer).pid.load()) + "/stat";
-  char text[512] = {};
-  if (const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC); fd >= 0) {
-    const ssize_t size = read(fd, text, sizeof(text) - 1);
-    close(fd);
-    // "pid (name) state ...", and a name may hold anything, so the last parenthesis counts.
-    const char* name_end = size > 0 ? std::strrchr(text, ')') : nullptr;
-    if (name_end != nullptr && name_end[1] == ' ' && name_end[2] != 'Z' && name_end[2] != 'X') return;
-  }
-  throw std::runtime_error("rank " + std::to_string(peer) + " died during a collective");
-}
-
-void Communicator::wait_for(int peer, uint64_t sequence, int64_t bytes) {
-  RankState& other = state(peer);
-  int spins = 0;
-  Clock::time_point start;
-  while (other.sequence.load(std::memory_order_acquire) < sequence) {
-    ++spins;
-    if (spins < kSpinsBeforeYield) {
-      _mm_pause();
-      continue;
-    }
-    if (spins == kSpinsBeforeYield) start = Clock::now();
-    sched_yield();
-    if (spins % 1024 == 0) {
-      check_peer(peer);
-      if (seconds_since(start) > timeout_s_) {
-        throw std::runtime_error("rank " + std::to_string(peer) + " did not reach the collective");
-      }
-    }
-  }
-  if (const int64_t theirs = other.bytes[sequence % 2].load(std::memory_order_relaxed);
-      theirs >= 0 && bytes >= 0 && theirs != bytes) {
-    throw std::runtime_error("ranks disagree on a collective's size: " + std::to_string(bytes) +
-                             " and " + std::to_string(theirs) + " bytes");
-  }
-}
-
-// A slot of this parity was last read two steps ago. A peer that publishes step s - 1 has finished
-// reading step s - 2, and every rank waits for all of step s - 1 before it writes step s: so two
-// slots are enough and no second barrier is needed.
-void Communicator::publish_and_wait(int64_t bytes) {
-  const uint64_t sequence = ++sequence_;
-  RankState& mine = state(rank_);
-  mine.bytes[sequence % 2].store(bytes, std::memory_order_relaxed);
-  mine.sequence.store(sequence, std::memory_order_release);
+void Communicator::await_peers(const std::string& name, const Deadline& deadline) {
   for (int peer = 0; peer < size_; ++peer) {
-    if (peer != rank_) wait_for(peer, sequence, bytes);
+    const std::string who = "rank " + std::to_string(peer);
+    int theirs;
+    while ((theirs = state(peer).size.load(std::memory_order_acquire)) == 0) {
+      if (deadline.passed()) throw std::runtime_error(who + " did not join group " + name);
+      sleep_ms(1);
+    }
+    if (theirs != size_) {
+      throw std::runtime_error(who + " joined group " + name + " as one of " +
+                               std::to_string(theirs) + " ranks, not " + std::to_string(size_));
+    }
+  }
+}
+
+// A slot or mailbox of this parity was last read two collectives ago. A peer that publishes s - 1 has
+// finished reading s - 2, and every rank waits for all of s - 1 before it begins s: so two of each are
+// enough and no second barrier is needed.
+void Communicator::begin(uint64_t what) {
+  ++sequence_;
+  mailbox(rank_).what = what;
+}
+
+void Communicator::publish_and_await() {
+  // Release and acquire: plain stores and loads on x86, in program order with the data.
+  mailbox(rank_).sequence.store(sequence_, std::memory_order_release);
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer != rank_) await(peer);
+  }
+}
+
+void Communicator::await(int peer) {
+  for (int spins = 0; !arrived(peer); ++spins) {
+    if (spins < kSpins) {
+      _mm_pause();
+    } else {
+      await_slowly(peer);
+    }
+  }
+  const uint64_t theirs = mailbox(peer).what, ours = mailbox(rank_).what;
+  if (theirs != ours) {
+    throw std::runtime_error("ranks are out of step: " + named(ours) + " here, " + named(theirs) +
+                             " on rank " + std::to_string(peer));
+  }
+}
+
+// By the clock, because on a busy core one yield may take milliseconds.
+void Communicator::await_slowly(int peer) {
+  const Deadline deadline(timeout_s_);
+  Deadline next_check(kCheckEvery_s);
+  for (int yields = 1; !arrived(peer); ++yields) {
+    sched_yield();
+    if (yields % kYieldsPerLook != 0 || !next_check.passed()) continue;
+    check_alive(peer);
+    if (deadline.passed()) {
+      throw std::runtime_error("rank " + std::to_string(peer) + " did not reach the collective");
+    }
+    next_check = Deadline(kCheckEvery_s);
+  }
+}
+
+void Communicator::check_alive(int peer) const {
+  const RankState& other = state(peer);
+  if (!is_alive(Process{other.pid.load(), other.started.load()})) {
+    throw std::runtime_error("rank " + std::to_string(peer) + " died during a collective");
   }
 }
 
 void Communicator::all_reduce(const float* x, float* out, int64_t count) {
-  constexpr int64_t piece = kSlotBytes / sizeof(float);
-  std::vector<const float*> slots(size_);
-  for (int64_t first = 0; first < count; first += piece) {
-    const int64_t n = std::min(piece, count - first);
-    std::memcpy(slot(rank_, begin()), x + first, n * sizeof(float));
-    publish_and_wait(n * sizeof(float));
-    for (int peer = 0; peer < size_; ++peer) slots[peer] = slot(peer, sequence_);
-    if (n < kParallelFloats) {
-      kernels().sum(slots.data(), size_, out + first, n);
-      continue;
+  for (int64_t first = 0; first < count; first += kSlotFloats) {
+    const int64_t n = std::min(kSlotFloats, count - first);
+    begin(tag(kReduce, n * sizeof(float)));
+    if (n >= kParallelFloats && ThreadPool::instance().size() > 1) {
+      reduce_in_parallel(x + first, out + first, n);
+    } else {
+      reduce_alone(x + first, out + first, n);
     }
-    ThreadPool::instance().run([&](int part, int parts) {
-      const Range r = share(n, part, parts);
-      std::vector<const float*> sources(size_);
-      for (int peer = 0; peer < size_; ++peer) sources[peer] = slots[peer] + r.begin;
-      kernels().sum(sources.data(), size_, out + first + r.begin, r.end - r.begin);
-    });
   }
 }
 
-void Communicator::all_gather(const float* x, float* out, int64_t rows,
-                              const std::vector<int64_t>& widths) {
-  int64_t total = 0, widest = 1;
-  for (const int64_t w : widths) {
-    total += w;
-    widest = std::max(widest, w);
+// Sums floats [begin, end) of all ranks; this rank's own are read where they came from.
+void Communicator::sum(const float* x, float* out, int64_t count, Range part) {
+  const float* sources[kMaxRanks];
+  for (int rank = 0; rank < size_; ++rank) {
+    const char* from = place(rank, count * sizeof(float));
+    sources[rank] = (rank == rank_ ? x : reinterpret_cast<const float*>(from)) + part.begin;
   }
-  const int64_t slot_floats = kSlotBytes / sizeof(float);
-  if (widest > slot_floats) throw std::runtime_error("all_gather: a row exceeds the slot");
-  const int64_t rows_a_piece = slot_floats / widest;
-  for (int64_t first = 0; first < rows; first += rows_a_piece) {
-    const int64_t n = std::min(rows_a_piece, rows - first);
-    std::memcpy(slot(rank_, begin()), x + first * widths[rank_],
-                n * widths[rank_] * sizeof(float));
-    publish_and_wait(-1);  // sizes differ between ranks
+  kernels().sum(sources, size_, out + part.begin, part.end - part.begin);
+}
+
+// One thread's way. Copying in pieces, prefetching either side, and a flag in every line all took as
+// long: what costs is the lines' way between the cores.
+void Communicator::reduce_alone(const float* x, float* out, int64_t count) {
+  std::memcpy(place(rank_, count * sizeof(float)), x, count * sizeof(float));
+  publish_and_await();
+  sum(x, out, count, {0, count});
+}
+
+void Communicator::reduce_in_parallel(const float* x, float* out, int64_t count) {
+  ThreadPool& pool = ThreadPool::instance();
+  float* mine = reinterpret_cast<float*>(place(rank_, count * sizeof(float)));
+  pool.run([&](int part, int parts) {
+    const Range r = share(count, part, parts);
+    std::memcpy(mine + r.begin, x + r.begin, (r.end - r.begin) * sizeof(float));
+  });
+  publish_and_await();
+  pool.run([&](int part, int parts) { sum(x, out, count, share(count, part, parts)); });
+}
+
+namespace {
+
+// Puts floats [first, first + n) of a rank's [rows, width] block in their place in the whole matrix.
+void scatter(const float* from, float* out, int64_t first, int64_t n, int64_t width,
+             int64_t total_width) {
+  for (int64_t at = first; at < first + n;) {
+    const int64_t row = at / width, column = at % width;
+    const int64_t run = std::min(width - column, first + n - at);
+    std::memcpy(out + row * total_width + column, from + (at - first), run * sizeof(float));
+    at += run;
+  }
+}
+
+}  // namespace
+
+void Communicator::all_gather(const float* x, float* out, int64_t rows, const int64_t* widths) {
+  int64_t total = 0, widest = 0;
+  for (int rank = 0; rank < size_; ++rank) {
+    total += widths[rank];
+    widest = std::max(widest, widths[rank]);
+  }
+  for (int64_t first = 0; first < rows * widest; first += kSlotFloats) {
+    const auto floats = [&](int rank) {
+      return std::clamp<int64_t>(rows * widths[rank] - first, 0, kSlotFloats);
+    };
+    begin(tag(kGather, rows * total * sizeof(float)));
+    // In a slot even if small: the ranks' sizes differ, the place must not.
+    std::memcpy(place(rank_, kSlotBytes), x + first, floats(rank_) * sizeof(float));
+    publish_and_await();
     int64_t column = 0;
-    for (int peer = 0; peer < size_; ++peer) {
-      const float* source = slot(peer, sequence_);
-      for (int64_t r = 0; r < n; ++r) {
-        std::memcpy(out + (first + r) * total + column, source + r * widths[peer],
-                    widths[peer] * sizeof(float));
-      }
-      column += widths[peer];
+    for (int rank = 0; rank < size_; ++rank) {
+      const float* from = reinterpret_cast<const float*>(place(rank, kSlotBytes));
+      scatter(from, out + column, first, floats(rank), widths[rank], total);
+      column += widths[rank];
     }
+  }
+}
+
+void Communicator::broadcast(void* data, int64_t bytes, int root) {
+  for (int64_t first = 0; first < bytes; first += kSlotBytes) {
+    const int64_t n = std::min(kSlotBytes, bytes - first);
+    char* mine = static_cast<char*>(data) + first;
+    begin(tag(kBroadcast, n));
+    if (rank_ == root) std::memcpy(place(root, n), mine, n);
+    publish_and_await();
+    if (rank_ != root) std::memcpy(mine, place(root, n), n);
   }
 }
 

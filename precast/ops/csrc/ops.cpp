@@ -1,14 +1,12 @@
-// Schemas and CPU implementations of torch.ops.precast.*; fakes are in precast/ops/fakes.py.
+// Schemas and CPU implementations of torch.ops.precast.*; fakes are in precast/ops/native.py.
 #include <ATen/ATen.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <vector>
 
-#include "comm.h"
 #include "kernels.h"
 #include "pool.h"
+#include "shims.h"
 
 namespace precast {
 namespace {
@@ -193,39 +191,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   return out;
 }
 
-Communicator& group() {
-  Communicator* comm = communicator();
-  TORCH_CHECK(comm != nullptr, "this process has joined no tensor-parallel group");
-  return *comm;
-}
-
-at::Tensor all_reduce(const at::Tensor& x_in) {
-  TORCH_CHECK(x_in.scalar_type() == at::kFloat, "all_reduce: expected float32");
-  const at::Tensor x = x_in.contiguous();
-  at::Tensor out = at::empty_like(x);
-  group().all_reduce(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.numel());
-  return out;
-}
-
-at::Tensor all_gather(const at::Tensor& x_in, at::IntArrayRef widths) {
-  Communicator& comm = group();
-  TORCH_CHECK(x_in.scalar_type() == at::kFloat && x_in.dim() == 2, "all_gather: expected float32 [T, N]");
-  TORCH_CHECK(static_cast<int>(widths.size()) == comm.size() && widths[comm.rank()] == x_in.size(1),
-              "all_gather: widths do not agree with the group");
-  const at::Tensor x = x_in.contiguous();
-  int64_t total = 0;
-  for (const int64_t w : widths) total += w;
-  at::Tensor out = at::empty({x.size(0), total}, x.options());
-  comm.all_gather(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(0),
-                  widths.vec());
-  return out;
-}
-
 void start_threads(at::IntArrayRef cores) { ThreadPool::instance().start(cores.vec()); }
-
-void join(const std::string& name, int64_t rank, int64_t size, double timeout_s) {
-  join_group(name, static_cast<int>(rank), static_cast<int>(size), timeout_s);
-}
 
 std::string native_isa() { return kernels().isa; }
 
@@ -240,10 +206,7 @@ TORCH_LIBRARY(precast, m) {
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale) "
       "-> Tensor");
-  m.def("all_reduce(Tensor x) -> Tensor");
-  m.def("all_gather(Tensor x, int[] widths) -> Tensor");
   m.def("start_threads(int[] cores) -> ()", start_threads);
-  m.def("join_group(str name, int rank, int size, float timeout_s) -> ()", join);
   m.def("native_isa() -> str", native_isa);
 }
 
@@ -251,36 +214,12 @@ TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_w8a8", linear_w8a8);
   m.impl("paged_attention", paged_attention);
-  m.impl("all_reduce", all_reduce);
-  m.impl("all_gather", all_gather);
 }
 
 }  // namespace precast
 
-// ---- direct entry points for captured graphs --------------------------------------------------
-//
-// A graph calls these by name instead of through the dispatcher (capture.py registers them as
-// custom_ops_to_c_shims): boxing five operators a layer cost 4 % of a step at batch 1.
-
-namespace {
-
-const at::Tensor& tensor(AtenTensorHandle handle) {
-  return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
-}
-
-std::optional<at::Tensor> optional_tensor(AtenTensorHandle* handle) {
-  if (handle == nullptr) return std::nullopt;
-  return tensor(*handle);
-}
-
-}  // namespace
-
-#define PRECAST_SHIM extern "C" __attribute__((visibility("default"))) AOTITorchError
-#define PRECAST_RETURN(value)                     \
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({    \
-    c10::InferenceMode guard;                     \
-    *ret = torch::aot_inductor::new_tensor_handle(value); \
-  })
+using precast::optional_tensor;
+using precast::tensor;
 
 PRECAST_SHIM aoti_torch_cpu_linear(AtenTensorHandle x, AtenTensorHandle weight,
                                    AtenTensorHandle* bias, int64_t out_features,
@@ -305,14 +244,4 @@ PRECAST_SHIM aoti_torch_cpu_paged_attention(
   PRECAST_RETURN(precast::paged_attention(tensor(q), tensor(k), tensor(v), tensor(k_cache),
                                           tensor(v_cache), tensor(slots), tensor(query_starts),
                                           tensor(context_lens), tensor(block_tables), scale));
-}
-
-PRECAST_SHIM aoti_torch_cpu_all_reduce(AtenTensorHandle x, AtenTensorHandle* ret) {
-  PRECAST_RETURN(precast::all_reduce(tensor(x)));
-}
-
-PRECAST_SHIM aoti_torch_cpu_all_gather(AtenTensorHandle x, const int64_t* widths,
-                                       int64_t widths_len, AtenTensorHandle* ret) {
-  PRECAST_RETURN(precast::all_gather(
-      tensor(x), at::IntArrayRef(widths, static_cast<size_t>(widths_len))));
 }
