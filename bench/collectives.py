@@ -3,9 +3,9 @@
     python -m bench.collectives [--cores 0,1] [--rounds 20]
 
 Ours is called from a TorchScript loop, as a graph would call it: without Python, through torch's
-dispatcher. Gloo's is called as its users do. The two alternate. On a virtual machine the way between
-two cores may change from one run to the next (another chiplet): the fastest round shows the path's
-cost, the median what this run met.
+dispatcher. Gloo's is called as its users do. The two alternate. On a virtual machine the way
+between two cores may change from one run to the next (another chiplet): the fastest round shows the
+path's cost, the median what this run met.
 """
 
 import argparse
