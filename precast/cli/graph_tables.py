@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from precast.admin.v1 import admin_service_pb2 as admin
 from precast.graphs.v1 import graphs_service_pb2 as pb
 
-_SHOWN_KEY: Final = 12
+SHOWN_KEY: Final = 12
 _STAGE: Final = "RECOMPILE_STAGE_"
 _PHASE: Final = "GRAPH_PHASE_"
 
@@ -27,13 +27,13 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
     """One line a graph, by model and batch size."""
     if not graphs:
         return "no graphs"
-    key = Column("key", no_wrap=True, min_width=_SHOWN_KEY)
+    key = Column("key", no_wrap=True, min_width=SHOWN_KEY)
     table = Table(key, "batch", "phase", "gen", "2-layer step", "capture", "size", "age", "models")
     for graph in sorted(graphs, key=_order):
         table.add_row(
-            graph.key[:_SHOWN_KEY],
+            graph.key[:SHOWN_KEY],
             graph.factors.get("batch_size", ""),
-            _phase(graph),
+            phase(graph),
             str(graph.generation or ""),
             f"{graph.step_us / 1000:.2f} ms" if graph.step_us else "",
             f"{graph.capture_s:.1f} s" if graph.capture_s else "",
@@ -73,7 +73,7 @@ def event_json(event: admin.RecompileResponse) -> str:
 
 def event_line(event: admin.RecompileResponse) -> str:
     """One line for people."""
-    words = [event.key[:_SHOWN_KEY], f"batch {event.batch_size}", _stage(event)]
+    words = [event.key[:SHOWN_KEY], f"batch {event.batch_size}", _stage(event)]
     if event.generation:
         words.append(f"generation {event.generation}")
     if event.stage == admin.RECOMPILE_STAGE_ADOPTED:
@@ -87,13 +87,14 @@ def _dict(graph: pb.GraphState) -> dict[str, Any]:
     )
     # protobuf's JSON writes 64-bit numbers as strings
     return value | {
-        "phase": _phase(graph),
+        "phase": phase(graph),
         "generation": graph.generation,
         "size_bytes": graph.size_bytes,
     }
 
 
-def _phase(graph: pb.GraphState) -> str:
+def phase(graph: pb.GraphState) -> str:
+    """``published``, ``queued``, ..."""
     return pb.GraphPhase.Name(graph.phase).removeprefix(_PHASE).lower()
 
 

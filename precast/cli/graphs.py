@@ -15,12 +15,15 @@ from precast.cli.compile_link import (
     run,
 )
 from precast.cli.failures import EXIT_FAILED, reported
+from precast.cli.graph_explain import explain
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
     import grpc.aio
 
 app = typer.Typer(help="Look at captured graphs and capture them again.", no_args_is_help=True)
+
+app.command()(explain)
 
 RECOMPILE_TIMEOUT_S: Final = 3600.0
 

@@ -25,6 +25,9 @@ Counts = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(,[0-9]+)*\Z", max_length=
 Flag = Literal["true", "false"]
 Positive = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0e12)]
 
+Differences = dict[str, tuple[str | None, str | None]]
+"""Factors in which two graphs differ, by name: the one's value and the other's."""
+
 
 class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The factors that a decode worker knows. Sizes are those of one rank's shard."""
@@ -125,11 +128,20 @@ def key_of_factors(factors: Mapping[str, str]) -> str:
     return graph_key(spec, {name: value for name, value in factors.items() if name not in spec})
 
 
-def explain(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
+def explain(a: Mapping[str, str], b: Mapping[str, str]) -> Differences:
     """The factors in which two graphs differ: name -> (value in a, value in b); None where
     absent."""
     names = sorted(set(a) | set(b))
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+
+
+def nearest(
+    wanted: Mapping[str, str], others: Mapping[str, Mapping[str, str]], limit: int
+) -> list[tuple[str, Differences]]:
+    """Of graphs' factors by key: the keys that differ from ``wanted`` in the fewest factors, and
+    how (value wanted, value there)."""
+    differences = {key: explain(wanted, factors) for key, factors in others.items()}
+    return sorted(differences.items(), key=lambda item: (len(item[1]), item[0]))[:limit]
 
 
 def is_key(text: str) -> bool:

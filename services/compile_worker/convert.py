@@ -5,6 +5,7 @@ from typing import Final
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.job import Job, Stage
+from services.compile_worker.explain import Explanation
 from services.compile_worker.record import GraphRecord, Phase
 
 PHASES: Final = {
@@ -50,4 +51,24 @@ def job_message(job: Job) -> admin_pb.Job:
         queued_at_s=job.queued_at,
         started_at_s=job.started_at,
         ended_at_s=job.ended_at,
+    )
+
+
+def explanation(found: Explanation) -> graphs_pb.ExplainGraphResponse:
+    return graphs_pb.ExplainGraphResponse(
+        key=found.key,
+        factors=found.factors,
+        state=graph_state(found.record) if found.record else None,
+        nearest=[
+            graphs_pb.NearGraph(
+                key=record.key,
+                generation=record.generation,
+                models=record.models,
+                differences=[
+                    graphs_pb.FactorDifference(name=name, wanted=wanted, have=have)
+                    for name, (wanted, have) in differences.items()
+                ],
+            )
+            for record, differences in found.near
+        ],
     )

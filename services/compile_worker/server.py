@@ -15,7 +15,8 @@ from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.job import Job
 from precast.registry import Registry
 from precast.rpc import Service
-from services.compile_worker.convert import STAGES, graph_state, job_message
+from services.compile_worker.convert import STAGES, explanation, graph_state, job_message
+from services.compile_worker.explain import explain_factors, explain_key
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.metrics import Metrics
 from services.compile_worker.recompile import (
@@ -91,6 +92,14 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
             and request.batch_size in (0, int(record.factors["batch_size"]))
         ]
         return graphs_pb.ListGraphsResponse(graphs=map(graph_state, matching))
+
+    async def ExplainGraph(
+        self, request: graphs_pb.ExplainGraphRequest, context: Any
+    ) -> graphs_pb.ExplainGraphResponse:
+        if request.WhichOneof("wanted") == "key":
+            return explanation(explain_key(self._graphs, request.key, request.limit))
+        factors = dict(request.spec.factors)
+        return explanation(explain_factors(self._graphs, factors, request.limit))
 
 
 class AdminServicer(admin_grpc.AdminServiceServicer):

@@ -39,6 +39,14 @@ class Offer:
         return tuple(zip(self.keys, self.generations, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One batch size's graph specs, one for each rank."""
+
+    batch_size: int
+    specs: tuple[dict[str, str], ...]
+
+
 class GraphSet:
     def __init__(self, batch_sizes: Sequence[int], on_change: Callable[[], None]) -> None:
         """``on_change`` is called when what is loaded has changed."""
@@ -63,6 +71,18 @@ class GraphSet:
     @property
     def missing(self) -> tuple[int, ...]:
         return tuple(size for size in self.batch_sizes if size not in self._loaded)
+
+    @property
+    def wanted(self) -> tuple[Wanted, ...]:
+        """What to have graphs for, smallest batch first; without specs until a group has
+        started."""
+        return tuple(
+            Wanted(
+                batch_size=size,
+                specs=tuple({**rank, "batch_size": str(size)} for rank in self.factors),
+            )
+            for size in self.batch_sizes
+        )
 
     def records(self) -> tuple[LoadedGraphRecord, ...]:
         return tuple(

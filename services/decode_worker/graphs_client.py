@@ -6,7 +6,6 @@ compile worker that went away is looked for again. No request ever waits for thi
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
@@ -31,14 +30,6 @@ RPC_TIMEOUT_S: Final = 10.0
 Spec = dict[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """One batch size's graph specs, one for each rank."""
-
-    batch_size: int
-    specs: tuple[Spec, ...]
-
-
 class GraphsClient:
     def __init__(
         self,
@@ -60,10 +51,12 @@ class GraphsClient:
         self._artifacts: dict[str, StoredArtifact] = {}
         """Newest verified artifact by spec digest."""
         self._reported = ""
+        self._explained: set[str] = set()
+        """Keys whose absence has been explained in the log."""
 
     def load_cached(self) -> None:
         """Offers what the cache holds. Reads and hashes files."""
-        for wanted in self._wanted():
+        for wanted in self._graphs.wanted:
             for spec in wanted.specs:
                 artifact = self._cache.find(spec)
                 if artifact is not None:
@@ -138,7 +131,31 @@ class GraphsClient:
         for spec, state in zip(specs, response.states, strict=True):
             keys[state.key] = spec
             await self._update(stub, spec, state)
+            if state.generation == 0:
+                await self._explain(stub, state)
         return keys
+
+    async def _explain(self, stub: Any, state: pb.GraphState) -> None:
+        """Logs, once a key, in which factors the nearest graph differs from a missing one."""
+        if state.key in self._explained:
+            return
+        self._explained.add(state.key)
+        request = pb.ExplainGraphRequest(key=state.key, limit=1)
+        try:
+            answer = await stub.ExplainGraph(request, timeout=RPC_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("missing graph not explained", key=state.key, reason=str(error_of(error)))
+            return
+        near = answer.nearest[0] if answer.nearest else pb.NearGraph()
+        log.info(
+            "graph missing",
+            key=state.key,
+            batch_size=int(state.factors["batch_size"]),
+            phase=pb.GraphPhase.Name(state.phase).removeprefix("GRAPH_PHASE_").lower(),
+            error=state.error,
+            nearest=near.key,
+            differs=[f"{d.name}: wanted {d.wanted}, have {d.have}" for d in near.differences],
+        )
 
     async def _watch(self, stub: Any, keys: dict[str, Spec]) -> None:
         async for change in stub.WatchGraphs(pb.WatchGraphsRequest(keys=list(keys))):
@@ -166,23 +183,16 @@ class GraphsClient:
         self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
 
-    def _wanted(self) -> list[Wanted]:
-        return [
-            Wanted(
-                batch_size=size,
-                specs=tuple({**rank, "batch_size": str(size)} for rank in self._graphs.factors),
-            )
-            for size in self._graphs.batch_sizes
-        ]
-
     def _specs(self) -> list[Spec]:
         """Each distinct spec once, smallest batch first: ranks with equal shards share a graph."""
-        unique = {spec_digest(spec): spec for wanted in self._wanted() for spec in wanted.specs}
+        unique = {
+            spec_digest(spec): spec for wanted in self._graphs.wanted for spec in wanted.specs
+        }
         return list(unique.values())
 
     def _offer_complete(self) -> None:
         """Offers every batch size for which all ranks' artifacts are here and not loaded yet."""
-        for wanted in self._wanted():
+        for wanted in self._graphs.wanted:
             artifacts = [self._artifacts.get(spec_digest(spec)) for spec in wanted.specs]
             complete = [artifact for artifact in artifacts if artifact is not None]
             if len(complete) == len(artifacts):

@@ -49,6 +49,11 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         return self._worker.status()
 
+    async def GetGraphSpecs(
+        self, request: pb.GetGraphSpecsRequest, context: Any
+    ) -> pb.GetGraphSpecsResponse:
+        return self._worker.graph_specs(request.batch_size)
+
 
 class _Stream:
     """One Generate call: the requests that came on it and what goes back."""

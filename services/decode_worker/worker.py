@@ -144,6 +144,21 @@ class Worker:
             captures_wanted=self._graphs.missing,
         )
 
+    def graph_specs(self, batch_size: int) -> pb.GetGraphSpecsResponse:
+        """The distinct graphs of a size; of all sizes whose graph is missing for 0."""
+        sizes = (batch_size,) if batch_size else self._graphs.missing
+        unknown = [size for size in sizes if size not in self._graphs.batch_sizes]
+        if unknown:
+            captured = ", ".join(map(str, self._graphs.batch_sizes))
+            raise InvalidRequest(f"batch_size = {unknown[0]}: this worker has graphs of {captured}")
+        specs = [
+            pb.WantedGraph(batch_size=wanted.batch_size, factors=spec)
+            for wanted in self._graphs.wanted
+            for number, spec in enumerate(wanted.specs)
+            if wanted.batch_size in sizes and spec not in wanted.specs[:number]
+        ]
+        return pb.GetGraphSpecsResponse(wanted=specs)
+
     def status(self) -> pb.GetStatusResponse:
         lease = self.lease("")
         return pb.GetStatusResponse(

@@ -2,8 +2,9 @@
 
 ``python capture_program.py LEDGER --out DIR`` reads factors on stdin and notes each start as a
 line in ``LEDGER/started``. The factor ``architecture`` chooses what happens: "gated" waits for the
-file ``LEDGER/open``; "hang", "crash", "exit", "eat", "refuse", "differ", "silent", "noisy",
-"orphan" are the ways in which a capture can go wrong; anything else is captured at once.
+file ``LEDGER/open``, as all do while there is a file ``LEDGER/closed``; "hang", "crash", "exit",
+"eat", "refuse", "differ", "silent", "noisy", "orphan" are the ways in which a capture can go wrong;
+anything else is captured at once.
 """
 
 import json
@@ -25,6 +26,8 @@ def main() -> int:
     with (ledger / "started").open("a") as file:
         file.write(f"{os.getpid()} {factors['architecture']} {factors['batch_size']}\n")
     say("exporting")
+    if (ledger / "closed").exists():
+        wait_for_gate(ledger)
     code = misbehave(factors["architecture"], ledger)
     if code:
         return code

@@ -1,9 +1,16 @@
 """Graph keys: every factor matters, nothing else does, and bad factors are named."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from precast.errors import UnsupportedSpec
+from precast.graphs import capture
 from precast.graphs.key import (
     KEY_LENGTH,
     SPEC_NAMES,
@@ -13,12 +20,14 @@ from precast.graphs.key import (
     graph_key,
     is_key,
     key_of_factors,
+    nearest,
     parse_spec,
     spec_digest,
     spec_part,
     spec_to_wire,
 )
-from tests.support.compile_worker import BUILD, FACTORS
+from tests.support.compile_worker import BUILD, FACTORS, ROOT
+from tests.support.models import write_model
 
 OTHER_VALUES = {
     "architecture": "qwen2",
@@ -61,11 +70,98 @@ def test_spec_factor_changes_the_key(name: str) -> None:
     assert explain(FACTORS, other) == {name: (FACTORS[name], OTHER_VALUES[name])}
 
 
-@pytest.mark.parametrize("name", sorted(BUILD))
-def test_build_factor_changes_the_key(name: str) -> None:
-    other = {**BUILD, name: "something else"}
-    assert graph_key(FACTORS, other) != graph_key(FACTORS, BUILD)
-    assert build_digest(other) != build_digest(BUILD)
+def other_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    compiler = folder / "g++"
+    compiler.write_text("#!/bin/sh\necho 99.1\n")
+    compiler.chmod(0o700)
+    patch.setenv("CXX", str(compiler))
+
+
+def other_flags(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    options = capture.inductor_options
+    patch.setattr(capture, "inductor_options", lambda isa: {**options(isa), "cpp.threads": 2})
+
+
+OTHER_BUILDS = {"compiler": other_compiler, "flags": other_flags}
+
+
+def test_every_build_factor_has_a_sensitivity_test() -> None:
+    assert set(OTHER_BUILDS) == set(capture.build_factors())
+    assert not set(OTHER_BUILDS) & SPEC_NAMES
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_BUILDS))
+def test_build_factor_changes_the_key(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build = capture.build_factors()
+    OTHER_BUILDS[name](monkeypatch, tmp_path)
+    other = capture.build_factors.__wrapped__()
+    assert list(explain(build, other)) == [name]
+    assert graph_key(FACTORS, other) != graph_key(FACTORS, build)
+    assert build_digest(other) != build_digest(build)
+
+
+KEY_OF_A_RANK = """
+import os, platform, socket, sys, time
+
+host = sys.argv[3]
+socket.gethostname = platform.node = lambda: host
+os.uname = lambda: os.uname_result(("Linux", host, "9", "9", "x86_64"))
+clock = time.time
+time.time = lambda: clock() + float(sys.argv[4])
+
+import torch
+from pathlib import Path
+from precast.graphs.capture import build_factors
+from precast.graphs.factors import rank_factors
+from precast.graphs.key import graph_key
+from precast.models import llama
+from precast.models.config import load_config
+from precast.models.sharding import shard
+
+config = load_config(Path(sys.argv[1]))
+shape = llama.shape_of(config, shard(config, int(sys.argv[2]), 2), "fp32", "int8")
+factors = rank_factors("llama", shape, block_size=32, torch_version=str(torch.__version__))
+print(graph_key({**factors, "batch_size": "4"}, build_factors()))
+"""
+
+
+def test_nothing_of_host_path_rank_or_time_is_in_a_key(tmp_path: Path) -> None:
+    def key(place: str, rank: int, host: str, later_s: float) -> str:
+        """The key that a rank of another machine, with everything at another place, comes to."""
+        base = tmp_path / place
+        shutil.copytree(ROOT / "precast", base / "precast", ignore=shutil.ignore_patterns("*.pyc"))
+        model = write_model(base / "models" / place, vocab_size=288)
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("PRECAST_")},
+            "PYTHONPATH": str(base),
+            "HOME": str(base),
+            "TMPDIR": str(base),
+            "HOSTNAME": host,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", KEY_OF_A_RANK, model, str(rank), host, str(later_s)],
+            cwd=base,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert key("here", 0, "one", 0.0) == key("elsewhere", 1, "two", 86_400.0) != ""
+
+
+def test_nearest_differs_in_the_fewest_factors() -> None:
+    others = {
+        "far": {"a": "9", "b": "9", "c": "3"},
+        "near": {"a": "1", "b": "9", "c": "3"},
+        "also": {"a": "1", "b": "2", "c": "9"},
+    }
+    wanted = {"a": "1", "b": "2", "c": "3"}
+    assert nearest(wanted, others, 2) == [("also", {"c": ("3", "9")}), ("near", {"b": ("2", "9")})]
+    assert nearest(wanted, {}, 2) == []
 
 
 def test_key_is_stable_and_ignores_order() -> None:

@@ -55,6 +55,11 @@ class DecodeServiceStub:
                 request_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetGraphSpecs = channel.unary_unary(
+                '/precast.decode.v1.DecodeService/GetGraphSpecs',
+                request_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetGraphSpecsRequest.SerializeToString,
+                response_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetGraphSpecsResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -89,6 +94,13 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetGraphSpecs(self, request, context):
+        """GetGraphSpecs says which graphs the worker wants: the factors of each rank's, by batch size.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusRequest.FromString,
                     response_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetGraphSpecs': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGraphSpecs,
+                    request_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetGraphSpecsRequest.FromString,
+                    response_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetGraphSpecsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class DecodeService:
             '/precast.decode.v1.DecodeService/GetStatus',
             precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusRequest.SerializeToString,
             precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGraphSpecs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.decode.v1.DecodeService/GetGraphSpecs',
+            precast_dot_decode_dot_v1_dot_decode__service__pb2.GetGraphSpecsRequest.SerializeToString,
+            precast_dot_decode_dot_v1_dot_decode__service__pb2.GetGraphSpecsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class DecodeServiceStub:
     Drain: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.DrainRequest, _decode_service_pb2.DrainResponse]
     """Drain stops admission, waits for running requests up to the deadline and then returns."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.GetStatusRequest, _decode_service_pb2.GetStatusResponse]
+    GetGraphSpecs: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.GetGraphSpecsRequest, _decode_service_pb2.GetGraphSpecsResponse]
+    """GetGraphSpecs says which graphs the worker wants: the factors of each rank's, by batch size."""
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -57,6 +59,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     Drain: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.DrainRequest, _decode_service_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain stops admission, waits for running requests up to the deadline and then returns."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.GetStatusRequest, _decode_service_pb2.GetStatusResponse]  # type: ignore[assignment]
+    GetGraphSpecs: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.GetGraphSpecsRequest, _decode_service_pb2.GetGraphSpecsResponse]  # type: ignore[assignment]
+    """GetGraphSpecs says which graphs the worker wants: the factors of each rank's, by batch size."""
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """DecodeService is what a decode worker serves: token ids in, tokens and text out."""
@@ -93,5 +97,13 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_service_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_decode_service_pb2.GetStatusResponse, _abc.Awaitable[_decode_service_pb2.GetStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetGraphSpecs(
+        self,
+        request: _decode_service_pb2.GetGraphSpecsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_service_pb2.GetGraphSpecsResponse, _abc.Awaitable[_decode_service_pb2.GetGraphSpecsResponse]]:
+        """GetGraphSpecs says which graphs the worker wants: the factors of each rank's, by batch size."""
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -55,6 +55,11 @@ class GraphsServiceStub:
                 request_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ListGraphsRequest.SerializeToString,
                 response_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ListGraphsResponse.FromString,
                 _registered_method=True)
+        self.ExplainGraph = channel.unary_unary(
+                '/precast.graphs.v1.GraphsService/ExplainGraph',
+                request_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphRequest.SerializeToString,
+                response_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphResponse.FromString,
+                _registered_method=True)
 
 
 class GraphsServiceServicer:
@@ -89,6 +94,14 @@ class GraphsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainGraph(self, request, context):
+        """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
+        which they differ from it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GraphsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +124,11 @@ def add_GraphsServiceServicer_to_server(servicer, server):
                     servicer.ListGraphs,
                     request_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ListGraphsRequest.FromString,
                     response_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ListGraphsResponse.SerializeToString,
+            ),
+            'ExplainGraph': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainGraph,
+                    request_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphRequest.FromString,
+                    response_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +240,33 @@ class GraphsService:
             '/precast.graphs.v1.GraphsService/ListGraphs',
             precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ListGraphsRequest.SerializeToString,
             precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ListGraphsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainGraph(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.graphs.v1.GraphsService/ExplainGraph',
+            precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphRequest.SerializeToString,
+            precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphResponse.FromString,
             options,
             channel_credentials,
             insecure,

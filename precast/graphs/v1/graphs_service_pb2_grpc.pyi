@@ -42,6 +42,10 @@ class GraphsServiceStub:
     WatchGraphs: _grpc.UnaryStreamMultiCallable[_graphs_service_pb2.WatchGraphsRequest, _graphs_service_pb2.WatchGraphsResponse]
     """WatchGraphs first reports the present state of the keys, then every change, until cancelled."""
     ListGraphs: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ListGraphsRequest, _graphs_service_pb2.ListGraphsResponse]
+    ExplainGraph: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ExplainGraphRequest, _graphs_service_pb2.ExplainGraphResponse]
+    """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
+    which they differ from it.
+    """
 
 @_typing.type_check_only
 class GraphsServiceAsyncStub(GraphsServiceStub):
@@ -57,6 +61,10 @@ class GraphsServiceAsyncStub(GraphsServiceStub):
     WatchGraphs: _aio.UnaryStreamMultiCallable[_graphs_service_pb2.WatchGraphsRequest, _graphs_service_pb2.WatchGraphsResponse]  # type: ignore[assignment]
     """WatchGraphs first reports the present state of the keys, then every change, until cancelled."""
     ListGraphs: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ListGraphsRequest, _graphs_service_pb2.ListGraphsResponse]  # type: ignore[assignment]
+    ExplainGraph: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ExplainGraphRequest, _graphs_service_pb2.ExplainGraphResponse]  # type: ignore[assignment]
+    """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
+    which they differ from it.
+    """
 
 class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
     """GraphsService hands out captured graphs. A compile worker serves it."""
@@ -93,5 +101,15 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _graphs_service_pb2.ListGraphsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_graphs_service_pb2.ListGraphsResponse, _abc.Awaitable[_graphs_service_pb2.ListGraphsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ExplainGraph(
+        self,
+        request: _graphs_service_pb2.ExplainGraphRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_graphs_service_pb2.ExplainGraphResponse, _abc.Awaitable[_graphs_service_pb2.ExplainGraphResponse]]:
+        """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
+        which they differ from it.
+        """
 
 def add_GraphsServiceServicer_to_server(servicer: GraphsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

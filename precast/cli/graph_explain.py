@@ -1,0 +1,133 @@
+"""``precast graphs explain``: why a graph is missing."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from precast.cli.compile_link import (
+    CALL_TIMEOUT_S,
+    AddressOption,
+    JsonOption,
+    RedisOption,
+    find_graph,
+    list_graphs,
+    run,
+)
+from precast.cli.failures import reported
+from precast.errors import ConfigError, PrecastError, WorkerUnavailable
+from precast.settings import CommonSettings, load_settings
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+    from precast.graphs.v1 import graphs_service_pb2 as pb
+
+
+@reported
+def explain(
+    key: Annotated[str | None, typer.Argument(help="A graph's key, or how it begins.")] = None,
+    factors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Factors as a JSON object; - reads stdin."),
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Graphs that this decode worker misses; HOST:PORT does."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="With --worker: this size, missing or not.")
+    ] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Most graphs to compare with.")] = 3,
+    as_json: JsonOption = False,
+    address: AddressOption = None,
+    redis_url: RedisOption = None,
+) -> None:
+    """Say which published graphs come nearest to a wanted one, and which factors differ."""
+    from precast.cli import explain_tables
+
+    if sum(given is not None for given in (key, factors, worker)) != 1:
+        raise ConfigError("say which graph: KEY, --factors or --worker")
+    specs = [_read_factors(factors)] if factors else []
+
+    async def ask(channel: "grpc.aio.Channel") -> "list[pb.ExplainGraphResponse]":
+        wanted = await _worker_specs(worker, batch_size, redis_url) if worker else specs
+        return await _explain(channel, key, wanted, limit)
+
+    answers = run(ask, address, redis_url)
+    if as_json:
+        typer.echo(explain_tables.to_json(answers))
+    else:
+        Console(file=sys.stdout).print(explain_tables.tables(answers))
+
+
+def _read_factors(path: Path) -> dict[str, str]:
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text()
+        value = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"factors {path}: {error}") from None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ConfigError(f"factors {path}: not a JSON object of strings")
+    return value
+
+
+async def _explain(
+    channel: "grpc.aio.Channel", key: str | None, specs: list[dict[str, str]], limit: int
+) -> "list[pb.ExplainGraphResponse]":
+    from precast.graphs.v1 import graphs_service_pb2 as pb
+    from precast.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
+
+    requests = [
+        pb.ExplainGraphRequest(spec=pb.GraphSpec(factors=spec), limit=limit) for spec in specs
+    ]
+    if key is not None:
+        graph = find_graph(await list_graphs(channel, "", 0), key)
+        requests = [pb.ExplainGraphRequest(key=graph.key, limit=limit)]
+    stub: Any = GraphsServiceStub(channel)
+    return [await stub.ExplainGraph(request, timeout=CALL_TIMEOUT_S) for request in requests]
+
+
+async def _worker_specs(
+    worker: str, batch_size: int, redis_url: str | None
+) -> list[dict[str, str]]:
+    """Factors of the graphs that a decode worker wants. Raises ``WorkerUnavailable``."""
+    import grpc.aio
+
+    from precast.decode.v1 import decode_service_pb2 as pb
+    from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+    from precast.rpc import error_of, open_channel
+
+    address = worker if ":" in worker else await _worker_address(worker, redis_url)
+    async with open_channel(address) as channel:
+        stub: Any = DecodeServiceStub(channel)
+        request = pb.GetGraphSpecsRequest(batch_size=batch_size)
+        try:
+            answer = await stub.GetGraphSpecs(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            error: PrecastError = error_of(failure)
+            if failure.code() is grpc.StatusCode.UNAVAILABLE:
+                error = WorkerUnavailable(f"decode worker at {address}: {error}")
+            raise error from None
+    return [dict(wanted.factors) for wanted in answer.wanted]
+
+
+async def _worker_address(worker: str, redis_url: str | None) -> str:
+    from precast.registry import Registry
+
+    registry = Registry.connect(load_settings(CommonSettings, redis_url=redis_url).redis_url)
+    try:
+        leases = await registry.decode_workers()
+    finally:
+        await registry.close()
+    found = [lease for lease in leases if lease.worker_id.startswith(worker)]
+    if len(found) != 1:
+        known = ", ".join(lease.worker_id for lease in leases) or "none"
+        raise WorkerUnavailable(
+            f"{len(found)} live decode workers have an id that begins with {worker!r} "
+            f"(live: {known})"
+        )
+    return found[0].address
