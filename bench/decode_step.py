@@ -1,6 +1,6 @@
 """Decode step time, captured graph against eager, in one process and alternating.
 
-    python -m bench.decode_step [--quantization int8] [--batch-sizes 1,4,16]
+    python -m bench.decode_step [--quantization q4_0,int8] [--batch-sizes 1,4,16]
 
 Captures what is missing (into a temporary folder), loads SmolLM2-135M's shapes with random weights
 and prints a table: median step of each, their ratio, and the share of the memory bandwidth that
@@ -8,6 +8,7 @@ this machine showed in the same run.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -35,7 +36,7 @@ CONTEXT = 128
 ROUNDS = 60
 
 
-def smollm2(quantization: str) -> LlamaShape:
+def smollm2(quantization: str, head_quantization: str | None = None) -> LlamaShape:
     return LlamaShape(
         hidden_size=576,
         q_heads=9,
@@ -49,6 +50,8 @@ def smollm2(quantization: str) -> LlamaShape:
         mlp_bias=False,
         weight_dtype="fp32",
         quantization=quantization,
+        head_quantization=head_quantization or quantization,
+        kv_dtype="fp32",
     )
 
 
@@ -123,7 +126,7 @@ def measure(shape: LlamaShape, batch_size: int, package: Path) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quantization", default="int8,none")
+    parser.add_argument("--quantization", default="q4_0,q4_1,int8,none")
     parser.add_argument("--batch-sizes", default="1")
     parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
     arguments = parser.parse_args()
@@ -136,10 +139,11 @@ def main() -> None:
         for quantization in arguments.quantization.split(","):
             shape = smollm2(quantization)
             for batch_size in map(int, arguments.batch_sizes.split(",")):
+                gc.collect()
                 package = capture(shape, batch_size, folder)
                 graph_s, eager_s, size = measure(shape, batch_size, package)
                 table.add_row(
-                    "int8" if quantization == "int8" else "fp32",
+                    "fp32" if quantization == "none" else quantization,
                     str(batch_size),
                     f"{graph_s * 1e3:.2f}",
                     f"{eager_s * 1e3:.2f}",

@@ -21,6 +21,13 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from precast.errors import ConfigError
+from precast.models.precision import (
+    KvDtype,
+    Precision,
+    Quantization,
+    WeightDtype,
+    default_head_quantization,
+)
 from precast.settings_source import ENV_PREFIX, FileSource, describe_error, read_file, source_of
 from precast.settings_types import (
     AbsolutePath,
@@ -36,8 +43,6 @@ from precast.settings_types import (
 )
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-WeightDtype = Literal["fp32", "bf16"]
-Quantization = Literal["none", "int8"]
 
 
 class CommonSettings(BaseSettings):
@@ -130,7 +135,15 @@ class DecodeWorkerSettings(CommonSettings):
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of a folder in ``models_dir``."""
     weight_dtype: WeightDtype = "fp32"
+    """Of the embedding table, and of linears that are not quantised."""
     quantization: Quantization = "none"
+    """Of the layers' linears: int8 (a scale for each channel), or GGUF's q8_0, q4_0 and q4_1."""
+    head_quantization: Quantization = Field(
+        default_factory=lambda data: default_head_quantization(data["quantization"])
+    )
+    """Of the output projection; as the layers', but q8_0 where they have 4 bits."""
+    kv_dtype: KvDtype = "fp32"
+    """Of the KV cache."""
     tp: int = Field(default=1, ge=1, le=64)
     """Tensor-parallel ranks."""
     cores: Cores = ()
@@ -142,7 +155,7 @@ class DecodeWorkerSettings(CommonSettings):
     """Tokens of a sequence; none: the model's own."""
     kv_blocks: Count | None = None
     """Blocks of the KV cache; none: as many as a full batch of full contexts may need, capped."""
-    block_size: int = Field(default=32, ge=8, le=256)
+    block_size: int = Field(default=32, ge=16, le=256, multiple_of=16)
     """Tokens of a KV block."""
     max_waiting: Count = 256
     """Requests in the queue; more are refused as overloaded."""
@@ -173,6 +186,15 @@ class DecodeWorkerSettings(CommonSettings):
         return self
 
     @property
+    def precision(self) -> Precision:
+        return Precision(
+            weight_dtype=self.weight_dtype,
+            quantization=self.quantization,
+            head_quantization=self.head_quantization,
+            kv_dtype=self.kv_dtype,
+        )
+
+    @property
     def model_dir(self) -> Path:
         return self.models_dir / self.model
 
@@ -186,7 +208,11 @@ class ServeSettings(CommonSettings):
     port: Port = 8000
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     weight_dtype: WeightDtype = "fp32"
-    quantization: Quantization = "int8"
+    quantization: Quantization = "q4_1"
+    head_quantization: Quantization = Field(
+        default_factory=lambda data: default_head_quantization(data["quantization"])
+    )
+    kv_dtype: KvDtype = "fp32"
     tp: int = Field(default=1, ge=1, le=64)
     cores: Cores = ()
     batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)

@@ -25,6 +25,8 @@ _PASSED_ON: Final = (
     "model",
     "weight_dtype",
     "quantization",
+    "head_quantization",
+    "kv_dtype",
     "tp",
     "cores",
     "batch_sizes",

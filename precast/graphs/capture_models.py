@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from precast.models import llama
+from precast.models.kv_cache import LayerCache, fill_cache, new_cache
 from precast.models.llama import (
     EmbedWeights,
     HeadWeights,
-    LayerCache,
     LayerWeights,
     Linear,
     LlamaShape,
     Paging,
 )
-from precast.models.weights import DTYPES, Weights, pack
+from precast.models.weights import DTYPES, Weights, pack_linear
 from precast.ops.memory import Arena
+from precast.ops.packing import Format
 
 CAPTURE_POSITIONS = 256
 CAPTURE_BLOCKS = 64
@@ -70,9 +71,11 @@ def random_weights(shape: LlamaShape, layers: int, generator: torch.Generator) -
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).div_(columns**0.5)
 
-    def packed(rows: int, columns: int, bias: bool = False) -> Linear:
+    def packed(rows: int, columns: int, bias: bool = False, fmt: Format | None = None) -> Linear:
         added = torch.randn(rows, generator=generator) * 0.1 if bias else None
-        return pack(shape, matrix(rows, columns), added, arena)
+        return pack_linear(
+            shape.linear_format if fmt is None else fmt, matrix(rows, columns), added, arena
+        )
 
     def norm() -> Tensor:
         return torch.randn(shape.hidden_size, generator=generator).mul_(0.1).add_(1)
@@ -95,15 +98,23 @@ def random_weights(shape: LlamaShape, layers: int, generator: torch.Generator) -
             )
             for _ in range(layers)
         ),
-        head=HeadWeights(norm(), packed(shape.vocab_size, hidden)),
+        head=HeadWeights(norm(), packed(shape.vocab_size, hidden, fmt=shape.head_format)),
     )
 
 
 def random_cache(shape: LlamaShape, block_size: int, generator: torch.Generator) -> LayerCache:
-    size = (CAPTURE_BLOCKS, shape.kv_heads, block_size, shape.head_dim)
-    return LayerCache(
-        torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+    cache = new_cache(
+        shape.kv_dtype,
+        blocks=CAPTURE_BLOCKS,
+        kv_heads=shape.kv_heads,
+        block_size=block_size,
+        head_dim=shape.head_dim,
     )
+    size = (CAPTURE_BLOCKS * block_size, shape.kv_heads, shape.head_dim)
+    fill_cache(
+        cache, torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+    )
+    return cache
 
 
 def step_inputs(

@@ -19,10 +19,13 @@ from precast.ops.native import ABI_VERSION, PACKING_VERSION, native_isa
 _PACKAGE = Path(__file__).parents[1]
 _GRAPH_SOURCES = (
     "models/llama.py",
+    "models/kv_cache.py",
     "ops/native.py",
     "graphs/capture.py",
     "graphs/capture_models.py",
 )
+
+_NAMES = ("weight_dtype", "quantization", "head_quantization", "kv_dtype")
 
 ISA_LEVELS = {"scalar": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 """Target of a graph's own code for each instruction set of the native kernels."""
@@ -47,10 +50,11 @@ def rank_factors(
         "tp_size": str(shape.tp_size),
         "weight_dtype": shape.weight_dtype,
         "quantization": shape.quantization,
+        "head_quantization": shape.head_quantization,
         "packing_version": str(PACKING_VERSION),
         "phase": "decode",
         "block_size": str(block_size),
-        "kv_dtype": "fp32",
+        "kv_dtype": shape.kv_dtype,
         "provider": "native",
         "provider_abi": str(ABI_VERSION),
         "torch": torch_version,
@@ -68,7 +72,6 @@ def check_versions(factors: Mapping[str, str]) -> None:
         "architecture": "llama",
         "packing_version": str(PACKING_VERSION),
         "phase": "decode",
-        "kv_dtype": "fp32",
         "provider": "native",
         "provider_abi": str(ABI_VERSION),
         "torch": version("torch"),
@@ -115,4 +118,4 @@ def _parse(name: str, text: str) -> int | float | bool | str:
         return text == "true"
     if name == "rms_norm_eps":
         return float(text)
-    return text if name in ("weight_dtype", "quantization") else int(text)
+    return text if name in _NAMES else int(text)

@@ -15,6 +15,7 @@ import msgspec
 from blake3 import blake3
 
 from precast.errors import UnsupportedSpec
+from precast.models.precision import KvDtype, Quantization, WeightDtype
 
 KEY_LENGTH: Final = 32
 MAX_FACTOR_LENGTH: Final = 512
@@ -51,10 +52,11 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mlp_bias: Flag
     tp_size: Count
     """Ranks that take part in an all-reduce. Which rank this is makes no difference."""
-    weight_dtype: Name
-    """"fp32" or "bf16"."""
-    quantization: Name
-    """"none" or the scheme of the linear layers: "int8"."""
+    weight_dtype: WeightDtype
+    quantization: Quantization
+    """Format of the layers' linears; "none": that of ``weight_dtype``."""
+    head_quantization: Quantization
+    """Format of the output projection."""
     packing_version: Name
     """Layout of packed weights that the kernels expect."""
     phase: Name
@@ -62,7 +64,7 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     batch_size: Count
     block_size: Count
     """Tokens in one block of the KV cache."""
-    kv_dtype: Name
+    kv_dtype: KvDtype
     provider: Name
     """Kernel provider behind the operators."""
     provider_abi: Name

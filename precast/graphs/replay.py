@@ -13,7 +13,8 @@ from torch import Tensor
 
 from precast.errors import ArtifactRejected
 from precast.graphs.capture_models import runner_weights
-from precast.models.llama import LayerCache, Paging
+from precast.models.kv_cache import LayerCache
+from precast.models.llama import Paging
 from precast.models.weights import Weights
 from precast.ops import native as native  # registers the operators that graphs call
 

@@ -7,14 +7,17 @@ and are what is captured. Weights are arguments, so a captured graph holds none.
 T: tokens in the step. S: sequences. H: hidden size. D: head size. Hidden states are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from precast.models.config import ModelConfig
+from precast.models.kv_cache import LayerCache
+from precast.models.precision import Precision
 from precast.models.sharding import Shard
+from precast.ops.packing import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,37 @@ class LlamaShape:
     mlp_bias: bool
     weight_dtype: str
     quantization: str
+    """Format of the layers' linears; "none": ``weight_dtype``."""
+    head_quantization: str
+    """Format of the output projection, likewise."""
+    kv_dtype: str
 
     @property
     def tp_size(self) -> int:
         return len(self.vocab_widths)
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded to less than float32 between a step's operators."""
+        return (
+            self.linear_format <= Format.FP16
+            and self.head_format <= Format.FP16
+            and (self.kv_dtype == "fp32")
+        )
 
-def shape_of(config: ModelConfig, shard: Shard, weight_dtype: str, quantization: str) -> LlamaShape:
+    @property
+    def linear_format(self) -> Format:
+        return self._format(self.quantization)
+
+    @property
+    def head_format(self) -> Format:
+        return self._format(self.head_quantization)
+
+    def _format(self, quantization: str) -> Format:
+        return Format[(self.weight_dtype if quantization == "none" else quantization).upper()]
+
+
+def shape_of(config: ModelConfig, shard: Shard, precision: Precision) -> LlamaShape:
     return LlamaShape(
         hidden_size=config.hidden_size,
         q_heads=len(shard.q_heads),
@@ -52,13 +79,12 @@ def shape_of(config: ModelConfig, shard: Shard, weight_dtype: str, quantization:
         rms_norm_eps=config.rms_norm_eps,
         attention_bias=config.attention_bias,
         mlp_bias=config.mlp_bias,
-        weight_dtype=weight_dtype,
-        quantization=quantization,
+        **asdict(precision),
     )
 
 
 Linear = list[Tensor]
-"""A packed linear's tensors: [weight], or for int8 [weight, scales, column_sums]; then any bias."""
+"""A packed linear's tensors: its weight, and its bias if it has one."""
 
 
 class EmbedWeights(NamedTuple):
@@ -96,13 +122,6 @@ class Paging(NamedTuple):
     """[S, blocks]"""
 
 
-class LayerCache(NamedTuple):
-    """float32 [blocks, kv_heads, block_size, D] each; written in place."""
-
-    k: Tensor
-    v: Tensor
-
-
 def embed(token_ids: Tensor, positions: Tensor, weights: EmbedWeights) -> tuple[Tensor, ...]:
     """int64 [T] ids and positions to hidden states [T, H] and rotary cos and sin [T, D / 2]."""
     hidden = torch.nn.functional.embedding(token_ids, weights.table).float()
@@ -128,7 +147,7 @@ def layer(
 def head(shape: LlamaShape, hidden: Tensor, weights: HeadWeights) -> Tensor:
     """Hidden states [T, H] to logits [T, vocabulary of all ranks]."""
     normed = rms_norm(hidden, weights.norm, shape.rms_norm_eps)
-    logits = linear(shape, normed, weights.vocab, shape.vocab_size, False)
+    logits = linear(shape.head_format, normed, weights.vocab, shape.vocab_size, False)
     if shape.tp_size == 1:
         return logits
     gathered: Tensor = torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
@@ -145,7 +164,7 @@ def attention(
     weights: LayerWeights,
 ) -> Tensor:
     q_size, kv_size = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    qkv = linear(shape, x, weights.qkv, q_size + 2 * kv_size, shape.attention_bias)
+    qkv = linear(shape.linear_format, x, weights.qkv, q_size + 2 * kv_size, shape.attention_bias)
     q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
     out = torch.ops.precast.paged_attention(
         rotate(q.view(-1, shape.q_heads, shape.head_dim), cos, sin),
@@ -155,18 +174,25 @@ def attention(
         cache.v,
         *paging,
         shape.head_dim**-0.5,
+        0,
+        0.0,
     )
     out = out.view(-1, q_size)
     return reduce(
-        shape, linear(shape, out, weights.output, shape.hidden_size, shape.attention_bias)
+        shape,
+        linear(shape.linear_format, out, weights.output, shape.hidden_size, shape.attention_bias),
     )
 
 
 def mlp(shape: LlamaShape, x: Tensor, weights: LayerWeights) -> Tensor:
-    gate_up = linear(shape, x, weights.gate_up, 2 * shape.intermediate_size, shape.mlp_bias)
+    gate_up = linear(
+        shape.linear_format, x, weights.gate_up, 2 * shape.intermediate_size, shape.mlp_bias
+    )
     gate, up = gate_up.chunk(2, dim=-1)
     x = torch.nn.functional.silu(gate) * up
-    return reduce(shape, linear(shape, x, weights.down, shape.hidden_size, shape.mlp_bias))
+    return reduce(
+        shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, shape.mlp_bias)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -180,14 +206,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def linear(shape: LlamaShape, x: Tensor, weights: Linear, out_features: int, bias: bool) -> Tensor:
-    """[T, K] to [T, out_features] through the native kernel for the weights' format."""
-    added = weights[-1] if bias else None
-    if shape.quantization == "int8":
-        weight, scales, sums = weights[:3]
-        y: Tensor = torch.ops.precast.linear_w8a8(x, weight, scales, sums, added, out_features)
-    else:
-        y = torch.ops.precast.linear(x, weights[0], added, out_features)
+def linear(fmt: Format, x: Tensor, weights: Linear, out_features: int, bias: bool) -> Tensor:
+    """[T, K] to [T, out_features] through the kernel for the weights' format."""
+    added = weights[1] if bias else None
+    y: Tensor = torch.ops.precast.linear(x, weights[0], added, out_features, int(fmt))
     return y
 
 

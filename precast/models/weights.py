@@ -21,9 +21,9 @@ from precast.models.llama import (
 )
 from precast.models.sharding import Shard
 from precast.ops.memory import Arena
-from precast.ops.packing import pack_float, pack_int8
+from precast.ops.packing import Format, pack_into, packed_size
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +95,17 @@ def load_weights(
             ),
             head=HeadWeights(
                 checkpoint.get("model.norm.weight", (config.hidden_size,)).float(),
-                pack(shape, vocab[shard.vocab.start : shard.vocab.stop], None, arena),
+                pack_linear(
+                    shape.head_format, vocab[shard.vocab.start : shard.vocab.stop], None, arena
+                ),
             ),
         )
 
 
-def pack(shape: LlamaShape, weight: Tensor, bias: Tensor | None, arena: Arena) -> Linear:
-    """[N, K] weights, and a bias, in the format that ``shape`` names and in the arena's memory."""
-    if shape.quantization == "int8":
-        packed = pack_int8(weight.float())
-    else:
-        packed = [pack_float(weight.to(DTYPES[shape.weight_dtype]))]
-    if bias is not None:
-        packed.append(bias.float())
-    return [arena.copy(tensor) for tensor in packed]
+def pack_linear(fmt: Format, weight: Tensor, bias: Tensor | None, arena: Arena) -> Linear:
+    """[N, K] weights, and a bias, packed in the arena's memory."""
+    packed = pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)
+    return [packed] if bias is None else [packed, arena.copy(bias.float())]
 
 
 def _rotary(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -141,12 +138,16 @@ def _layer(
         # Ranks' results are summed, so only the first adds the bias.
         if bias is not None and part.start > 0:
             bias = torch.zeros_like(bias)
-        return pack(shape, weight[:, part.start : part.stop].contiguous(), bias, arena)
+        return pack_linear(
+            shape.linear_format, weight[:, part.start : part.stop].contiguous(), bias, arena
+        )
 
     def stacked(parts: list[tuple[Tensor, Tensor | None]]) -> Linear:
         biases = [bias for _, bias in parts if bias is not None]
         bias = torch.cat(biases) if biases else None
-        return pack(shape, torch.cat([weight for weight, _ in parts]), bias, arena)
+        return pack_linear(
+            shape.linear_format, torch.cat([weight for weight, _ in parts]), bias, arena
+        )
 
     def scaled(part: range) -> range:
         return range(part.start * dim, part.stop * dim)

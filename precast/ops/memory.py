@@ -4,6 +4,7 @@ A decode step reads every weight once, more pages than the TLB holds, and on a v
 miss is a walk through two tables. See docs/decisions.md for what huge pages gained.
 """
 
+import math
 import mmap
 from typing import Final
 
@@ -22,13 +23,18 @@ class Arena:
     def __init__(self) -> None:
         self._free: Tensor = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, tensor: Tensor) -> Tensor:
-        """The same values, shape and dtype, in the arena's memory; contiguous."""
-        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8, on a cache line of its own."""
+        nbytes = math.prod(shape)
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if size > self._free.numel():
             self._free = _map(max(size, CHUNK))
-        memory, self._free = self._free[: tensor.nbytes], self._free[size:]
-        return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        memory, self._free = self._free[:nbytes], self._free[size:]
+        return memory.view(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same values, shape and dtype, in the arena's memory; contiguous."""
+        return self.empty((tensor.nbytes,)).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _map(size: int) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 from precast.errors import ConfigError
 
 LIBRARY = Path(__file__).parent / "_native.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 
 
 def _load() -> None:
@@ -30,19 +30,7 @@ _load()
 
 
 @torch.library.register_fake("precast::linear")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((x.shape[0], out_features))
-
-
-@torch.library.register_fake("precast::linear_w8a8")
-def _linear_w8a8(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    column_sums: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, fmt: int) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 
@@ -58,6 +46,8 @@ def _paged_attention(
     context_lens: Tensor,
     block_tables: Tensor,
     scale: float,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     return q.new_empty(q.shape)
 

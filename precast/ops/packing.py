@@ -1,42 +1,184 @@
-"""Packed weight formats of the native linears (``csrc/kernels.h``).
+"""Packed weight formats of the native linears (``csrc/kernels.h`` has their layouts).
 
-Packing happens once, at load, outside of any graph.
+Packing happens once, at load, outside of any graph. The grouped formats quantise as llama.cpp does,
+so that weights which came out of GGUF blocks of the same kind go back into the same blocks: nothing
+is lost a second time.
 """
+
+from enum import IntEnum
+from typing import Final
 
 import torch
 from torch import Tensor
 
-PANEL = 16
+from precast.ops import native as native  # registers the operators
+
+PANEL: Final = 16
 """Output columns that are interleaved."""
+GROUP: Final = 32
+"""Inputs that share a scale in the grouped formats."""
+_CHUNK_VALUES: Final = 4 << 20
+"""Weights that are packed at a time: bounds what packing takes beside its result."""
 
 
-def _pad(weight: Tensor, rows: int, columns: int) -> Tensor:
+class Format(IntEnum):
+    """Formats of a linear's weights; numbers as in ``csrc/kernels.h``."""
+
+    FP32 = 0
+    BF16 = 1
+    FP16 = 2
+    INT8 = 3
+    """One scale for each output channel."""
+    Q8_0 = 4
+    """Groups of 32: 8 bits and a scale."""
+    Q4_0 = 5
+    """Groups of 32: 4 bits and a scale."""
+    Q4_1 = 6
+    """Groups of 32: 4 bits, a scale and a minimum."""
+
+
+_FLOATS: Final = {
+    Format.FP32: torch.float32,
+    Format.BF16: torch.bfloat16,
+    Format.FP16: torch.float16,
+}
+
+
+def packed_size(n: int, k: int, fmt: Format) -> tuple[int, int]:
+    """Panels and bytes of a panel: the shape of a packed [n, k] weight, uint8."""
+    return -(-n // PANEL), int(torch.ops.precast.panel_bytes(int(fmt), k))
+
+
+def pack(weight: Tensor, fmt: Format) -> Tensor:
+    """Float [N, K] to uint8 ``packed_size``."""
+    return pack_into(
+        weight.new_empty(packed_size(weight.shape[0], weight.shape[1], fmt), dtype=torch.uint8),
+        weight,
+        fmt,
+    )
+
+
+def pack_into(out: Tensor, weight: Tensor, fmt: Format) -> Tensor:
+    """Like ``pack``, into memory of the caller's; ``weight`` is read a few rows at a time."""
     n, k = weight.shape
-    extra = ((-n) % rows, (-k) % columns)
-    return torch.nn.functional.pad(weight, (0, extra[1], 0, extra[0]))
+    rows = max(PANEL, _CHUNK_VALUES // max(1, k) // PANEL * PANEL)
+    for start in range(0, n, rows):
+        part = weight[start : start + rows]
+        panels = -(-part.shape[0] // PANEL)
+        packed = _pack_rows(_pad_rows(part), fmt)
+        begin = start // PANEL
+        out[begin : begin + panels, : packed.shape[1]] = packed
+        out[begin : begin + panels, packed.shape[1] :] = 0
+    return out
 
 
-def pack_float(weight: Tensor) -> Tensor:
-    """float32 or bfloat16 [N, K] to [ceil(N / 16), K, 16]; rows past N are zero."""
-    padded = _pad(weight, PANEL, 1)
-    n, k = padded.shape
-    return padded.view(n // PANEL, PANEL, k).transpose(1, 2).contiguous()
+def _pack_rows(weight: Tensor, fmt: Format) -> Tensor:
+    """[panels * 16, K] to uint8 [panels, bytes]."""
+    panels = weight.shape[0] // PANEL
+    if fmt in _FLOATS:
+        values = weight.to(_FLOATS[fmt]).view(panels, PANEL, -1).transpose(1, 2).contiguous()
+        return values.view(panels, -1).view(torch.uint8)
+    if fmt == Format.INT8:
+        quantized, scales = quantize_int8(weight)
+        quantized = torch.nn.functional.pad(quantized, (0, -quantized.shape[1] % 4))
+        steps = quantized.view(panels, PANEL, -1, 4).transpose(1, 2).reshape(panels, -1)
+        return torch.cat((steps.view(torch.uint8), scales.view(panels, -1).view(torch.uint8)), 1)
+    return _pack_grouped(weight, fmt)
+
+
+def _pack_grouped(weight: Tensor, fmt: Format) -> Tensor:
+    quantized, scales = quantize_groups(weight, fmt)
+    panels = weight.shape[0] // PANEL
+    blocks = quantized.shape[1] // 2
+    if fmt == Format.Q8_0:
+        steps = quantized.view(panels, PANEL, blocks, 2, 8, 4).permute(0, 2, 3, 4, 1, 5)
+        values = steps.reshape(panels, blocks, -1).view(torch.uint8)
+    else:
+        low, high = quantized.view(panels, PANEL, blocks, 2, 2, 4, 4).unbind(4)
+        both = low | (high << 4)
+        values = both.permute(0, 2, 3, 4, 1, 5).reshape(panels, blocks, -1)
+    rows = [
+        scale.view(panels, PANEL, blocks, 2).permute(0, 2, 3, 1).reshape(panels, blocks, -1)
+        for scale in scales
+    ]
+    return torch.cat([values, *(row.view(torch.uint8) for row in rows)], dim=2).view(panels, -1)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [N, K] to int8 [N, K] in [-127, 127] and float32 scales [N], symmetric per channel."""
-    scales = weight.abs().amax(dim=1).float() / 127.0
-    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    quantized = torch.round(weight.float() / safe[:, None]).clamp_(-127, 127).to(torch.int8)
-    return quantized, scales
+    """Float [N, K] to int8 [N, K] in [-127, 127] and float32 scales [N], symmetric per channel."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1) / 127.0
+    quantized = torch.round(weight * _inverse(scales)[:, None]).clamp_(-127, 127)
+    return quantized.to(torch.int8), scales
 
 
-def pack_int8(weight: Tensor) -> list[Tensor]:
-    """float [N, K] to the tensors of ``linear_w8a8``: packed int8 [ceil(N / 16), ceil(K / 4), 16,
-    4], scales float32 [N], column sums int32 [ceil(N / 16) * 16]."""
-    quantized, scales = quantize_int8(weight)
-    padded = _pad(quantized, PANEL, 4)
-    n, k = padded.shape
-    packed = padded.view(n // PANEL, PANEL, k // 4, 4).transpose(1, 2).contiguous()
-    sums = padded.sum(dim=1, dtype=torch.int32)
-    return [packed, scales, sums]
+def quantize_groups(weight: Tensor, fmt: Format) -> tuple[Tensor, list[Tensor]]:
+    """Float [N, K] to quantised [N, G, 32] and per-group fp16 parameters [N, G] each.
+
+    int8 and the scale for Q8_0; uint8 in [0, 15] and the scale for Q4_0 (w = scale * (q - 8)); uint8,
+    scale and minimum for Q4_1 (w = scale * q + minimum). G is even; inputs past K repeat the last
+    one.
+    """
+    weight = weight.float()
+    extra = -weight.shape[1] % (2 * GROUP)
+    if extra:
+        weight = torch.cat((weight, weight[:, -1:].expand(-1, extra)), dim=1)
+    groups = weight.view(weight.shape[0], -1, GROUP)
+    if fmt == Format.Q8_0:
+        scale = groups.abs().amax(dim=2) / 127.0
+        quantized = torch.round(groups * _inverse(scale)[..., None]).clamp_(-127, 127)
+        return quantized.to(torch.int8), [scale.half()]
+    if fmt == Format.Q4_0:
+        largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+        scale = largest / -8.0
+        quantized = torch.floor(groups * _inverse(scale)[..., None] + 8.5).clamp_(0, 15)
+        return quantized.to(torch.uint8), [scale.half()]
+    low = groups.amin(dim=2)
+    scale = (groups.amax(dim=2) - low) / 15.0
+    shifted = (groups - low[..., None]) * _inverse(scale)[..., None]
+    return torch.floor(shifted + 0.5).clamp_(0, 15).to(torch.uint8), [scale.half(), low.half()]
+
+
+def unpack(packed: Tensor, n: int, k: int, fmt: Format) -> Tensor:
+    """The float32 [N, K] weights that a packed tensor stands for."""
+    panels = packed.shape[0]
+    if fmt in _FLOATS:
+        values = packed.view(_FLOATS[fmt])[:, : k * PANEL].view(panels, k, PANEL)
+        return values.transpose(1, 2).reshape(-1, k)[:n].float()
+    if fmt == Format.INT8:
+        size = -(-k // 4) * 4 * PANEL
+        steps = packed[:, :size].view(torch.int8).view(panels, -1, PANEL, 4).transpose(1, 2)
+        scales = packed[:, size : size + PANEL * 4].contiguous().view(torch.float32).view(-1, 1)
+        return (steps.reshape(panels * PANEL, -1).float() * scales)[:n, :k]
+    return _unpack_grouped(packed, n, k, fmt)
+
+
+def _unpack_grouped(packed: Tensor, n: int, k: int, fmt: Format) -> Tensor:
+    panels = packed.shape[0]
+    blocks = -(-k // (2 * GROUP))
+    packed = packed.view(panels, blocks, -1)
+    size = 2 * GROUP * PANEL // (1 if fmt == Format.Q8_0 else 2)
+    if fmt == Format.Q8_0:
+        steps = (
+            packed[..., :size].contiguous().view(torch.int8).view(panels, blocks, 2, 8, PANEL, 4)
+        )
+    else:
+        both = packed[..., :size].contiguous().view(panels, blocks, 2, 4, PANEL, 4)
+        steps = torch.cat((both & 15, both >> 4), dim=3)
+    values = steps.permute(0, 4, 1, 2, 3, 5).reshape(panels * PANEL, blocks * 2, GROUP).float()
+    rows = packed[..., size:].contiguous().view(torch.float16).view(panels, blocks, -1, 2, PANEL)
+    parameters = rows.permute(2, 0, 4, 1, 3).reshape(rows.shape[2], panels * PANEL, blocks * 2, 1)
+    scale = parameters[0].float()
+    if fmt == Format.Q4_1:
+        result = values * scale + parameters[1].float()
+    else:
+        result = (values - (8 if fmt == Format.Q4_0 else 0)) * scale
+    return result.view(panels * PANEL, -1)[:n, :k]
+
+
+def _pad_rows(weight: Tensor) -> Tensor:
+    return torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale != 0, 1.0 / scale, torch.zeros_like(scale))

@@ -147,8 +147,7 @@ def rank_inits(settings: DecodeWorkerSettings, context: int, blocks: int) -> lis
     return [
         Init(
             model_dir=str(settings.model_dir),
-            weight_dtype=settings.weight_dtype,
-            quantization=settings.quantization,
+            precision=settings.precision,
             tp_rank=rank,
             tp_size=settings.tp,
             cores=cores,

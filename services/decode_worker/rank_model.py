@@ -12,7 +12,8 @@ from precast.graphs.factors import rank_factors
 from precast.graphs.replay import Graph
 from precast.models import llama
 from precast.models.config import load_config
-from precast.models.llama import LayerCache, LlamaShape, Paging
+from precast.models.kv_cache import LayerCache, new_cache
+from precast.models.llama import LlamaShape, Paging
 from precast.models.sharding import shard
 from precast.models.weights import Weights, load_weights
 from services.decode_worker.rank_protocol import Init
@@ -88,14 +89,21 @@ def load(init: Init) -> RankModel:
             f"{config.max_position_embeddings} positions"
         )
     part = shard(config, init.tp_rank, init.tp_size)
-    shape = llama.shape_of(config, part, init.weight_dtype, init.quantization)
+    shape = llama.shape_of(config, part, init.precision)
     weights = load_weights(folder, config, part, shape, init.max_context_length)
-    size = (init.kv_blocks, shape.kv_heads, init.block_size, shape.head_dim)
     return RankModel(
         shape=shape,
         weights=weights,
-        # Zeros are mapped lazily: a block costs memory when it is first written.
-        caches=[LayerCache(torch.zeros(size), torch.zeros(size)) for _ in range(config.num_layers)],
+        caches=[
+            new_cache(
+                shape.kv_dtype,
+                blocks=init.kv_blocks,
+                kv_heads=shape.kv_heads,
+                block_size=init.block_size,
+                head_dim=shape.head_dim,
+            )
+            for _ in range(config.num_layers)
+        ],
         factors=rank_factors(
             config.architecture,
             shape,

@@ -11,6 +11,8 @@ from typing import Final
 
 import msgspec
 
+from precast.models.precision import Precision
+
 FRAME_HEADER: Final = struct.Struct("<I")
 MAX_FRAME_BYTES: Final = 64 << 20
 
@@ -19,10 +21,7 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """First command: load the model's shard and allocate the KV cache."""
 
     model_dir: str
-    weight_dtype: str
-    """"fp32" or "bf16"."""
-    quantization: str
-    """"none" or "int8"."""
+    precision: Precision
     tp_rank: int
     tp_size: int
     cores: tuple[int, ...]

@@ -26,6 +26,8 @@ SHAPE = LlamaShape(
     mlp_bias=False,
     weight_dtype="fp32",
     quantization="int8",
+    head_quantization="int8",
+    kv_dtype="fp32",
 )
 """Small enough that nearly all of the time goes into the compiler's fixed cost."""
 

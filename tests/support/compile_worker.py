@@ -45,6 +45,7 @@ FACTORS = {
     "tp_size": "1",
     "weight_dtype": "fp32",
     "quantization": "int8",
+    "head_quantization": "int8",
     "packing_version": "1",
     "phase": "decode",
     "batch_size": "1",

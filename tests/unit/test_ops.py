@@ -1,4 +1,4 @@
-"""Native operators against plain torch, for shapes that are multiples of nothing convenient."""
+"""Paged attention against plain torch, what operators refuse, and every instruction set."""
 
 import os
 import subprocess
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from precast.models.kv_cache import LayerCache, fill_cache, new_cache, read_cache
 from precast.ops import native
-from precast.ops.packing import pack_float, pack_int8, quantize_int8
+from precast.ops.packing import Format, pack
 
-SHAPES = [(1, 1), (7, 5), (16, 64), (33, 66), (48, 576), (100, 257)]
-BATCHES = [1, 2, 3, 5, 8, 13, 65]
-BLOCK = 8
+BLOCK = 16
+FILES = [str(Path(__file__).with_name(name)) for name in ("test_ops.py", "test_linear.py")]
 
 
 @pytest.fixture(autouse=True)
@@ -23,73 +23,56 @@ def threads() -> None:
     native.start_threads((-1, -1))
 
 
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_agrees_with_torch(n: int, k: int, dtype: torch.dtype, with_bias: bool) -> None:
-    weight = torch.randn(n, k).to(dtype)
-    bias = torch.randn(n) if with_bias else None
-    for m in BATCHES:
-        x = torch.randn(m, k)
-        expected = torch.nn.functional.linear(x.double(), weight.double())
-        expected = expected + bias.double() if bias is not None else expected
-        actual = torch.ops.precast.linear(x, pack_float(weight), bias, n)
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_w8a8_agrees_with_exact_integer_arithmetic(n: int, k: int) -> None:
-    weight, bias = torch.randn(n, k), torch.randn(n)
-    quantized, scales = quantize_int8(weight)
-    packed, packed_scales, sums = pack_int8(weight)
-    for m in BATCHES:
-        x = torch.randn(m, k)
-        x[0] = 0  # a row of zeros has no scale
-        x_scales = x.abs().amax(dim=1, keepdim=True) / 127
-        steps = torch.where(x_scales > 0, x / x_scales, torch.zeros_like(x)).round()
-        exact = steps.double() @ quantized.double().T
-        expected = exact * x_scales.double() * scales.double() + bias.double()
-        actual = torch.ops.precast.linear_w8a8(x, packed, packed_scales, sums, bias, n)
-        # A value halfway between two steps may go either way: one step of one input at the most.
-        tolerance = float(x_scales.max() * scales.max() * 127) * 1.01 + 1e-5
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=tolerance)
-        assert (actual.double() - expected).abs().median() < 1e-5
-
-
-def test_int8_extremes_do_not_saturate() -> None:
-    weight = torch.full((16, 512), 1.0)
-    packed = pack_int8(weight)
-    for sign in (1.0, -1.0):
-        y = torch.ops.precast.linear_w8a8(torch.full((1, 512), sign), *packed, None, 16)
-        torch.testing.assert_close(y, torch.full((1, 16), sign * 512.0), rtol=1e-5, atol=0)
-
-
 def reference_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, contexts: list[int], scale: float
+    q: Tensor, keys: Tensor, values: Tensor, positions: list[int], window: int, softcap: float
 ) -> Tensor:
-    """One sequence: token i of q attends to its first contexts[i] cached tokens."""
-    heads, kv_heads = q.shape[1], k_cache.shape[1]
-    keys = k_cache[table.long()].permute(1, 0, 2, 3).reshape(kv_heads, -1, q.shape[2])
-    values = v_cache[table.long()].permute(1, 0, 2, 3).reshape(kv_heads, -1, q.shape[2])
-    keys = keys.repeat_interleave(heads // kv_heads, dim=0)
-    values = values.repeat_interleave(heads // kv_heads, dim=0)
+    """One sequence: q [T, heads, D] at the given positions; keys and values [kv_heads, tokens, D]."""
+    group = q.shape[1] // keys.shape[0]
+    keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
     rows = []
-    for i, context in enumerate(contexts):
-        scores = torch.einsum("hd,htd->ht", q[i], keys[:, :context]) * scale
-        rows.append(torch.einsum("ht,htd->hd", scores.softmax(-1), values[:, :context]))
+    for i, position in enumerate(positions):
+        first = max(0, position + 1 - window) if window else 0
+        seen = slice(first, position + 1)
+        scores = torch.einsum("hd,htd->ht", q[i], keys[:, seen]) * q.shape[2] ** -0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        rows.append(torch.einsum("ht,htd->hd", scores.softmax(-1), values[:, seen]))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 32), (6, 2, 20)])
-def test_paged_attention_agrees_with_torch(heads: int, kv_heads: int, dim: int) -> None:
-    """Ragged: a prefill, a later chunk of a prefill, two decodes and a padded row in one call."""
-    new = [11, 5, 1, 1, 1]
-    contexts = [11, 21, 1, 40, 0]
-    width, total = 6, sum(new)
-    blocks = 64
+NEW = [11, 5, 1, 1, 1, 70]
+"""Ragged: a prefill, a later chunk of one, two decodes, a padded row, a prefill of several tiles."""
+CONTEXTS = [11, 21, 1, 90, 0, 70]
+LONG = [1, 1]
+LONG_CONTEXTS = [2000, 700]
+"""Two sequences alone: their contexts are split over the threads."""
+
+
+@pytest.mark.parametrize(("new", "contexts"), [(NEW, CONTEXTS), (LONG, LONG_CONTEXTS)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 32), (6, 2, 20), (8, 1, 80)]
+)
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (19, 0.0), (0, 3.0)])
+def test_paged_attention_agrees_with_torch(
+    new: list[int],
+    contexts: list[int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    kv_dtype: str,
+    window: int,
+    softcap: float,
+) -> None:
+    width, total = -(-max(contexts) // BLOCK), sum(new)
+    blocks = width * len(new) + 3
     tables = torch.randperm(blocks)[: len(new) * width].view(len(new), width).to(torch.int32)
-    k_cache, v_cache = torch.randn(2, blocks, kv_heads, BLOCK, dim).unbind(0)
-    k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
+    cache = new_cache(kv_dtype, blocks=blocks, kv_heads=kv_heads, block_size=BLOCK, head_dim=dim)
+    slots_total = blocks * BLOCK
+    fill_cache(
+        cache, torch.randn(slots_total, kv_heads, dim), torch.randn(slots_total, kv_heads, dim)
+    )
+    before = read_cache(cache)
     q = torch.randn(total, heads, dim)
     k, v = torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, dim)
     slots = [
@@ -97,37 +80,55 @@ def test_paged_attention_agrees_with_torch(heads: int, kv_heads: int, dim: int) 
         for s, count in enumerate(new)
         for at in range(contexts[s] - count, contexts[s])
     ]
-    expected_k, expected_v = k_cache.clone(), v_cache.clone()
-    for token, slot in enumerate(slots):
-        if slot >= 0:
-            expected_k[slot // BLOCK, :, slot % BLOCK] = k[token]
-            expected_v[slot // BLOCK, :, slot % BLOCK] = v[token]
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32)
     out = torch.ops.precast.paged_attention(
         q,
         k,
         v,
-        k_cache,
-        v_cache,
+        *cache,
         torch.tensor(slots, dtype=torch.int32),
         starts,
         torch.tensor(contexts, dtype=torch.int32),
         tables,
         dim**-0.5,
+        window,
+        softcap,
     )
-    assert torch.equal(k_cache, expected_k)
-    assert torch.equal(v_cache, expected_v)
+    after = read_cache(cache)
+    check_cache(before, after, slots, k, v, kv_dtype)
     for s, count in enumerate(new):
         begin = int(starts[s])
         mine = out[begin : begin + count]
         if contexts[s] == 0:
             assert torch.equal(mine, torch.zeros_like(mine))
             continue
-        lengths = list(range(contexts[s] - count + 1, contexts[s] + 1))
+        keys, values = (
+            part[tables[s].long()].transpose(0, 1).reshape(kv_heads, -1, dim) for part in after
+        )
+        positions = list(range(contexts[s] - count, contexts[s]))
         expected = reference_attention(
-            q[begin : begin + count], expected_k, expected_v, tables[s], lengths, dim**-0.5
+            q[begin : begin + count], keys, values, positions, window, softcap
         )
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_cache(
+    before: LayerCache, after: LayerCache, slots: list[int], k: Tensor, v: Tensor, kv_dtype: str
+) -> None:
+    """New keys and values are in their slots, as exact as the type allows; nothing else changed."""
+    tolerance = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.51 / 127}[kv_dtype]
+    untouched = torch.ones(before.k.shape[0] * BLOCK, dtype=torch.bool)
+    for part, old, new in ((after.k, before.k, k), (after.v, before.v, v)):
+        flat, old_flat = (t.transpose(1, 2).reshape(-1, *new.shape[1:]) for t in (part, old))
+        for token, slot in enumerate(slots):
+            if slot < 0:
+                continue
+            untouched[slot] = False
+            scale = (
+                new[token].abs() if kv_dtype == "bf16" else new[token].abs().amax(-1, keepdim=True)
+            )
+            assert ((flat[slot] - new[token]).abs() <= scale * tolerance).all()
+        assert torch.equal(flat[untouched], old_flat[untouched])
 
 
 def attention_arguments() -> list[object]:
@@ -136,13 +137,14 @@ def attention_arguments() -> list[object]:
         torch.randn(2, 4, 16),
         torch.randn(2, 2, 16),
         torch.randn(2, 2, 16),
-        torch.randn(4, 2, BLOCK, 16),
-        torch.randn(4, 2, BLOCK, 16),
-        torch.tensor([3, 17], dtype=ints),
+        *new_cache("fp32", blocks=4, kv_heads=2, block_size=BLOCK, head_dim=16),
+        torch.tensor([3, 33], dtype=ints),
         torch.tensor([0, 1, 2], dtype=ints),
         torch.tensor([4, 2], dtype=ints),
         torch.tensor([[0], [2]], dtype=ints),
         0.25,
+        0,
+        0.0,
     ]
 
 
@@ -152,25 +154,19 @@ def attention_arguments() -> list[object]:
         (5, torch.tensor([3, 1000], dtype=torch.int32), "slot 1000 is outside"),
         (7, torch.tensor([4, 99], dtype=torch.int32), "does not fit the block table"),
         (8, torch.tensor([[0], [9]], dtype=torch.int32), "block 9 is outside"),
-        (3, torch.randn(4, 3, BLOCK, 16), "caches must be"),
+        (3, torch.randn(4, 3, 16, BLOCK), "caches must be"),
+        (3, torch.zeros(4, 2, 16, BLOCK, dtype=torch.float64), "caches must be"),
+        (10, -1, "can't be negative"),
         (5, torch.tensor([3], dtype=torch.int32), "shapes do not agree"),
     ],
 )
 def test_paged_attention_refuses_what_would_leave_its_memory(
-    position: int, value: Tensor, message: str
+    position: int, value: object, message: str
 ) -> None:
     arguments = attention_arguments()
     arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.precast.paged_attention(*arguments)
-
-
-def test_linears_refuse_unpacked_weights() -> None:
-    with pytest.raises(RuntimeError, match="packed as"):
-        torch.ops.precast.linear(torch.randn(1, 8), torch.randn(16, 8), None, 16)
-    packed, scales, sums = pack_int8(torch.randn(16, 8))
-    with pytest.raises(RuntimeError, match="packed as"):
-        torch.ops.precast.linear_w8a8(torch.randn(1, 12), packed, scales, sums, None, 16)
 
 
 def test_collectives_need_a_group() -> None:
@@ -182,13 +178,10 @@ def test_operators_trace() -> None:
     """Schemas, mutation and fakes hold what they promise (torch.library.opcheck)."""
     ops = torch.ops.precast
     tests = ("test_schema", "test_faketensor")
-    packed = pack_float(torch.randn(20, 8))
-    torch.library.opcheck(ops.linear, (torch.randn(3, 8), packed, None, 20), test_utils=tests)
-    torch.library.opcheck(
-        ops.linear_w8a8,
-        (torch.randn(3, 8), *pack_int8(torch.randn(20, 8)), None, 20),
-        test_utils=tests,
-    )
+    for fmt in Format:
+        packed = pack(torch.randn(20, 8), fmt)
+        arguments = (torch.randn(3, 8), packed, None, 20, int(fmt))
+        torch.library.opcheck(ops.linear, arguments, test_utils=tests)
     torch.library.opcheck(ops.paged_attention, tuple(attention_arguments()), test_utils=tests)
 
 
@@ -198,7 +191,7 @@ def test_other_instruction_sets(isa: str) -> None:
     if os.environ.get("PRECAST_NATIVE_ISA"):
         pytest.skip("is the inner run")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__)), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "-x", *FILES, "-p", "no:cacheprovider"],
         env={**os.environ, "PRECAST_NATIVE_ISA": isa},
         capture_output=True,
         text=True,

@@ -5,54 +5,127 @@
 
 namespace precast {
 
-// Output columns in a packed panel. Float panels are [K][16]; int8 panels are [K/4][16][4].
+// Output columns in a packed panel.
 constexpr int kPanel = 16;
+// Inputs that share a scale in the grouped formats, as in GGUF's Q4_0, Q4_1 and Q8_0.
+constexpr int kGroup = 32;
 
-enum class WeightType { kFloat32, kBFloat16 };
+// Formats of a linear's weights, as `precast.linear` takes them (precast/ops/formats.py). A weight
+// [N, K] is packed into ceil(N / 16) panels of panel_bytes() each:
+//   floats  [K][16]
+//   kInt8   [K/4][16][4] int8, then scales float32 [16]
+//   grouped [K/64] blocks of two groups: the groups' values, then their scales fp16 [2][16], then for
+//           kQ4_1 their minima fp16 [2][16]. Scales lie between the values because a row at a time
+//           reads a panel as one stream: with the scales behind it, two streams, it took 1.4 times as
+//           long. A group's values:
+//             kQ8_0        [8][16][4] int8; w = scale * q
+//             kQ4_0        [4][16][4] bytes; w = scale * (q - 8)
+//             kQ4_1        the same; w = scale * q + minimum
+//           A byte of a 4-bit group's row r has the input 4 r + j in its low half and the input
+//           4 (r + 4) + j in its high half.
+// Panels begin on cache lines; rows past N and inputs past K are zero.
+enum class Format : int64_t { kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
+constexpr int64_t kFormats = 7;
+
+inline bool is_grouped(Format f) {
+  return f == Format::kQ8_0 || f == Format::kQ4_0 || f == Format::kQ4_1;
+}
+inline bool is_quantized(Format f) { return f == Format::kInt8 || is_grouped(f); }
+
+inline int64_t padded_k(Format f, int64_t k) {
+  const int64_t unit = is_grouped(f) ? 2 * kGroup : f == Format::kInt8 ? 4 : 1;
+  return (k + unit - 1) / unit * unit;
+}
+
+// Bytes of one group's values, and of a block of two groups with its scales.
+constexpr int64_t group_bytes(Format f) { return kGroup * kPanel / (f == Format::kQ8_0 ? 1 : 2); }
+constexpr int64_t block_bytes(Format f) {
+  return 2 * group_bytes(f) + 2 * kPanel * 2 * (f == Format::kQ4_1 ? 2 : 1);
+}
+
+inline int64_t panel_bytes(Format f, int64_t k) {
+  if (is_grouped(f)) return padded_k(f, k) / (2 * kGroup) * block_bytes(f);
+  const int64_t values = padded_k(f, k) * kPanel;
+  if (f == Format::kInt8) return (values + kPanel * 4 + 63) / 64 * 64;
+  return (values * (f == Format::kFloat32 ? 4 : 2) + 63) / 64 * 64;
+}
+
+struct LinearArgs {
+  Format format;
+  int64_t m, n, k;
+  const float* x;  // [M, K], row stride x_stride
+  int64_t x_stride;
+  const uint8_t* weight;
+  const float* bias;  // [N] or null
+  float* y;           // [M, N]
+  // Quantised inputs (quantize_rows), for the formats that need them: int8 [M, padded_k], a scale for
+  // each row (kInt8) or group, and the sum of each row's or group's quantised values: times its
+  // scale for a group.
+  const int8_t* xq;
+  const float* x_scales;
+  const float* x_sums;
+};
+
+enum class CacheType : int64_t { kFloat32, kBFloat16, kInt8 };
+
+// Bytes behind each int8 key and value that hold their scale, a float32.
+constexpr int kScaleBytes = 4;
 
 struct AttentionArgs {
-  const float* q;         // [T, q_heads, head_dim]
-  const float* k_cache;   // [blocks, kv_heads, block_size, head_dim]
-  const float* v_cache;   // as k_cache
-  float* out;             // [T, q_heads, head_dim]
-  const int32_t* block_table;  // of one sequence
-  int64_t q_stride;       // floats from one token's q to the next
+  CacheType type;
+  const float* q;       // [T, q_heads, head_dim], row stride q_stride
+  int64_t q_stride;
+  const void* k_cache;  // [blocks, kv_heads, head_dim, block_size]; int8: head_dim + 4 rows, the last
+                        // four hold the scales, float32 [block_size]
+  const void* v_cache;  // [blocks, kv_heads, block_size, head_dim]; int8: head_dim + 4 columns
   int q_heads, kv_heads, head_dim, block_size;
   float scale;
+  float softcap;   // scores become softcap * tanh(score / softcap); 0: none
+  int64_t window;  // a token attends to this many, itself included; 0: all
+};
+
+// Query heads to a KV head, at the most.
+constexpr int kMaxQueryGroup = 64;
+// Rows of a tile, at the most.
+constexpr int kMaxTileRows = 64;
+
+// What one call of attend works on: neighbouring tokens of a sequence, one KV head, and a part of
+// their context.
+struct AttentionTile {
+  const int32_t* block_table;
+  int64_t first_token;  // row in q
+  int tokens;
+  int64_t first_position;  // of first_token in its sequence
+  int kv_head;
+  int64_t begin, end;  // cached tokens [begin, end); begin is a multiple of block_size
 };
 
 struct Kernels {
   const char* isa;
 
-  // y[m, panels * 16 columns from `column`] = x w^T + bias, for panels [panel_begin, panel_end).
-  // x: [M, K] row stride x_stride; y: [M, N] row stride N; columns from N on are dropped.
-  void (*gemm_float)(WeightType type, const float* x, int64_t x_stride, const void* weight,
-                     const float* bias, float* y, int64_t m, int64_t n, int64_t k,
-                     int64_t panel_begin, int64_t panel_end);
+  // Symmetric quantisation of rows [begin, end) of args.x: q = round(x / scale), scale = max|x| / 127
+  // over the row or the group. Writes what args.xq, x_scales and x_sums point to.
+  void (*quantize_rows)(const LinearArgs& args, int64_t begin, int64_t end);
 
-  // Symmetric quantisation of one row: q = round(x / scale), scale = max|x| / 127; q is padded with
-  // zeros to k_padded. Returns scale.
-  float (*quantize_row)(const float* x, int8_t* q, int64_t k, int64_t k_padded);
+  // y = x w^T + bias for the panels [panel_begin, panel_end).
+  void (*linear)(const LinearArgs& args, int64_t panel_begin, int64_t panel_end);
 
-  // y = (xq w^T) * x_scale * w_scale + bias over panels. `column_sums` [N rounded up to 16] holds the
-  // sum of each weight column, which the VNNI path needs to take its +128 offset back.
-  void (*gemm_int8)(const int8_t* xq, const float* x_scales, const int8_t* weight,
-                    const float* w_scales, const int32_t* column_sums, const float* bias, float* y,
-                    int64_t m, int64_t n, int64_t k_padded, int64_t panel_begin,
-                    int64_t panel_end);
+  // Unnormalised attention of a tile. Rows are token-major, then the KV head's query heads: `out`
+  // [rows, head_dim], `maximum` and `denominator` [rows] of the softmax, so that parts of a context
+  // can be merged. `scratch`: attention_scratch_floats(args, tokens).
+  void (*attend)(const AttentionArgs& args, const AttentionTile& tile, float* out, float* maximum,
+                 float* denominator, float* scratch);
 
-  // Attention of one token over `context` cached tokens for the query heads of one KV head.
-  // `scratch` holds at least scratch_floats(args).
-  void (*attend)(const AttentionArgs& args, int64_t token, int kv_head, int64_t context,
-                 float* scratch);
+  // Writes keys and values [T, kv_heads, head_dim] of tokens [begin, end) to their slots.
+  void (*store_cache)(const AttentionArgs& args, const float* k, int64_t k_stride, const float* v,
+                      int64_t v_stride, const int32_t* slots, int64_t begin, int64_t end);
 
   // out = sum over `count` arrays of n floats, added in order.
   void (*sum)(const float* const* arrays, int count, float* out, int64_t n);
 };
 
-inline int64_t attend_scratch_floats(const AttentionArgs& a) {
-  const int64_t group = a.q_heads / a.kv_heads;
-  return group * (a.head_dim + a.block_size + 2);
+inline int64_t attention_scratch_floats(const AttentionArgs& a, int tokens) {
+  return static_cast<int64_t>(a.q_heads / a.kv_heads) * tokens * a.block_size + a.head_dim + 64;
 }
 
 const Kernels& kernels_scalar();

@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "kernels.h"
@@ -25,68 +27,56 @@ const float* bias_of(const std::optional<at::Tensor>& bias, int64_t n) {
 
 int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
-at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias, int64_t n) {
-  const at::Tensor x = rows_of(x_in, "linear: x");
-  const int64_t m = x.size(0), k = x.size(1);
-  const bool is_float = weight.scalar_type() == at::kFloat;
-  TORCH_CHECK(is_float || weight.scalar_type() == at::kBFloat16,
-              "linear: weight must be float32 or bfloat16");
-  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 3 && weight.size(0) == panels_of(n) &&
-                  weight.size(1) == k && weight.size(2) == kPanel,
-              "linear: weight must be packed as [ceil(N / 16), K, 16]");
-  at::Tensor y = at::empty({m, n}, x.options());
-  const float* b = bias_of(bias, n);
-  ThreadPool::instance().run([&](int part, int parts) {
-    const Range r = share(weight.size(0), part, parts);
-    kernels().gemm_float(is_float ? WeightType::kFloat32 : WeightType::kBFloat16,
-                         x.const_data_ptr<float>(), x.stride(0), weight.const_data_ptr(), b,
-                         y.mutable_data_ptr<float>(), m, n, k, r.begin, r.end);
-  });
-  return y;
+Format format_of(int64_t format) {
+  TORCH_CHECK(format >= 0 && format < kFormats, "linear: no weight format ", format);
+  return static_cast<Format>(format);
 }
 
-at::Tensor linear_w8a8(const at::Tensor& x_in, const at::Tensor& weight, const at::Tensor& scales,
-                       const at::Tensor& sums, const std::optional<at::Tensor>& bias, int64_t n) {
-  const at::Tensor x = rows_of(x_in, "linear_w8a8: x");
-  const int64_t m = x.size(0), k = x.size(1), k_padded = (k + 3) / 4 * 4, panels = panels_of(n);
-  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kChar && weight.dim() == 4 &&
-                  weight.size(0) == panels && weight.size(1) == k_padded / 4 &&
-                  weight.size(2) == kPanel && weight.size(3) == 4,
-              "linear_w8a8: weight must be int8, packed as [ceil(N / 16), ceil(K / 4), 16, 4]");
-  TORCH_CHECK(scales.is_contiguous() && scales.scalar_type() == at::kFloat && scales.numel() == n,
-              "linear_w8a8: scales must be N float32 values");
-  TORCH_CHECK(sums.is_contiguous() && sums.scalar_type() == at::kInt &&
-                  sums.numel() == panels * kPanel,
-              "linear_w8a8: sums must be ceil(N / 16) * 16 int32 values");
-  at::Tensor y = at::empty({m, n}, x.options());
-  const float* b = bias_of(bias, n);
-  thread_local std::vector<int8_t> quantized;
-  thread_local std::vector<float> x_scales;
-  quantized.resize(m * k_padded);
-  x_scales.resize(m);
-  int8_t* xq = quantized.data();
-  float* xs = x_scales.data();
-  const float* source = x.const_data_ptr<float>();
-  const auto quantize = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      xs[r] = kernels().quantize_row(source + r * x.stride(0), xq + r * k_padded, k, k_padded);
-    }
-  };
-  auto& pool = ThreadPool::instance();
-  if (m < 4) {
-    quantize(0, m);
-  } else {
-    pool.run([&](int part, int parts) {
-      const Range r = share(m, part, parts);
-      quantize(r.begin, r.end);
-    });
+// Quantised inputs live as long as the thread that calls operators, and grow to the largest it has seen.
+void quantize_inputs(LinearArgs& args) {
+  thread_local std::vector<int8_t> values;
+  thread_local std::vector<float> scales, sums;
+  const int64_t k = padded_k(args.format, args.k);
+  const int64_t scales_a_row = is_grouped(args.format) ? k / kGroup : 1;
+  values.resize(args.m * k);
+  scales.resize(args.m * scales_a_row);
+  sums.resize(args.m * scales_a_row);
+  args.xq = values.data();
+  args.x_scales = scales.data();
+  args.x_sums = sums.data();
+  if (args.m < 4) {
+    kernels().quantize_rows(args, 0, args.m);
+    return;
   }
-  pool.run([&](int part, int parts) {
-    const Range r = share(panels, part, parts);
-    kernels().gemm_int8(xq, xs, weight.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(),
-                        sums.const_data_ptr<int32_t>(), b, y.mutable_data_ptr<float>(), m, n,
-                        k_padded, r.begin, r.end);
+  ThreadPool::instance().run([&](int part, int parts) {
+    const Range rows = share(args.m, part, parts);
+    kernels().quantize_rows(args, rows.begin, rows.end);
+  });
+}
+
+at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, int64_t n, int64_t format) {
+  const at::Tensor x = rows_of(x_in, "linear: x");
+  LinearArgs args{};
+  args.format = format_of(format);
+  args.m = x.size(0);
+  args.n = n;
+  args.k = x.size(1);
+  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte && weight.dim() == 2 &&
+                  weight.size(0) == panels_of(n) &&
+                  weight.size(1) == panel_bytes(args.format, args.k),
+              "linear: weight must be packed as uint8 [", panels_of(n), ", ",
+              panel_bytes(args.format, args.k), "]");
+  at::Tensor y = at::empty({args.m, n}, x.options());
+  args.x = x.const_data_ptr<float>();
+  args.x_stride = x.stride(0);
+  args.weight = weight.const_data_ptr<uint8_t>();
+  args.bias = bias_of(bias, n);
+  args.y = y.mutable_data_ptr<float>();
+  if (is_quantized(args.format)) quantize_inputs(args);
+  ThreadPool::instance().run([&](int part, int parts) {
+    const Range panels = share(weight.size(0), part, parts);
+    kernels().linear(args, panels.begin, panels.end);
   });
   return y;
 }
@@ -102,30 +92,165 @@ void check_heads(const at::Tensor& t, const char* what) {
               "paged_attention: ", what, " must be float32 [T, heads, head_dim], packed within a token");
 }
 
-void store_cache(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
-                 const at::Tensor& v_cache, const int32_t* slots) {
-  const int64_t heads = k.size(1), dim = k.size(2), block_size = k_cache.size(2);
-  const int64_t limit = k_cache.size(0) * block_size;
-  for (int64_t t = 0; t < k.size(0); ++t) {
-    const int64_t slot = slots[t];
-    if (slot < 0) continue;  // a row that only pads the batch
-    TORCH_CHECK(slot < limit, "paged_attention: slot ", slot, " is outside of the cache");
-    const int64_t block = slot / block_size, offset = slot % block_size;
-    for (int64_t h = 0; h < heads; ++h) {
-      const int64_t to = ((block * heads + h) * block_size + offset) * dim;
-      std::memcpy(k_cache.mutable_data_ptr<float>() + to,
-                  k.const_data_ptr<float>() + t * k.stride(0) + h * dim, dim * sizeof(float));
-      std::memcpy(v_cache.mutable_data_ptr<float>() + to,
-                  v.const_data_ptr<float>() + t * v.stride(0) + h * dim, dim * sizeof(float));
+CacheType cache_type(const at::Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case at::kFloat: return CacheType::kFloat32;
+    case at::kBFloat16: return CacheType::kBFloat16;
+    case at::kChar: return CacheType::kInt8;
+    default: TORCH_CHECK(false, "paged_attention: caches must be float32, bfloat16 or int8");
+  }
+}
+
+// A part of one sequence's attention: `tokens` of its new tokens from row `token`, one KV head, cached
+// tokens [begin, end). Parts of the same rows follow each other and are merged: `index` of `count`.
+struct Item {
+  int64_t sequence, token, position;
+  int tokens, kv_head;
+  int64_t begin, end;
+  int index, count;
+  int64_t floats;  // where its result lies in the partial results, if count > 1
+};
+
+// Query rows of a tile: enough that keys and values are read once for several, few enough for the cache.
+constexpr int kQueryRows = 48;
+static_assert(kQueryRows <= kMaxTileRows && kMaxQueryGroup <= kMaxTileRows);
+// Cached tokens that are worth a part of their own.
+constexpr int64_t kSplitTokens = 256;
+
+int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
+
+std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* starts,
+                                  const int32_t* lengths, int64_t sequences, int threads) {
+  const int group = args.q_heads / args.kv_heads;
+  const int tile = std::max(1, kQueryRows / group);
+  const int64_t tokens = starts[sequences];
+  // Without splitting, this many items; with fewer than a few a thread, contexts are split.
+  const int64_t whole = std::max<int64_t>(1, (tokens + tile - 1) / tile * args.kv_heads);
+  const int64_t wanted = std::max<int64_t>(1, 4 * threads / whole);
+  std::vector<Item> items;
+  items.reserve(whole + sequences * args.kv_heads);
+  int64_t floats = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t past = lengths[s] - (starts[s + 1] - starts[s]);
+    for (int64_t t = starts[s]; t < starts[s + 1]; t += tile) {
+      const int count = static_cast<int>(std::min<int64_t>(tile, starts[s + 1] - t));
+      const int64_t position = past + (t - starts[s]);
+      const int64_t end = std::max<int64_t>(0, position + count);
+      const int64_t seen = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
+      const int64_t begin = round_down(seen, args.block_size);
+      const int64_t splits =
+          threads == 1 ? 1 : std::clamp<int64_t>((end - begin) / kSplitTokens, 1, wanted);
+      const int64_t run = (end - begin + splits - 1) / splits;
+      const int64_t step =
+          std::max<int64_t>(1, (run + args.block_size - 1) / args.block_size) * args.block_size;
+      const int parts = static_cast<int>(std::max<int64_t>(1, (end - begin + step - 1) / step));
+      for (int h = 0; h < args.kv_heads; ++h) {
+        for (int part = 0; part < parts; ++part) {
+          const int64_t from = begin + part * step;
+          items.push_back({s, t, position, count, h, from, std::min(end, from + step), part, parts,
+                           floats});
+          if (parts > 1) floats += static_cast<int64_t>(count) * group * (args.head_dim + 2);
+        }
+      }
     }
   }
+  return items;
+}
+
+// out = sum over parts of e^(maximum - largest) * unnormalised, divided by the same of denominators.
+void merge(const AttentionArgs& args, const Item& item, const float* partial, float* out) {
+  const int group = args.q_heads / args.kv_heads, dim = args.head_dim, rows = group * item.tokens;
+  const int64_t size = static_cast<int64_t>(rows) * (dim + 2);
+  for (int r = 0; r < rows; ++r) {
+    const float* maxima = partial + static_cast<int64_t>(rows) * dim + r;
+    float largest = -INFINITY, denominator = 0;
+    for (int p = 0; p < item.count; ++p) largest = std::max(largest, maxima[p * size]);
+    float* y = out + ((item.token + r / group) * args.q_heads +
+                      static_cast<int64_t>(item.kv_head) * group + r % group) * dim;
+    std::fill(y, y + dim, 0.0f);
+    if (largest == -INFINITY) continue;  // nothing was seen: a row that only pads
+    for (int p = 0; p < item.count; ++p) {
+      const float weight = std::exp(maxima[p * size] - largest);
+      denominator += weight * maxima[p * size + rows];
+      const float* x = partial + p * size + static_cast<int64_t>(r) * dim;
+      for (int d = 0; d < dim; ++d) y[d] += weight * x[d];
+    }
+    for (int d = 0; d < dim; ++d) y[d] /= denominator;
+  }
+}
+
+void check_paging(const at::Tensor& context_lens, const at::Tensor& query_starts,
+                  const at::Tensor& block_tables, const at::Tensor& slots, int64_t tokens,
+                  int64_t blocks, int64_t block_size) {
+  const int64_t sequences = context_lens.size(0), width = block_tables.size(1);
+  const int32_t* starts = query_starts.const_data_ptr<int32_t>();
+  const int32_t* lengths = context_lens.const_data_ptr<int32_t>();
+  for (int64_t s = 0; s < sequences; ++s) {
+    TORCH_CHECK(lengths[s] >= 0 && lengths[s] <= width * block_size && starts[s] <= starts[s + 1],
+                "paged_attention: context of ", lengths[s], " does not fit the block table");
+    const int32_t* table = block_tables.const_data_ptr<int32_t>() + s * width;
+    for (int64_t b = 0; b * block_size < lengths[s]; ++b) {
+      TORCH_CHECK(table[b] >= 0 && table[b] < blocks, "paged_attention: block ", table[b],
+                  " is outside of the cache");
+    }
+  }
+  TORCH_CHECK(starts[0] == 0 && starts[sequences] <= tokens, "paged_attention: query_starts");
+  for (int64_t t = 0; t < tokens; ++t) {
+    TORCH_CHECK(slots.const_data_ptr<int32_t>()[t] < blocks * block_size, "paged_attention: slot ",
+                slots.const_data_ptr<int32_t>()[t], " is outside of the cache");
+  }
+}
+
+AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at::Tensor& k_cache,
+                             const at::Tensor& v_cache, double scale, int64_t window,
+                             double softcap) {
+  AttentionArgs args{};
+  args.type = cache_type(k_cache);
+  const int64_t extra = args.type == CacheType::kInt8 ? kScaleBytes : 0;
+  const int64_t kv_heads = k.size(1), dim = q.size(2), group = q.size(1) / kv_heads;
+  TORCH_CHECK(k_cache.is_contiguous() && k_cache.dim() == 4 && k_cache.size(1) == kv_heads &&
+                  k_cache.size(2) == dim + extra && k_cache.size(3) % kPanel == 0 &&
+                  v_cache.is_contiguous() && v_cache.scalar_type() == k_cache.scalar_type() &&
+                  v_cache.dim() == 4 && v_cache.size(0) == k_cache.size(0) &&
+                  v_cache.size(1) == kv_heads && v_cache.size(2) == k_cache.size(3) &&
+                  v_cache.size(3) == dim + extra,
+              "paged_attention: caches must be k [blocks, kv_heads, head_dim, block_size] and v "
+              "[blocks, kv_heads, block_size, head_dim], block_size a multiple of 16");
+  TORCH_CHECK(q.size(1) % kv_heads == 0 && group <= kMaxQueryGroup,
+              "paged_attention: ", q.size(1), " query heads don't fit ", kv_heads, " KV heads");
+  TORCH_CHECK(window >= 0 && softcap >= 0, "paged_attention: window and softcap can't be negative");
+  args.q = q.const_data_ptr<float>();
+  args.q_stride = q.stride(0);
+  args.k_cache = k_cache.const_data_ptr();
+  args.v_cache = v_cache.const_data_ptr();
+  args.q_heads = static_cast<int>(q.size(1));
+  args.kv_heads = static_cast<int>(kv_heads);
+  args.head_dim = static_cast<int>(dim);
+  args.block_size = static_cast<int>(k_cache.size(3));
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.window = window;
+  return args;
+}
+
+void write_cache(const AttentionArgs& args, const at::Tensor& k, const at::Tensor& v,
+                 const int32_t* slots) {
+  const auto write = [&](int64_t begin, int64_t end) {
+    kernels().store_cache(args, k.const_data_ptr<float>(), k.stride(0), v.const_data_ptr<float>(),
+                          v.stride(0), slots, begin, end);
+  };
+  if (k.size(0) < 16) return write(0, k.size(0));
+  ThreadPool::instance().run([&](int part, int parts) {
+    const Range tokens = share(k.size(0), part, parts);
+    write(tokens.begin, tokens.end);
+  });
 }
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& slots, const at::Tensor& query_starts,
                            const at::Tensor& context_lens, const at::Tensor& block_tables,
-                           double scale) {
+                           double scale, int64_t window, double softcap) {
   check_heads(q, "q");
   check_heads(k, "k");
   check_heads(v, "v");
@@ -133,61 +258,54 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   check_ints(query_starts, 1, "query_starts");
   check_ints(context_lens, 1, "context_lens");
   check_ints(block_tables, 2, "block_tables");
-  const int64_t tokens = q.size(0), kv_heads = k.size(1), sequences = context_lens.size(0);
-  TORCH_CHECK(k_cache.is_contiguous() && k_cache.dim() == 4 && k_cache.size(1) == kv_heads &&
-                  k_cache.size(3) == q.size(2) && k_cache.scalar_type() == at::kFloat &&
-                  v_cache.is_contiguous() && v_cache.sizes() == k_cache.sizes() &&
-                  v_cache.scalar_type() == at::kFloat,
-              "paged_attention: caches must be float32 [blocks, kv_heads, block_size, head_dim]");
-  TORCH_CHECK(q.size(1) % kv_heads == 0 && k.size(0) == tokens && v.sizes() == k.sizes() &&
+  const int64_t tokens = q.size(0), sequences = context_lens.size(0);
+  TORCH_CHECK(k.size(0) == tokens && v.sizes() == k.sizes() && k.size(2) == q.size(2) &&
                   slots.size(0) == tokens && query_starts.size(0) == sequences + 1 &&
                   block_tables.size(0) == sequences,
               "paged_attention: shapes do not agree");
-  store_cache(k, v, k_cache, v_cache, slots.const_data_ptr<int32_t>());
+  const AttentionArgs args = attention_args(q, k, k_cache, v_cache, scale, window, softcap);
+  check_paging(context_lens, query_starts, block_tables, slots, tokens, k_cache.size(0),
+               args.block_size);
+  write_cache(args, k, v, slots.const_data_ptr<int32_t>());
 
   at::Tensor out = at::empty({tokens, q.size(1), q.size(2)}, q.options());
+  float* y = out.mutable_data_ptr<float>();
   const int32_t* starts = query_starts.const_data_ptr<int32_t>();
-  const int32_t* lengths = context_lens.const_data_ptr<int32_t>();
-  const int64_t capacity = block_tables.size(1) * k_cache.size(2);
-  for (int64_t s = 0; s < sequences; ++s) {
-    TORCH_CHECK(lengths[s] >= 0 && lengths[s] <= capacity && starts[s] <= starts[s + 1],
-                "paged_attention: context of ", lengths[s], " does not fit the block table");
-    const int32_t* table = block_tables.const_data_ptr<int32_t>() + s * block_tables.size(1);
-    for (int64_t b = 0; b * k_cache.size(2) < lengths[s]; ++b) {
-      TORCH_CHECK(table[b] >= 0 && table[b] < k_cache.size(0), "paged_attention: block ", table[b],
-                  " is outside of the cache");
+  // Rows behind the last sequence's only pad.
+  std::fill(y + starts[sequences] * out.stride(0), y + out.numel(), 0.0f);
+  auto& pool = ThreadPool::instance();
+  const std::vector<Item> items = attention_items(
+      args, starts, context_lens.const_data_ptr<int32_t>(), sequences, pool.size());
+  const int64_t row_floats = args.head_dim + 2;
+  thread_local std::vector<float> partials;
+  int64_t needed = 0;
+  for (const Item& item : items) {
+    if (item.count > 1) {
+      needed = item.floats + item.tokens * (args.q_heads / args.kv_heads) * row_floats;
     }
   }
-  TORCH_CHECK(starts[0] == 0 && starts[sequences] <= tokens, "paged_attention: query_starts");
-  AttentionArgs args{};
-  args.q = q.const_data_ptr<float>();
-  args.k_cache = k_cache.const_data_ptr<float>();
-  args.v_cache = v_cache.const_data_ptr<float>();
-  args.out = out.mutable_data_ptr<float>();
-  args.q_stride = q.stride(0);
-  args.q_heads = static_cast<int>(q.size(1));
-  args.kv_heads = static_cast<int>(kv_heads);
-  args.head_dim = static_cast<int>(q.size(2));
-  args.block_size = static_cast<int>(k_cache.size(2));
-  args.scale = static_cast<float>(scale);
-  ThreadPool::instance().run([&](int part, int parts) {
-    thread_local std::vector<float> scratch;
-    scratch.resize(attend_scratch_floats(args));
-    AttentionArgs mine = args;
+  partials.resize(std::max<size_t>(partials.size(), needed));
+  float* shared = partials.data();
+  pool.run([&](int part, int parts) {
+    thread_local std::vector<float> local;
     // Dealt out one by one: causal rows cost more the later they come.
-    int64_t item = 0;
-    for (int64_t s = 0; s < sequences; ++s) {
-      mine.block_table = block_tables.const_data_ptr<int32_t>() + s * block_tables.size(1);
-      for (int64_t t = starts[s]; t < starts[s + 1]; ++t) {
-        const int64_t context = lengths[s] - (starts[s + 1] - 1 - t);
-        for (int h = 0; h < kv_heads; ++h, ++item) {
-          if (item % parts == part) {
-            kernels().attend(mine, t, h, context > 0 ? context : 0, scratch.data());
-          }
-        }
-      }
+    for (size_t i = part; i < items.size(); i += parts) {
+      const Item& item = items[i];
+      const int64_t rows = static_cast<int64_t>(item.tokens) * (args.q_heads / args.kv_heads);
+      const int64_t scratch = attention_scratch_floats(args, item.tokens);
+      local.resize(std::max<size_t>(local.size(), rows * row_floats + scratch));
+      float* result = item.count > 1 ? shared + item.floats : local.data() + scratch;
+      const AttentionTile tile{
+          block_tables.const_data_ptr<int32_t>() + item.sequence * block_tables.size(1),
+          item.token, item.tokens, item.position, item.kv_head, item.begin, item.end};
+      kernels().attend(args, tile, result, result + rows * args.head_dim,
+                       result + rows * (args.head_dim + 1), local.data());
+      if (item.count == 1) merge(args, item, result, y);
     }
   });
+  for (const Item& item : items) {
+    if (item.count > 1 && item.index == 0) merge(args, item, shared + item.floats, y);
+  }
   return out;
 }
 
@@ -198,21 +316,20 @@ std::string native_isa() { return kernels().isa; }
 }  // namespace
 
 TORCH_LIBRARY(precast, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
-  m.def(
-      "linear_w8a8(Tensor x, Tensor weight, Tensor scales, Tensor column_sums, Tensor? bias, "
-      "int out_features) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int format) -> Tensor");
+  m.def("panel_bytes(int format, int in_features) -> int", [](int64_t format, int64_t k) {
+    return panel_bytes(format_of(format), k);
+  });
   m.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale) "
-      "-> Tensor");
+      "Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale, "
+      "int window, float softcap) -> Tensor");
   m.def("start_threads(int[] cores) -> ()", start_threads);
   m.def("native_isa() -> str", native_isa);
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("linear", linear);
-  m.impl("linear_w8a8", linear_w8a8);
   m.impl("paged_attention", paged_attention);
 }
 
@@ -222,26 +339,19 @@ using precast::optional_tensor;
 using precast::tensor;
 
 PRECAST_SHIM aoti_torch_cpu_linear(AtenTensorHandle x, AtenTensorHandle weight,
-                                   AtenTensorHandle* bias, int64_t out_features,
+                                   AtenTensorHandle* bias, int64_t out_features, int64_t format,
                                    AtenTensorHandle* ret) {
   PRECAST_RETURN(
-      precast::linear(tensor(x), tensor(weight), optional_tensor(bias), out_features));
-}
-
-PRECAST_SHIM aoti_torch_cpu_linear_w8a8(AtenTensorHandle x, AtenTensorHandle weight,
-                                        AtenTensorHandle scales, AtenTensorHandle sums,
-                                        AtenTensorHandle* bias, int64_t out_features,
-                                        AtenTensorHandle* ret) {
-  PRECAST_RETURN(precast::linear_w8a8(tensor(x), tensor(weight), tensor(scales), tensor(sums),
-                                      optional_tensor(bias), out_features));
+      precast::linear(tensor(x), tensor(weight), optional_tensor(bias), out_features, format));
 }
 
 PRECAST_SHIM aoti_torch_cpu_paged_attention(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache,
     AtenTensorHandle v_cache, AtenTensorHandle slots, AtenTensorHandle query_starts,
-    AtenTensorHandle context_lens, AtenTensorHandle block_tables, double scale,
-    AtenTensorHandle* ret) {
+    AtenTensorHandle context_lens, AtenTensorHandle block_tables, double scale, int64_t window,
+    double softcap, AtenTensorHandle* ret) {
   PRECAST_RETURN(precast::paged_attention(tensor(q), tensor(k), tensor(v), tensor(k_cache),
                                           tensor(v_cache), tensor(slots), tensor(query_starts),
-                                          tensor(context_lens), tensor(block_tables), scale));
+                                          tensor(context_lens), tensor(block_tables), scale, window,
+                                          softcap));
 }

@@ -1,0 +1,28 @@
+"""Types of weights and cache, by the names that settings and graph factors use."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+WeightDtype = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["none", "int8", "q8_0", "q4_0", "q4_1"]
+KvDtype = Literal["fp32", "bf16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    weight_dtype: WeightDtype = "fp32"
+    """Of the embedding table, and of linears that are not quantised."""
+    quantization: Quantization = "none"
+    """Of the layers' linears; activations are quantised to 8 bits on the fly. int8: one scale for
+    each output channel. q8_0, q4_0, q4_1: GGUF's groups of 32 with a scale, or a scale and a
+    minimum."""
+    head_quantization: Quantization = "none"
+    """Of the output projection."""
+    kv_dtype: KvDtype = "fp32"
+    """Of keys and values in the cache."""
+
+
+def default_head_quantization(quantization: Quantization) -> Quantization:
+    """What llama.cpp ships: 8 bits where the layers have 4, because the head costs most
+    accuracy."""
+    return "q8_0" if quantization in ("q4_0", "q4_1") else quantization

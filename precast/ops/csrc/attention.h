@@ -1,0 +1,267 @@
+// Attention over a paged KV cache: decode and prefill are the same tile of rows against blocks of keys.
+//
+// Keys are kept transposed within their block, so that a vector holds one feature of neighbouring keys:
+// scores need no horizontal sums, at any number of rows.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "simd.h"
+
+namespace precast {
+namespace {
+
+// Rows of a register tile, and its vectors along the keys or the features.
+constexpr int kTileRows = kVectors == 1 ? 6 : 3;
+constexpr int kTileVectors = kVectors == 1 ? 4 : 2;
+
+template <typename T>
+constexpr int kExtra = sizeof(T) == 1 ? kScaleBytes : 0;  // rows of K, columns of V that hold scales
+
+template <typename F, int... Ns>
+inline void with_rows(int rows, F&& body, std::integer_sequence<int, Ns...>) {
+  (void)((rows == Ns + 1 && (body(std::integral_constant<int, Ns + 1>{}), true)) || ...);
+}
+
+// Calls body(first, integral_constant<count>) for runs of at most kTileRows rows.
+template <typename F>
+inline void for_row_tiles(int rows, F&& body) {
+  for (int r = 0; r < rows; r += kTileRows) {
+    const int count = rows - r < kTileRows ? rows - r : kTileRows;
+    with_rows(
+        count, [&](auto n) { body(r, n); }, std::make_integer_sequence<int, kTileRows>{});
+  }
+}
+
+// scores[r][j] = q[r] . key j
+template <typename T, int MR, int NV>
+inline void score_keys(const float* const* q, const T* k, int dim, int block_size, float* scores) {
+  vfloat acc[MR][NV] = {};
+  for (int d = 0; d < dim; ++d) {
+    for (int v = 0; v < NV; ++v) {
+      const vfloat keys = load(k + d * block_size + v * kLanes);
+      for (int r = 0; r < MR; ++r) acc[r][v] += keys * q[r][d];
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < NV; ++v) store(scores + r * block_size + v * kLanes, acc[r][v]);
+  }
+}
+
+template <typename T>
+inline void score_block(const float* const* q, const T* k, int rows, int dim, int block_size,
+                        float* scores) {
+  for_row_tiles(rows, [&](int r, auto mr) {
+    int j = 0;
+    for (; j + 2 * kLanes <= block_size; j += 2 * kLanes) {
+      score_keys<T, mr, 2>(q + r, k + j, dim, block_size, scores + r * block_size + j);
+    }
+    for (; j < block_size; j += kLanes) {
+      score_keys<T, mr, 1>(q + r, k + j, dim, block_size, scores + r * block_size + j);
+    }
+  });
+}
+
+// out[r] = out[r] * shrink[r] + sum over keys of weights[r][j] * value j, for NV vectors of features
+template <typename T, int MR, int NV>
+inline void add_values(const float* weights, const float* shrink, const T* v, int begin, int end,
+                       int dim, int block_size, float* out) {
+  vfloat acc[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int n = 0; n < NV; ++n) acc[r][n] = load(out + r * dim + n * kLanes) * shrink[r];
+  }
+  for (int j = begin; j < end; ++j) {
+    for (int n = 0; n < NV; ++n) {
+      const vfloat values = load(v + j * (dim + kExtra<T>) + n * kLanes);
+      for (int r = 0; r < MR; ++r) acc[r][n] += values * weights[r * block_size + j];
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int n = 0; n < NV; ++n) store(out + r * dim + n * kLanes, acc[r][n]);
+  }
+}
+
+template <typename T>
+inline void add_block(const float* weights, const float* shrink, const T* v, int rows, int begin,
+                      int end, int dim, int block_size, float* out) {
+  for_row_tiles(rows, [&](int r, auto mr) {
+    const float* w = weights + r * block_size;
+    float* y = out + r * dim;
+    int d = 0;
+    for (; d + kTileVectors * kLanes <= dim; d += kTileVectors * kLanes) {
+      add_values<T, mr, kTileVectors>(w, shrink + r, v + d, begin, end, dim, block_size, y + d);
+    }
+    for (; d + kLanes <= dim; d += kLanes) {
+      add_values<T, mr, 1>(w, shrink + r, v + d, begin, end, dim, block_size, y + d);
+    }
+    for (; d < dim; ++d) {
+      for (int i = 0; i < mr; ++i) {
+        float total = y[i * dim + d] * shrink[r + i];
+        for (int j = begin; j < end; ++j) {
+          total += w[i * block_size + j] * to_float(v[j * (dim + kExtra<T>) + d]);
+        }
+        y[i * dim + d] = total;
+      }
+    }
+  });
+}
+
+// Softmax weights of one row's scores in a block, of which [low, high) are seen, kept stable across
+// blocks by a running maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+// 2018). Returns by how much what was summed before shrinks.
+inline float soften(const AttentionArgs& a, float* scores, const float* key_scales, int low,
+                    int high, float* maximum, float* denominator) {
+  for (int j = 0; j < low; ++j) scores[j] = 0;
+  for (int j = high; j < a.block_size; ++j) scores[j] = 0;
+  if (low >= high) return 1;
+  float largest = *maximum;
+  for (int j = low; j < high; ++j) {
+    float score = scores[j] * a.scale * (key_scales ? key_scales[j] : 1.0f);
+    if (a.softcap > 0) score = a.softcap * std::tanh(score / a.softcap);
+    scores[j] = score;
+    largest = score > largest ? score : largest;
+  }
+  const float shrink = std::exp(*maximum - largest);
+  vfloat total = {};
+  int j = low;
+  for (; j + kLanes <= high; j += kLanes) {
+    const vfloat weight = exp_negative(load(scores + j) - largest);
+    store(scores + j, weight);
+    total += weight;
+  }
+  float sum = reduce_add(total);
+  for (; j < high; ++j) {
+    scores[j] = std::exp(scores[j] - largest);
+    sum += scores[j];
+  }
+  *denominator = *denominator * shrink + sum;
+  *maximum = largest;
+  return shrink;
+}
+
+template <typename T>
+void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* out, float* maximum,
+                  float* denominator, float* scores) {
+  const int group = a.q_heads / a.kv_heads, rows = group * tile.tokens;
+  const int dim = a.head_dim, size = a.block_size;
+  const int64_t head_size = static_cast<int64_t>(dim + kExtra<T>) * size;
+  const float* q[kMaxTileRows];
+  float shrink[kMaxTileRows];
+  for (int r = 0; r < rows; ++r) {
+    q[r] = a.q + (tile.first_token + r / group) * a.q_stride +
+           (static_cast<int64_t>(tile.kv_head) * group + r % group) * dim;
+    maximum[r] = -INFINITY;
+    denominator[r] = 0;
+  }
+  std::memset(out, 0, sizeof(float) * rows * dim);
+  for (int64_t start = tile.begin; start < tile.end; start += size) {
+    const int64_t left = tile.end - start;
+    const int count = left < size ? static_cast<int>(left) : size;
+    const int64_t at =
+        (static_cast<int64_t>(tile.block_table[start / size]) * a.kv_heads + tile.kv_head) *
+        head_size;
+    const T* k = static_cast<const T*>(a.k_cache) + at;
+    const T* v = static_cast<const T*>(a.v_cache) + at;
+    const float* key_scales =
+        kExtra<T> ? reinterpret_cast<const float*>(k + static_cast<int64_t>(dim) * size) : nullptr;
+    score_block(q, k, rows, dim, size, scores);
+    int seen_low = size, seen_high = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t position = tile.first_position + r / group;
+      const int64_t first = a.window > 0 ? position - a.window + 1 - start : 0;
+      const int64_t past = position + 1 - start;
+      const int low = first > 0 ? static_cast<int>(first < count ? first : count) : 0;
+      const int high = past < count ? static_cast<int>(past > 0 ? past : 0) : count;
+      shrink[r] =
+          soften(a, scores + r * size, key_scales, low, high, maximum + r, denominator + r);
+      seen_low = low < seen_low ? low : seen_low;
+      seen_high = high > seen_high ? high : seen_high;
+    }
+    if constexpr (kExtra<T> != 0) {
+      for (int j = seen_low; j < seen_high; ++j) {
+        const float scale = load_as<float>(v + static_cast<int64_t>(j) * (dim + kExtra<T>) + dim);
+        for (int r = 0; r < rows; ++r) scores[r * size + j] *= scale;
+      }
+    }
+    add_block(scores, shrink, v, rows, seen_low, seen_high, dim, size, out);
+  }
+}
+
+void attend(const AttentionArgs& a, const AttentionTile& tile, float* out, float* maximum,
+            float* denominator, float* scratch) {
+  switch (a.type) {
+    case CacheType::kFloat32:
+      return attend_typed<float>(a, tile, out, maximum, denominator, scratch);
+    case CacheType::kBFloat16:
+      return attend_typed<BFloat16>(a, tile, out, maximum, denominator, scratch);
+    case CacheType::kInt8:
+      return attend_typed<int8_t>(a, tile, out, maximum, denominator, scratch);
+  }
+}
+
+// ---- writing the cache -----------------------------------------------------------------------
+
+inline void convert(float x, float, float* to) { *to = x; }
+inline void convert(float x, float, BFloat16* to) {  // rounds to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    to->bits = static_cast<uint16_t>(bits >> 16 | 0x40);  // NaN stays one
+    return;
+  }
+  to->bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void convert(float x, float inverse, int8_t* to) {
+  *to = static_cast<int8_t>(std::nearbyintf(x * inverse));
+}
+
+// Writes x[0..dim) to `to` with the given stride, and for int8 its scale to `scale`.
+template <typename T>
+inline void put(const float* x, int dim, T* to, int64_t stride, void* scale) {
+  float inverse = 0;
+  if constexpr (kExtra<T> != 0) {
+    float largest = 0;
+    for (int d = 0; d < dim; ++d) largest = std::fabs(x[d]) > largest ? std::fabs(x[d]) : largest;
+    inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const float value = largest / 127.0f;
+    std::memcpy(scale, &value, sizeof(value));
+  }
+  for (int d = 0; d < dim; ++d) convert(x[d], inverse, to + d * stride);
+}
+
+template <typename T>
+void store_typed(const AttentionArgs& a, const float* k, int64_t k_stride, const float* v,
+                 int64_t v_stride, const int32_t* slots, int64_t begin, int64_t end) {
+  const int dim = a.head_dim, size = a.block_size;
+  const int64_t head_size = static_cast<int64_t>(dim + kExtra<T>) * size;
+  T* keys = const_cast<T*>(static_cast<const T*>(a.k_cache));
+  T* values = const_cast<T*>(static_cast<const T*>(a.v_cache));
+  for (int64_t t = begin; t < end; ++t) {
+    if (slots[t] < 0) continue;  // a row that only pads the batch
+    const int64_t block = slots[t] / size, offset = slots[t] % size;
+    for (int h = 0; h < a.kv_heads; ++h) {
+      const int64_t at = (block * a.kv_heads + h) * head_size;
+      T* key = keys + at;
+      T* value = values + at + offset * (dim + kExtra<T>);
+      put(k + t * k_stride + h * dim, dim, key + offset, size,
+          reinterpret_cast<float*>(key + static_cast<int64_t>(dim) * size) + offset);
+      put(v + t * v_stride + h * dim, dim, value, 1, value + dim);
+    }
+  }
+}
+
+void store_cache(const AttentionArgs& a, const float* k, int64_t k_stride, const float* v,
+                 int64_t v_stride, const int32_t* slots, int64_t begin, int64_t end) {
+  switch (a.type) {
+    case CacheType::kFloat32:
+      return store_typed<float>(a, k, k_stride, v, v_stride, slots, begin, end);
+    case CacheType::kBFloat16:
+      return store_typed<BFloat16>(a, k, k_stride, v, v_stride, slots, begin, end);
+    case CacheType::kInt8:
+      return store_typed<int8_t>(a, k, k_stride, v, v_stride, slots, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace precast

@@ -1,0 +1,130 @@
+// Vectors of the width that the instruction set of this compilation unit has. Written with the
+// compiler's vector extensions, so that one text serves all widths; intrinsics stand only where there
+// is no portable form (half precision, the 8-bit dot product).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace precast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kVectors = kPanel / kLanes;  // vectors to a panel row
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
+typedef int8_t vbyte __attribute__((vector_size(kLanes)));
+
+template <typename V, typename T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline vfloat load(const float* p) { return load_as<vfloat>(p); }
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+inline vfloat splat(float x) { return vfloat{} + x; }
+inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
+inline vfloat as_float(vint v) { return (vfloat)v; }
+
+// bf16 and fp16 share their storage type, so they are told apart by tags.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline vfloat load(const BFloat16* p) {  // the upper half of a float
+  return as_float(__builtin_convertvector(load_as<vshort>(p), vint) << 16);
+}
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+inline float to_float(float x) { return x; }
+
+inline float to_float(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  uint32_t bits;
+  if (rest >= 0x7c00) {  // infinity or NaN
+    bits = sign | 0x7f800000u | (rest & 0x3ff) << 13;
+  } else if (rest >= 0x400) {
+    bits = sign | ((rest << 13) + (112u << 23));
+  } else {  // zero or subnormal: a multiple of 2^-24
+    const float f = static_cast<float>(rest) * 0x1p-24f;
+    std::memcpy(&bits, &f, sizeof(bits));
+    bits |= sign;
+  }
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+inline vfloat load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline vfloat load(const int8_t* p) {
+  return to_float(__builtin_convertvector(load_as<vbyte>(p), vint));
+}
+inline float to_float(int8_t x) { return static_cast<float>(x); }
+
+inline float reduce_add(vfloat v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+inline float reduce_max(vfloat v) {
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// e^x for x <= 0, relative error below 2e-7; 0 below -87. Range reduction by powers of two and the
+// polynomial of Cephes' expf (S. L. Moshier).
+inline vfloat exp_negative(vfloat x) {
+  const vint alive = x > -87.0f;
+  x = x > -87.0f ? x : splat(-87.0f);
+  const vfloat n = x * 1.44269504088896341f;
+  // Adding 1.5 * 2^23 rounds to an integer in the low bits.
+  const vfloat rounded = n + 12582912.0f;
+  const vfloat whole = rounded - 12582912.0f;
+  vfloat r = x - whole * 0.693359375f;
+  r = r - whole * -2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vint exponent = (__builtin_convertvector(whole, vint) + 127) << 23;
+  return as_float((vint)(p * as_float(exponent)) & alive);
+}
+
+}  // namespace
+}  // namespace precast

@@ -1,0 +1,137 @@
+"""The linear operator in every weight format, for shapes that are multiples of nothing."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from precast.ops import native
+from precast.ops.packing import GROUP, Format, pack, quantize_groups, quantize_int8, unpack
+
+FLOATS = [Format.FP32, Format.BF16, Format.FP16]
+GROUPED = [Format.Q8_0, Format.Q4_0, Format.Q4_1]
+SHAPES = [(1, 1), (7, 5), (16, 64), (33, 66), (48, 576), (100, 257)]
+BATCHES = [1, 2, 3, 5, 8, 13, 65]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> None:
+    torch.manual_seed(0)
+    native.start_threads((-1, -1))
+
+
+def run(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, fmt: Format) -> Tensor:
+    y: Tensor = torch.ops.precast.linear(x, packed, bias, n, int(fmt))
+    return y
+
+
+def quantized_inputs(x: Tensor, group: int) -> Tensor:
+    """The inputs that the kernel computes with: rounded to 127 steps of each group's largest."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).view(x.shape[0], -1, group)
+    scale = padded.abs().amax(dim=2, keepdim=True) / 127
+    steps = torch.where(scale > 0, padded / scale, torch.zeros_like(padded)).round()
+    return (steps.double() * scale.double()).view(x.shape[0], -1)[:, : x.shape[1]]
+
+
+def assert_close_but_for_halves(actual: Tensor, expected: Tensor, step: float) -> None:
+    """A value halfway between two steps may go either way: one step of one input at the most."""
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=step * 1.01 + 1e-5)
+    assert (actual.double() - expected).abs().median() < 1e-5
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("fmt", FLOATS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_floats_agree_with_torch(n: int, k: int, fmt: Format, with_bias: bool) -> None:
+    weight = torch.randn(n, k)
+    packed = pack(weight, fmt)
+    bias = torch.randn(n) if with_bias else None
+    for m in BATCHES:
+        x = torch.randn(m, k)
+        expected = torch.nn.functional.linear(x.double(), unpack(packed, n, k, fmt).double())
+        expected = expected + bias.double() if bias is not None else expected
+        actual = run(x, packed, bias, n, fmt)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("fmt", [Format.INT8, *GROUPED])
+def test_quantized_agree_with_exact_arithmetic(n: int, k: int, fmt: Format) -> None:
+    weight, bias = torch.randn(n, k), torch.randn(n)
+    packed = pack(weight, fmt)
+    meant = unpack(packed, n, k, fmt).double()
+    for m in BATCHES:
+        x = torch.randn(m, k)
+        x[0] = 0  # a row of zeros has no scale
+        inputs = quantized_inputs(x, k if fmt == Format.INT8 else GROUP)
+        step = float(x.abs().max() / 127 * meant.abs().max())
+        assert_close_but_for_halves(run(x, packed, bias, n, fmt), inputs @ meant.T + bias, step)
+
+
+@pytest.mark.parametrize("fmt", [Format.INT8, *GROUPED])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_extremes_do_not_saturate(fmt: Format, sign: float) -> None:
+    weight = torch.full((16, 512), 1.0)
+    weight[:, ::2] = -1.0  # so that the 4-bit formats use both ends of their range
+    packed = pack(weight, fmt)
+    x = weight[:1] * sign
+    expected = x @ unpack(packed, 16, 512, fmt).T
+    assert expected.abs().min() > 400
+    torch.testing.assert_close(run(x, packed, None, 16, fmt), expected, rtol=1e-4, atol=0)
+
+
+def test_int8_weights_are_rounded_to_the_nearest_step() -> None:
+    weight = torch.randn(33, 70)
+    quantized, scales = quantize_int8(weight)
+    assert int(quantized.abs().max()) == 127
+    error = (quantized * scales[:, None] - weight).abs()
+    assert (error <= scales[:, None] * 0.5001).all()
+    assert torch.equal(
+        unpack(pack(weight, Format.INT8), 33, 70, Format.INT8), quantized * scales[:, None]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fmt", "steps"), [(Format.Q8_0, 0.51), (Format.Q4_0, 1.01), (Format.Q4_1, 0.55)]
+)
+def test_groups_lose_at_most_a_step(fmt: Format, steps: float) -> None:
+    """Q4_0 covers -8 to 7 steps, so a value at the other end may lose a whole one."""
+    weight = torch.randn(32, 192)
+    scale = quantize_groups(weight, fmt)[1][0].float().abs().repeat_interleave(GROUP, dim=1)
+    error = (unpack(pack(weight, fmt), 32, 192, fmt) - weight).abs()
+    assert (error <= scale * steps + 2e-3).all()
+
+
+@pytest.mark.parametrize("fmt", GROUPED)
+@pytest.mark.parametrize("k", [64, 96])
+def test_weights_out_of_such_groups_come_back_exactly(fmt: Format, k: int) -> None:
+    """A GGUF file that was dequantised at import loses nothing when it is packed again."""
+    once = unpack(pack(torch.randn(48, k) * 0.02, fmt), 48, k, fmt)
+    assert torch.equal(unpack(pack(once, fmt), 48, k, fmt), once)
+
+
+def test_large_weights_are_packed_in_parts() -> None:
+    weight = torch.randn(5000, 1000)  # more than one part, and no whole number of panels
+    for fmt in (Format.BF16, Format.INT8, Format.Q4_1):
+        whole = pack(weight, fmt)
+        last = unpack(pack(weight[-40:], fmt), 40, 1000, fmt)
+        assert torch.equal(unpack(whole, 5000, 1000, fmt)[-40:], last)
+
+
+@pytest.mark.parametrize("fmt", list(Format))
+def test_refuses_weights_that_are_not_packed_for_it(fmt: Format) -> None:
+    packed = pack(torch.randn(16, 64), fmt)
+    wrong = [
+        (torch.randn(1, 130), packed, int(fmt)),
+        (torch.randn(1, 64), torch.randn(16, 64), int(fmt)),
+        (torch.randn(1, 64), packed[:, :-1], int(fmt)),
+    ]
+    for x, weight, code in wrong:
+        with pytest.raises(RuntimeError, match="packed as"):
+            torch.ops.precast.linear(x, weight, None, 16, code)
+
+
+def test_refuses_a_format_that_there_is_not() -> None:
+    packed = pack(torch.randn(16, 64), Format.FP32)
+    for code in (-1, 7, 1 << 40):
+        with pytest.raises(RuntimeError, match="no weight format"):
+            torch.ops.precast.linear(torch.randn(1, 64), packed, None, 16, code)
