@@ -115,9 +115,9 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_groups(weight: Tensor, fmt: Format) -> tuple[Tensor, list[Tensor]]:
     """Float [N, K] to quantised [N, G, 32] and per-group fp16 parameters [N, G] each.
 
-    int8 and the scale for Q8_0; uint8 in [0, 15] and the scale for Q4_0 (w = scale * (q - 8)); uint8,
-    scale and minimum for Q4_1 (w = scale * q + minimum). G is even; inputs past K repeat the last
-    one.
+    int8 and the scale for Q8_0; uint8 in [0, 15] and the scale for Q4_0 (w = scale * (q - 8));
+    uint8, scale and minimum for Q4_1 (w = scale * q + minimum). G is even; inputs past K repeat the
+    last one.
     """
     weight = weight.float()
     extra = -weight.shape[1] % (2 * GROUP)

@@ -104,7 +104,7 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(home: Path, redis_url: str
     outputs = []
     for settings in (
         {"prefill_chunk": 256},
-        {"prefill_chunk": 16, "kv_blocks": 20, "block_size": 8},
+        {"prefill_chunk": 16, "kv_blocks": 10, "block_size": 16},
     ):
         with decode_worker(
             home,

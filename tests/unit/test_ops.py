@@ -26,7 +26,7 @@ def threads() -> None:
 def reference_attention(
     q: Tensor, keys: Tensor, values: Tensor, positions: list[int], window: int, softcap: float
 ) -> Tensor:
-    """One sequence: q [T, heads, D] at the given positions; keys and values [kv_heads, tokens, D]."""
+    """One sequence: q [T, heads, D]; keys and values [kv_heads, tokens, D]."""
     group = q.shape[1] // keys.shape[0]
     keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
     rows = []
@@ -41,7 +41,7 @@ def reference_attention(
 
 
 NEW = [11, 5, 1, 1, 1, 70]
-"""Ragged: a prefill, a later chunk of one, two decodes, a padded row, a prefill of several tiles."""
+"""A prefill, a later chunk of one, two decodes, a padded row, a prefill of several tiles."""
 CONTEXTS = [11, 21, 1, 90, 0, 70]
 LONG = [1, 1]
 LONG_CONTEXTS = [2000, 700]
