@@ -269,6 +269,8 @@ def _context_cases(batch: int, block: int) -> list[list[int]]:
 
 
 def _relative_error(actual: Any, expected: Any) -> float:
+    if expected.numel() == 0:
+        return 0.0  # the cache of a rank without attention
     scale = float(expected.abs().max())
     difference = float((actual - expected).abs().max())
     if not difference < float("inf"):

@@ -110,6 +110,8 @@ def random_cache(shape: LlamaShape, block_size: int, generator: torch.Generator)
         block_size=block_size,
         head_dim=shape.head_dim,
     )
+    if shape.kv_heads == 0:
+        return cache
     size = (CAPTURE_BLOCKS * block_size, shape.kv_heads, shape.head_dim)
     fill_cache(
         cache, torch.randn(size, generator=generator), torch.randn(size, generator=generator)

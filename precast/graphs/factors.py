@@ -95,7 +95,7 @@ def shape_from(factors: Mapping[str, str]) -> LlamaShape:
         raise InvalidRequest("vocab_size is none of vocab_widths")
     if len(widths) != int(factors["tp_size"]):
         raise InvalidRequest("vocab_widths must have one entry for each of tp_size ranks")
-    if shape.q_heads % shape.kv_heads:
+    if shape.q_heads % max(1, shape.kv_heads) or (shape.q_heads > 0) != (shape.kv_heads > 0):
         raise InvalidRequest("q_heads must be a multiple of kv_heads")
     return shape
 

@@ -163,6 +163,8 @@ def attention(
     cache: LayerCache,
     weights: LayerWeights,
 ) -> Tensor:
+    if shape.q_heads == 0:  # more ranks than query heads
+        return reduce(shape, x.new_zeros(x.shape[0], shape.hidden_size))
     q_size, kv_size = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     qkv = linear(shape.linear_format, x, weights.qkv, q_size + 2 * kv_size, shape.attention_bias)
     q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)

@@ -1,13 +1,16 @@
 """How a model is cut over the ranks of a tensor-parallel group.
 
-A rank takes whole KV heads with their query heads, so head counts that don't divide leave some
-ranks with more attention work; the MLP's columns are dealt the other way, so that every rank reads
-about as many weight bytes a layer. SmolLM2-135M over two ranks: KV heads 2 and 1, MLP columns 688
-and 848.
+With fewer ranks than KV heads, a rank takes whole KV heads with their query heads. With more, a KV
+head is held by several ranks, and its query heads are dealt out among them; ranks beyond the number
+of query heads have no attention. Either way a rank's query heads divide evenly over its KV heads,
+as the attention operator wants. Head counts that don't divide leave some ranks with more attention
+work; the MLP's columns are dealt the other way, so that every rank reads about as many weight bytes
+a layer. SmolLM2-135M over two ranks: KV heads 2 and 1, MLP columns 688 and 848.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from precast.errors import ConfigError
 from precast.models.config import ModelConfig
@@ -21,6 +24,7 @@ class Shard:
     """One rank's share, as half-open ranges over the whole model."""
 
     kv_heads: range
+    """KV heads that this rank computes and caches; other ranks may hold the same."""
     q_heads: range
     mlp: range
     vocab: range
@@ -29,46 +33,79 @@ class Shard:
 
 
 def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
-    """The share of ``rank`` among ``tp`` ranks. Raises ConfigError if there are too few heads."""
-    if not 1 <= tp <= config.kv_heads:
-        raise ConfigError(
-            f"tp={tp}: a model with {config.kv_heads} KV heads runs on 1 to {config.kv_heads} ranks"
-        )
-    kv = _deal(config.kv_heads, [1.0] * tp, 1)
-    columns = _deal(config.intermediate_size, _mlp_work(config, kv), PANEL)
+    """The share of ``rank`` among ``tp`` ranks. Raises ConfigError if there are too few columns."""
+    if not 0 <= rank < tp:
+        raise ConfigError(f"tp={tp}: a rank {rank} does not exist")
+    heads = _deal_heads(config.q_heads, config.kv_heads, tp)
+    columns = _deal(config.intermediate_size, _mlp_work(config, heads), PANEL)
     vocab = _deal(config.vocab_size, [1.0] * tp, PANEL)
-    group = config.q_heads // config.kv_heads
-    heads = _range(kv, rank)
     return Shard(
-        kv_heads=heads,
-        q_heads=range(heads.start * group, heads.stop * group),
+        kv_heads=heads[rank].kv,
+        q_heads=heads[rank].q,
         mlp=_range(columns, rank),
         vocab=_range(vocab, rank),
         vocab_widths=tuple(vocab),
     )
 
 
-def _mlp_work(config: ModelConfig, kv_heads: Sequence[int]) -> list[float]:
+def kv_heads_held(config: ModelConfig, tp: int) -> int:
+    """KV heads that ``tp`` ranks keep a cache for, all together."""
+    return sum(len(heads.kv) for heads in _deal_heads(config.q_heads, config.kv_heads, tp))
+
+
+class _Heads(NamedTuple):
+    q: range
+    kv: range
+
+
+def _deal_heads(q_heads: int, kv_heads: int, tp: int) -> list[_Heads]:
+    group = q_heads // kv_heads
+    if tp <= kv_heads:
+        kv = [_range(_deal(kv_heads, [1.0] * tp, 1), rank) for rank in range(tp)]
+        return [_Heads(range(r.start * group, r.stop * group), r) for r in kv]
+    heads: list[_Heads] = []
+    for head, ranks in enumerate(_deal(min(tp, q_heads), [1.0] * kv_heads, 1)):
+        shares = _deal(group, [1.0] * ranks, 1)
+        for index in range(ranks):
+            mine = _range(shares, index)
+            q = range(head * group + mine.start, head * group + mine.stop)
+            heads.append(_Heads(q, range(head, head + 1)))
+    none = _Heads(range(q_heads, q_heads), range(kv_heads, kv_heads))
+    return heads + [none] * (tp - len(heads))
+
+
+def _mlp_work(config: ModelConfig, heads: Sequence[_Heads]) -> list[float]:
     """Each rank's fair number of MLP columns: its share of all layer weights less its attention."""
-    group = config.q_heads // config.kv_heads
-    head_weights = config.hidden_size * config.head_dim * (2 * group + 2)
-    column_weights = 3 * config.hidden_size
-    total = head_weights * config.kv_heads + column_weights * config.intermediate_size
-    fair = total / len(kv_heads)
-    return [max(0.0, (fair - head_weights * n) / column_weights) for n in kv_heads]
+    head_columns = config.head_dim * 2 / 3  # a head's row and column against gate, up and down
+    attention = [head_columns * (len(h.q) + len(h.kv)) for h in heads]
+    level = _fill_level(attention, config.intermediate_size)
+    return [max(0.0, level - work) for work in attention]
+
+
+def _fill_level(floors: Sequence[float], amount: float) -> float:
+    """How high ``amount`` of water stands over ``floors`` of unequal height."""
+    ordered = sorted(floors)
+    total = amount
+    for count, floor in enumerate(ordered, start=1):
+        total += floor
+        if count == len(ordered) or total / count <= ordered[count]:
+            return total / count
+    raise AssertionError("there is at least one floor")
 
 
 def _deal(count: int, weights: Sequence[float], unit: int) -> list[int]:
-    """``count`` things in proportion to ``weights``, each share but the last a multiple of
-    ``unit``."""
-    units = -(-count // unit)
-    if units < len(weights):
+    """``count`` things in proportion to ``weights``, at least one each, and each share but the last
+    a multiple of ``unit`` if there are that many."""
+    if count < len(weights):
         raise ConfigError(f"can't cut {count} columns over {len(weights)} ranks")
+    if -(-count // unit) < len(weights):
+        unit = 1
+    units = -(-count // unit)
     shares: list[int] = []
     left, weight_left = units, sum(weights)
     for index, weight in enumerate(weights):
         others = len(weights) - index - 1
-        ideal = -(-left * weight // weight_left) if weight_left > 0 else left
+        ideal = left * weight / weight_left + 0.5 if weight_left > 0 else left
         mine = left if others == 0 else max(1, min(int(ideal), left - others))
         shares.append(mine)
         left -= mine

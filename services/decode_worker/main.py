@@ -17,6 +17,7 @@ from precast.errors import ConfigError, ModelCorrupt
 from precast.graphs.fetch import GraphCache
 from precast.graphs.signing import TrustedKeys
 from precast.models.config import ModelConfig, load_config
+from precast.models.sharding import kv_heads_held
 from precast.process import available_cpus
 from precast.registry import Heartbeat, Registry
 from precast.rpc import Server, start_server
@@ -130,7 +131,8 @@ def context_length(settings: DecodeWorkerSettings, config: ModelConfig) -> int:
 def kv_blocks(settings: DecodeWorkerSettings, config: ModelConfig, context: int) -> int:
     """Blocks for a full batch of full contexts, or as many as a share of the free memory holds."""
     per_sequence = -(-context // settings.block_size)
-    floats = 2 * config.num_layers * config.kv_heads * settings.block_size * config.head_dim
+    heads = kv_heads_held(config, settings.tp)
+    floats = 2 * config.num_layers * heads * settings.block_size * config.head_dim
     budget = int(psutil.virtual_memory().available * KV_MEMORY_SHARE) // (4 * floats)
     blocks = min(settings.max_batch_size * per_sequence, budget)
     if blocks < per_sequence:

@@ -35,28 +35,38 @@ def config(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in (values | changes).items() if value is not None}
 
 
-def tensors(seed: int = 0) -> dict[str, "np.ndarray[Any, Any]"]:
-    """Every tensor of the tiny model."""
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    for index in range(LAYERS):
+def tensors(seed: int = 0, **changes: Any) -> dict[str, "np.ndarray[Any, Any]"]:
+    """Every tensor of the tiny model, or of one whose ``config`` has these changes."""
+    values = config(**changes)
+    hidden, mlp = values["hidden_size"], values["intermediate_size"]
+    q_size = values["num_attention_heads"] * values["head_dim"]
+    kv_size = values["num_key_value_heads"] * values["head_dim"]
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,)}
+    for index in range(values["num_hidden_layers"]):
         shapes |= {
             f"model.layers.{index}.{name}.weight": shape
             for name, shape in (
-                ("input_layernorm", (HIDDEN,)),
-                ("post_attention_layernorm", (HIDDEN,)),
-                ("self_attn.q_proj", (HEADS * HEAD_DIM, HIDDEN)),
-                ("self_attn.k_proj", (KV_HEADS * HEAD_DIM, HIDDEN)),
-                ("self_attn.v_proj", (KV_HEADS * HEAD_DIM, HIDDEN)),
-                ("self_attn.o_proj", (HIDDEN, HEADS * HEAD_DIM)),
-                ("mlp.gate_proj", (MLP, HIDDEN)),
-                ("mlp.up_proj", (MLP, HIDDEN)),
-                ("mlp.down_proj", (HIDDEN, MLP)),
+                ("input_layernorm", (hidden,)),
+                ("post_attention_layernorm", (hidden,)),
+                ("self_attn.q_proj", (q_size, hidden)),
+                ("self_attn.k_proj", (kv_size, hidden)),
+                ("self_attn.v_proj", (kv_size, hidden)),
+                ("self_attn.o_proj", (hidden, q_size)),
+                ("mlp.gate_proj", (mlp, hidden)),
+                ("mlp.up_proj", (mlp, hidden)),
+                ("mlp.down_proj", (hidden, mlp)),
             )
         }
+        if values.get("attention_bias"):
+            names = (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
+            shapes |= {
+                f"model.layers.{index}.self_attn.{name}.bias": (size,)
+                for name, size in (*names, ("o_proj", hidden))
+            }
     rng = np.random.default_rng(seed)
     return {
         name: rng.normal(0, 0.2, shape).astype(np.float32)
-        if len(shape) == 2
+        if len(shape) == 2 or name.endswith(".bias")
         else np.ones(shape, np.float32)
         for name, shape in shapes.items()
     }

@@ -4,7 +4,7 @@ import pytest
 
 from precast.errors import ConfigError
 from precast.models.config import ModelConfig, RopeConfig
-from precast.models.sharding import shard
+from precast.models.sharding import PANEL, Shard, kv_heads_held, shard
 
 
 def config(kv_heads: int = 3, group: int = 3, **changes: int) -> ModelConfig:
@@ -31,21 +31,68 @@ def config(kv_heads: int = 3, group: int = 3, **changes: int) -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 3, 5, 8])
-def test_every_head_column_and_row_is_on_exactly_one_rank(kv_heads: int) -> None:
-    model = config(kv_heads, vocab_size=50257, intermediate_size=1500)
-    for tp in range(1, kv_heads + 1):
-        shards = [shard(model, rank, tp) for rank in range(tp)]
-        for name, total in (
-            ("kv_heads", kv_heads),
-            ("q_heads", model.q_heads),
-            ("mlp", 1500),
-            ("vocab", 50257),
-        ):
-            ranges = [getattr(s, name) for s in shards]
-            assert [i for r in ranges for i in r] == list(range(total)), name
-            assert all(len(r) > 0 for r in ranges), name
-        assert all(s.vocab_widths == tuple(len(t.vocab) for t in shards) for s in shards)
+HEADS = [(1, 1), (2, 1), (3, 3), (4, 2), (5, 5), (6, 2), (8, 8), (9, 3), (14, 2), (15, 5), (32, 8)]
+"""Query and KV heads."""
+
+
+@pytest.mark.parametrize("tp", range(1, 9))
+@pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
+def test_every_head_column_and_row_is_on_exactly_one_rank(
+    q_heads: int, kv_heads: int, tp: int
+) -> None:
+    model = config(kv_heads, q_heads // kv_heads, vocab_size=50257, intermediate_size=1500)
+    shards = [shard(model, rank, tp) for rank in range(tp)]
+    for name, total in (("q_heads", q_heads), ("mlp", 1500), ("vocab", 50257)):
+        ranges = [getattr(s, name) for s in shards]
+        assert [i for r in ranges for i in r] == list(range(total)), name
+        assert name == "q_heads" or all(len(r) > 0 for r in ranges), name
+    assert all(s.vocab_widths == tuple(len(t.vocab) for t in shards) for s in shards)
+
+
+@pytest.mark.parametrize("tp", range(1, 9))
+@pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
+def test_query_heads_are_with_their_kv_heads_and_divide_evenly(
+    q_heads: int, kv_heads: int, tp: int
+) -> None:
+    group = q_heads // kv_heads
+    shards = [shard(config(kv_heads, group), rank, tp) for rank in range(tp)]
+    for part in shards:
+        assert bool(part.q_heads) == bool(part.kv_heads)
+        if part.kv_heads:
+            mine = len(part.q_heads) // len(part.kv_heads)
+            assert mine * len(part.kv_heads) == len(part.q_heads)
+            # The attention operator gives local query head i to local KV head i // mine.
+            owners = [part.kv_heads[i // mine] for i in range(len(part.q_heads))]
+            assert owners == [q // group for q in part.q_heads]
+    assert sum(1 for part in shards if part.q_heads) == min(tp, q_heads)
+    held = [head for part in shards for head in part.kv_heads]
+    assert set(held) == set(range(kv_heads))
+    assert len(held) == kv_heads_held(config(kv_heads, group), tp)
+    assert len(held) == max(kv_heads, min(tp, q_heads))
+
+
+def layer_weights(model: ModelConfig, part: Shard) -> int:
+    attention = model.hidden_size * model.head_dim * 2 * (len(part.q_heads) + len(part.kv_heads))
+    return attention + 3 * model.hidden_size * len(part.mlp)
+
+
+@pytest.mark.parametrize("tp", range(2, 9))
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(9, 3), (14, 2), (15, 5), (32, 8), (5, 5)])
+def test_every_rank_reads_about_as_many_weights(q_heads: int, kv_heads: int, tp: int) -> None:
+    model = config(kv_heads, q_heads // kv_heads, intermediate_size=8192)
+    work = [layer_weights(model, shard(model, rank, tp)) for rank in range(tp)]
+    assert max(work) - min(work) <= 3 * model.hidden_size * PANEL * 2  # two panels
+
+
+def test_a_rank_whose_attention_is_more_than_its_share_gets_a_panel() -> None:
+    model = config(3, 3, intermediate_size=160)
+    widths = [len(shard(model, rank, 2).mlp) for rank in range(2)]
+    assert widths == [16, 144]
+
+
+def test_few_columns_are_dealt_one_by_one() -> None:
+    model = config(2, 2, intermediate_size=24, vocab_size=20)
+    assert sorted(len(shard(model, rank, 8).vocab) for rank in range(8)) == [2] * 4 + [3] * 4
 
 
 def test_query_heads_follow_their_kv_heads() -> None:
@@ -56,15 +103,11 @@ def test_query_heads_follow_their_kv_heads() -> None:
 
 def test_the_mlp_evens_out_uneven_heads() -> None:
     model = config()
-    work = []
-    for rank in range(2):
-        part = shard(model, rank, 2)
-        attention = 576 * 64 * (2 * len(part.q_heads) + 2 * len(part.kv_heads))
-        work.append(attention + 3 * 576 * len(part.mlp))
+    work = [layer_weights(model, shard(model, rank, 2)) for rank in range(2)]
     assert max(work) / min(work) < 1.02
 
 
-@pytest.mark.parametrize("tp", [0, 4])
-def test_a_number_of_ranks_that_heads_do_not_allow_is_refused(tp: int) -> None:
-    with pytest.raises(ConfigError, match=f"tp={tp}"):
-        shard(config(), 0, tp)
+@pytest.mark.parametrize(("tp", "reason"), [(0, "tp=0"), (30, "can't cut 20 columns")])
+def test_a_number_of_ranks_that_does_not_work_is_refused(tp: int, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        shard(config(vocab_size=20), 0, tp)

@@ -207,6 +207,7 @@ AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at:
   AttentionArgs args{};
   args.type = cache_type(k_cache);
   const int64_t extra = args.type == CacheType::kInt8 ? kScaleBytes : 0;
+  TORCH_CHECK(k.size(1) > 0, "paged_attention: no KV heads");
   const int64_t kv_heads = k.size(1), dim = q.size(2), group = q.size(1) / kv_heads;
   TORCH_CHECK(k_cache.is_contiguous() && k_cache.dim() == 4 && k_cache.size(1) == kv_heads &&
                   k_cache.size(2) == dim + extra && k_cache.size(3) % kPanel == 0 &&

@@ -1,0 +1,166 @@
+"""Groups of real ranks that decode greedily: ``python -m tests.support.tensor_parallel_program``.
+
+Forks the ranks, each of which runs the rank's own loop on its socket, so that a group costs a
+fraction of a second. Prints as JSON what rank 0 answered, for each group size: tokens and the log
+probabilities of the likeliest ones.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from precast.models.precision import Precision
+from precast.process import die_with_parent
+from precast.shared_memory import new_segment_name
+from services.decode_worker import rank
+from services.decode_worker.rank_protocol import (
+    FRAME_HEADER,
+    Init,
+    Ready,
+    Reply,
+    Sampling,
+    Shutdown,
+    Step,
+    StepDone,
+    decode_reply,
+    frame,
+)
+
+BLOCK = 16
+PROMPTS = ((5, 9, 200, 31, 7, 7, 90), (17,), tuple(range(100, 119)))
+DECODE_STEPS = 4
+TOP = 5
+
+
+def start(init: Init) -> socket.socket:
+    ours, theirs = socket.socketpair()
+    parent = os.getpid()
+    if os.fork() == 0:
+        try:
+            die_with_parent(signal.SIGKILL, parent)
+            ours.close()
+            with torch.inference_mode():
+                rank.serve(theirs)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    theirs.close()
+    return ours
+
+
+def reply(connection: socket.socket) -> Reply:
+    (size,) = FRAME_HEADER.unpack(_read(connection, FRAME_HEADER.size))
+    return decode_reply(_read(connection, size))
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise SystemExit("a rank died")
+        data += part
+    return data
+
+
+def ints(values: Sequence[int]) -> bytes:
+    return np.array(values, dtype=np.int32).tobytes()
+
+
+def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
+    """Sequence s has ``contexts[s]`` tokens in the cache, and gets ``new[s]``; its blocks are 2s and
+    2s + 1."""
+    positions = [[past + i for i in range(len(n))] for past, n in zip(contexts, new, strict=True)]
+    slots = [[s * 2 * BLOCK + at for at in own] for s, own in enumerate(positions)]
+    lengths = [len(n) for n in new]
+    greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0, logprobs=TOP)
+    return Step(
+        step_id=step_id,
+        prefill=max(lengths) > 1,
+        token_ids=ints(sum(new, [])),
+        positions=ints(sum(positions, [])),
+        slots=ints(sum(slots, [])),
+        query_starts=ints([0, *np.cumsum(lengths)]),
+        context_lens=ints([past + n for past, n in zip(contexts, lengths, strict=True)]),
+        block_tables=ints([b for s in range(len(new)) for b in (2 * s, 2 * s + 1)]),
+        block_table_width=2,
+        sample=(greedy,) * len(new),
+    )
+
+
+def generate(inits: list[Init]) -> list[dict[str, object]]:
+    """One prefill, then decode steps; what rank 0 said to each."""
+    connections = [start(init) for init in inits]
+    for connection, init in zip(connections, inits, strict=True):
+        connection.sendall(frame(init))
+    for connection in connections:
+        ready = reply(connection)
+        assert isinstance(ready, Ready), ready
+    answers: list[dict[str, object]] = []
+    contexts, new = [0] * len(PROMPTS), [list(prompt) for prompt in PROMPTS]
+    for index in range(1 + DECODE_STEPS):
+        for connection in connections:
+            connection.sendall(frame(step(index, contexts, new)))
+        done = reply(connections[0])
+        assert isinstance(done, StepDone), done
+        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+        tops = [entry.top_logprobs for entry in done.logprobs if entry is not None]
+        answers.append({"tokens": tokens, "top_logprobs": tops})
+        contexts = [past + len(n) for past, n in zip(contexts, new, strict=True)]
+        new = [[token] for token in tokens]
+    for connection in connections:
+        connection.sendall(frame(Shutdown()))
+        connection.close()
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model_dir")
+    parser.add_argument("--tp", default="1,2")
+    parser.add_argument("--provider", default="native")
+    parser.add_argument("--weight-dtype", default="fp32")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--kv-dtype", default="fp32")
+    given = parser.parse_args()
+    precision = Precision(
+        weight_dtype=given.weight_dtype,
+        quantization=given.quantization,
+        head_quantization=given.quantization,
+        kv_dtype=given.kv_dtype,
+    )
+    torch.set_num_threads(1)
+    answers = {}
+    for tp in map(int, given.tp.split(",")):
+        group = new_segment_name()
+        answers[tp] = generate(
+            [
+                Init(
+                    model_dir=given.model_dir,
+                    precision=precision,
+                    tp_rank=index,
+                    tp_size=tp,
+                    cores=(-1,),
+                    kv_blocks=2 * len(PROMPTS),
+                    block_size=BLOCK,
+                    max_batch_size=len(PROMPTS),
+                    max_context_length=64,
+                    group_id=group,
+                    kernel_provider=given.provider,
+                )
+                for index in range(tp)
+            ]
+        )
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
