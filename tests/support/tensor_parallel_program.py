@@ -11,7 +11,8 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -71,13 +72,12 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return data
 
 
-def ints(values: Sequence[int]) -> bytes:
-    return np.array(values, dtype=np.int32).tobytes()
+def ints(values: Iterable[int]) -> bytes:
+    return np.array(list(values), dtype=np.int32).tobytes()
 
 
 def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
-    """Sequence s has ``contexts[s]`` tokens in the cache, and gets ``new[s]``; its blocks are 2s and
-    2s + 1."""
+    """Sequence s has ``contexts[s]`` tokens in the cache and gets ``new[s]``; it has two blocks."""
     positions = [[past + i for i in range(len(n))] for past, n in zip(contexts, new, strict=True)]
     slots = [[s * 2 * BLOCK + at for at in own] for s, own in enumerate(positions)]
     lengths = [len(n) for n in new]
@@ -85,9 +85,9 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
     return Step(
         step_id=step_id,
         prefill=max(lengths) > 1,
-        token_ids=ints(sum(new, [])),
-        positions=ints(sum(positions, [])),
-        slots=ints(sum(slots, [])),
+        token_ids=ints(chain(*new)),
+        positions=ints(chain(*positions)),
+        slots=ints(chain(*slots)),
         query_starts=ints([0, *np.cumsum(lengths)]),
         context_lens=ints([past + n for past, n in zip(contexts, lengths, strict=True)]),
         block_tables=ints([b for s in range(len(new)) for b in (2 * s, 2 * s + 1)]),

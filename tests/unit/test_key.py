@@ -119,10 +119,12 @@ from precast.graphs.factors import rank_factors
 from precast.graphs.key import graph_key
 from precast.models import llama
 from precast.models.config import load_config
+from precast.models.precision import Precision
 from precast.models.sharding import shard
 
 config = load_config(Path(sys.argv[1]))
-shape = llama.shape_of(config, shard(config, int(sys.argv[2]), 2), "fp32", "int8")
+precision = Precision(quantization="int8")
+shape = llama.shape_of(config, shard(config, int(sys.argv[2]), 2), precision)
 factors = rank_factors("llama", shape, block_size=32, torch_version=str(torch.__version__))
 print(graph_key({**factors, "batch_size": "4"}, build_factors()))
 """
