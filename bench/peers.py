@@ -1,0 +1,206 @@
+"""Decode steps and prefill against llama.cpp: same model, same threads, alternating, one run.
+
+    python -m bench.peers --peer-python PATH [--widths 1,4,16,32]
+
+``--peer-python`` is a Python that has llama-cpp-python, best built with
+CMAKE_ARGS="-DGGML_NATIVE=ON". Both sides compute one step's logits from token ids; nothing else is
+in the times. Prints medians and their ratio for 4-bit (Q4_0) and 8-bit (Q8_0 against per-channel
+int8) weights, and the share of the memory bandwidth that the decode step's weights take at width 1.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.decode_step import BLOCK_SIZE, capture, read_bandwidth, smollm2
+from precast.graphs import capture_models as models
+from precast.graphs.replay import Graph
+from precast.models import llama
+from precast.models.config import load_config
+from precast.models.importer import find_built_in, import_model
+from precast.models.kv_cache import new_cache
+from precast.models.llama import Paging
+from precast.models.sharding import shard
+from precast.models.weights import Weights, load_weights
+from precast.ops import native
+from precast.process import available_cpus
+
+MODEL = "smollm2-135m-instruct"
+CONTEXT = 128
+STEPS = 16
+ROUNDS = 5
+PAIRS = (("q4_0", "q4_0"), ("int8", "q8_0"))
+"""Our weights against the peer's."""
+
+
+class Peer:
+    """llama.cpp in a process of its own (``llama_peer.py``)."""
+
+    def __init__(self, python: str, model: Path, threads: int) -> None:
+        script = Path(__file__).with_name("llama_peer.py")
+        command = [python, str(script), str(model), f"--threads={threads}", f"--context={CONTEXT}"]
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, order: dict[str, object]) -> list[float]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(json.dumps(order) + "\n")
+        self._child.stdin.flush()
+        answer = self._child.stdout.readline()
+        if not answer:
+            sys.exit(f"the peer ended with code {self._child.wait()}")
+        seconds: list[float] = json.loads(answer)["seconds"]
+        return seconds
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait(60)
+
+
+class Precast:
+    """A rank's model without its services."""
+
+    def __init__(self, folder: Path, quantization: str, width: int) -> None:
+        config = load_config(folder)
+        self.shape = shape = smollm2(quantization)
+        part = shard(config, 0, 1)
+        self.weights: Weights = load_weights(folder, config, part, shape, CONTEXT + 1024)
+        self.blocks_a_row = -(-(CONTEXT + STEPS + 1) // BLOCK_SIZE)
+        self.caches = [
+            new_cache(
+                shape.kv_dtype,
+                blocks=max(width * self.blocks_a_row, 1024 // BLOCK_SIZE),
+                kv_heads=shape.kv_heads,
+                block_size=BLOCK_SIZE,
+                head_dim=shape.head_dim,
+            )
+            for _ in range(config.num_layers)
+        ]
+
+    def weight_bytes(self) -> int:
+        """What a step at width 1 reads."""
+        _embed, layers, head = models.runner_weights(self.weights, self.caches)
+        return sum(t.nbytes for t in [*head, *(t for layer in layers for t in layer[2:])])
+
+    def decode(self, graph: Graph, width: int) -> list[float]:
+        tables = torch.arange(width * self.blocks_a_row, dtype=torch.int32).view(width, -1)
+        tokens = torch.arange(width) + 100
+        times = []
+        for step in range(STEPS):
+            at = CONTEXT + step
+            slots = tables[:, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+            paging = Paging(
+                slots=slots.to(torch.int32),
+                query_starts=torch.arange(width + 1, dtype=torch.int32),
+                context_lens=torch.full((width,), at + 1, dtype=torch.int32),
+                block_tables=tables,
+            )
+            start = time.perf_counter()
+            graph.replay(tokens, torch.full((width,), at), paging)
+            times.append(time.perf_counter() - start)
+        return times
+
+    def prefill(self, tokens: int) -> list[float]:
+        ints = torch.int32
+        table = torch.arange(-(-tokens // BLOCK_SIZE), dtype=ints).view(1, -1)
+        paging = Paging(
+            slots=torch.arange(tokens, dtype=ints),
+            query_starts=torch.tensor([0, tokens], dtype=ints),
+            context_lens=torch.tensor([tokens], dtype=ints),
+            block_tables=table,
+        )
+        start = time.perf_counter()
+        hidden, cos, sin = llama.embed(
+            torch.arange(tokens) % 1000 + 10, torch.arange(tokens), self.weights.embed
+        )
+        for weights, cache in zip(self.weights.layers, self.caches, strict=True):
+            hidden = llama.layer(self.shape, hidden, cos, sin, paging, cache, weights)
+        llama.head(self.shape, hidden[-1:], self.weights.head)
+        return [time.perf_counter() - start]
+
+
+def compare(
+    ours: Callable[[], list[float]], theirs: Callable[[], list[float]]
+) -> tuple[float, float]:
+    """Medians of both, called in turn."""
+    samples: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(ROUNDS + 1):
+        for function, seconds in zip((ours, theirs), samples, strict=True):
+            values = function()
+            if round_ > 0:  # the first warms up
+                seconds += values
+    return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+def rows(
+    ours: Precast, peer: Peer, graphs: Path, widths: list[int], prefill: int, bandwidth: float
+) -> Iterator[tuple[str, float, float, str]]:
+    """What was done, tokens a second of ours and the peer's, and the share of the bandwidth."""
+    for width in widths:
+        graph = Graph(capture(ours.shape, width, graphs), width, ours.weights, ours.caches)
+        mine, theirs = compare(
+            partial(ours.decode, graph, width), partial(peer.ask, {"decode": width, "steps": STEPS})
+        )
+        share = f"{ours.weight_bytes() / mine / bandwidth:.0%}" if width == 1 else ""
+        yield f"decode {width}", width / mine, width / theirs, share
+    mine, theirs = compare(partial(ours.prefill, prefill), partial(peer.ask, {"prefill": prefill}))
+    yield f"prefill {prefill}", prefill / mine, prefill / theirs, ""
+
+
+def quantized(python: str, name: str, folder: Path, threads: int) -> Path:
+    """The demo model's GGUF in another of llama.cpp's types."""
+    target = folder / f"{name}.gguf"
+    maker = Peer(python, find_built_in(MODEL), threads)
+    maker.ask({"quantize": name, "to": str(target)})
+    maker.close()
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--widths", default="1,4,16,32")
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
+    parser.add_argument("--home", type=Path, default=Path(".precast"))
+    arguments = parser.parse_args()
+    widths = [int(w) for w in arguments.widths.split(",")]
+    cores = available_cpus()
+    bandwidth = read_bandwidth(len(cores))
+    native.start_threads(cores)
+    table = Table("weights", "what", "Precast tok/s", "llama.cpp tok/s", "ratio", "of read")
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        folder = import_model(MODEL, arguments.home / "models", report=print).path
+        graphs = arguments.graphs or Path(scratch)
+        for quantization, theirs in PAIRS:
+            gguf = quantized(arguments.peer_python, theirs, Path(scratch), len(cores))
+            peer = Peer(arguments.peer_python, gguf, len(cores))
+            ours = Precast(folder, quantization, max(widths))
+            for what, a, b, share in rows(ours, peer, graphs, widths, arguments.prefill, bandwidth):
+                name = f"{quantization} : {theirs}"
+                table.add_row(name, what, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}", share)
+            peer.close()
+    console = Console()
+    console.print(
+        f"SmolLM2-135M, {len(cores)} threads, {native.native_isa()}, contexts from {CONTEXT}, "
+        f"memory read {bandwidth / 1e9:.1f} GB/s"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
