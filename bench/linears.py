@@ -1,0 +1,125 @@
+"""Linears alone: the native kernel in every weight format against torch's best, alternating.
+
+    python -m bench.linears [--shapes 2048x8192,576x1536] [--rows 1,16,64]
+
+Each timed run goes over copies of the weights that together exceed the caches, as a model's layers
+do. Prints medians: GB/s of weights (and their share of the memory's read bandwidth in the same
+run), and billions of operations a second. fp32 is ``torch.nn.functional.linear``; fbgemm is
+``quantized::linear_dynamic``, torch's int8 with dynamic activations.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.decode_step import read_bandwidth
+from precast.ops import native
+from precast.ops.memory import Arena
+from precast.ops.packing import Format, pack
+from precast.process import available_cpus
+
+WORKING_SET = 192 << 20
+ROUNDS = 9
+
+Run = Callable[[], object]
+
+
+def native_run(weight: Tensor, x: Tensor, fmt: Format) -> tuple[Run, int, int]:
+    """One pass over all copies, their number, and the bytes of one."""
+    packed, arena = pack(weight, fmt), Arena()
+    copies = [arena.copy(packed) for _ in range(-(-WORKING_SET // packed.nbytes))]
+
+    def run() -> None:
+        for copy in copies:
+            torch.ops.precast.linear(x, copy, None, weight.shape[0], int(fmt))
+
+    return run, len(copies), packed.nbytes
+
+
+def fp32_run(weight: Tensor, x: Tensor) -> tuple[Run, int, int]:
+    arena = Arena()
+    copies = [arena.copy(weight) for _ in range(-(-WORKING_SET // weight.nbytes))]
+
+    def run() -> None:
+        for copy in copies:
+            torch.nn.functional.linear(x, copy)
+
+    return run, len(copies), weight.nbytes
+
+
+def fbgemm_run(weight: Tensor, x: Tensor) -> tuple[Run, int, int]:
+    scales = weight.abs().amax(dim=1).double() / 127
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    count = -(-WORKING_SET // weight.numel())
+    copies = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(count)]
+
+    def run() -> None:
+        for copy in copies:
+            torch.ops.quantized.linear_dynamic(x, copy)
+
+    return run, count, weight.numel()
+
+
+def candidates(n: int, k: int, rows: int) -> Iterator[tuple[str, Run, int, int, bool]]:
+    """Name, run, copies, bytes of one, and whether the run uses torch's threads."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
+    x = torch.randn(rows, k, generator=generator)
+    for fmt in Format:
+        yield (f"native {fmt.name.lower()}", *native_run(weight, x, fmt), False)
+    yield ("torch fp32", *fp32_run(weight, x), True)
+    torch.backends.quantized.engine = "fbgemm"
+    yield ("torch fbgemm int8", *fbgemm_run(weight, x), True)
+
+
+def timed(run: Run, threads: int, torch_threads: bool) -> float:
+    torch.set_num_threads(threads if torch_threads else 1)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", default="2048x8192,576x1536", help="inputs x outputs")
+    parser.add_argument("--rows", default="1,16,64")
+    arguments = parser.parse_args()
+    cores = available_cpus()
+    bandwidth = read_bandwidth(len(cores))
+    native.start_threads(cores)
+    table = Table("linear", "rows", "kernel", "GB/s", "of read", "GOPS")
+    with torch.inference_mode():
+        for shape in arguments.shapes.split(","):
+            k, n = map(int, shape.split("x"))
+            for rows in map(int, arguments.rows.split(",")):
+                entries = list(candidates(n, k, rows))
+                runs = [partial(timed, run, len(cores), mine) for _, run, _, _, mine in entries]
+                samples = [[run() for run in runs] for _ in range(ROUNDS + 1)][1:]
+                for index, (name, _, copies, size, _) in enumerate(entries):
+                    seconds = statistics.median(sample[index] for sample in samples)
+                    table.add_row(
+                        f"{k} to {n}",
+                        str(rows),
+                        name,
+                        f"{copies * size / seconds / 1e9:.1f}",
+                        f"{copies * size / seconds / bandwidth:.0%}" if rows == 1 else "",
+                        f"{2 * rows * n * k * copies / seconds / 1e9:.0f}",
+                    )
+                table.add_section()
+    console = Console()
+    console.print(
+        f"{len(cores)} threads, {native.native_isa()}, memory read {bandwidth / 1e9:.1f} GB/s"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
