@@ -38,7 +38,7 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
             f"{graph.step_us / 1000:.2f} ms" if graph.step_us else "",
             f"{graph.capture_s:.1f} s" if graph.capture_s else "",
             f"{graph.size_bytes / 2**20:.1f} MiB" if graph.size_bytes else "",
-            _age(graph.published_at_s),
+            age(graph.published_at_s),
             ", ".join(graph.models),
         )
     return table
@@ -107,7 +107,8 @@ def _order(graph: pb.GraphState) -> tuple[str, int, str]:
     return ",".join(graph.models), int(size) if size.isdecimal() else 0, graph.key
 
 
-def _age(published_at_s: float) -> str:
+def age(published_at_s: float) -> str:
+    """``3 min``; "" for 0, which means never."""
     if not published_at_s:
         return ""
     seconds = max(0.0, time.time() - published_at_s)

@@ -16,6 +16,12 @@ from precast.cli.compile_link import (
 )
 from precast.cli.failures import EXIT_FAILED, reported
 from precast.cli.graph_explain import explain
+from precast.cli.graph_generations import (
+    generations,
+    pin_generation,
+    rollback,
+    unpin_generation,
+)
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +30,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at captured graphs and capture them again.", no_args_is_help=True)
 
 app.command()(explain)
+app.command()(generations)
+app.command()(rollback)
+app.command()(pin_generation)
+app.command()(unpin_generation)
 
 RECOMPILE_TIMEOUT_S: Final = 3600.0
 

@@ -8,7 +8,7 @@ the reason. The cache works without any compile worker alive.
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +60,25 @@ class GraphCache:
                 self._store.remove(key, generation)
         return None
 
+    def retire(self, key: str, serving: int, quarantined: Collection[int]) -> None:
+        """Remove what must not be found any more: quarantined generations, and those newer than
+        the one that serves (0: none does)."""
+        for generation in self._store.generations(key):
+            if generation in quarantined or 0 < serving < generation:
+                self._store.remove(key, generation)
+
+    def condemn(self, key: str, generation: int, reason: str) -> None:
+        """Put an artifact aside for good: it is never found, opened or added again."""
+        self._store.quarantine(key, generation, reason)
+
+    def condemned(self) -> set[tuple[str, int, str]]:
+        """(key, generation, reason) of what was put aside."""
+        return {
+            (key, generation, reason)
+            for key in self._store.keys_put_aside()
+            for generation, reason in self._store.put_aside(key).items()
+        }
+
     def open(self, key: str, generation: int, spec: Mapping[str, str]) -> StoredArtifact:
         """A cached artifact, verified. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
         artifact = self._store.open(key, generation)
@@ -71,6 +90,10 @@ class GraphCache:
         """Verify a manifest: signed by a trusted key, well-formed, and of the graph asked for."""
         self._trusted.verify(manifest, signature)
         parsed = decode_manifest(manifest)
+        if (reason := self._store.put_aside(parsed.key).get(parsed.generation)) is not None:
+            raise ArtifactRejected(
+                f"generation {parsed.generation} of graph {parsed.key} was put aside: {reason}"
+            )
         if spec_part(parsed.factors) != dict(spec):
             raise ArtifactRejected(f"graph {parsed.key} was captured for other factors")
         return parsed

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +31,10 @@ from precast.graphs.signing import MAX_SIGNATURE_FILE_BYTES, Signature
 
 TEMPORARY: Final = ".tmp"
 QUARANTINE: Final = ".quarantine"
+REASON_FILE: Final = "reason.txt"
 MAX_QUARANTINED: Final = 32
+NOTE_FILE: Final = "lifecycle.json"
+MAX_NOTE_BYTES: Final = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,18 @@ class ArtifactStore(ABC):
     @abstractmethod
     def published_keys(self) -> list[str]:
         """Keys that have a published generation."""
+
+    @abstractmethod
+    def read_note(self, key: str) -> bytes | None:
+        """What was written beside the key's artifacts (``lifecycle.py``); ``None``: nothing."""
+
+    @abstractmethod
+    def write_note(self, key: str, note: bytes) -> None:
+        """Replace the key's note, whole and durably."""
+
+    @abstractmethod
+    def put_aside(self, key: str) -> dict[int, str]:
+        """Why ``quarantine`` was called, by generation."""
 
     @abstractmethod
     def quarantine(self, key: str, generation: int, reason: str) -> None:
@@ -135,13 +150,33 @@ class DiskStore(ArtifactStore):
         return sorted(_numbers(self._key_folder(key)))
 
     def last_generation(self, key: str) -> int:
-        aside = self._key_folder(key).name
-        quarantined = _names(self.root / QUARANTINE)
-        used = [int(name.split(".")[1]) for name in quarantined if name.startswith(f"{aside}.")]
-        return max([*self.generations(key), *used], default=0)
+        return max([*self.generations(key), *self.put_aside(key)], default=0)
 
     def published_keys(self) -> list[str]:
         return sorted(name for name in _names(self.root) if is_key(name) and self.generations(name))
+
+    def read_note(self, key: str) -> bytes | None:
+        path = self._key_folder(key) / NOTE_FILE
+        return _read_bounded(path, MAX_NOTE_BYTES) if path.exists() else None
+
+    def write_note(self, key: str, note: bytes) -> None:
+        folder = self._key_folder(key)
+        folder.mkdir(exist_ok=True)
+        with scratch_folder(self.root / TEMPORARY, key) as scratch:
+            (scratch / NOTE_FILE).write_bytes(note)
+            _sync(scratch / NOTE_FILE)
+            (scratch / NOTE_FILE).replace(folder / NOTE_FILE)
+        _sync(folder)
+
+    def put_aside(self, key: str) -> dict[int, str]:
+        folder = self.root / QUARANTINE
+        wanted = f"{self._key_folder(key).name}."
+        names = [name for name in _names(folder) if name.startswith(wanted)]
+        return {int(name.split(".")[1]): _reason(folder / name) for name in names}
+
+    def keys_put_aside(self) -> set[str]:
+        """Keys of which ``put_aside`` knows a generation."""
+        return {name.split(".")[0] for name in _names(self.root / QUARANTINE)}
 
     def quarantine(self, key: str, generation: int, reason: str) -> None:
         aside = self.root / QUARANTINE
@@ -151,13 +186,14 @@ class DiskStore(ArtifactStore):
             self._folder(key, generation).rename(target)
         except FileNotFoundError:
             return
-        (target / "reason.txt").write_text(reason[:4096] + "\n")
+        (target / REASON_FILE).write_text(reason[:4096] + "\n")
         _drop_oldest(aside, MAX_QUARANTINED)
 
-    def prune(self, key: str, keep: int) -> None:
-        """Remove all but the newest ``keep`` generations."""
+    def prune(self, key: str, keep: int, spare: Collection[int] = ()) -> None:
+        """Remove all but the newest ``keep`` generations and those to ``spare``."""
         for number in self.generations(key)[:-keep]:
-            self.remove(key, number)
+            if number not in spare:
+                self.remove(key, number)
 
     def remove(self, key: str, generation: int) -> None:
         """Delete an artifact. No error if it is gone; whoever has its file open keeps it."""
@@ -190,6 +226,14 @@ def _names(folder: Path) -> Iterator[str]:
         yield from [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return
+
+
+def _reason(folder: Path) -> str:
+    """Why a folder was put aside; "" if its maker was killed before it could write that."""
+    try:
+        return (folder / REASON_FILE).read_text().strip()
+    except OSError:
+        return ""
 
 
 def _numbers(folder: Path) -> Iterator[int]:

@@ -3,9 +3,13 @@
 from typing import Final
 
 from precast.admin.v1 import admin_service_pb2 as admin_pb
+from precast.errors import InvalidRequest
+from precast.graphs.artifact import Manifest
+from precast.graphs.lifecycle import CRASH_SIGNALS, Verdict
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.job import Job, Stage
 from services.compile_worker.explain import Explanation
+from services.compile_worker.generations import Generation
 from services.compile_worker.record import GraphRecord, Phase
 
 PHASES: Final = {
@@ -23,6 +27,12 @@ STAGES: Final = {
     Stage.FAILED: admin_pb.RECOMPILE_STAGE_FAILED,
     Stage.CANCELLED: admin_pb.RECOMPILE_STAGE_CANCELLED,
 }
+GENERATION_STATES: Final = {
+    Verdict.GOOD: admin_pb.GENERATION_STATE_PREVIOUS,
+    Verdict.CANDIDATE: admin_pb.GENERATION_STATE_CANARY,
+    Verdict.WITHDRAWN: admin_pb.GENERATION_STATE_ROLLED_BACK,
+    Verdict.QUARANTINED: admin_pb.GENERATION_STATE_QUARANTINED,
+}
 
 
 def graph_state(record: GraphRecord) -> graphs_pb.GraphState:
@@ -38,6 +48,7 @@ def graph_state(record: GraphRecord) -> graphs_pb.GraphState:
         max_relative_error=record.max_relative_error,
         capture_s=record.capture_s,
         step_us=record.step_us,
+        quarantined=record.lifecycle.having(Verdict.QUARANTINED),
     )
 
 
@@ -52,6 +63,37 @@ def job_message(job: Job) -> admin_pb.Job:
         started_at_s=job.started_at,
         ended_at_s=job.ended_at,
     )
+
+
+def crash_reason(worker_id: str, signal: str) -> str:
+    """Raises ``InvalidRequest`` for a signal that is no crash of native code."""
+    if signal not in CRASH_SIGNALS:
+        raise InvalidRequest(f"signal {signal[:20]!r} is none of {', '.join(CRASH_SIGNALS)}")
+    return f"crashed a rank of {worker_id[:128]} with {signal}"
+
+
+def generation_message(generation: Generation, manifest: Manifest | None) -> admin_pb.Generation:
+    """``manifest``: None if the artifact can't be read any more."""
+    message = admin_pb.Generation(
+        generation=generation.number,
+        state=generation_state(generation),
+        pinned=generation.pinned,
+        reason=generation.reason,
+    )
+    if manifest:
+        message.published_at_s = manifest.created_at
+        message.size_bytes = manifest.size
+        message.max_relative_error = manifest.max_relative_error
+        message.step_us = manifest.step_us
+    return message
+
+
+def generation_state(generation: Generation) -> admin_pb.GenerationState.ValueType:
+    if generation.serving:
+        return admin_pb.GENERATION_STATE_SERVING
+    if generation.held and generation.verdict in (Verdict.GOOD, Verdict.CANDIDATE):
+        return admin_pb.GENERATION_STATE_WAITING
+    return GENERATION_STATES[generation.verdict]
 
 
 def explanation(found: Explanation) -> graphs_pb.ExplainGraphResponse:

@@ -19,23 +19,22 @@ from precast.errors import (
 )
 from precast.graphs.artifact import Manifest, encode_manifest, file_digest
 from precast.graphs.key import graph_key, parse_spec, spec_part
-from precast.graphs.signing import Signer, TrustedKeys
+from precast.graphs.lifecycle import Verdict
+from precast.graphs.signing import Signer
 from precast.graphs.store import DiskStore, GenerationExists, StoredArtifact
 from precast.job import Job, Stage, new_job
 from precast.jobs import CaptureQueue
 from precast.log import get_logger
 from services.compile_worker.child import CaptureReport
+from services.compile_worker.generations import Generations
 from services.compile_worker.index import GraphIndex
-from services.compile_worker.record import GraphRecord, Phase, changed, published_record
+from services.compile_worker.record import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
 
 log = get_logger(__name__)
 
 KEEP_GENERATIONS: Final = 4
-MAX_FAILURES: Final = 5
 BACKOFF_S: Final = 15.0
 """Wait after the first failure of a capture; each further one doubles it."""
-NEVER_S: Final = 1.0e9
-"""After this many failures only a recompile by hand tries again."""
 CANCEL_HOLD_S: Final = 600.0
 ENDING_POLLS: Final = 20
 ENDING_POLL_S: Final = 0.1
@@ -49,8 +48,8 @@ class Graphs:
     store: DiskStore
     index: GraphIndex
     queue: CaptureQueue
+    generations: Generations
     signer: Signer
-    trusted: TrustedKeys
     build: Mapping[str, str]
     """This worker's build factors."""
     isa_targets: tuple[str, ...] = ()
@@ -60,7 +59,7 @@ class Graphs:
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
         for key in self.store.published_keys():
-            record = await self._newest(key)
+            record = await self.generations.record(key) or await self.generations.barred(key)
             if record:
                 self.index.restore(record)
 
@@ -100,9 +99,14 @@ class Graphs:
         A damaged one is put aside and queued for capture again. Raises ``GraphNotFound``, or
         ``ArtifactRejected`` for the damaged one.
         """
-        number = generation or max(self.store.generations(key), default=0)
+        number = generation or self.generations.serving(key)
+        lifecycle = self.generations.lifecycle(key)
+        if lifecycle.verdict(number) is Verdict.QUARANTINED:
+            raise GraphNotFound(
+                f"generation {number} of graph {key} is quarantined: {lifecycle.reason(number)}"
+            )
         try:
-            return await asyncio.to_thread(self._open, key, number)
+            return await asyncio.to_thread(self.generations.open, key, number)
         except ArtifactRejected as error:
             await self._put_aside(key, number, str(error))
             raise ArtifactRejected(f"{error}; it was put aside, ask for the graph again") from None
@@ -129,13 +133,7 @@ class Graphs:
         """Sign and publish what a capture made. If another process was first, its artifact
         stays."""
         await asyncio.to_thread(self._publish, job, report, graph)
-        await self.published(job.key)
-
-    async def published(self, key: str) -> None:
-        """Tell everybody about the newest artifact in the store."""
-        record = await self._newest(key)
-        if record:
-            await self.index.put(record)
+        await self.generations.refresh(job.key)
 
     def buildable(self, record: GraphRecord) -> bool:
         """Whether this worker's tool chain is the one that the key was made for."""
@@ -150,12 +148,13 @@ class Graphs:
 
     async def _request(self, spec: dict[str, str], model: str) -> GraphRecord:
         key = graph_key(spec, self.build)
-        known = await self._newest(key) if self.store.generations(key) else None
+        known = await self.generations.record(key)
         if known:
             await self.index.put(known.with_model(model))
             return known.with_model(model)
         fresh = GraphRecord(key=key, phase=Phase.QUEUED, factors={**spec, **self.build})
-        record = (self.index.get(key) or fresh).with_model(model)
+        record = self.index.get(key) or await self.generations.barred(key) or fresh
+        record = record.with_model(model)
         if record.phase is Phase.FAILED and time.time() < record.retry_at:
             return record
         return await self._queue_missing(record)
@@ -173,7 +172,8 @@ class Graphs:
         return record
 
     async def _enqueue(self, record: GraphRecord) -> Job:
-        last = max(self.store.last_generation(record.key), record.generation)
+        marked = max(record.lifecycle.marks, default=0)
+        last = max(self.store.last_generation(record.key), record.generation, marked)
         job = new_job(
             record.key,
             record.factors,
@@ -196,36 +196,13 @@ class Graphs:
         fresh = GraphRecord(key=job.key, phase=Phase.QUEUED, factors=job.factors, models=job.models)
         return self.index.get(job.key) or fresh
 
-    async def _newest(self, key: str) -> GraphRecord | None:
-        """The record of the newest good artifact in the store; damaged ones are put aside."""
-        while generations := self.store.generations(key):
-            record = self.index.get(key)
-            if record and record.generation == generations[-1]:
-                return record
-            try:
-                artifact = await asyncio.to_thread(self._open, key, generations[-1])
-            except GraphNotFound:  # removed meanwhile
-                return None
-            except ArtifactRejected as error:
-                await asyncio.to_thread(self.store.quarantine, key, generations[-1], str(error))
-                continue
-            return published_record(artifact.manifest, record)
-        return None
-
-    def _open(self, key: str, generation: int) -> StoredArtifact:
-        artifact = self.store.open(key, generation)
-        # another compile worker's key may be unknown here; whoever fetches decides whom to trust
-        if artifact.signature.signer in self.trusted.keys:
-            self.trusted.verify(artifact.manifest_bytes, artifact.signature)
-        return artifact
-
     async def _put_aside(self, key: str, generation: int, reason: str) -> None:
         log.error("artifact put aside", key=key, generation=generation, reason=reason)
         await asyncio.to_thread(self.store.quarantine, key, generation, reason)
         record = self.index.get(key)
         if record is None:
             return
-        older = await self._newest(key)
+        older = await self.generations.record(key)
         if older:
             await self.index.put(older)
             record = older
@@ -256,4 +233,6 @@ class Graphs:
             self.store.publish(manifest, self.signer.sign(manifest), graph)
         except GenerationExists:
             log.warning("published by another process first", key=job.key)
-        self.store.prune(job.key, KEEP_GENERATIONS)
+        lifecycle = self.generations.lifecycle(job.key)
+        spare = {self.generations.serving(job.key), lifecycle.pin.generation}
+        self.store.prune(job.key, KEEP_GENERATIONS, spare)

@@ -16,7 +16,7 @@ from precast.errors import RegistryUnavailable
 from precast.log import get_logger
 from precast.registry import bounded
 from services.compile_worker.events import Changes
-from services.compile_worker.record import GraphRecord, Phase
+from services.compile_worker.record import GraphRecord, Phase, merge
 
 log = get_logger(__name__)
 
@@ -55,7 +55,7 @@ class GraphIndex:
             return
         self._merge(record)
         try:
-            await self._share(record)
+            await self._share(self._records[record.key])
             await self._trim()
         except RegistryUnavailable as error:
             log.warning("graph index not shared", key=record.key, reason=str(error))
@@ -70,7 +70,7 @@ class GraphIndex:
         for record in shared.values():
             self._merge(record)
         for key, record in self._records.items():
-            if key not in shared or shared[key].updated_at < record.updated_at:
+            if key not in shared or shared[key] != record:
                 await self._share(record)
 
     async def run(self) -> None:
@@ -108,9 +108,10 @@ class GraphIndex:
 
     def _merge(self, record: GraphRecord) -> None:
         present = self._records.get(record.key)
-        if present is None or present.updated_at < record.updated_at:
-            self._records[record.key] = record
-            self.changes.post(record)
+        merged = merge(present, record) if present else record
+        if merged != present:
+            self._records[record.key] = merged
+            self.changes.post(merged)
 
     async def _share(self, record: GraphRecord) -> None:
         raw = msgspec.json.encode(record)

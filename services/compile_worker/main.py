@@ -24,6 +24,7 @@ from precast.registry import CompileLease, Heartbeat, Registry
 from precast.rpc import Server, start_server
 from precast.settings import CompileWorkerSettings
 from services.compile_worker.child import CaptureLimits
+from services.compile_worker.generations import Generations
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.metrics import Metrics
@@ -102,8 +103,10 @@ async def _open_graphs(
         store=store,
         index=index,
         queue=queue,
+        generations=Generations(
+            store=store, index=index, trusted=TrustedKeys.load(settings.trusted_keys_dir)
+        ),
         signer=signer,
-        trusted=TrustedKeys.load(settings.trusted_keys_dir),
         build=build,
         isa_targets=tuple(settings.isa_targets),
     )
@@ -156,6 +159,7 @@ async def _work_until_stopped(
         tasks = [asyncio.create_task(worker.run()) for worker in workers]
         tasks += [
             asyncio.create_task(graphs.index.run()),
+            asyncio.create_task(graphs.generations.follow()),
             asyncio.create_task(_count_jobs(graphs.queue, metrics)),
         ]
         await _until_stopped(tasks)

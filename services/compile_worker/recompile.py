@@ -118,7 +118,7 @@ async def recompile(
     while not all(item.done for item in followed):
         leases = await _leases(registry)
         for item in followed:
-            for progress in await _step(item, graphs.queue, leases, adoption_s):
+            for progress in await _step(item, graphs, leases, adoption_s):
                 yield progress
         if time.monotonic() > end and not all(item.job.stage.ended for item in followed):
             raise DeadlineExceeded(f"captures did not end within {capture_s:g} s; they go on")
@@ -126,13 +126,13 @@ async def recompile(
 
 
 async def _step(
-    item: _Followed, queue: CaptureQueue, leases: list[DecodeLease] | None, adoption_s: float
+    item: _Followed, graphs: Graphs, leases: list[DecodeLease] | None, adoption_s: float
 ) -> list[Progress]:
     """What is new about one job."""
     if item.done:
         return []
     if not item.job.stage.ended:
-        await _refresh(item, queue)
+        await _refresh(item, graphs.queue)
     news = [
         Progress(job=item.job, stage=stage, detail=item.job.detail)
         for stage in _stages_of(item.job)
@@ -140,7 +140,7 @@ async def _step(
     ]
     item.told += [progress.stage for progress in news if progress.stage]
     if item.job.stage is Stage.PUBLISHED:
-        news += _adoption(item, leases, adoption_s)
+        news += _after_publication(item, graphs, leases, adoption_s)
     elif item.job.stage.ended:
         item.done = True
     return news
@@ -163,6 +163,18 @@ def _stages_of(job: Job) -> list[Stage]:
         return list(_ON_THE_WAY[: _ON_THE_WAY.index(job.stage) + 1])
     begun = [Stage.CAPTURING] if job.started_at else []
     return [Stage.QUEUED, *begun, job.stage]
+
+
+def _after_publication(
+    item: _Followed, graphs: Graphs, leases: list[DecodeLease] | None, adoption_s: float
+) -> list[Progress]:
+    """What becomes of a new generation: adoption, unless a pin holds it back."""
+    pinned = graphs.generations.lifecycle(item.job.key).pin.generation
+    if pinned and graphs.generations.serving(item.job.key) != item.job.generation:
+        item.done = True
+        detail = f"pinned to generation {pinned}"
+        return [Progress(job=item.job, stage=Stage.PUBLISHED, detail=detail)]
+    return _adoption(item, leases, adoption_s)
 
 
 def _adoption(

@@ -2,10 +2,16 @@
 
 import enum
 import time
+from typing import Final
 
 import msgspec
 
 from precast.graphs.artifact import Manifest
+from precast.graphs.lifecycle import Lifecycle
+
+MAX_FAILURES: Final = 5
+NEVER_S: Final = 1.0e9
+"""After this many failures, or a quarantine, only a recompile by hand tries again."""
 
 
 class Phase(enum.StrEnum):
@@ -24,7 +30,7 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     factors: dict[str, str]
     models: tuple[str, ...] = ()
     generation: int = 0
-    """The newest published one; 0: none."""
+    """The one that serves; 0: none."""
     error: str = ""
     """Why the last capture failed, if it did."""
     failures: int = 0
@@ -36,6 +42,8 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     max_relative_error: float = 0.0
     capture_s: float = 0.0
     step_us: float = 0.0
+    lifecycle: Lifecycle = Lifecycle()
+    """What was decided of the generations; merged where two versions of a record meet."""
     updated_at: float = 0.0
     """Of two versions of a record the later one counts."""
 
@@ -51,8 +59,17 @@ def changed(record: GraphRecord, **changes: object) -> GraphRecord:
     return msgspec.structs.replace(record, **changes, updated_at=later)
 
 
-def published_record(manifest: Manifest, previous: GraphRecord | None) -> GraphRecord:
-    """The record of a published artifact; labels add up, failures are forgotten."""
+def merge(a: GraphRecord, b: GraphRecord) -> GraphRecord:
+    """The later of two versions, with what either knows of the generations."""
+    later = max(a, b, key=lambda record: record.updated_at)
+    lifecycle = a.lifecycle.merged(b.lifecycle)
+    return msgspec.structs.replace(later, lifecycle=lifecycle)
+
+
+def published_record(
+    manifest: Manifest, previous: GraphRecord | None, lifecycle: Lifecycle
+) -> GraphRecord:
+    """The record of the artifact that serves; labels add up, failures are forgotten."""
     models = {*manifest.models, *(previous.models if previous else ())}
     base = previous or GraphRecord(key=manifest.key, phase=Phase.PUBLISHED, factors={})
     return changed(
@@ -69,4 +86,5 @@ def published_record(manifest: Manifest, previous: GraphRecord | None) -> GraphR
         max_relative_error=manifest.max_relative_error,
         capture_s=manifest.capture_s,
         step_us=manifest.step_us,
+        lifecycle=lifecycle,
     )

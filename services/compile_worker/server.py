@@ -15,7 +15,14 @@ from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.job import Job
 from precast.registry import Registry
 from precast.rpc import Service
-from services.compile_worker.convert import STAGES, explanation, graph_state, job_message
+from services.compile_worker.convert import (
+    STAGES,
+    crash_reason,
+    explanation,
+    generation_message,
+    graph_state,
+    job_message,
+)
 from services.compile_worker.explain import explain_factors, explain_key
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.metrics import Metrics
@@ -101,6 +108,13 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         factors = dict(request.spec.factors)
         return explanation(explain_factors(self._graphs, factors, request.limit))
 
+    async def ReportCrash(
+        self, request: graphs_pb.ReportCrashRequest, context: Any
+    ) -> graphs_pb.ReportCrashResponse:
+        reason = crash_reason(request.worker_id, request.signal)
+        await self._graphs.generations.crashed(request.key, request.generation, reason)
+        return graphs_pb.ReportCrashResponse()
+
 
 class AdminServicer(admin_grpc.AdminServiceServicer):
     """``precast.admin.v1.AdminService``."""
@@ -139,6 +153,39 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
         if job.stage.ended and not job.started_at:
             await self._graphs.cancelled(job)
         return admin_pb.CancelJobResponse(job=job_message(await self._until_ended(job)))
+
+    async def ListGenerations(
+        self, request: admin_pb.ListGenerationsRequest, context: Any
+    ) -> admin_pb.ListGenerationsResponse:
+        known = self._graphs.generations
+        messages = [
+            generation_message(
+                generation, await asyncio.to_thread(known.manifest, request.key, generation.number)
+            )
+            for generation in known.listed(request.key)
+        ]
+        return admin_pb.ListGenerationsResponse(generations=messages)
+
+    async def RollBackGraph(
+        self, request: admin_pb.RollBackGraphRequest, context: Any
+    ) -> admin_pb.RollBackGraphResponse:
+        serving = await self._graphs.generations.roll_back(request.key, request.generation)
+        return admin_pb.RollBackGraphResponse(generation=serving)
+
+    async def PinGeneration(
+        self, request: admin_pb.PinGenerationRequest, context: Any
+    ) -> admin_pb.PinGenerationResponse:
+        if not request.generation:
+            raise InvalidRequest("pin to which generation?")
+        await self._graphs.generations.pin(request.key, request.generation)
+        return admin_pb.PinGenerationResponse()
+
+    async def UnpinGeneration(
+        self, request: admin_pb.UnpinGenerationRequest, context: Any
+    ) -> admin_pb.UnpinGenerationResponse:
+        await self._graphs.generations.pin(request.key, 0)
+        serving = self._graphs.generations.serving(request.key)
+        return admin_pb.UnpinGenerationResponse(generation=serving)
 
     async def _until_ended(self, job: Job) -> Job:
         """The job once its capture has been killed, or as it is when that takes too long."""

@@ -118,7 +118,7 @@ class Worker:
         """Bring a job to its end, or give it up where it was lost."""
         job = held.claim.job
         if self.graphs.store.last_generation(job.key) >= job.generation:
-            await self.graphs.published(job.key)
+            await self.graphs.generations.refresh(job.key)
             await self._end(held, Stage.PUBLISHED, "was published already")
         elif job.attempts > MAX_ATTEMPTS:
             reason = f"{MAX_ATTEMPTS} compile workers ended while capturing it"

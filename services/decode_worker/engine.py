@@ -8,7 +8,7 @@ ones wait, and a new group is started.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -74,6 +74,8 @@ class Engine:
         """Set once the first group runs."""
         self.ready: tuple[Ready, ...] = ()
         self.restarts = 0
+        self._crashed: Mapping[int, str] = {}
+        """Ranks of the last group that died of their own native code, and the signal."""
         self.graph_steps = 0
         self.eager_steps = 0
 
@@ -134,7 +136,7 @@ class Engine:
             except GroupFailed as failure:
                 if not self.started.is_set():
                     raise
-                self._lose_group(str(failure))
+                self._lose_group(str(failure), self._crashed)
             failures = failures + 1 if time.monotonic() - began < 30.0 else 1
             pause = RESTART_BACKOFF_S[min(failures, len(RESTART_BACKOFF_S)) - 1]
             await asyncio.sleep(pause)
@@ -156,13 +158,20 @@ class Engine:
         finally:
             self.up = False
             await group.stop()
+            self._crashed = group.crashed()
 
-    def _lose_group(self, reason: str) -> None:
+    def _lose_group(self, reason: str, crashed: Mapping[int, str]) -> None:
         self.restarts += 1
         self._metrics.restarts.inc()
-        self._graphs.group_failed()
+        self._graphs.group_failed(crashed)
         lost = self._scheduler.fail_running()
-        log.error("ranks failed; restarting them", reason=reason, lost_requests=len(lost))
+        signals = [f"rank {rank}: {name}" for rank, name in crashed.items()]
+        log.error(
+            "ranks failed; restarting them",
+            reason=reason,
+            crashed=signals,
+            lost_requests=len(lost),
+        )
         for sequence in lost:
             request = self._requests.pop(sequence.request_id, None)
             if request is not None:

@@ -1,12 +1,17 @@
 """Which graphs the group replays, and which it must not.
 
-Offers come from the graphs client at any time; they are applied between two steps. A graph that a
-rank refuses, or with which the group dies twice at its first replay, is remembered as bad, and what
-was loaded before it comes back. Once is not enough: a rank may be killed for reasons of its own.
+Offers come from the graphs client at any time; they are applied between two steps. A graph whose
+native code crashes a rank while it is loaded or in its first replays is condemned at once, and the
+crash is there to be reported: the whole fleet quarantines it. How the rank died decides. SIGSEGV,
+SIGBUS, SIGILL, SIGABRT and SIGFPE are what native code brings upon itself; SIGKILL comes from
+outside (an operator, the kernel out of memory), and an exit is an error that the rank has reported.
+Those are no proof: only after the second one at its first replay, or when a rank refuses to load
+it, this worker alone goes on without the graph. What was loaded before a bad graph comes back.
 """
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +26,9 @@ log = get_logger(__name__)
 
 
 MAX_DEATHS: Final = 2
+MAX_TRIED: Final = 4
+FIRST_REPLAYS: Final = 16
+"""A crash in as many replays of a new graph is laid at its door."""
 Identity = tuple[tuple[str, int], ...]
 """Key and generation of each rank's artifact."""
 
@@ -47,6 +55,23 @@ class Wanted:
     specs: tuple[dict[str, str], ...]
 
 
+@dataclass(kw_only=True)
+class _Tried:
+    """An offer that was loaded, and how often it was replayed."""
+
+    offer: Offer
+    replays: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crash:
+    """An artifact whose native code ended a rank."""
+
+    key: str
+    generation: int
+    signal: str
+
+
 class GraphSet:
     def __init__(self, batch_sizes: Sequence[int], on_change: Callable[[], None]) -> None:
         """``on_change`` is called when what is loaded has changed."""
@@ -54,19 +79,23 @@ class GraphSet:
         self._on_change = on_change
         self._pending: dict[int, Offer] = {}
         self._loaded: dict[int, Offer] = {}
-        self._unproven: set[int] = set()
         self._suspect: Offer | None = None
-        self._proven: dict[int, Offer] = {}
-        """The newest offer of each size that was replayed: what to go back to."""
+        self._tried: dict[int, list[_Tried]] = {}
+        """The last few offers of each size that were loaded, newest last: what to go back to."""
         self._deaths: Counter[Identity] = Counter()
         self._bad: set[Identity] = set()
+        self._quarantined: set[tuple[str, int]] = set()
+        """Keys and generations that must not be in any offer."""
+        self._dropping: set[int] = set()
+        self.crashes: asyncio.Queue[Crash] = asyncio.Queue()
+        """To be reported; each artifact at most once."""
         self.factors: tuple[dict[str, str], ...] = ()
         """Each rank's graph factors but for the batch size; empty until a group has started."""
 
     @property
     def pending(self) -> bool:
-        """Whether an offer waits to be loaded."""
-        return bool(self._pending)
+        """Whether there is something to do between two steps."""
+        return bool(self._pending or self._dropping)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -96,25 +125,42 @@ class GraphSet:
 
     def offer(self, offer: Offer) -> None:
         """To be loaded before the next step, unless it is known to be bad."""
-        if offer.identity not in self._bad:
+        if not self._is_bad(offer):
             self._pending[offer.batch_size] = offer
+            self._dropping.discard(offer.batch_size)
+
+    def quarantine(self, key: str, generations: Collection[int]) -> None:
+        """Drop these generations before the next step, and never load them again."""
+        self._quarantined |= {(key, generation) for generation in generations}
+        for size in [size for size, offer in self._pending.items() if self._is_bad(offer)]:
+            del self._pending[size]
+        self._dropping |= {
+            size
+            for size, offer in self._loaded.items()
+            if self._is_bad(offer) and size not in self._pending
+        }
 
     def group_started(self, ready: Sequence[Ready]) -> None:
         """A new group has no graphs: what the last one had is loaded again."""
         self.factors = tuple(r.graph_factors for r in ready)
-        self._pending = {**self._loaded, **self._pending}
+        kept = {size: offer for size, offer in self._loaded.items() if not self._is_bad(offer)}
+        self._pending = {**kept, **self._pending}
         self._loaded = {}
-        self._unproven.clear()
+        self._dropping.clear()
 
-    def group_failed(self) -> None:
-        if self._suspect is not None:
-            self._blame(self._suspect)
-            self._suspect = None
+    def group_failed(self, crashed: Mapping[int, str]) -> None:
+        """``crashed``: the signal that ended each rank which died of its own native code."""
+        suspect, self._suspect = self._suspect, None
+        if suspect is not None and crashed:
+            self._accuse(suspect, crashed)
+        elif suspect is not None and self._trial(suspect).replays == 0:
+            self._blame(suspect)
         self._on_change()
 
     async def apply(self, group: RankGroup) -> None:
-        """Loads one pending offer, smallest batch first; called between steps. Raises
-        GroupFailed."""
+        """Drops what is quarantined and loads one pending offer, smallest batch first; called
+        between steps. Raises GroupFailed."""
+        self._drop(group)
         if not self._pending:
             return
         offer = self._pending.pop(min(self._pending))
@@ -135,8 +181,7 @@ class GraphSet:
             self._condemn(offer)
         else:
             self._loaded[offer.batch_size] = offer
-            if self._proven.get(offer.batch_size) != offer:
-                self._unproven.add(offer.batch_size)
+            self._dropping.discard(offer.batch_size)
             log.info(
                 "graph loaded",
                 batch_size=offer.batch_size,
@@ -147,25 +192,59 @@ class GraphSet:
         self._on_change()
 
     def about_to_run(self, step: ScheduledStep) -> None:
-        """Notes which graph is to blame if the ranks die in its first replay."""
-        if step.message.prefill or not self._unproven:
-            self._suspect = None
+        """Notes which graph is to blame if the ranks die in one of its first replays."""
+        self._suspect = None
+        if step.message.prefill:
             return
-        sizes = [size for size in self._loaded if size >= len(step.sequences)]
-        size = min(sizes, default=0)
-        self._suspect = self._loaded[size] if size in self._unproven else None
+        size = min((size for size in self._loaded if size >= len(step.sequences)), default=0)
+        offer = self._loaded.get(size)
+        if offer and self._trial(offer).replays < FIRST_REPLAYS:
+            self._suspect = offer
 
     def ran(self, graph_batch_size: int) -> None:
         self._suspect = None
-        if graph_batch_size in self._unproven:
-            self._unproven.discard(graph_batch_size)
-            self._proven[graph_batch_size] = self._loaded[graph_batch_size]
+        offer = self._loaded.get(graph_batch_size)
+        if offer:
+            self._trial(offer).replays += 1
+
+    def _trial(self, offer: Offer) -> "_Tried":
+        """How the offer has done so far."""
+        tried = self._tried.setdefault(offer.batch_size, [])
+        for trial in tried:
+            if trial.offer == offer:
+                return trial
+        tried.append(_Tried(offer=offer))
+        del tried[:-MAX_TRIED]
+        return tried[-1]
+
+    def _is_bad(self, offer: Offer) -> bool:
+        return offer.identity in self._bad or not self._quarantined.isdisjoint(offer.identity)
+
+    def _drop(self, group: RankGroup) -> None:
+        for size in self._dropping:
+            dropped = self._loaded.pop(size)
+            log.warning("graph dropped", batch_size=size, generations=dropped.generations)
+            group.drop_graph(size)
+        if self._dropping:
+            self._dropping.clear()
+            self._on_change()
+
+    def _accuse(self, offer: Offer, crashed: Mapping[int, str]) -> None:
+        """Quarantines the artifacts of the ranks that crashed."""
+        for rank, signal in crashed.items():
+            key, generation = offer.identity[rank]
+            if (key, generation) in self._quarantined:
+                continue
+            log.error("graph crashed a rank", key=key, generation=generation, signal=signal)
+            self._quarantined.add((key, generation))
+            self.crashes.put_nowait(Crash(key=key, generation=generation, signal=signal))
+        self._condemn(offer)
 
     def _blame(self, offer: Offer) -> None:
         self._deaths[offer.identity] += 1
         deaths = self._deaths[offer.identity]
         log.error(
-            "the ranks died with a graph that was new to them",
+            "the ranks ended with a graph that was new to them",
             batch_size=offer.batch_size,
             keys=offer.keys,
             generations=offer.generations,
@@ -181,9 +260,8 @@ class GraphSet:
         size = offer.batch_size
         self._bad.add(offer.identity)
         self._loaded.pop(size, None)
-        self._unproven.discard(size)
         if self._pending.get(size) == offer:
             del self._pending[size]
-        before = self._proven.get(size)
-        if before is not None and before.identity not in self._bad:
-            self._pending.setdefault(size, before)
+        for trial in reversed(self._tried.get(size, [])):
+            if trial.replays and not self._is_bad(trial.offer):
+                self._pending.setdefault(size, trial.offer)

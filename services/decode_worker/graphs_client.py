@@ -1,7 +1,9 @@
 """Gets this worker its graphs: from its cache, then from a compile worker.
 
 Everything is repeated until it is so: missing graphs are asked for again every few seconds, and a
-compile worker that went away is looked for again. No request ever waits for this.
+compile worker that went away is looked for again. No request ever waits for this. Before anything
+is loaded from the cache, a compile worker that is in reach is asked which generations serve: one
+may have been rolled back or quarantined while this worker was down.
 """
 
 import asyncio
@@ -10,7 +12,13 @@ from typing import Any, Final
 
 import grpc.aio
 
-from precast.errors import ArtifactRejected, CompilerUnavailable, PrecastError
+from precast.errors import (
+    ArtifactRejected,
+    CompilerUnavailable,
+    InvalidRequest,
+    NotFound,
+    PrecastError,
+)
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.key import spec_digest
 from precast.graphs.store import StoredArtifact
@@ -25,6 +33,8 @@ log = get_logger(__name__)
 
 REQUEST_INTERVAL_S: Final = 10.0
 RETRY_S: Final = 1.0
+ASK_FIRST_S: Final = 2.0
+"""How long a start waits for a compile worker before it trusts its cache alone."""
 RPC_TIMEOUT_S: Final = 10.0
 
 Spec = dict[str, str]
@@ -34,6 +44,7 @@ class GraphsClient:
     def __init__(
         self,
         *,
+        worker_id: str,
         model: str,
         graphs: GraphSet,
         cache: GraphCache,
@@ -42,6 +53,7 @@ class GraphsClient:
         on_offer: Callable[[], None],
     ) -> None:
         """``on_offer`` is called when a graph is ready to be loaded."""
+        self._worker_id = worker_id
         self._model = model
         self._graphs = graphs
         self._cache = cache
@@ -53,8 +65,18 @@ class GraphsClient:
         self._reported = ""
         self._explained: set[str] = set()
         """Keys whose absence has been explained in the log."""
+        self._condemned = asyncio.Event()
+        """Set when there is a crash to report."""
 
-    def load_cached(self) -> None:
+    async def run(self) -> None:
+        """Loads what is cached, then asks, watches, fetches and reports until cancelled."""
+        await self._ask_first()
+        await asyncio.to_thread(self._load_cached)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_following())
+            tasks.create_task(self._keep_condemning())
+
+    def _load_cached(self) -> None:
         """Offers what the cache holds. Reads and hashes files."""
         for wanted in self._graphs.wanted:
             for spec in wanted.specs:
@@ -63,8 +85,24 @@ class GraphsClient:
                     self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
 
-    async def run(self) -> None:
-        """Asks, watches and fetches until cancelled."""
+    async def _ask_first(self) -> None:
+        """Removes from the cache what must not be loaded any more, if that can be learnt soon."""
+        try:
+            async with asyncio.timeout(ASK_FIRST_S):
+                async with open_channel(await self._compile_worker()) as channel:
+                    for _, state in await self._states(pb_grpc.GraphsServiceStub(channel)):
+                        await self._retire(state)
+        except (TimeoutError, PrecastError, grpc.aio.AioRpcError) as error:
+            log.info("loading cached graphs without asking", reason=str(error) or "no answer")
+
+    async def _keep_condemning(self) -> None:
+        """Puts graphs that have crashed a rank out of reach, also for this worker's next start."""
+        while True:
+            crash = await self._graphs.crashes.get()
+            await asyncio.to_thread(self._cache.condemn, crash.key, crash.generation, crash.signal)
+            self._condemned.set()
+
+    async def _keep_following(self) -> None:
         while True:
             try:
                 await self._follow(await self._compile_worker())
@@ -97,18 +135,41 @@ class GraphsClient:
             stub: Any = pb_grpc.GraphsServiceStub(channel)
             keys = await self._request(stub)
             self._reported = ""
-            watching = asyncio.ensure_future(self._watch(stub, keys))
-            asking = asyncio.ensure_future(self._keep_asking(stub))
+            tasks = [
+                asyncio.ensure_future(self._watch(stub, keys)),
+                asyncio.ensure_future(self._keep_asking(stub)),
+                asyncio.ensure_future(self._keep_reporting(stub)),
+            ]
             try:
-                done, _ = await asyncio.wait(
-                    {watching, asking}, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
             finally:
-                watching.cancel()
-                asking.cancel()
-                await asyncio.gather(watching, asking, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_reporting(self, stub: Any) -> None:
+        """Reports crashes to this compile worker, those of earlier starts too: it may not know."""
+        reported: set[tuple[str, int, str]] = set()
+        while True:
+            self._condemned.clear()
+            for crash in await asyncio.to_thread(self._cache.condemned) - reported:
+                await self._report_crash(stub, *crash)
+                reported.add(crash)
+            await self._condemned.wait()
+
+    async def _report_crash(self, stub: Any, key: str, generation: int, signal: str) -> None:
+        request = pb.ReportCrashRequest(
+            worker_id=self._worker_id, key=key, generation=generation, signal=signal
+        )
+        try:
+            await stub.ReportCrash(request, timeout=RPC_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            error = error_of(failure)
+            if not isinstance(error, NotFound | InvalidRequest):
+                raise
+            log.warning("crash not reported", key=key, generation=generation, reason=str(error))
 
     async def _keep_asking(self, stub: Any) -> None:
         """Repeats the request, so that a compile worker or a Redis that lost it captures after
@@ -120,6 +181,16 @@ class GraphsClient:
 
     async def _request(self, stub: Any) -> dict[str, Spec]:
         """Asks for every wanted spec and fetches what is there; returns the spec of each key."""
+        keys = {}
+        for spec, state in await self._states(stub):
+            keys[state.key] = spec
+            await self._update(stub, spec, state)
+            if state.generation == 0:
+                await self._explain(stub, state)
+        return keys
+
+    async def _states(self, stub: Any) -> list[tuple[Spec, pb.GraphState]]:
+        """Asks for every wanted spec."""
         specs = self._specs()
         response = await stub.RequestGraphs(
             pb.RequestGraphsRequest(
@@ -127,13 +198,7 @@ class GraphsClient:
             ),
             timeout=RPC_TIMEOUT_S,
         )
-        keys = {}
-        for spec, state in zip(specs, response.states, strict=True):
-            keys[state.key] = spec
-            await self._update(stub, spec, state)
-            if state.generation == 0:
-                await self._explain(stub, state)
-        return keys
+        return list(zip(specs, response.states, strict=True))
 
     async def _explain(self, stub: Any, state: pb.GraphState) -> None:
         """Logs, once a key, in which factors the nearest graph differs from a missing one."""
@@ -165,6 +230,7 @@ class GraphsClient:
 
     async def _update(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Fetches a generation that is not the one we have, and offers what is complete."""
+        await self._retire(state)
         present = self._artifacts.get(spec_digest(spec))
         if state.generation == 0 or (
             present is not None
@@ -182,6 +248,19 @@ class GraphsClient:
             return
         self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
+
+    async def _retire(self, state: pb.GraphState) -> None:
+        """Forgets generations that must not be loaded any more."""
+        quarantined = frozenset(state.quarantined)
+        await asyncio.to_thread(self._cache.retire, state.key, state.generation, quarantined)
+        self._graphs.quarantine(state.key, quarantined)
+        self._artifacts = {
+            digest: artifact
+            for digest, artifact in self._artifacts.items()
+            if artifact.manifest.key != state.key or artifact.manifest.generation not in quarantined
+        }
+        if self._graphs.pending:
+            self._on_offer()
 
     def _specs(self) -> list[Spec]:
         """Each distinct spec once, smallest batch first: ranks with equal shards share a graph."""

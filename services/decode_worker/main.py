@@ -75,8 +75,9 @@ async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
         metrics=metrics,
     )
     running = asyncio.create_task(engine.run(), name="engine")
+    worker_id = f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     worker = Worker(
-        worker_id=f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+        worker_id=worker_id,
         settings=settings,
         config=config,
         tokenizer=tokenizer,
@@ -95,7 +96,7 @@ async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
             await _until_stopped(
                 [
                     running,
-                    asyncio.create_task(_get_graphs(settings, engine, graphs, registry)),
+                    asyncio.create_task(_get_graphs(worker_id, settings, engine, graphs, registry)),
                     asyncio.create_task(_follow_changes(changed, heartbeat)),
                     asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
                     asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
@@ -175,13 +176,18 @@ def split_cores(cores: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
 
 
 async def _get_graphs(
-    settings: DecodeWorkerSettings, engine: Engine, graphs: GraphSet, registry: Registry
+    worker_id: str,
+    settings: DecodeWorkerSettings,
+    engine: Engine,
+    graphs: GraphSet,
+    registry: Registry,
 ) -> None:
     await engine.started.wait()
     while not list(settings.trusted_keys_dir.glob("*.pub")):  # noqa: ASYNC110 - a file's coming
         # A compile worker that starts for the first time has yet to make its key.
         await asyncio.sleep(0.5)
     client = GraphsClient(
+        worker_id=worker_id,
         model=settings.model,
         graphs=graphs,
         cache=GraphCache(settings.cache_dir, TrustedKeys.load(settings.trusted_keys_dir)),
@@ -189,7 +195,6 @@ async def _get_graphs(
         compile_address=settings.compile_address,
         on_offer=engine.nudge,
     )
-    await asyncio.to_thread(client.load_cached)
     await client.run()
 
 

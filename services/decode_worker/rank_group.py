@@ -7,6 +7,7 @@ time-out.
 
 import asyncio
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, Final, TypeVar
 
+from precast.graphs.lifecycle import CRASH_SIGNALS
 from precast.log import get_logger
 from precast.shared_memory import remove_segment
 from services.decode_worker.rank_protocol import (
@@ -139,6 +141,16 @@ class RankGroup:
 
     def drop_graph(self, batch_size: int) -> None:
         self._broadcast(DropGraph(batch_size=batch_size))
+
+    def crashed(self) -> dict[int, str]:
+        """After ``stop``: the signal of each rank that its own native code has ended."""
+        names = {
+            index: signal.Signals(-process.returncode).name
+            for index, process in enumerate(self._processes)
+            # a rank that was dying already when we killed it keeps its own signal
+            if process.returncode is not None and process.returncode < 0
+        }
+        return {index: name for index, name in names.items() if name in CRASH_SIGNALS}
 
     async def stop(self) -> None:
         """Ends the processes, by force where they don't follow, and removes their segment."""

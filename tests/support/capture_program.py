@@ -4,11 +4,13 @@
 line in ``LEDGER/started``. The factor ``architecture`` chooses what happens: "gated" waits for the
 file ``LEDGER/open``, as all do while there is a file ``LEDGER/closed``; "hang", "crash", "exit",
 "eat", "refuse", "differ", "silent", "noisy", "orphan" are the ways in which a capture can go wrong;
-anything else is captured at once.
+anything else is captured at once. The graph is the file ``LEDGER/package`` if there is one, else
+bytes that stand for it.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +34,11 @@ def main() -> int:
     if code:
         return code
     say("compiling")
-    (out / "graph.pt2").write_bytes(blake3(json.dumps(factors).encode()).digest(GRAPH_BYTES))
+    if (ledger / "package").exists():
+        shutil.copyfile(ledger / "package", out / "graph.pt2")
+    else:
+        made = blake3(json.dumps(factors).encode()).digest(GRAPH_BYTES)
+        (out / "graph.pt2").write_bytes(made)
     say("verifying")
     if factors["architecture"] != "silent":
         (out / "report.json").write_text(json.dumps(REPORT))

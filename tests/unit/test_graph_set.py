@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from services.decode_worker.graph_set import GraphSet, Offer
+from services.decode_worker.graph_set import FIRST_REPLAYS, Crash, GraphSet, Offer
 from services.decode_worker.rank_group import GroupFailed, RankGroup
 from services.decode_worker.rank_protocol import GraphLoaded, LoadGraph, Ready
 from services.decode_worker.scheduler import ScheduledStep
@@ -45,10 +45,15 @@ async def settle(graphs: GraphSet, ranks: Ranks) -> None:
         await graphs.apply(cast(RankGroup, ranks))
 
 
+def begin(graphs: GraphSet, *, prefill: bool = False) -> None:
+    """A step is sent to the ranks."""
+    step: Any = SimpleNamespace(sequences=(None,), message=SimpleNamespace(prefill=prefill))
+    graphs.about_to_run(cast(ScheduledStep, step))
+
+
 def decode(graphs: GraphSet, size: int = 1) -> None:
     """A decode step that the ranks survive."""
-    step: Any = SimpleNamespace(sequences=(None,), message=SimpleNamespace(prefill=False))
-    graphs.about_to_run(cast(ScheduledStep, step))
+    begin(graphs)
     graphs.ran(size)
 
 
@@ -72,7 +77,7 @@ async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphSet) -> None
     graphs.offer(offer(1))
     await settle(graphs, Ranks())
     decode(graphs)
-    graphs.group_failed()
+    graphs.group_failed({})
     graphs.group_started(ready())
     assert graphs.records() == ()
     fresh = Ranks()
@@ -101,7 +106,7 @@ async def test_the_second_death_with_a_graph_is_one_too_many(graphs: GraphSet) -
     for _ in range(2):
         with pytest.raises(GroupFailed):
             await settle(graphs, ranks)
-        graphs.group_failed()
+        graphs.group_failed({})
         graphs.group_started(ready())
     await settle(graphs, ranks)
     assert ranks.loaded == {1: 1}
@@ -112,8 +117,76 @@ async def test_a_death_later_on_blames_no_graph(graphs: GraphSet) -> None:
     await settle(graphs, Ranks())
     decode(graphs)
     for _ in range(5):
-        graphs.group_failed()
+        graphs.group_failed({})
         graphs.group_started(ready())
         await settle(graphs, Ranks())
         decode(graphs)
     assert graphs.missing == (2,)
+
+
+@pytest.mark.parametrize("replays", [0, 1, FIRST_REPLAYS - 1])
+async def test_one_crash_in_the_first_replays_quarantines(graphs: GraphSet, replays: int) -> None:
+    ranks = Ranks()
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    decode(graphs)
+    graphs.offer(offer(2))
+    await settle(graphs, ranks)
+    for _ in range(replays):
+        decode(graphs)
+    begin(graphs)
+    graphs.group_failed({0: "SIGSEGV"})
+    graphs.group_started(ready())
+    await settle(graphs, ranks)
+    assert ranks.loaded == {1: 1}
+    assert graphs.crashes.get_nowait() == Crash(key="k", generation=2, signal="SIGSEGV")
+    assert graphs.crashes.empty()
+    graphs.offer(offer(2))
+    assert not graphs.pending
+
+
+async def test_a_crash_later_on_or_in_prefill_accuses_no_graph(graphs: GraphSet) -> None:
+    graphs.offer(offer(1))
+    await settle(graphs, Ranks())
+    begin(graphs, prefill=True)
+    graphs.group_failed({0: "SIGSEGV"})
+    graphs.group_started(ready())
+    await settle(graphs, Ranks())
+    for _ in range(FIRST_REPLAYS):
+        decode(graphs)
+    begin(graphs)
+    graphs.group_failed({0: "SIGSEGV"})
+    graphs.group_started(ready())
+    assert graphs.crashes.empty()
+    assert graphs.pending
+
+
+async def test_only_the_crashed_ranks_artifact_is_accused() -> None:
+    graphs = GraphSet([1], lambda: None)
+    graphs.group_started([*ready(), *ready()])
+    two = Offer(batch_size=1, paths=(Path("x"),) * 2, keys=("a", "b"), generations=(3, 5))
+    graphs.offer(two)
+    await settle(graphs, Ranks())
+    begin(graphs)
+    graphs.group_failed({1: "SIGFPE"})
+    assert graphs.crashes.get_nowait() == Crash(key="b", generation=5, signal="SIGFPE")
+    assert graphs.crashes.empty()
+
+
+async def test_a_quarantined_generation_is_dropped_between_steps(graphs: GraphSet) -> None:
+    ranks = Ranks()
+    graphs.offer(offer(1))
+    graphs.offer(offer(3, batch_size=2))
+    await settle(graphs, ranks)
+    graphs.quarantine("k", [1])
+    graphs.quarantine("other", [3])
+    assert graphs.pending
+    await settle(graphs, ranks)
+    assert ranks.loaded == {2: 3}
+    assert graphs.missing == (1,)
+    graphs.offer(offer(1))
+    assert not graphs.pending
+    graphs.group_failed({})
+    graphs.group_started(ready())
+    await settle(graphs, ranks)
+    assert graphs.missing == (1,)

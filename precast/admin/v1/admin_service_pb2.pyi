@@ -48,6 +48,37 @@ RECOMPILE_STAGE_FAILED: RecompileStage.ValueType  # 7
 RECOMPILE_STAGE_CANCELLED: RecompileStage.ValueType  # 8
 Global___RecompileStage: _TypeAlias = RecompileStage  # noqa: Y015
 
+class _GenerationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GenerationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATION_STATE_UNSPECIFIED: _GenerationState.ValueType  # 0
+    GENERATION_STATE_SERVING: _GenerationState.ValueType  # 1
+    GENERATION_STATE_PREVIOUS: _GenerationState.ValueType  # 2
+    """Good, and older than the serving one."""
+    GENERATION_STATE_WAITING: _GenerationState.ValueType  # 3
+    """Good as far as is known, and held back by a pin."""
+    GENERATION_STATE_CANARY: _GenerationState.ValueType  # 4
+    """Tried by one worker."""
+    GENERATION_STATE_ROLLED_BACK: _GenerationState.ValueType  # 5
+    GENERATION_STATE_QUARANTINED: _GenerationState.ValueType  # 6
+
+class GenerationState(_GenerationState, metaclass=_GenerationStateEnumTypeWrapper): ...
+
+GENERATION_STATE_UNSPECIFIED: GenerationState.ValueType  # 0
+GENERATION_STATE_SERVING: GenerationState.ValueType  # 1
+GENERATION_STATE_PREVIOUS: GenerationState.ValueType  # 2
+"""Good, and older than the serving one."""
+GENERATION_STATE_WAITING: GenerationState.ValueType  # 3
+"""Good as far as is known, and held back by a pin."""
+GENERATION_STATE_CANARY: GenerationState.ValueType  # 4
+"""Tried by one worker."""
+GENERATION_STATE_ROLLED_BACK: GenerationState.ValueType  # 5
+GENERATION_STATE_QUARANTINED: GenerationState.ValueType  # 6
+Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
+
 @_typing.final
 class RecompileRequest(_message.Message):
     """RecompileRequest selects graphs; the filters that are given must all match. At least one filter, or
@@ -240,3 +271,205 @@ class CancelJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
+
+@_typing.final
+class ListGenerationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsRequest: _TypeAlias = ListGenerationsRequest  # noqa: Y015
+
+@_typing.final
+class ListGenerationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Generation]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        generations: _abc.Iterable[Global___Generation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
+
+@_typing.final
+class Generation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PUBLISHED_AT_S_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
+    STEP_US_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    state: Global___GenerationState.ValueType
+    pinned: _builtins.bool
+    reason: _builtins.str
+    """Why it is in this state, where something was decided."""
+    published_at_s: _builtins.float
+    """Of what follows, nothing is known of an artifact that was put aside or removed."""
+    size_bytes: _builtins.int
+    max_relative_error: _builtins.float
+    step_us: _builtins.float
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        state: Global___GenerationState.ValueType = ...,
+        pinned: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        published_at_s: _builtins.float = ...,
+        size_bytes: _builtins.int = ...,
+        max_relative_error: _builtins.float = ...,
+        step_us: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "max_relative_error", b"max_relative_error", "pinned", b"pinned", "published_at_s", b"published_at_s", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state", "step_us", b"step_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Generation: _TypeAlias = Generation  # noqa: Y015
+
+@_typing.final
+class RollBackGraphRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    generation: _builtins.int
+    """0: the good generation before the serving one."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackGraphRequest: _TypeAlias = RollBackGraphRequest  # noqa: Y015
+
+@_typing.final
+class RollBackGraphResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """What serves now."""
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackGraphResponse: _TypeAlias = RollBackGraphResponse  # noqa: Y015
+
+@_typing.final
+class PinGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    generation: _builtins.int
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinGenerationRequest: _TypeAlias = PinGenerationRequest  # noqa: Y015
+
+@_typing.final
+class PinGenerationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinGenerationResponse: _TypeAlias = PinGenerationResponse  # noqa: Y015
+
+@_typing.final
+class UnpinGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinGenerationRequest: _TypeAlias = UnpinGenerationRequest  # noqa: Y015
+
+@_typing.final
+class UnpinGenerationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """What serves now."""
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinGenerationResponse: _TypeAlias = UnpinGenerationResponse  # noqa: Y015

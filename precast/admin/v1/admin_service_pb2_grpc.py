@@ -50,6 +50,26 @@ class AdminServiceStub:
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.ListGenerations = channel.unary_unary(
+                '/precast.admin.v1.AdminService/ListGenerations',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsResponse.FromString,
+                _registered_method=True)
+        self.RollBackGraph = channel.unary_unary(
+                '/precast.admin.v1.AdminService/RollBackGraph',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphResponse.FromString,
+                _registered_method=True)
+        self.PinGeneration = channel.unary_unary(
+                '/precast.admin.v1.AdminService/PinGeneration',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationResponse.FromString,
+                _registered_method=True)
+        self.UnpinGeneration = channel.unary_unary(
+                '/precast.admin.v1.AdminService/UnpinGeneration',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -78,6 +98,33 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListGenerations(self, request, context):
+        """ListGenerations shows what became of each generation of a graph.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackGraph(self, request, context):
+        """RollBackGraph makes workers go back to an earlier generation, while they serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinGeneration(self, request, context):
+        """PinGeneration fixes the serving generation, so that a recompile moves no worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinGeneration(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +142,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobRequest.FromString,
                     response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'ListGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGenerations,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'RollBackGraph': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackGraph,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphResponse.SerializeToString,
+            ),
+            'PinGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinGeneration,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationResponse.SerializeToString,
+            ),
+            'UnpinGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinGeneration,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +246,114 @@ class AdminService:
             '/precast.admin.v1.AdminService/CancelJob',
             precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobRequest.SerializeToString,
             precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/ListGenerations',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackGraph(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/RollBackGraph',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/PinGeneration',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/UnpinGeneration',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,13 @@ class AdminServiceStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListJobsRequest, _admin_service_pb2.ListJobsResponse]
     CancelJob: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CancelJobRequest, _admin_service_pb2.CancelJobResponse]
     """CancelJob takes a queued job off the queue or kills a running capture."""
+    ListGenerations: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListGenerationsRequest, _admin_service_pb2.ListGenerationsResponse]
+    """ListGenerations shows what became of each generation of a graph."""
+    RollBackGraph: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RollBackGraphRequest, _admin_service_pb2.RollBackGraphResponse]
+    """RollBackGraph makes workers go back to an earlier generation, while they serve."""
+    PinGeneration: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PinGenerationRequest, _admin_service_pb2.PinGenerationResponse]
+    """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
+    UnpinGeneration: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinGenerationRequest, _admin_service_pb2.UnpinGenerationResponse]
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -55,6 +62,13 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListJobsRequest, _admin_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     CancelJob: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CancelJobRequest, _admin_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """CancelJob takes a queued job off the queue or kills a running capture."""
+    ListGenerations: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListGenerationsRequest, _admin_service_pb2.ListGenerationsResponse]  # type: ignore[assignment]
+    """ListGenerations shows what became of each generation of a graph."""
+    RollBackGraph: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RollBackGraphRequest, _admin_service_pb2.RollBackGraphResponse]  # type: ignore[assignment]
+    """RollBackGraph makes workers go back to an earlier generation, while they serve."""
+    PinGeneration: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PinGenerationRequest, _admin_service_pb2.PinGenerationResponse]  # type: ignore[assignment]
+    """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
+    UnpinGeneration: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinGenerationRequest, _admin_service_pb2.UnpinGenerationResponse]  # type: ignore[assignment]
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService runs a fleet's graphs. A compile worker serves it."""
@@ -84,5 +98,36 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.CancelJobResponse, _abc.Awaitable[_admin_service_pb2.CancelJobResponse]]:
         """CancelJob takes a queued job off the queue or kills a running capture."""
+
+    @_abc_1.abstractmethod
+    def ListGenerations(
+        self,
+        request: _admin_service_pb2.ListGenerationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListGenerationsResponse, _abc.Awaitable[_admin_service_pb2.ListGenerationsResponse]]:
+        """ListGenerations shows what became of each generation of a graph."""
+
+    @_abc_1.abstractmethod
+    def RollBackGraph(
+        self,
+        request: _admin_service_pb2.RollBackGraphRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.RollBackGraphResponse, _abc.Awaitable[_admin_service_pb2.RollBackGraphResponse]]:
+        """RollBackGraph makes workers go back to an earlier generation, while they serve."""
+
+    @_abc_1.abstractmethod
+    def PinGeneration(
+        self,
+        request: _admin_service_pb2.PinGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PinGenerationResponse, _abc.Awaitable[_admin_service_pb2.PinGenerationResponse]]:
+        """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
+
+    @_abc_1.abstractmethod
+    def UnpinGeneration(
+        self,
+        request: _admin_service_pb2.UnpinGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UnpinGenerationResponse, _abc.Awaitable[_admin_service_pb2.UnpinGenerationResponse]]: ...
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&precast/graphs/v1/graphs_service.proto\x12\x11precast.graphs.v1\"w\n\tGraphSpec\x12:\n\x07\x66\x61\x63tors\x18\x01 \x03(\x0b\x32).precast.graphs.v1.GraphSpec.FactorsEntry\x1a.\n\x0c\x46\x61\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"R\n\x14RequestGraphsRequest\x12+\n\x05specs\x18\x01 \x03(\x0b\x32\x1c.precast.graphs.v1.GraphSpec\x12\r\n\x05model\x18\x02 \x01(\t\"F\n\x15RequestGraphsResponse\x12-\n\x06states\x18\x01 \x03(\x0b\x32\x1d.precast.graphs.v1.GraphState\"\xd3\x02\n\nGraphState\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x05phase\x18\x02 \x01(\x0e\x32\x1d.precast.graphs.v1.GraphPhase\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12;\n\x07\x66\x61\x63tors\x18\x04 \x03(\x0b\x32*.precast.graphs.v1.GraphState.FactorsEntry\x12\x0e\n\x06models\x18\x05 \x03(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x16\n\x0epublished_at_s\x18\x08 \x01(\x01\x12\x1a\n\x12max_relative_error\x18\t \x01(\x01\x12\x11\n\tcapture_s\x18\n \x01(\x01\x12\x0f\n\x07step_us\x18\x0b \x01(\x01\x1a.\n\x0c\x46\x61\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\x11\x46\x65tchGraphRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"b\n\x12\x46\x65tchGraphResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.precast.graphs.v1.ArtifactHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"E\n\x0e\x41rtifactHeader\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\t\"\"\n\x12WatchGraphsRequest\x12\x0c\n\x04keys\x18\x01 \x03(\t\"C\n\x13WatchGraphsResponse\x12,\n\x05state\x18\x01 \x01(\x0b\x32\x1d.precast.graphs.v1.GraphState\"6\n\x11ListGraphsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\r\"C\n\x12ListGraphsResponse\x12-\n\x06graphs\x18\x01 \x03(\x0b\x32\x1d.precast.graphs.v1.GraphState\"k\n\x13\x45xplainGraphRequest\x12\r\n\x03key\x18\x01 \x01(\tH\x00\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1c.precast.graphs.v1.GraphSpecH\x00\x12\r\n\x05limit\x18\x03 \x01(\rB\x08\n\x06wanted\"\xf7\x01\n\x14\x45xplainGraphResponse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x45\n\x07\x66\x61\x63tors\x18\x02 \x03(\x0b\x32\x34.precast.graphs.v1.ExplainGraphResponse.FactorsEntry\x12,\n\x05state\x18\x03 \x01(\x0b\x32\x1d.precast.graphs.v1.GraphState\x12-\n\x07nearest\x18\x04 \x03(\x0b\x32\x1c.precast.graphs.v1.NearGraph\x1a.\n\x0c\x46\x61\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"v\n\tNearGraph\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06models\x18\x03 \x03(\t\x12\x38\n\x0b\x64ifferences\x18\x04 \x03(\x0b\x32#.precast.graphs.v1.FactorDifference\"\\\n\x10\x46\x61\x63torDifference\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06wanted\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04have\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07_wantedB\x07\n\x05_have*\x8f\x01\n\nGraphPhase\x12\x1b\n\x17GRAPH_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12GRAPH_PHASE_QUEUED\x10\x01\x12\x19\n\x15GRAPH_PHASE_CAPTURING\x10\x02\x12\x19\n\x15GRAPH_PHASE_PUBLISHED\x10\x03\x12\x16\n\x12GRAPH_PHASE_FAILED\x10\x04\x32\xec\x03\n\rGraphsService\x12\x62\n\rRequestGraphs\x12\'.precast.graphs.v1.RequestGraphsRequest\x1a(.precast.graphs.v1.RequestGraphsResponse\x12[\n\nFetchGraph\x12$.precast.graphs.v1.FetchGraphRequest\x1a%.precast.graphs.v1.FetchGraphResponse0\x01\x12^\n\x0bWatchGraphs\x12%.precast.graphs.v1.WatchGraphsRequest\x1a&.precast.graphs.v1.WatchGraphsResponse0\x01\x12Y\n\nListGraphs\x12$.precast.graphs.v1.ListGraphsRequest\x1a%.precast.graphs.v1.ListGraphsResponse\x12_\n\x0c\x45xplainGraph\x12&.precast.graphs.v1.ExplainGraphRequest\x1a\'.precast.graphs.v1.ExplainGraphResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&precast/graphs/v1/graphs_service.proto\x12\x11precast.graphs.v1\"w\n\tGraphSpec\x12:\n\x07\x66\x61\x63tors\x18\x01 \x03(\x0b\x32).precast.graphs.v1.GraphSpec.FactorsEntry\x1a.\n\x0c\x46\x61\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"R\n\x14RequestGraphsRequest\x12+\n\x05specs\x18\x01 \x03(\x0b\x32\x1c.precast.graphs.v1.GraphSpec\x12\r\n\x05model\x18\x02 \x01(\t\"F\n\x15RequestGraphsResponse\x12-\n\x06states\x18\x01 \x03(\x0b\x32\x1d.precast.graphs.v1.GraphState\"\xe8\x02\n\nGraphState\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x05phase\x18\x02 \x01(\x0e\x32\x1d.precast.graphs.v1.GraphPhase\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12;\n\x07\x66\x61\x63tors\x18\x04 \x03(\x0b\x32*.precast.graphs.v1.GraphState.FactorsEntry\x12\x0e\n\x06models\x18\x05 \x03(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x16\n\x0epublished_at_s\x18\x08 \x01(\x01\x12\x1a\n\x12max_relative_error\x18\t \x01(\x01\x12\x11\n\tcapture_s\x18\n \x01(\x01\x12\x0f\n\x07step_us\x18\x0b \x01(\x01\x12\x13\n\x0bquarantined\x18\x0c \x03(\x04\x1a.\n\x0c\x46\x61\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\x11\x46\x65tchGraphRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"b\n\x12\x46\x65tchGraphResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.precast.graphs.v1.ArtifactHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"E\n\x0e\x41rtifactHeader\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\t\"\"\n\x12WatchGraphsRequest\x12\x0c\n\x04keys\x18\x01 \x03(\t\"C\n\x13WatchGraphsResponse\x12,\n\x05state\x18\x01 \x01(\x0b\x32\x1d.precast.graphs.v1.GraphState\"6\n\x11ListGraphsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\r\"C\n\x12ListGraphsResponse\x12-\n\x06graphs\x18\x01 \x03(\x0b\x32\x1d.precast.graphs.v1.GraphState\"k\n\x13\x45xplainGraphRequest\x12\r\n\x03key\x18\x01 \x01(\tH\x00\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1c.precast.graphs.v1.GraphSpecH\x00\x12\r\n\x05limit\x18\x03 \x01(\rB\x08\n\x06wanted\"\xf7\x01\n\x14\x45xplainGraphResponse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x45\n\x07\x66\x61\x63tors\x18\x02 \x03(\x0b\x32\x34.precast.graphs.v1.ExplainGraphResponse.FactorsEntry\x12,\n\x05state\x18\x03 \x01(\x0b\x32\x1d.precast.graphs.v1.GraphState\x12-\n\x07nearest\x18\x04 \x03(\x0b\x32\x1c.precast.graphs.v1.NearGraph\x1a.\n\x0c\x46\x61\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"v\n\tNearGraph\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06models\x18\x03 \x03(\t\x12\x38\n\x0b\x64ifferences\x18\x04 \x03(\x0b\x32#.precast.graphs.v1.FactorDifference\"\\\n\x10\x46\x61\x63torDifference\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06wanted\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04have\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07_wantedB\x07\n\x05_have\"X\n\x12ReportCrashRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06signal\x18\x04 \x01(\t\"\x15\n\x13ReportCrashResponse*\x8f\x01\n\nGraphPhase\x12\x1b\n\x17GRAPH_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12GRAPH_PHASE_QUEUED\x10\x01\x12\x19\n\x15GRAPH_PHASE_CAPTURING\x10\x02\x12\x19\n\x15GRAPH_PHASE_PUBLISHED\x10\x03\x12\x16\n\x12GRAPH_PHASE_FAILED\x10\x04\x32\xca\x04\n\rGraphsService\x12\x62\n\rRequestGraphs\x12\'.precast.graphs.v1.RequestGraphsRequest\x1a(.precast.graphs.v1.RequestGraphsResponse\x12[\n\nFetchGraph\x12$.precast.graphs.v1.FetchGraphRequest\x1a%.precast.graphs.v1.FetchGraphResponse0\x01\x12^\n\x0bWatchGraphs\x12%.precast.graphs.v1.WatchGraphsRequest\x1a&.precast.graphs.v1.WatchGraphsResponse0\x01\x12Y\n\nListGraphs\x12$.precast.graphs.v1.ListGraphsRequest\x1a%.precast.graphs.v1.ListGraphsResponse\x12_\n\x0c\x45xplainGraph\x12&.precast.graphs.v1.ExplainGraphRequest\x1a\'.precast.graphs.v1.ExplainGraphResponse\x12\\\n\x0bReportCrash\x12%.precast.graphs.v1.ReportCrashRequest\x1a&.precast.graphs.v1.ReportCrashResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GRAPHSTATE_FACTORSENTRY']._serialized_options = b'8\001'
   _globals['_EXPLAINGRAPHRESPONSE_FACTORSENTRY']._loaded_options = None
   _globals['_EXPLAINGRAPHRESPONSE_FACTORSENTRY']._serialized_options = b'8\001'
-  _globals['_GRAPHPHASE']._serialized_start=1709
-  _globals['_GRAPHPHASE']._serialized_end=1852
+  _globals['_GRAPHPHASE']._serialized_start=1843
+  _globals['_GRAPHPHASE']._serialized_end=1986
   _globals['_GRAPHSPEC']._serialized_start=61
   _globals['_GRAPHSPEC']._serialized_end=180
   _globals['_GRAPHSPEC_FACTORSENTRY']._serialized_start=134
@@ -48,33 +48,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTGRAPHSRESPONSE']._serialized_start=266
   _globals['_REQUESTGRAPHSRESPONSE']._serialized_end=336
   _globals['_GRAPHSTATE']._serialized_start=339
-  _globals['_GRAPHSTATE']._serialized_end=678
+  _globals['_GRAPHSTATE']._serialized_end=699
   _globals['_GRAPHSTATE_FACTORSENTRY']._serialized_start=134
   _globals['_GRAPHSTATE_FACTORSENTRY']._serialized_end=180
-  _globals['_FETCHGRAPHREQUEST']._serialized_start=680
-  _globals['_FETCHGRAPHREQUEST']._serialized_end=732
-  _globals['_FETCHGRAPHRESPONSE']._serialized_start=734
-  _globals['_FETCHGRAPHRESPONSE']._serialized_end=832
-  _globals['_ARTIFACTHEADER']._serialized_start=834
-  _globals['_ARTIFACTHEADER']._serialized_end=903
-  _globals['_WATCHGRAPHSREQUEST']._serialized_start=905
-  _globals['_WATCHGRAPHSREQUEST']._serialized_end=939
-  _globals['_WATCHGRAPHSRESPONSE']._serialized_start=941
-  _globals['_WATCHGRAPHSRESPONSE']._serialized_end=1008
-  _globals['_LISTGRAPHSREQUEST']._serialized_start=1010
-  _globals['_LISTGRAPHSREQUEST']._serialized_end=1064
-  _globals['_LISTGRAPHSRESPONSE']._serialized_start=1066
-  _globals['_LISTGRAPHSRESPONSE']._serialized_end=1133
-  _globals['_EXPLAINGRAPHREQUEST']._serialized_start=1135
-  _globals['_EXPLAINGRAPHREQUEST']._serialized_end=1242
-  _globals['_EXPLAINGRAPHRESPONSE']._serialized_start=1245
-  _globals['_EXPLAINGRAPHRESPONSE']._serialized_end=1492
+  _globals['_FETCHGRAPHREQUEST']._serialized_start=701
+  _globals['_FETCHGRAPHREQUEST']._serialized_end=753
+  _globals['_FETCHGRAPHRESPONSE']._serialized_start=755
+  _globals['_FETCHGRAPHRESPONSE']._serialized_end=853
+  _globals['_ARTIFACTHEADER']._serialized_start=855
+  _globals['_ARTIFACTHEADER']._serialized_end=924
+  _globals['_WATCHGRAPHSREQUEST']._serialized_start=926
+  _globals['_WATCHGRAPHSREQUEST']._serialized_end=960
+  _globals['_WATCHGRAPHSRESPONSE']._serialized_start=962
+  _globals['_WATCHGRAPHSRESPONSE']._serialized_end=1029
+  _globals['_LISTGRAPHSREQUEST']._serialized_start=1031
+  _globals['_LISTGRAPHSREQUEST']._serialized_end=1085
+  _globals['_LISTGRAPHSRESPONSE']._serialized_start=1087
+  _globals['_LISTGRAPHSRESPONSE']._serialized_end=1154
+  _globals['_EXPLAINGRAPHREQUEST']._serialized_start=1156
+  _globals['_EXPLAINGRAPHREQUEST']._serialized_end=1263
+  _globals['_EXPLAINGRAPHRESPONSE']._serialized_start=1266
+  _globals['_EXPLAINGRAPHRESPONSE']._serialized_end=1513
   _globals['_EXPLAINGRAPHRESPONSE_FACTORSENTRY']._serialized_start=134
   _globals['_EXPLAINGRAPHRESPONSE_FACTORSENTRY']._serialized_end=180
-  _globals['_NEARGRAPH']._serialized_start=1494
-  _globals['_NEARGRAPH']._serialized_end=1612
-  _globals['_FACTORDIFFERENCE']._serialized_start=1614
-  _globals['_FACTORDIFFERENCE']._serialized_end=1706
-  _globals['_GRAPHSSERVICE']._serialized_start=1855
-  _globals['_GRAPHSSERVICE']._serialized_end=2347
+  _globals['_NEARGRAPH']._serialized_start=1515
+  _globals['_NEARGRAPH']._serialized_end=1633
+  _globals['_FACTORDIFFERENCE']._serialized_start=1635
+  _globals['_FACTORDIFFERENCE']._serialized_end=1727
+  _globals['_REPORTCRASHREQUEST']._serialized_start=1729
+  _globals['_REPORTCRASHREQUEST']._serialized_end=1817
+  _globals['_REPORTCRASHRESPONSE']._serialized_start=1819
+  _globals['_REPORTCRASHRESPONSE']._serialized_end=1840
+  _globals['_GRAPHSSERVICE']._serialized_start=1989
+  _globals['_GRAPHSSERVICE']._serialized_end=2575
 # @@protoc_insertion_point(module_scope)

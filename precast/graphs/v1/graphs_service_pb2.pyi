@@ -166,10 +166,11 @@ class GraphState(_message.Message):
     MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     CAPTURE_S_FIELD_NUMBER: _builtins.int
     STEP_US_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
     generation: _builtins.int
-    """Newest published generation; 0 if there is none."""
+    """The generation that serves; 0 if there is none."""
     error: _builtins.str
     """Why the last capture failed, if it did."""
     size_bytes: _builtins.int
@@ -187,6 +188,10 @@ class GraphState(_message.Message):
     def factors(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def quarantined(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Generations that must not be loaded, not even out of a cache."""
+
     def __init__(
         self,
         *,
@@ -201,10 +206,11 @@ class GraphState(_message.Message):
         max_relative_error: _builtins.float = ...,
         capture_s: _builtins.float = ...,
         step_us: _builtins.float = ...,
+        quarantined: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "quarantined", b"quarantined", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -218,7 +224,7 @@ class FetchGraphRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     generation: _builtins.int
-    """0: the newest."""
+    """0: the one that serves."""
     def __init__(
         self,
         *,
@@ -524,3 +530,47 @@ class FactorDifference(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__wanted) -> _WhichOneofReturnType__wanted | None: ...
 
 Global___FactorDifference: _TypeAlias = FactorDifference  # noqa: Y015
+
+@_typing.final
+class ReportCrashRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    key: _builtins.str
+    generation: _builtins.int
+    signal: _builtins.str
+    """What ended the rank: SIGSEGV, SIGBUS, SIGILL, SIGABRT or SIGFPE."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        key: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        signal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key", "signal", b"signal", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCrashRequest: _TypeAlias = ReportCrashRequest  # noqa: Y015
+
+@_typing.final
+class ReportCrashResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCrashResponse: _TypeAlias = ReportCrashResponse  # noqa: Y015

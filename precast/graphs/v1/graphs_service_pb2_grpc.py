@@ -60,6 +60,11 @@ class GraphsServiceStub:
                 request_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphRequest.SerializeToString,
                 response_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphResponse.FromString,
                 _registered_method=True)
+        self.ReportCrash = channel.unary_unary(
+                '/precast.graphs.v1.GraphsService/ReportCrash',
+                request_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashRequest.SerializeToString,
+                response_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashResponse.FromString,
+                _registered_method=True)
 
 
 class GraphsServiceServicer:
@@ -102,6 +107,14 @@ class GraphsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportCrash(self, request, context):
+        """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+        quarantined everywhere and for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GraphsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_GraphsServiceServicer_to_server(servicer, server):
                     servicer.ExplainGraph,
                     request_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphRequest.FromString,
                     response_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphResponse.SerializeToString,
+            ),
+            'ReportCrash': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportCrash,
+                    request_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashRequest.FromString,
+                    response_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +285,33 @@ class GraphsService:
             '/precast.graphs.v1.GraphsService/ExplainGraph',
             precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphRequest.SerializeToString,
             precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ExplainGraphResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportCrash(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.graphs.v1.GraphsService/ReportCrash',
+            precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashRequest.SerializeToString,
+            precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,10 @@ class GraphsServiceStub:
     """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
     which they differ from it.
     """
+    ReportCrash: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCrashRequest, _graphs_service_pb2.ReportCrashResponse]
+    """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+    quarantined everywhere and for good.
+    """
 
 @_typing.type_check_only
 class GraphsServiceAsyncStub(GraphsServiceStub):
@@ -64,6 +68,10 @@ class GraphsServiceAsyncStub(GraphsServiceStub):
     ExplainGraph: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ExplainGraphRequest, _graphs_service_pb2.ExplainGraphResponse]  # type: ignore[assignment]
     """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
     which they differ from it.
+    """
+    ReportCrash: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCrashRequest, _graphs_service_pb2.ReportCrashResponse]  # type: ignore[assignment]
+    """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+    quarantined everywhere and for good.
     """
 
 class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -110,6 +118,16 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_graphs_service_pb2.ExplainGraphResponse, _abc.Awaitable[_graphs_service_pb2.ExplainGraphResponse]]:
         """ExplainGraph names the published graphs that come nearest to a wanted one, and the factors in
         which they differ from it.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportCrash(
+        self,
+        request: _graphs_service_pb2.ReportCrashRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_graphs_service_pb2.ReportCrashResponse, _abc.Awaitable[_graphs_service_pb2.ReportCrashResponse]]:
+        """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+        quarantined everywhere and for good.
         """
 
 def add_GraphsServiceServicer_to_server(servicer: GraphsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

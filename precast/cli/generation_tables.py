@@ -1,0 +1,47 @@
+"""A graph's generations as a table and JSON."""
+
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from precast.admin.v1 import admin_service_pb2 as admin
+from precast.cli.graph_tables import age
+
+_STATE = "GENERATION_STATE_"
+
+
+def to_json(generations: Sequence[admin.Generation]) -> list[dict[str, object]]:
+    """An object for each generation, newest first."""
+    return [
+        {
+            "generation": generation.generation,
+            "state": _state(generation),
+            "pinned": generation.pinned,
+            "reason": generation.reason,
+            "published_at_s": generation.published_at_s,
+            "size_bytes": generation.size_bytes,
+            "max_relative_error": generation.max_relative_error,
+            "step_us": generation.step_us,
+        }
+        for generation in generations
+    ]
+
+
+def table(generations: Sequence[admin.Generation]) -> RenderableType:
+    """One line a generation, newest first."""
+    rows = Table("gen", "state", "age", "2-layer step", "error", "reason")
+    for generation in generations:
+        rows.add_row(
+            str(generation.generation),
+            _state(generation) + (", pinned" if generation.pinned else ""),
+            age(generation.published_at_s),
+            f"{generation.step_us / 1000:.2f} ms" if generation.step_us else "",
+            f"{generation.max_relative_error:.1e}" if generation.published_at_s else "",
+            generation.reason,
+        )
+    return rows
+
+
+def _state(generation: admin.Generation) -> str:
+    return admin.GenerationState.Name(generation.state).removeprefix(_STATE).lower()

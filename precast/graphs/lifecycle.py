@@ -1,0 +1,129 @@
+"""What became of a graph's generations: which one serves, and why the others don't.
+
+A note of this is kept beside the artifacts in the store, in Redis and in every compile worker.
+Copies may differ for a while and be written at the same time: merging two of them is associative,
+commutative and loses nothing, so all come to the same in any order. Of two marks of a generation
+the later one counts, but a quarantine is final.
+"""
+
+import enum
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+CRASH_SIGNALS: Final = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE")
+"""Signals that native code brings upon itself. SIGKILL (an operator, or the kernel out of memory),
+other signals and an exit say nothing about a graph."""
+MAX_MARKS: Final = 64
+MAX_REASON: Final = 1024
+
+
+class Verdict(enum.StrEnum):
+    """What was decided of a generation. One without a mark is good."""
+
+    GOOD = "good"
+    CANDIDATE = "candidate"
+    """Published, but one worker alone tries it so far."""
+    WITHDRAWN = "withdrawn"
+    """Rolled back by hand; may be taken back into service."""
+    QUARANTINED = "quarantined"
+    """Crashed a worker, or was wrong or slow in its canary: never to be loaded again."""
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """A decision on one generation."""
+
+    verdict: Verdict
+    reason: str = ""
+    at: float
+    """Unix seconds."""
+
+
+class Pin(msgspec.Struct, frozen=True, kw_only=True):
+    """The generation that an operator has fixed; 0: none."""
+
+    generation: int = 0
+    at: float = 0.0
+
+
+class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
+    """All decisions on the generations of one key."""
+
+    marks: dict[int, Mark] = {}
+    pin: Pin = Pin()
+
+    def verdict(self, generation: int) -> Verdict:
+        mark = self.marks.get(generation)
+        return mark.verdict if mark else Verdict.GOOD
+
+    def reason(self, generation: int) -> str:
+        mark = self.marks.get(generation)
+        return mark.reason if mark else ""
+
+    def having(self, verdict: Verdict) -> tuple[int, ...]:
+        """Generations with a mark of this verdict, ascending."""
+        return tuple(sorted(g for g, mark in self.marks.items() if mark.verdict is verdict))
+
+    def serving(self, generations: Iterable[int]) -> int:
+        """Of the generations that exist: the pinned one, else the newest good one; 0: none."""
+        there = set(generations)
+        if self.pin.generation in there and self._loadable(self.pin.generation):
+            return self.pin.generation
+        return max((g for g in there if self.verdict(g) is Verdict.GOOD), default=0)
+
+    def marked(self, generation: int, verdict: Verdict, reason: str = "") -> "Lifecycle":
+        """With a further decision."""
+        before = self.marks.get(generation)
+        at = _later(before.at if before else 0.0)
+        mark = Mark(verdict=verdict, reason=reason[:MAX_REASON], at=at)
+        return self.merged(Lifecycle(marks={generation: mark}))
+
+    def pinned(self, generation: int) -> "Lifecycle":
+        """Pinned to a generation; 0 unpins."""
+        return self.merged(Lifecycle(pin=Pin(generation=generation, at=_later(self.pin.at))))
+
+    def merged(self, other: "Lifecycle") -> "Lifecycle":
+        """Both sides' knowledge; of more than ``MAX_MARKS`` marks the newest generations'."""
+        marks = {
+            generation: max(
+                (m for m in (self.marks.get(generation), other.marks.get(generation)) if m),
+                key=_weight,
+            )
+            for generation in sorted(self.marks.keys() | other.marks.keys())[-MAX_MARKS:]
+        }
+        pin = max(self.pin, other.pin, key=lambda pin: (pin.at, pin.generation))
+        return Lifecycle(marks=marks, pin=pin)
+
+    def _loadable(self, generation: int) -> bool:
+        return self.verdict(generation) is not Verdict.QUARANTINED
+
+
+def encode_lifecycle(lifecycle: Lifecycle) -> bytes:
+    return msgspec.json.encode(lifecycle)
+
+
+def decode_lifecycle(raw: bytes) -> Lifecycle:
+    """Raises ``msgspec.DecodeError``."""
+    return _decoder.decode(raw)
+
+
+def previous(lifecycle: Lifecycle, generations: Sequence[int]) -> int:
+    """What a rollback goes back to: the newest good generation before the serving one; 0: none."""
+    serving = lifecycle.serving(generations)
+    older = [g for g in generations if g < serving and lifecycle.verdict(g) is Verdict.GOOD]
+    return max(older, default=0)
+
+
+def _later(than: float) -> float:
+    """Now, but after the decision that this one follows, whatever the clocks say."""
+    return max(time.time(), than + 1e-6)
+
+
+def _weight(mark: Mark) -> tuple[bool, float, str, str]:
+    """A total order, so that merging gives the same in any order."""
+    return mark.verdict is Verdict.QUARANTINED, mark.at, mark.verdict, mark.reason
+
+
+_decoder: Final = msgspec.json.Decoder(Lifecycle)

@@ -1,0 +1,185 @@
+"""Generations that are rolled back, pinned or quarantined while workers serve."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from precast.graphs.store import DiskStore
+from precast.redis_server import start_redis
+from tests.support.decode_worker import eventually
+from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
+from tests.support.native_faults import crashing
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_package: Path) -> Path:
+    return new_home(tmp_path / "home", tiny_package)
+
+
+@pytest.fixture
+def graphs(home: Path, redis_url: str) -> Iterator[Fleet]:
+    with fleet(home, redis_url) as running:
+        yield running
+
+
+def test_rollback_and_pins_move_workers_that_serve(graphs: Fleet, home: Path) -> None:
+    with graphs.decode_worker() as worker:
+        runs(worker, 1)
+        key = graphs.key()
+        with traffic(worker):
+            assert graphs.recompile()[-1].adopted == 1
+            assert graphs.cli("rollback", key).returncode == 0
+            runs(worker, 1)
+            assert graphs.states() == {2: "rolled_back", 1: "serving"}
+
+            # the next recompile goes on from there; by number one may go back and forth
+            assert graphs.recompile()[-1].generation == 3
+            runs(worker, 3)
+            assert graphs.cli("rollback", key, "--to", 2).returncode == 0
+            runs(worker, 2)
+            assert graphs.states() == {3: "rolled_back", 2: "serving", 1: "previous"}
+
+            assert graphs.cli("pin-generation", key, 1).returncode == 0
+            runs(worker, 1)
+            assert graphs.recompile()[-1].detail == "pinned to generation 1"
+            assert generation(worker) == 1
+            expected = {4: "waiting", 3: "rolled_back", 2: "waiting", 1: "serving!"}
+            assert graphs.states() == expected
+            refused = graphs.cli("rollback", key)
+            assert (refused.returncode, "unpin it first" in refused.stderr) == (2, True)
+            assert graphs.cli("unpin-generation", key).returncode == 0
+            runs(worker, 4)
+
+        for command, said in (
+            (("rollback", key, "--to", 9), "no generation 9"),
+            (("pin-generation", key, 9), "no generation 9"),
+            (("generations", "f" * 12), "no graph"),
+        ):
+            refused = graphs.cli(*command)
+            assert refused.returncode != 0
+            assert said in refused.stderr
+            assert refused.stderr.count("\n") == 1
+
+
+def test_decisions_outlive_the_compile_worker_and_redis(
+    home: Path, tmp_path: Path, redis_url: str
+) -> None:
+    with fleet(home, redis_url) as graphs, graphs.decode_worker() as worker:
+        runs(worker, 1)
+        graphs.recompile()
+        key = graphs.key()
+        graphs.cli("rollback", key)
+        runs(worker, 1)
+    with start_redis(tmp_path / "another") as empty, fleet(home, empty.url) as graphs:
+        assert graphs.states() == {2: "rolled_back", 1: "serving"}
+        # a worker whose cache has the newer one does not take it up again
+        with graphs.decode_worker() as worker:
+            runs(worker, 1)
+            assert ask(worker)
+            assert generation(worker) == 1
+
+
+def test_one_crash_quarantines_a_graph_everywhere(
+    graphs: Fleet, home: Path, tmp_path: Path, tiny_package: Path
+) -> None:
+    with (
+        graphs.decode_worker(cache_dir=tmp_path / "one") as busy,
+        graphs.decode_worker(cache_dir=tmp_path / "two") as idle,
+    ):
+        runs(busy, 1)
+        runs(idle, 1)
+        expected = ask(busy)
+        ask(idle)
+        crashing(tiny_package, graphs.package)
+        assert graphs.recompile()[-1].adopted == 2
+
+        client = busy.client()
+        client.start("doomed", busy.request([1, 2, 3], 12))
+        assert client.finish("doomed").end.WhichOneof("event") == "error"
+        runs(busy, 1)
+        runs(idle, 1)
+        assert ask(busy) == ask(idle) == expected
+        assert (busy.status().restarts, idle.status().restarts) == (1, 0)
+        assert graphs.states() == {2: "quarantined", 1: "serving"}
+        assert "SIGSEGV" in graphs.cli("generations", graphs.key()).stdout
+        refused = graphs.cli("rollback", graphs.key(), "--to", 2)
+        assert (refused.returncode, "quarantined" in refused.stderr) == (2, True)
+        for name in ("one", "two"):
+            assert DiskStore(tmp_path / name).generations(graphs.key()) == [1]
+
+    # a worker whose cache holds the graph still, as if it had been down meanwhile
+    store = home / "store" / graphs.key()
+    shutil.copytree(store / "2", tmp_path / "two" / graphs.key() / "2")
+    with graphs.decode_worker(cache_dir=tmp_path / "two") as returned:
+        runs(returned, 1)
+        assert ask(returned) == expected
+        assert returned.status().restarts == 0
+
+
+def test_a_crash_while_no_compile_worker_is_there_is_reported_later(
+    home: Path, redis_url: str, tiny_package: Path
+) -> None:
+    with fleet(home, redis_url) as graphs, graphs.decode_worker() as worker:
+        runs(worker, 1)
+        ask(worker)
+        crashing(tiny_package, graphs.package)
+        assert graphs.recompile()[-1].adopted == 1
+        key = graphs.key()
+        graphs.compiler.kill()
+        client = worker.client()
+        client.start("doomed", worker.request([1, 2, 3], 12))
+        assert client.finish("doomed").end.WhichOneof("event") == "error"
+        runs(worker, 1)
+        ask(worker)
+    with fleet(home, redis_url) as graphs:
+        assert graphs.states() == {2: "serving", 1: "previous"}, "nobody has told it yet"
+        with graphs.decode_worker() as worker:  # the one that crashed, started again
+            eventually(lambda: graphs.states() == {2: "quarantined", 1: "serving"})
+            runs(worker, 1)
+            assert worker.status().restarts == 0
+        assert graphs.key() == key
+
+
+def test_a_graph_without_a_good_generation_is_not_captured_again_by_itself(
+    home: Path, redis_url: str, tmp_path: Path, tiny_package: Path
+) -> None:
+    crashing(tiny_package, home / "ledger" / "package")
+    with fleet(home, redis_url) as graphs, graphs.decode_worker() as worker:
+        runs(worker, 1)
+        client = worker.client()
+        client.start("doomed", worker.request([1, 2, 3], 12))
+        assert client.finish("doomed").end.WhichOneof("event") == "error"
+        eventually(worker.is_ready)
+        expected = ask(worker)
+        assert generation(worker) == 0
+        eventually(lambda: graphs.states() == {1: "quarantined"})
+    with (
+        start_redis(tmp_path / "another") as empty,
+        fleet(home, empty.url) as graphs,
+        graphs.decode_worker() as worker,
+    ):
+        eventually(lambda: "generation 1 is quarantined" in worker.log.read_text())
+        assert graphs.states() == {1: "quarantined"}
+        # by hand it is
+        shutil.copyfile(tiny_package, graphs.package)
+        graphs.recompile()
+        runs(worker, 2)
+        assert ask(worker) == expected
+
+
+def test_ranks_that_are_killed_quarantine_nothing(graphs: Fleet) -> None:
+    with graphs.decode_worker() as worker:
+        runs(worker, 1)
+        for restarts in (1, 2, 3):
+            os.kill(worker.ranks()[0], signal.SIGKILL)
+            eventually(lambda wanted=restarts: worker.status().restarts == wanted)
+            eventually(worker.is_ready)
+            runs(worker, 1)
+            assert ask(worker, 2)
+        assert graphs.states() == {1: "serving"}

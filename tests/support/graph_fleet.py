@@ -1,0 +1,113 @@
+"""A compile worker whose captures are packages of the test's choice, and real decode workers."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from precast.admin.v1 import admin_service_pb2 as admin_pb
+from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+from tests.support.compile_worker import WorkerProcess, compile_worker
+from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.models import write_model
+
+MODEL = "tiny"
+
+
+@dataclass(kw_only=True)
+class Fleet:
+    home: Path
+    redis_url: str
+    compiler: WorkerProcess
+
+    @property
+    def package(self) -> Path:
+        """Captures give a copy of this file."""
+        return self.home / "ledger" / "package"
+
+    def decode_worker(self, **settings: Any) -> "AbstractContextManager[DecodeWorker]":
+        """A decode worker with one batch size, and a cache of its own if it is given one."""
+        return decode_worker(self.home, self.redis_url, MODEL, batch_sizes="1", **settings)
+
+    def recompile(self, timeout_s: float = 60.0) -> list[Any]:
+        """Every event of a recompile of the model."""
+        with grpc.insecure_channel(self.compiler.address) as channel:
+            stub: Any = AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            request = admin_pb.RecompileRequest(model=MODEL, adoption_deadline_s=20)
+            return list(stub.Recompile(request, timeout=timeout_s))
+
+    def cli(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        """``precast graphs ...`` against the compile worker."""
+        command = [sys.executable, "-m", "precast", "graphs", *map(str, arguments)]
+        command += ["--address", self.compiler.address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def key(self) -> str:
+        """Of the only graph."""
+        [graph] = json.loads(self.cli("list", "--json").stdout)
+        return str(graph["key"])
+
+    def states(self) -> dict[int, str]:
+        """Each generation's state."""
+        listed = json.loads(self.cli("generations", self.key()[:12], "--json").stdout)
+        return {row["generation"]: row["state"] + "!" * row["pinned"] for row in listed}
+
+
+def new_home(home: Path, package: Path) -> Path:
+    """A home with the tiny model, whose captures give ``package``."""
+    write_model(home / "models" / MODEL)
+    (home / "ledger").mkdir()
+    shutil.copyfile(package, home / "ledger" / "package")
+    return home
+
+
+@contextmanager
+def fleet(home: Path, redis_url: str, **settings: Any) -> Iterator[Fleet]:
+    """A compile worker over a ``new_home``, without any decode worker yet."""
+    with compile_worker(home, redis_url, home / "ledger", **settings) as compiler:
+        yield Fleet(home=home, redis_url=redis_url, compiler=compiler)
+
+
+def generation(worker: DecodeWorker) -> int:
+    """Of the loaded graph; 0 if there is none."""
+    graphs = worker.status().graphs
+    return graphs[0].generations[0] if graphs else 0
+
+
+def runs(worker: DecodeWorker, number: int, deadline_s: float = 20.0) -> None:
+    """Wait until the worker has loaded this generation."""
+    eventually(lambda: generation(worker) == number, deadline_s)
+
+
+def ask(worker: DecodeWorker, tokens: int = 12) -> list[int]:
+    """A greedy request's tokens."""
+    client = worker.client()
+    client.start("ask", worker.request([1, 2, 3], tokens, stop={"ignore_eos": True}))
+    return client.finish("ask").token_ids
+
+
+@contextmanager
+def traffic(worker: DecodeWorker) -> Iterator[list[list[int]]]:
+    """Requests all the time; every answer must be that of the first one."""
+    done, answers = threading.Event(), [ask(worker)]
+
+    def keep_asking() -> None:
+        while not done.is_set():
+            answers.append(ask(worker))
+
+    thread = threading.Thread(target=keep_asking)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        done.set()
+        thread.join()
+    assert answers.count(answers[0]) == len(answers) > 1

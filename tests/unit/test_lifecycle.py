@@ -1,0 +1,73 @@
+"""Decisions on generations: what serves, and copies that are merged in any order."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precast.graphs.lifecycle import (
+    MAX_MARKS,
+    Lifecycle,
+    Mark,
+    Pin,
+    Verdict,
+    decode_lifecycle,
+    encode_lifecycle,
+    previous,
+)
+
+marks = st.builds(
+    Mark, verdict=st.sampled_from(Verdict), reason=st.sampled_from("ab"), at=st.integers(0, 3)
+)
+pins = st.builds(Pin, generation=st.integers(0, 3), at=st.integers(0, 3))
+lifecycles = st.builds(Lifecycle, marks=st.dictionaries(st.integers(1, 4), marks), pin=pins)
+
+
+@given(lifecycles, lifecycles, lifecycles)
+def test_merging_is_the_same_in_any_order(a: Lifecycle, b: Lifecycle, c: Lifecycle) -> None:
+    assert a.merged(b) == b.merged(a)
+    assert a.merged(b).merged(c) == a.merged(b.merged(c))
+    assert a.merged(a) == a
+    assert decode_lifecycle(encode_lifecycle(a)) == a
+
+
+@given(lifecycles, lifecycles)
+def test_a_quarantine_is_final(a: Lifecycle, b: Lifecycle) -> None:
+    for generation in a.having(Verdict.QUARANTINED):
+        assert a.merged(b).verdict(generation) is Verdict.QUARANTINED
+        later = a.marked(generation, Verdict.GOOD).pinned(generation)
+        assert later.serving([generation]) == 0
+
+
+def test_the_newest_good_generation_serves() -> None:
+    lifecycle = Lifecycle()
+    assert (lifecycle.serving([]), lifecycle.serving([1, 2])) == (0, 2)
+    lifecycle = lifecycle.marked(4, Verdict.CANDIDATE).marked(3, Verdict.WITHDRAWN)
+    assert lifecycle.serving([1, 2, 3, 4]) == 2
+    assert previous(lifecycle, [1, 2, 3, 4]) == 1
+    assert lifecycle.marked(4, Verdict.GOOD).serving([1, 2, 3, 4]) == 4
+    assert lifecycle.marked(2, Verdict.QUARANTINED, "x").serving([1, 2, 3, 4]) == 1
+    assert previous(lifecycle, [2, 3]) == 0
+
+
+def test_a_pin_holds_until_its_generation_is_gone_or_quarantined() -> None:
+    lifecycle = Lifecycle().pinned(1)
+    assert lifecycle.serving([1, 2]) == 1
+    assert lifecycle.serving([2, 3]) == 3
+    assert lifecycle.marked(1, Verdict.QUARANTINED).serving([1, 2]) == 2
+    assert lifecycle.pinned(0).serving([1, 2]) == 2
+
+
+@pytest.mark.parametrize("clock", [0.0, 2.0**40])
+def test_a_decision_comes_after_the_one_it_follows(clock: float) -> None:
+    """Whatever another machine's clock said."""
+    lifecycle = Lifecycle(marks={1: Mark(verdict=Verdict.CANDIDATE, at=clock)})
+    assert lifecycle.marked(1, Verdict.GOOD).verdict(1) is Verdict.GOOD
+
+
+def test_marks_are_bounded() -> None:
+    lifecycle = Lifecycle()
+    for generation in range(1, MAX_MARKS + 10):
+        lifecycle = lifecycle.marked(generation, Verdict.QUARANTINED, "x" * 5000)
+    assert len(lifecycle.marks) == MAX_MARKS
+    assert min(lifecycle.marks) == 10
+    assert len(encode_lifecycle(lifecycle)) < 100_000
