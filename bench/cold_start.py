@@ -24,6 +24,7 @@ from bench.decode_step import BLOCK_SIZE, LAYERS, capture, smollm2
 from precast.graphs import capture_models as models
 from precast.graphs.replay import Graph
 from precast.models.importer import import_model
+from precast.models.weights import random_weights
 from precast.redis_server import start_redis
 from tests.support.compile_worker import compile_worker
 from tests.support.decode_worker import decode_worker
@@ -60,7 +61,8 @@ def load_costs(folder: Path) -> list[tuple[int, float, float]]:
     """For each size: milliseconds to load it and the MB of memory that it adds, replay included."""
     shape = smollm2("int8")
     generator = torch.Generator().manual_seed(0)
-    weights = models.random_weights(shape, LAYERS, generator)
+    plan = models.verification_plan(shape, LAYERS)
+    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
     caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
     rows, graphs = [], []
     for size in SIZES:
@@ -68,7 +70,7 @@ def load_costs(folder: Path) -> list[tuple[int, float, float]]:
         inputs = models.step_inputs(shape, BLOCK_SIZE, [64] * size, generator)
         models.eager_step(shape, inputs, weights, caches)
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
-        graph = Graph(package, size, weights, caches)
+        graph = Graph(package, size, shape, weights, caches)
         load_ms = (time.perf_counter() - start) * 1e3
         graph.replay(inputs.token_ids, inputs.positions, inputs.paging)
         rows.append((size, load_ms, (psutil.Process().memory_info().rss - before) / 2**20))

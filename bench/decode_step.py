@@ -26,7 +26,10 @@ from rich.table import Table
 from precast.graphs import capture_models as models
 from precast.graphs.factors import rank_factors
 from precast.graphs.replay import Graph
-from precast.models.llama import LlamaShape
+from precast.models.blocks import Shape
+from precast.models.options import LlamaOptions
+from precast.models.shape import ModelShape
+from precast.models.weights import random_weights
 from precast.ops import native
 from precast.process import available_cpus
 
@@ -36,8 +39,9 @@ CONTEXT = 128
 ROUNDS = 60
 
 
-def smollm2(quantization: str, head_quantization: str | None = None) -> LlamaShape:
-    return LlamaShape(
+def smollm2(quantization: str, head_quantization: str | None = None) -> Shape:
+    return ModelShape(
+        architecture="llama",
         hidden_size=576,
         q_heads=9,
         kv_heads=3,
@@ -46,8 +50,7 @@ def smollm2(quantization: str, head_quantization: str | None = None) -> LlamaSha
         vocab_widths=(49152,),
         vocab_size=49152,
         rms_norm_eps=1e-5,
-        attention_bias=False,
-        mlp_bias=False,
+        options=LlamaOptions(),
         weight_dtype="fp32",
         quantization=quantization,
         head_quantization=head_quantization or quantization,
@@ -55,14 +58,12 @@ def smollm2(quantization: str, head_quantization: str | None = None) -> LlamaSha
     )
 
 
-def capture(shape: LlamaShape, batch_size: int, folder: Path) -> Path:
+def capture(shape: Shape, batch_size: int, folder: Path) -> Path:
     """The package for one batch size; captured if the folder lacks it."""
     out = folder / f"{shape.quantization}-{batch_size}"
     if not (out / "graph.pt2").exists():
         out.mkdir(parents=True, exist_ok=True)
-        factors = rank_factors(
-            "llama", shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__)
-        )
+        factors = rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__))
         subprocess.run(
             [
                 sys.executable,
@@ -106,13 +107,14 @@ def read_bandwidth(threads: int) -> float:
     return data.numel() * 8 / min(times)
 
 
-def measure(shape: LlamaShape, batch_size: int, package: Path) -> tuple[float, float, int]:
+def measure(shape: Shape, batch_size: int, package: Path) -> tuple[float, float, int]:
     """Seconds of a graph step and an eager step, and the bytes of weights they read."""
     generator = torch.Generator().manual_seed(0)
-    weights = models.random_weights(shape, LAYERS, generator)
+    plan = models.verification_plan(shape, LAYERS)
+    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
     caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
     inputs = models.step_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator)
-    graph = Graph(package, batch_size, weights, caches)
+    graph = Graph(package, batch_size, shape, weights, caches)
     graph_s, eager_s = alternate(
         [
             lambda: graph.replay(inputs.token_ids, inputs.positions, inputs.paging),

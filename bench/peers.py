@@ -26,11 +26,11 @@ from rich.table import Table
 from bench.decode_step import BLOCK_SIZE, capture, read_bandwidth, smollm2
 from precast.graphs import capture_models as models
 from precast.graphs.replay import Graph
-from precast.models import llama
+from precast.models.blocks import Paging
 from precast.models.config import load_config
+from precast.models.forward import hidden_states, logits
 from precast.models.importer import find_built_in, import_model
 from precast.models.kv_cache import new_cache
-from precast.models.llama import Paging
 from precast.models.sharding import shard
 from precast.models.weights import Weights, load_weights
 from precast.ops import native
@@ -124,12 +124,9 @@ class Precast:
             block_tables=table,
         )
         start = time.perf_counter()
-        hidden, cos, sin = llama.embed(
-            torch.arange(tokens) % 1000 + 10, torch.arange(tokens), self.weights.embed
-        )
-        for weights, cache in zip(self.weights.layers, self.caches, strict=True):
-            hidden = llama.layer(self.shape, hidden, cos, sin, paging, cache, weights)
-        llama.head(self.shape, hidden[-1:], self.weights.head)
+        ids, positions = torch.arange(tokens) % 1000 + 10, torch.arange(tokens)
+        hidden = hidden_states(self.shape, self.weights, self.caches, ids, positions, paging)
+        logits(self.shape, self.weights, hidden[-1:])
         return [time.perf_counter() - start]
 
 
@@ -151,7 +148,8 @@ def rows(
 ) -> Iterator[tuple[str, float, float, str]]:
     """What was done, tokens a second of ours and the peer's, and the share of the bandwidth."""
     for width in widths:
-        graph = Graph(capture(ours.shape, width, graphs), width, ours.weights, ours.caches)
+        package = capture(ours.shape, width, graphs)
+        graph = Graph(package, width, ours.shape, ours.weights, ours.caches)
         mine, theirs = compare(
             partial(ours.decode, graph, width), partial(peer.ask, {"decode": width, "steps": STEPS})
         )

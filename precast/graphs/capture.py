@@ -24,7 +24,7 @@ from precast.errors import CaptureFailed, InvalidRequest
 if TYPE_CHECKING:
     from precast.graphs.capture_models import Part
     from precast.graphs.verify_peers import Group
-    from precast.models.llama import LlamaShape
+    from precast.models.blocks import Shape
 
 VERIFY_LAYERS = 2
 TIMED_STEPS = 20
@@ -85,17 +85,19 @@ def progress(stage: str) -> None:
 def capture(factors: Mapping[str, str], out: Path) -> dict[str, float]:
     """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest,
     CaptureFailed."""
+    from precast.graphs.capture_models import verification_plan
     from precast.graphs.factors import check_versions, shape_from
     from precast.graphs.verify_peers import stand_ins
 
     check_versions(factors)
     shape, batch_size = shape_from(factors), int(factors["batch_size"])
-    with stand_ins(shape, batch_size, VERIFY_LAYERS, VERIFY_STEPS) as group:
+    layers = len(verification_plan(shape, VERIFY_LAYERS))
+    with stand_ins(shape, batch_size, layers, VERIFY_STEPS) as group:
         return _capture(factors, shape, group, out)
 
 
 def _capture(
-    factors: Mapping[str, str], shape: "LlamaShape", group: "Group", out: Path
+    factors: Mapping[str, str], shape: "Shape", group: "Group", out: Path
 ) -> dict[str, float]:
     import torch
 
@@ -217,6 +219,7 @@ def verify(factors: Mapping[str, str], package: Path, group: "Group") -> tuple[f
     from precast.graphs.factors import ISA_LEVELS, shape_from
     from precast.graphs.replay import Graph
     from precast.models.kv_cache import read_cache
+    from precast.models.weights import random_weights
     from precast.ops.native import native_isa
 
     if list(ISA_LEVELS.values()).index(factors["isa"]) > list(ISA_LEVELS.values()).index(
@@ -229,14 +232,15 @@ def verify(factors: Mapping[str, str], package: Path, group: "Group") -> tuple[f
         int(factors["block_size"]),
     )
     generator = torch.Generator().manual_seed(1)
-    weights = models.random_weights(shape, VERIFY_LAYERS, generator)
-    caches = [models.random_cache(shape, block, generator) for _ in range(VERIFY_LAYERS)]
+    plan = models.verification_plan(shape, VERIFY_LAYERS)
+    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
+    caches = [models.random_cache(shape, block, generator) for _ in plan]
     eager_caches = [type(c)(c.k.clone(), c.v.clone()) for c in caches]
     cases = _context_cases(batch, block)
     worst = 0.0
     group.join()
     with torch.inference_mode():
-        graph = Graph(package, batch, weights, caches)
+        graph = Graph(package, batch, shape, weights, caches)
         for contexts in cases:
             inputs = models.step_inputs(shape, block, contexts, generator)
             live = torch.tensor(contexts) > 0

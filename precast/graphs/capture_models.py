@@ -1,9 +1,9 @@
-"""What is captured: a decode step's three parts as modules, with example inputs of the right
+"""What is captured: a decode step's parts as modules, with example inputs of the right
 shapes.
 
-A package holds ``embed``, ``layer`` and ``head``. The layer is captured once and replayed for every
-layer of the model with that layer's weights (``csrc/step_runner.cpp``), so capture time and
-artifact size don't grow with depth.
+A package holds ``embed``, ``head`` and a ``layer.<kind>`` for each kind of layer of the model. A
+kind is captured once and replayed for every such layer with that layer's weights
+(``csrc/step_runner.cpp``), so capture time and artifact size don't grow with depth.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from precast.models import llama
+from precast.models.architectures import architecture_of
+from precast.models.blocks import HeadWeights, Paging, Rope, Shape
+from precast.models.forward import hidden_states, logits
 from precast.models.kv_cache import LayerCache, fill_cache, new_cache
-from precast.models.llama import (
-    EmbedWeights,
-    HeadWeights,
-    LayerWeights,
-    Linear,
-    LlamaShape,
-    Paging,
-)
-from precast.models.weights import DTYPES, Weights, pack_linear
-from precast.ops.memory import Arena
-from precast.ops.packing import Format
+from precast.models.options import Kind, LayerPlan
+from precast.models.weights import Weights, random_weights
 
 CAPTURE_POSITIONS = 256
 CAPTURE_BLOCKS = 64
@@ -63,46 +56,16 @@ class _Flat(nn.Module):
         return self._function(*tree_unflatten(flat, self._spec))
 
 
-def random_weights(shape: LlamaShape, layers: int, generator: torch.Generator) -> Weights:
-    """Weights of the shape's formats with the variance that keeps activations near one."""
-
-    arena = Arena()
-
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).div_(columns**0.5)
-
-    def packed(rows: int, columns: int, bias: bool = False, fmt: Format | None = None) -> Linear:
-        added = torch.randn(rows, generator=generator) * 0.1 if bias else None
-        return pack_linear(
-            shape.linear_format if fmt is None else fmt, matrix(rows, columns), added, arena
-        )
-
-    def norm() -> Tensor:
-        return torch.randn(shape.hidden_size, generator=generator).mul_(0.1).add_(1)
-
-    hidden, q_size = shape.hidden_size, shape.q_heads * shape.head_dim
-    qkv_size = q_size + 2 * shape.kv_heads * shape.head_dim
-    angles = torch.rand(CAPTURE_POSITIONS, shape.head_dim // 2, generator=generator) * 6.28
-    vocabulary = sum(shape.vocab_widths)
-    table = torch.randn(vocabulary, hidden, generator=generator).to(DTYPES[shape.weight_dtype])
-    return Weights(
-        embed=EmbedWeights(table, angles.cos(), angles.sin()),
-        layers=tuple(
-            LayerWeights(
-                attention_norm=norm(),
-                qkv=packed(qkv_size, hidden, shape.attention_bias),
-                output=packed(hidden, q_size, shape.attention_bias),
-                mlp_norm=norm(),
-                gate_up=packed(2 * shape.intermediate_size, hidden, shape.mlp_bias),
-                down=packed(hidden, shape.intermediate_size, shape.mlp_bias),
-            )
-            for _ in range(layers)
-        ),
-        head=HeadWeights(norm(), packed(shape.vocab_size, hidden, fmt=shape.head_format)),
-    )
+def verification_plan(shape: Shape, layers: int) -> list[LayerPlan]:
+    """Every kind of layer and every rope, in at least ``layers`` layers."""
+    count = max(layers, len(shape.kinds), shape.options.ropes)
+    return [
+        LayerPlan(shape.kinds[index % len(shape.kinds)], index % shape.options.ropes)
+        for index in range(count)
+    ]
 
 
-def random_cache(shape: LlamaShape, block_size: int, generator: torch.Generator) -> LayerCache:
+def random_cache(shape: Shape, block_size: int, generator: torch.Generator) -> LayerCache:
     cache = new_cache(
         shape.kv_dtype,
         blocks=CAPTURE_BLOCKS,
@@ -120,7 +83,7 @@ def random_cache(shape: LlamaShape, block_size: int, generator: torch.Generator)
 
 
 def step_inputs(
-    shape: LlamaShape, block_size: int, contexts: list[int], generator: torch.Generator
+    shape: Shape, block_size: int, contexts: list[int], generator: torch.Generator
 ) -> StepInputs:
     """A decode step whose rows have the given context lengths, each counting the new token; 0
     pads."""
@@ -147,50 +110,72 @@ def step_inputs(
 
 
 def eager_step(
-    shape: LlamaShape, inputs: StepInputs, weights: Weights, caches: list[LayerCache]
+    shape: Shape, inputs: StepInputs, weights: Weights, caches: list[LayerCache]
 ) -> Tensor:
     """The step as plain function calls: what a graph must agree with. Returns logits [B, V]."""
-    hidden, cos, sin = llama.embed(inputs.token_ids, inputs.positions, weights.embed)
-    for layer_weights, cache in zip(weights.layers, caches, strict=True):
-        hidden = llama.layer(shape, hidden, cos, sin, inputs.paging, cache, layer_weights)
-    return llama.head(shape, hidden, weights.head)
+    hidden = hidden_states(
+        shape, weights, caches, inputs.token_ids, inputs.positions, inputs.paging
+    )
+    return logits(shape, weights, hidden)
 
 
-def parts(
-    shape: LlamaShape, batch_size: int, block_size: int, generator: torch.Generator
-) -> list[Part]:
-    """The three parts to capture for ``batch_size``."""
-    weights = random_weights(shape, 1, generator)
-    cache = random_cache(shape, block_size, generator)
+def parts(shape: Shape, batch_size: int, block_size: int, generator: torch.Generator) -> list[Part]:
+    """The parts to capture for ``batch_size``: every kind of layer, head, embedding."""
+    module = architecture_of(shape)
+    plan = verification_plan(shape, len(shape.kinds))
+    weights = random_weights(shape, plan, CAPTURE_POSITIONS, generator)
     # Two blocks a row, so that no dimension that must stay dynamic has the special size one.
     inputs = step_inputs(shape, block_size, [block_size + 1] * batch_size, generator)
-    hidden = torch.randn(batch_size, shape.hidden_size, generator=generator)
-    cos = torch.randn(batch_size, shape.head_dim // 2, generator=generator)
-    sin = torch.randn(batch_size, shape.head_dim // 2, generator=generator)
-
-    def layer(hidden: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-        return llama.layer(shape, hidden, cos, sin, *rest)
 
     def head(hidden: Tensor, weights: HeadWeights) -> Tensor:
-        return llama.head(shape, hidden, weights)
+        return module.head(shape, hidden, weights)
 
-    dynamic = torch.export.Dim.DYNAMIC
-    grows = {0: dynamic}
+    def embed(*arguments: Any) -> tuple[Tensor, ...]:
+        return module.embed(shape, *arguments)
+
+    grows = {0: torch.export.Dim.DYNAMIC}
+    hidden = torch.randn(batch_size, shape.hidden_size, generator=generator)
     return [
-        _part(
-            "layer",
-            layer,
-            (hidden, cos, sin, inputs.paging, cache, weights.layers[0]),
-            {id(inputs.paging.block_tables): {1: dynamic}, id(cache.k): grows, id(cache.v): grows},
+        *(
+            _layer_part(shape, kind, layer, hidden, inputs, block_size, generator)
+            for kind, layer in zip(shape.kinds, weights.layers, strict=False)
         ),
         _part("head", head, (hidden, weights.head), {}),
         _part(
             "embed",
-            llama.embed,
+            embed,
             (inputs.token_ids, inputs.positions, weights.embed),
-            {id(weights.embed.cos): grows, id(weights.embed.sin): grows},
+            {id(table): grows for table in weights.embed.ropes},
         ),
     ]
+
+
+def _layer_part(
+    shape: Shape,
+    kind: Kind,
+    weights: Any,
+    hidden: Tensor,
+    inputs: StepInputs,
+    block_size: int,
+    generator: torch.Generator,
+) -> Part:
+    cache = random_cache(shape, block_size, generator)
+    angles = torch.rand(hidden.shape[0], shape.rotary_dim // 2, generator=generator)
+
+    def layer(*arguments: Any) -> Tensor:
+        return architecture_of(shape).layer(shape, kind, *arguments)
+
+    dynamic = torch.export.Dim.DYNAMIC
+    return _part(
+        f"layer.{kind}",
+        layer,
+        (hidden, Rope(angles.cos(), angles.sin()), inputs.paging, cache, weights),
+        {
+            id(inputs.paging.block_tables): {1: dynamic},
+            id(cache.k): {0: dynamic},
+            id(cache.v): {0: dynamic},
+        },
+    )
 
 
 def _part(
@@ -217,3 +202,14 @@ def runner_weights(
         for layer, cache in zip(weights.layers, caches, strict=True)
     ]
     return tree_leaves(weights.embed), layers, tree_leaves(weights.head)
+
+
+def layer_models(shape: Shape) -> list[str]:
+    """Names of a package's layer models, as ``StepRunner`` takes them."""
+    return [f"layer.{kind}" for kind in shape.kinds]
+
+
+def runner_plan(shape: Shape, weights: Weights) -> tuple[list[int], list[int]]:
+    """For each layer, the index of its model and of its rope."""
+    kinds = [shape.kinds.index(layer.kind) for layer in weights.plan]
+    return kinds, [layer.rope for layer in weights.plan]

@@ -5,38 +5,38 @@ The two directions stand side by side so that they can't drift apart.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from precast.errors import InvalidRequest
-from precast.models.llama import LlamaShape
+from precast.models.blocks import Shape
+from precast.models.options import check_architecture, from_factor, to_factor
+from precast.models.shape import ModelShape
 from precast.ops.native import ABI_VERSION, PACKING_VERSION, native_isa
 
 _PACKAGE = Path(__file__).parents[1]
 _GRAPH_SOURCES = (
-    "models/llama.py",
+    "models/blocks.py",
     "models/kv_cache.py",
+    "models/loader.py",
+    "models/shape.py",
+    "models/options.py",
     "ops/native.py",
     "graphs/capture.py",
     "graphs/capture_models.py",
 )
-
-_NAMES = ("weight_dtype", "quantization", "head_quantization", "kv_dtype")
+"""Beside the architecture's own module."""
 
 ISA_LEVELS = {"scalar": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 """Target of a graph's own code for each instruction set of the native kernels."""
 
 
-def rank_factors(
-    architecture: str, shape: LlamaShape, *, block_size: int, torch_version: str
-) -> dict[str, str]:
+def rank_factors(shape: Shape, *, block_size: int, torch_version: str) -> dict[str, str]:
     """A rank's spec factors but for the batch size."""
     return {
-        "architecture": architecture,
+        "architecture": shape.architecture,
         "hidden_size": str(shape.hidden_size),
         "q_heads": str(shape.q_heads),
         "kv_heads": str(shape.kv_heads),
@@ -45,8 +45,7 @@ def rank_factors(
         "vocab_size": str(shape.vocab_size),
         "vocab_widths": ",".join(map(str, shape.vocab_widths)),
         "rms_norm_eps": repr(shape.rms_norm_eps),
-        "attention_bias": _flag(shape.attention_bias),
-        "mlp_bias": _flag(shape.mlp_bias),
+        "options": to_factor(shape.options),
         "tp_size": str(shape.tp_size),
         "weight_dtype": shape.weight_dtype,
         "quantization": shape.quantization,
@@ -59,7 +58,7 @@ def rank_factors(
         "provider_abi": str(ABI_VERSION),
         "torch": torch_version,
         "isa": ISA_LEVELS[native_isa()],
-        "graph_source": graph_source(),
+        "graph_source": graph_source(shape.architecture),
     }
 
 
@@ -68,29 +67,39 @@ def check_versions(factors: Mapping[str, str]) -> None:
 
     Raises InvalidRequest.
     """
+    check_architecture(factors["architecture"])
     ours = {
-        "architecture": "llama",
         "packing_version": str(PACKING_VERSION),
         "phase": "decode",
         "provider": "native",
         "provider_abi": str(ABI_VERSION),
         "torch": version("torch"),
-        "graph_source": graph_source(),
+        "graph_source": graph_source(factors["architecture"]),
     }
     for name, value in ours.items():
         if factors[name] != value:
             raise InvalidRequest(f"{name} is {factors[name]}, but {value} is installed here")
 
 
-def shape_from(factors: Mapping[str, str]) -> LlamaShape:
+def shape_from(factors: Mapping[str, str]) -> Shape:
     """The shape that the factors describe. Raises InvalidRequest if they contradict each other."""
     widths = tuple(int(w) for w in factors["vocab_widths"].split(","))
-    values: dict[str, Any] = {
-        field.name: _parse(field.name, factors[field.name])
-        for field in fields(LlamaShape)
-        if field.name != "vocab_widths"
-    }
-    shape = LlamaShape(**values, vocab_widths=widths)
+    shape = ModelShape(
+        vocab_widths=widths,
+        rms_norm_eps=float(factors["rms_norm_eps"]),
+        options=from_factor(factors["architecture"], factors["options"]),
+        architecture=factors["architecture"],
+        hidden_size=int(factors["hidden_size"]),
+        q_heads=int(factors["q_heads"]),
+        kv_heads=int(factors["kv_heads"]),
+        head_dim=int(factors["head_dim"]),
+        intermediate_size=int(factors["intermediate_size"]),
+        vocab_size=int(factors["vocab_size"]),
+        weight_dtype=factors["weight_dtype"],
+        quantization=factors["quantization"],
+        head_quantization=factors["head_quantization"],
+        kv_dtype=factors["kv_dtype"],
+    )
     if shape.vocab_size not in widths:
         raise InvalidRequest("vocab_size is none of vocab_widths")
     if len(widths) != int(factors["tp_size"]):
@@ -101,21 +110,9 @@ def shape_from(factors: Mapping[str, str]) -> LlamaShape:
 
 
 @cache
-def graph_source() -> str:
+def graph_source(architecture: str) -> str:
     """Digest of the sources that decide what a captured graph computes and how it is called."""
     digest = blake2b(digest_size=8)
-    for name in _GRAPH_SOURCES:
+    for name in (*_GRAPH_SOURCES, f"models/{architecture}.py"):
         digest.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _flag(value: bool) -> str:
-    return "true" if value else "false"
-
-
-def _parse(name: str, text: str) -> int | float | bool | str:
-    if name in ("attention_bias", "mlp_bias"):
-        return text == "true"
-    if name == "rms_norm_eps":
-        return float(text)
-    return text if name in _NAMES else int(text)

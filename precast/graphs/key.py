@@ -9,7 +9,7 @@ A new spec factor is a new field of ``SpecFactors``, and nothing else.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 from blake3 import blake3
@@ -24,7 +24,9 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,:-]{0,127
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Counts = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(,[0-9]+)*\Z", max_length=MAX_FACTOR_LENGTH)]
-Flag = Literal["true", "false"]
+OptionsText = Annotated[
+    str, msgspec.Meta(pattern=r"^\{[A-Za-z0-9_.,:\"\[\]+-]*\}\Z", max_length=MAX_FACTOR_LENGTH)
+]
 Positive = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0e12)]
 
 Differences = dict[str, tuple[str | None, str | None]]
@@ -49,8 +51,8 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     vocab_widths: Counts
     """Vocabulary rows of every rank's shard: the logits are gathered from all of them."""
     rms_norm_eps: Positive
-    attention_bias: Flag
-    mlp_bias: Flag
+    options: OptionsText
+    """What only this architecture has, as JSON: biases, windows, kinds of layers, experts."""
     tp_size: Count
     """Ranks that take part in an all-reduce. Which rank this is makes no difference."""
     weight_dtype: WeightDtype

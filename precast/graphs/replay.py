@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from precast.errors import ArtifactRejected
-from precast.graphs.capture_models import runner_weights
+from precast.graphs.capture_models import layer_models, runner_plan, runner_weights
+from precast.models.blocks import Paging, Shape
 from precast.models.kv_cache import LayerCache
-from precast.models.llama import Paging
 from precast.models.weights import Weights
 from precast.ops import native as native  # registers the operators that graphs call
 
@@ -26,17 +26,18 @@ class Graph:
         self,
         package: Path,
         batch_size: int,
+        shape: Shape,
         weights: Weights,
         caches: list[LayerCache],
     ) -> None:
         """Raises ArtifactRejected if the package can't be loaded."""
         self.batch_size = batch_size
         try:
-            self._runner: Any = torch.classes.precast.StepRunner(str(package))
+            self._runner: Any = torch.classes.precast.StepRunner(str(package), layer_models(shape))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ArtifactRejected(f"{package}: not a loadable graph: {reason}") from error
-        self._runner.bind(*runner_weights(weights, caches))
+        self._runner.bind(*runner_weights(weights, caches), *runner_plan(shape, weights))
 
     def replay(self, token_ids: Tensor, positions: Tensor, paging: Paging) -> Tensor:
         """int64 [batch_size] ids and positions to float32 logits [batch_size, vocabulary]."""

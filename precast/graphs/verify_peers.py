@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from precast.models.llama import LlamaShape
+from precast.models.blocks import Shape
 from precast.ops.native import join_group
 from precast.process import die_with_parent
 from precast.shared_memory import new_segment_name
@@ -34,7 +34,7 @@ class Group:
 
 
 @contextmanager
-def stand_ins(shape: LlamaShape, batch: int, layers: int, steps: int) -> Iterator[Group]:
+def stand_ins(shape: Shape, batch: int, layers: int, steps: int) -> Iterator[Group]:
     """Forks the other ranks of a group of ``shape.tp_size``, ready for ``steps`` steps.
 
     Call it before Inductor has started threads: a child forked later hung in its first operator.
@@ -60,9 +60,7 @@ def stand_ins(shape: LlamaShape, batch: int, layers: int, steps: int) -> Iterato
             os.waitpid(child, 0)
 
 
-def _stand_in(
-    shape: LlamaShape, rank: int, batch: int, layers: int, steps: int, group: Group
-) -> None:
+def _stand_in(shape: Shape, rank: int, batch: int, layers: int, steps: int, group: Group) -> None:
     try:
         join_group(group.name, rank, group.size, CAPTURE_TIMEOUT_S)
         partial = torch.zeros(batch, shape.hidden_size)

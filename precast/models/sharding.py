@@ -27,6 +27,8 @@ class Shard:
     """KV heads that this rank computes and caches; other ranks may hold the same."""
     q_heads: range
     mlp: range
+    experts: range
+    """Columns of each expert; empty without experts."""
     vocab: range
     vocab_widths: tuple[int, ...]
     """Vocabulary rows of each rank, for the gather of logits."""
@@ -39,10 +41,12 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
     heads = _deal_heads(config.q_heads, config.kv_heads, tp)
     columns = _deal(config.intermediate_size, _mlp_work(config, heads), PANEL)
     vocab = _deal(config.vocab_size, [1.0] * tp, PANEL)
+    experts = _deal(config.expert_size, [1.0] * tp, PANEL) if config.expert_size else [0] * tp
     return Shard(
         kv_heads=heads[rank].kv,
         q_heads=heads[rank].q,
         mlp=_range(columns, rank),
+        experts=_range(experts, rank),
         vocab=_range(vocab, rank),
         vocab_widths=tuple(vocab),
     )

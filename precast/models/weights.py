@@ -1,9 +1,10 @@
-"""Loads one rank's weights out of a Hugging Face folder, packed for the native kernels."""
+"""A rank's weights: out of a Hugging Face folder, or random ones of the same formats."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,17 +12,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from precast.errors import ModelCorrupt
+from precast.models.architectures import architecture_of
+from precast.models.blocks import EmbedWeights, HeadWeights, Shape
+from precast.models.catalog import weight_files
 from precast.models.config import ModelConfig
-from precast.models.llama import (
-    EmbedWeights,
-    HeadWeights,
-    LayerWeights,
-    Linear,
-    LlamaShape,
-)
+from precast.models.loader import Cut, Loader, Part, cut_of, pack_linear
+from precast.models.options import LayerPlan
+from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
 from precast.ops.memory import Arena
-from precast.ops.packing import Format, pack_into, packed_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,8 +29,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Weights:
     """A rank's weights as the model's functions take them."""
 
+    plan: tuple[LayerPlan, ...]
     embed: EmbedWeights
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[Any, ...]
+    """For each layer, what its architecture's ``load_layer`` gives."""
     head: HeadWeights
 
     def nbytes(self) -> int:
@@ -47,10 +48,7 @@ class _Checkpoint:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder = folder
         self._files = {}
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ModelCorrupt(f"{folder}: no .safetensors file")
-        for path in paths:
+        for path in weight_files(folder):
             file = stack.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))
 
@@ -75,7 +73,7 @@ def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, shard: Shard, shape: LlamaShape, positions: int
+    folder: Path, config: ModelConfig, shard: Shard, shape: Shape, positions: int
 ) -> Weights:
     """Weights of one rank; rotary tables reach ``positions``. Raises ModelCorrupt.
 
@@ -84,17 +82,16 @@ def load_weights(
     """
     arena = Arena()
     with _open_checkpoint(folder) as checkpoint:
+        load = Loader(source=checkpoint, shape=shape, cut=cut_of(config, shard), arena=arena)
         hidden = (config.vocab_size, config.hidden_size)
         table = checkpoint.get("model.embed_tokens.weight", hidden).to(DTYPES[shape.weight_dtype])
         vocab = table if config.tie_word_embeddings else checkpoint.get("lm_head.weight", hidden)
         return Weights(
-            embed=EmbedWeights(table, *_rotary(config, positions)),
-            layers=tuple(
-                _layer(checkpoint, index, config, shard, shape, arena)
-                for index in range(config.num_layers)
-            ),
+            plan=config.layers,
+            embed=EmbedWeights(table, _rotary(config.ropes, shape.rotary_dim, positions)),
+            layers=_layers(load, config.layers),
             head=HeadWeights(
-                checkpoint.get("model.norm.weight", (config.hidden_size,)).float(),
+                architecture_of(shape).head_norm(load),
                 pack_linear(
                     shape.head_format, vocab[shard.vocab.start : shard.vocab.stop], None, arena
                 ),
@@ -102,74 +99,70 @@ def load_weights(
         )
 
 
-def pack_linear(fmt: Format, weight: Tensor, bias: Tensor | None, arena: Arena) -> Linear:
-    """[N, K] weights, and a bias, packed in the arena's memory."""
-    packed = pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)
-    return [packed] if bias is None else [packed, arena.copy(bias.float())]
+def _layers(load: Loader[Any], plan: Sequence[LayerPlan]) -> tuple[Any, ...]:
+    read = architecture_of(load.shape).load_layer
+    return tuple(
+        read(load, layer.kind, f"model.layers.{index}.") for index, layer in enumerate(plan)
+    )
 
 
-def _rotary(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
-    frequencies = torch.tensor(config.rope.inverse_frequencies(config.head_dim))
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
-    return angles.cos(), angles.sin()
+def _rotary(ropes: Sequence[RopeConfig], dim: int, positions: int) -> list[Tensor]:
+    tables = []
+    for rope in ropes:
+        frequencies = torch.tensor(rope.inverse_frequencies(dim))
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+        tables += [angles.cos() * rope.amplitude(), angles.sin() * rope.amplitude()]
+    return tables
 
 
-def _layer(
-    checkpoint: _Checkpoint,
-    index: int,
-    config: ModelConfig,
-    shard: Shard,
-    shape: LlamaShape,
-    arena: Arena,
-) -> LayerWeights:
-    prefix = f"model.layers.{index}."
-    dim, hidden = config.head_dim, config.hidden_size
+class _Random:
+    """A source of tensors that keep activations near one."""
 
-    def rows(name: str, total: int, part: range, has_bias: bool) -> tuple[Tensor, Tensor | None]:
-        weight = checkpoint.get(f"{prefix}{name}.weight", (total, hidden))[part.start : part.stop]
-        if not has_bias:
-            return weight, None
-        bias = checkpoint.get(f"{prefix}{name}.bias", (total,))[part.start : part.stop]
-        return weight, bias
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
 
-    def columns(name: str, total: int, part: range, has_bias: bool) -> Linear:
-        weight = checkpoint.get(f"{prefix}{name}.weight", (hidden, total))
-        bias = checkpoint.get(f"{prefix}{name}.bias", (hidden,)) if has_bias else None
-        # Ranks' results are summed, so only the first adds the bias.
-        if bias is not None and part.start > 0:
-            bias = torch.zeros_like(bias)
-        return pack_linear(
-            shape.linear_format, weight[:, part.start : part.stop].contiguous(), bias, arena
-        )
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        values: Tensor = torch.randn(shape, generator=self._generator)
+        if len(shape) > 1:
+            return values.div_(shape[-1] ** 0.5)
+        return values.mul_(0.1).add_(1 if name.endswith("norm.weight") else 0)
 
-    def stacked(parts: list[tuple[Tensor, Tensor | None]]) -> Linear:
-        biases = [bias for _, bias in parts if bias is not None]
-        bias = torch.cat(biases) if biases else None
-        return pack_linear(
-            shape.linear_format, torch.cat([weight for weight, _ in parts]), bias, arena
-        )
 
-    def scaled(part: range) -> range:
-        return range(part.start * dim, part.stop * dim)
-
-    q_total, kv_total = config.q_heads * dim, config.kv_heads * dim
-    attention_bias, mlp_bias = config.attention_bias, config.mlp_bias
-    return LayerWeights(
-        attention_norm=checkpoint.get(f"{prefix}input_layernorm.weight", (hidden,)).float(),
-        qkv=stacked(
-            [
-                rows("self_attn.q_proj", q_total, scaled(shard.q_heads), attention_bias),
-                rows("self_attn.k_proj", kv_total, scaled(shard.kv_heads), attention_bias),
-                rows("self_attn.v_proj", kv_total, scaled(shard.kv_heads), attention_bias),
-            ]
+def random_weights(
+    shape: Shape, plan: Sequence[LayerPlan], positions: int, generator: torch.Generator
+) -> Weights:
+    """Random weights of the shape's formats, for layers of the plan."""
+    source, arena = _Random(generator), Arena()
+    load = Loader(source=source, shape=shape, cut=_whole(shape), arena=arena)
+    hidden = shape.hidden_size
+    angles = torch.rand(
+        shape.options.ropes, positions, shape.rotary_dim // 2, generator=generator
+    ).mul_(6.28)
+    table = torch.randn(sum(shape.vocab_widths), hidden, generator=generator)
+    vocab = source.get("lm_head.weight", (shape.vocab_size, hidden))
+    return Weights(
+        plan=tuple(plan),
+        embed=EmbedWeights(
+            table.to(DTYPES[shape.weight_dtype]),
+            [table for rope in angles for table in (rope.cos(), rope.sin())],
         ),
-        output=columns("self_attn.o_proj", q_total, scaled(shard.q_heads), attention_bias),
-        mlp_norm=checkpoint.get(f"{prefix}post_attention_layernorm.weight", (hidden,)).float(),
-        gate_up=stacked(
-            [
-                rows("mlp.gate_proj", config.intermediate_size, shard.mlp, mlp_bias),
-                rows("mlp.up_proj", config.intermediate_size, shard.mlp, mlp_bias),
-            ]
+        layers=_layers(load, plan),
+        head=HeadWeights(
+            architecture_of(shape).head_norm(load),
+            pack_linear(shape.head_format, vocab, None, arena),
         ),
-        down=columns("mlp.down_proj", config.intermediate_size, shard.mlp, mlp_bias),
+    )
+
+
+def _whole(shape: Shape) -> Cut:
+    """A shard's sizes as if they were the model's."""
+
+    def whole(size: int) -> Part:
+        return Part(0, size, size)
+
+    return Cut(
+        whole(shape.q_heads),
+        whole(shape.kv_heads),
+        whole(shape.intermediate_size),
+        whole(getattr(shape.options, "expert_size", 0)),
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from precast.errors import PrecastError
-from precast.models.llama import Paging
+from precast.models.blocks import Paging
 from precast.ops import native
 from precast.process import die_with_parent
 from services.decode_worker import rank_model

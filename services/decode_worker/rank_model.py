@@ -10,10 +10,11 @@ from torch import Tensor
 from precast.errors import ConfigError
 from precast.graphs.factors import rank_factors
 from precast.graphs.replay import Graph
-from precast.models import llama
+from precast.models.blocks import Paging, Shape
 from precast.models.config import load_config
+from precast.models.forward import hidden_states, logits
 from precast.models.kv_cache import LayerCache, new_cache
-from precast.models.llama import LlamaShape, Paging
+from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.models.weights import Weights, load_weights
 from services.decode_worker.rank_protocol import Init
@@ -34,7 +35,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class RankModel:
-    shape: LlamaShape
+    shape: Shape
     weights: Weights
     caches: list[LayerCache]
     factors: dict[str, str]
@@ -46,23 +47,23 @@ class RankModel:
         """Eager ragged forward pass; returns logits [S, V] of each sequence's last token."""
         hidden = self._hidden(batch)
         last = batch.paging.query_starts[1:].long() - 1
-        return llama.head(self.shape, hidden[last], self.weights.head)
+        return logits(self.shape, self.weights, hidden[last])
 
     def decode(self, batch: Batch) -> tuple[Tensor, int]:
         """One token a sequence; returns logits [S, V] and the captured size that ran, 0 if
         eager."""
         graph = self._graph_for(batch.sequences)
         if graph is None:
-            return llama.head(self.shape, self._hidden(batch), self.weights.head), 0
+            return logits(self.shape, self.weights, self._hidden(batch)), 0
         padded = pad(batch, graph.batch_size)
-        logits = graph.replay(padded.token_ids, padded.positions, padded.paging)
-        return logits[: batch.sequences], graph.batch_size
+        out = graph.replay(padded.token_ids, padded.positions, padded.paging)
+        return out[: batch.sequences], graph.batch_size
 
     def load_graph(self, batch_size: int, package: Path) -> float:
         """Loads a verified package and swaps it in; returns milliseconds. Raises
         ArtifactRejected."""
         started = time.perf_counter()
-        graph = Graph(package, batch_size, self.weights, self.caches)
+        graph = Graph(package, batch_size, self.shape, self.weights, self.caches)
         self.graphs[batch_size] = graph
         return (time.perf_counter() - started) * 1e3
 
@@ -72,10 +73,14 @@ class RankModel:
         return self.graphs[min(sizes)] if sizes else None
 
     def _hidden(self, batch: Batch) -> Tensor:
-        hidden, cos, sin = llama.embed(batch.token_ids, batch.positions, self.weights.embed)
-        for weights, cache in zip(self.weights.layers, self.caches, strict=True):
-            hidden = llama.layer(self.shape, hidden, cos, sin, batch.paging, cache, weights)
-        return hidden
+        return hidden_states(
+            self.shape,
+            self.weights,
+            self.caches,
+            batch.token_ids,
+            batch.positions,
+            batch.paging,
+        )
 
 
 def load(init: Init) -> RankModel:
@@ -89,7 +94,7 @@ def load(init: Init) -> RankModel:
             f"{config.max_position_embeddings} positions"
         )
     part = shard(config, init.tp_rank, init.tp_size)
-    shape = llama.shape_of(config, part, init.precision)
+    shape = shape_of(config, part, init.precision)
     weights = load_weights(folder, config, part, shape, init.max_context_length)
     return RankModel(
         shape=shape,
@@ -105,7 +110,6 @@ def load(init: Init) -> RankModel:
             for _ in range(config.num_layers)
         ],
         factors=rank_factors(
-            config.architecture,
             shape,
             block_size=init.block_size,
             torch_version=str(torch.__version__),

@@ -10,10 +10,12 @@ from precast.graphs.factors import rank_factors
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
 from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.models.llama import LlamaShape
+from precast.models.options import LlamaOptions
+from precast.models.shape import ModelShape
 from tests.support.compile_worker import compile_worker, connect
 
-SHAPE = LlamaShape(
+SHAPE = ModelShape(
+    architecture="llama",
     hidden_size=64,
     q_heads=4,
     kv_heads=2,
@@ -22,8 +24,7 @@ SHAPE = LlamaShape(
     vocab_widths=(256,),
     vocab_size=256,
     rms_norm_eps=1e-5,
-    attention_bias=False,
-    mlp_bias=False,
+    options=LlamaOptions(),
     weight_dtype="fp32",
     quantization="int8",
     head_quantization="int8",
@@ -33,7 +34,7 @@ SHAPE = LlamaShape(
 
 
 def tiny_spec(batch_size: int = 2) -> dict[str, str]:
-    factors = rank_factors("llama", SHAPE, block_size=32, torch_version=str(torch.__version__))
+    factors = rank_factors(SHAPE, block_size=32, torch_version=str(torch.__version__))
     return {**factors, "batch_size": str(batch_size)}
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 from precast.errors import ConfigError
-from precast.models.config import ModelConfig, RopeConfig
+from precast.models.config import ModelConfig
+from precast.models.options import LayerPlan, LlamaOptions
+from precast.models.rope import RopeConfig
 from precast.models.sharding import PANEL, Shard, kv_heads_held, shard
 
 
@@ -17,14 +19,13 @@ def config(kv_heads: int = 3, group: int = 3, **changes: int) -> ModelConfig:
     }
     return ModelConfig(
         architecture="llama",
-        num_layers=30,
+        layers=(LayerPlan("full"),) * 30,
+        options=LlamaOptions(),
         q_heads=kv_heads * group,
         kv_heads=kv_heads,
         rms_norm_eps=1e-5,
-        rope=RopeConfig(),
+        ropes=(RopeConfig(),),
         tie_word_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
         max_position_embeddings=8192,
         eos_token_ids=(2,),
         **sizes,

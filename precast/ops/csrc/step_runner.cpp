@@ -1,4 +1,4 @@
-// Replays a captured decode step: the package's embed model once, its layer model once for each layer
+// Replays a captured decode step: the package's embed model once, for each layer the model of its kind
 // with that layer's weights, its head model once. The loop is here and not in Python, where it costs
 // 6-8 % of a step at batch 1.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -18,15 +18,30 @@ void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin()
 
 class StepRunner : public torch::CustomClassHolder {
  public:
-  // `path`: a verified package. Nothing is compiled; dlopen runs the package's native code.
-  explicit StepRunner(const std::string& path)
-      : embed_(path, "embed", true), layer_(path, "layer", true), head_(path, "head", true) {}
+  // `path`: a verified package; `layers`: the names of its layer models, one for each kind of layer.
+  // Nothing is compiled; dlopen runs the package's native code.
+  StepRunner(const std::string& path, const std::vector<std::string>& layers)
+      : embed_(path, "embed", true), head_(path, "head", true) {
+    for (const std::string& name : layers) {
+      layers_.push_back(std::make_unique<Loader>(path, name, true));
+    }
+  }
 
   // Weights are inputs of the graphs, not constants in them, so all captured sizes share one copy.
-  void bind(Tensors embed, std::vector<Tensors> layers, Tensors head) {
+  // For each layer of the model: its weights, its layer model's index and its rope's index.
+  void bind(Tensors embed, std::vector<Tensors> layers, Tensors head, std::vector<int64_t> kinds,
+            std::vector<int64_t> ropes) {
+    TORCH_CHECK(kinds.size() == layers.size() && ropes.size() == layers.size(),
+                "every layer needs a kind and a rope");
+    for (const int64_t kind : kinds) {
+      TORCH_CHECK(kind >= 0 && kind < static_cast<int64_t>(layers_.size()), "no layer kind ", kind);
+    }
+    for (const int64_t rope : ropes) TORCH_CHECK(rope >= 0, "no rope ", rope);
     embed_weights_ = std::move(embed);
     layer_weights_ = std::move(layers);
     head_weights_ = std::move(head);
+    kinds_ = std::move(kinds);
+    ropes_ = std::move(ropes);
   }
 
   // token_ids, positions: int64 [B]. paging: slots, query_starts, context_lens, block_tables as
@@ -34,15 +49,15 @@ class StepRunner : public torch::CustomClassHolder {
   at::Tensor run(const at::Tensor& token_ids, const at::Tensor& positions, Tensors paging) {
     Tensors inputs{token_ids, positions};
     append(inputs, embed_weights_);
-    Tensors state = embed_.boxed_run(std::move(inputs));  // hidden states, cos, sin
-    TORCH_CHECK(state.size() == 3, "embed model: expected 3 outputs, got ", state.size());
-    at::Tensor hidden = std::move(state[0]);
-    for (const Tensors& weights : layer_weights_) {
-      inputs = {std::move(hidden), state[1], state[2]};
-      inputs.reserve(3 + paging.size() + weights.size());
+    Tensors state = embed_.boxed_run(std::move(inputs));  // hidden states, each rope's cos and sin
+    at::Tensor hidden = std::move(state.at(0));
+    for (size_t i = 0; i < layer_weights_.size(); ++i) {
+      const size_t cos = 1 + 2 * ropes_[i];
+      inputs = {std::move(hidden), state.at(cos), state.at(cos + 1)};
+      inputs.reserve(3 + paging.size() + layer_weights_[i].size());
       append(inputs, paging);
-      append(inputs, weights);
-      hidden = std::move(layer_.boxed_run(std::move(inputs))[0]);
+      append(inputs, layer_weights_[i]);
+      hidden = std::move(layers_[kinds_[i]]->boxed_run(std::move(inputs))[0]);
     }
     inputs = {std::move(hidden)};
     append(inputs, head_weights_);
@@ -50,14 +65,16 @@ class StepRunner : public torch::CustomClassHolder {
   }
 
  private:
-  Loader embed_, layer_, head_;
+  Loader embed_, head_;
+  std::vector<std::unique_ptr<Loader>> layers_;
   Tensors embed_weights_, head_weights_;
   std::vector<Tensors> layer_weights_;
+  std::vector<int64_t> kinds_, ropes_;
 };
 
 TORCH_LIBRARY_FRAGMENT(precast, m) {
   m.class_<StepRunner>("StepRunner")
-      .def(torch::init<std::string>())
+      .def(torch::init<std::string, std::vector<std::string>>())
       .def("bind", &StepRunner::bind)
       .def("run", &StepRunner::run);
 }

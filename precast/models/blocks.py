@@ -1,0 +1,196 @@
+"""What architectures are built of: pure functions of tensors and of a ``ModelShape``.
+
+A step is ``embed``, then ``layer`` once for each layer, then ``head``. Each architecture's module
+puts these together out of the blocks here. They run as they stand (prefill, and decode where no
+graph is there yet) and are what is captured. Weights are arguments, so a captured graph holds none.
+
+T: tokens in the step. S: sequences. H: hidden size. D: head size. Hidden states are float32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, gelu, silu
+
+from precast.models.kv_cache import LayerCache
+from precast.models.shape import ModelShape
+from precast.ops.packing import Format
+
+Shape = ModelShape[Any]
+Linear = list[Tensor]
+"""A packed linear's tensors: its weight, and its bias if it has one."""
+Activation = Callable[[Tensor], Tensor]
+
+
+class EmbedWeights(NamedTuple):
+    table: Tensor
+    """[vocabulary, H]; whole on every rank."""
+    ropes: list[Tensor]
+    """Cosines and sines of each rope, one after the other; float32 [positions, rotated / 2]."""
+
+
+class AttentionWeights(NamedTuple):
+    qkv: Linear
+    output: Linear
+    qk_norms: list[Tensor]
+    """[D] each, of queries and of keys; empty where they are not normed."""
+
+
+class MlpWeights(NamedTuple):
+    gate_up: Linear
+    down: Linear
+
+
+class DecoderWeights(NamedTuple):
+    """Of a layer that norms what goes into attention and into its MLP, and nothing else."""
+
+    attention_norm: Tensor
+    attention: AttentionWeights
+    mlp_norm: Tensor
+    mlp: MlpWeights
+
+
+class HeadWeights(NamedTuple):
+    norm: Tensor
+    vocab: Linear
+
+
+class Rope(NamedTuple):
+    """Of a step's tokens; [T, rotated / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Paging(NamedTuple):
+    """Where a step's tokens live in the paged KV cache; all int32."""
+
+    slots: Tensor
+    """[T] flat slot of each new token; -1 for a row that only pads the batch."""
+    query_starts: Tensor
+    """[S + 1] prefix sums of each sequence's new tokens."""
+    context_lens: Tensor
+    """[S] tokens in the cache once this step's are written; 0 for padding."""
+    block_tables: Tensor
+    """[S, blocks]"""
+
+
+def embed(
+    shape: Shape, token_ids: Tensor, positions: Tensor, weights: EmbedWeights
+) -> tuple[Tensor, ...]:
+    """int64 [T] ids and positions to hidden states [T, H] and each rope's cos and sin."""
+    del shape
+    hidden = embedding(token_ids, weights.table).float()
+    return hidden, *(table[positions] for table in weights.ropes)
+
+
+def head(shape: Shape, hidden: Tensor, weights: HeadWeights) -> Tensor:
+    """Hidden states [T, H] to logits [T, vocabulary of all ranks]."""
+    normed = rms_norm(hidden, weights.norm, shape.rms_norm_eps)
+    logits = linear(shape.head_format, normed, weights.vocab, shape.vocab_size, False)
+    if shape.tp_size == 1:
+        return logits
+    gathered: Tensor = torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
+    return gathered
+
+
+def attention(
+    shape: Shape,
+    x: Tensor,
+    rope: Rope,
+    paging: Paging,
+    cache: LayerCache,
+    weights: AttentionWeights,
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Writes this step's keys and values and attends: [T, H] to [T, H].
+
+    ``window``: tokens that a token sees, itself included; 0: all. ``softcap``: scores become
+    softcap * tanh(score / softcap); 0: not. ``scale``: of scores; None: 1 / sqrt(D).
+    """
+    if shape.q_heads == 0:  # more ranks than query heads
+        return reduce(shape, x.new_zeros(x.shape[0], shape.hidden_size))
+    dim = shape.head_dim
+    q_size, kv_size = shape.q_heads * dim, shape.kv_heads * dim
+    qkv = linear(shape.linear_format, x, weights.qkv, q_size + 2 * kv_size, qkv_bias)
+    q, k, v = (
+        part.view(part.shape[0], -1, dim) for part in qkv.split([q_size, kv_size, kv_size], -1)
+    )
+    if weights.qk_norms:
+        q = rms_norm(q, weights.qk_norms[0], shape.rms_norm_eps)
+        k = rms_norm(k, weights.qk_norms[1], shape.rms_norm_eps)
+    out = torch.ops.precast.paged_attention(
+        rotate(q, rope),
+        rotate(k, rope),
+        v,
+        cache.k,
+        cache.v,
+        *paging,
+        dim**-0.5 if scale is None else scale,
+        window,
+        softcap,
+    )
+    out = out.view(-1, q_size)
+    return reduce(
+        shape, linear(shape.linear_format, out, weights.output, shape.hidden_size, output_bias)
+    )
+
+
+def gated_mlp(
+    shape: Shape,
+    x: Tensor,
+    weights: MlpWeights,
+    *,
+    bias: bool = False,
+    activation: Activation = silu,
+) -> Tensor:
+    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]."""
+    gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * shape.intermediate_size, bias)
+    gate, up = gate_up.chunk(2, dim=-1)
+    x = activation(gate) * up
+    return reduce(shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, bias))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return gelu(x, approximate="tanh")
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Values squeezed into (-cap, cap); as they are for 0."""
+    return torch.tanh(x / cap) * cap if cap else x
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of [T, heads, D], pairs (i, i + rotated / 2) as Hugging Face lays them out;
+    features behind the rotated ones stay."""
+    half = rope.cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat(rotated if 2 * half == x.shape[-1] else [*rotated, rest], dim=-1)
+
+
+def linear(fmt: Format, x: Tensor, weights: Linear, out_features: int, bias: bool) -> Tensor:
+    """[T, K] to [T, out_features] through the kernel for the weights' format."""
+    added = weights[1] if bias else None
+    y: Tensor = torch.ops.precast.linear(x, weights[0], added, out_features, int(fmt))
+    return y
+
+
+def reduce(shape: Shape, partial: Tensor) -> Tensor:
+    """Sum of the ranks' partial results."""
+    if shape.tp_size == 1:
+        return partial
+    total: Tensor = torch.ops.precast.all_reduce(partial)
+    return total

@@ -1,0 +1,168 @@
+"""Reads a layer's weights out of a checkpoint, cut for one rank and packed for the kernels.
+
+Architectures say which tensors they have in these terms, once: the same words load a checkpoint and
+make the random weights that a capture is verified with (``Source``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from precast.models.blocks import AttentionWeights, DecoderWeights, Linear, MlpWeights
+from precast.models.config import ModelConfig
+from precast.models.shape import ModelShape, O_co
+from precast.models.sharding import Shard
+from precast.ops.memory import Arena
+from precast.ops.packing import Format, pack_into, packed_size
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The whole tensor. Raises ModelCorrupt if it is missing or of another shape."""
+
+
+class Part(NamedTuple):
+    """A rank's share of rows or columns, and how many there are over all ranks."""
+
+    start: int
+    stop: int
+    total: int
+
+    def __mul__(self, size: int) -> "Part":  # type: ignore[override]
+        """The share in units that ``size`` of make one of these."""
+        return Part(self.start * size, self.stop * size, self.total * size)
+
+
+class Cut(NamedTuple):
+    """A rank's share of a model's layers."""
+
+    q_heads: Part
+    kv_heads: Part
+    mlp: Part
+    experts: Part
+
+
+def cut_of(config: ModelConfig, shard: Shard) -> Cut:
+    def part(share: range, total: int) -> Part:
+        return Part(share.start, share.stop, total)
+
+    return Cut(
+        part(shard.q_heads, config.q_heads),
+        part(shard.kv_heads, config.kv_heads),
+        part(shard.mlp, config.intermediate_size),
+        part(shard.experts, config.expert_size),
+    )
+
+
+class Rows(NamedTuple):
+    """Some rows of a matrix that has ``total``."""
+
+    name: str
+    """Of the module: without ".weight"."""
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader(Generic[O_co]):
+    source: Source
+    shape: ModelShape[O_co]
+    cut: Cut
+    arena: Arena
+
+    def norm(self, name: str, size: int | None = None) -> Tensor:
+        """float32 [size], by default [H]."""
+        return self.source.get(f"{name}.weight", (size or self.shape.hidden_size,)).float()
+
+    def decoder(
+        self,
+        prefix: str,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norms: bool = False,
+        mlp_bias: bool = False,
+    ) -> DecoderWeights:
+        """A layer by the names that most architectures use."""
+        return DecoderWeights(
+            attention_norm=self.norm(f"{prefix}input_layernorm"),
+            attention=self.attention(
+                f"{prefix}self_attn.",
+                qkv_bias=qkv_bias,
+                output_bias=output_bias,
+                qk_norms=qk_norms,
+            ),
+            mlp_norm=self.norm(f"{prefix}post_attention_layernorm"),
+            mlp=self.mlp(f"{prefix}mlp.", bias=mlp_bias),
+        )
+
+    def attention(
+        self,
+        prefix: str,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norms: bool = False,
+    ) -> AttentionWeights:
+        """``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps ``q_norm`` and ``k_norm``."""
+        dim = self.shape.head_dim
+        names = (f"{prefix}{name}_norm" for name in ("q", "k")) if qk_norms else ()
+        q, kv = self.cut.q_heads * dim, self.cut.kv_heads * dim
+        parts = [
+            Rows(f"{prefix}{name}_proj", *cut) for name, cut in zip("qkv", (q, kv, kv), strict=True)
+        ]
+        return AttentionWeights(
+            qkv=self.rows(parts, qkv_bias),
+            output=self.columns(f"{prefix}o_proj", q, output_bias),
+            qk_norms=[self.norm(name, dim) for name in names],
+        )
+
+    def mlp(self, prefix: str, *, bias: bool = False) -> MlpWeights:
+        """``gate_proj``, ``up_proj`` and ``down_proj``."""
+        gate_up = [Rows(f"{prefix}{name}_proj", *self.cut.mlp) for name in ("gate", "up")]
+        return MlpWeights(
+            gate_up=self.rows(gate_up, bias),
+            down=self.columns(f"{prefix}down_proj", self.cut.mlp, bias),
+        )
+
+    def rows(self, parts: Sequence[Rows], bias: bool = False) -> Linear:
+        """One linear of rows of several matrices, one below the other."""
+        hidden = self.shape.hidden_size
+        weights = [
+            self.source.get(f"{part.name}.weight", (part.total, hidden))[part.start : part.stop]
+            for part in parts
+        ]
+        added = [
+            self.source.get(f"{part.name}.bias", (part.total,))[part.start : part.stop]
+            for part in parts
+            if bias
+        ]
+        return self._pack(torch.cat(weights), torch.cat(added) if added else None)
+
+    def columns(self, name: str, part: Part, bias: bool = False) -> Linear:
+        """A linear of this rank's columns. Ranks' results are summed: the first adds the bias."""
+        hidden = self.shape.hidden_size
+        weight = self.source.get(f"{name}.weight", (hidden, part.total))[:, part.start : part.stop]
+        added = self.source.get(f"{name}.bias", (hidden,)) if bias else None
+        if added is not None and part.start > 0:
+            added = torch.zeros_like(added)
+        return self._pack(weight.contiguous(), added)
+
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return pack_linear(self.shape.linear_format, weight, bias, self.arena)
+
+
+def head_norm(load: Loader[O_co]) -> Tensor:
+    return load.norm("model.norm")
+
+
+def pack_linear(fmt: Format, weight: Tensor, bias: Tensor | None, arena: Arena) -> Linear:
+    """[N, K] weights, and a bias, packed in the arena's memory."""
+    packed = pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)
+    return [packed] if bias is None else [packed, arena.copy(bias.float())]

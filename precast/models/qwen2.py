@@ -1,0 +1,44 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values; the last layers may attend to a window."""
+
+from torch import Tensor
+
+from precast.models.blocks import (
+    DecoderWeights,
+    Paging,
+    Rope,
+    attention,
+    embed,
+    gated_mlp,
+    head,
+    rms_norm,
+)
+from precast.models.kv_cache import LayerCache
+from precast.models.loader import Loader, head_norm
+from precast.models.options import Kind, WindowOptions
+from precast.models.shape import ModelShape
+
+__all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
+
+
+def layer(
+    shape: ModelShape[WindowOptions],
+    kind: Kind,
+    hidden: Tensor,
+    rope: Rope,
+    paging: Paging,
+    cache: LayerCache,
+    weights: DecoderWeights,
+) -> Tensor:
+    """One decoder layer: hidden states [T, H] to [T, H]."""
+    window = shape.options.window if kind == "sliding" else 0
+    normed = rms_norm(hidden, weights.attention_norm, shape.rms_norm_eps)
+    hidden = hidden + attention(
+        shape, normed, rope, paging, cache, weights.attention, qkv_bias=True, window=window
+    )
+    normed = rms_norm(hidden, weights.mlp_norm, shape.rms_norm_eps)
+    return hidden + gated_mlp(shape, normed, weights.mlp)
+
+
+def load_layer(load: Loader[WindowOptions], kind: Kind, prefix: str) -> DecoderWeights:
+    del kind
+    return load.decoder(prefix, qkv_bias=True)

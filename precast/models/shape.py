@@ -1,0 +1,83 @@
+"""Everything static that a rank's graphs depend on."""
+
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
+
+from precast.models.config import ModelConfig
+from precast.models.options import Kind, Options
+from precast.models.precision import Precision
+from precast.models.sharding import Shard
+from precast.ops.packing import Format
+
+O_co = TypeVar("O_co", bound=Options, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(Generic[O_co]):
+    """Head, MLP and vocabulary sizes are this rank's."""
+
+    architecture: str
+    hidden_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_widths: tuple[int, ...]
+    """Vocabulary rows of each rank; one entry without tensor parallelism."""
+    vocab_size: int
+    rms_norm_eps: float
+    options: O_co
+    weight_dtype: str
+    quantization: str
+    """Format of the layers' linears; "none": ``weight_dtype``."""
+    head_quantization: str
+    """Format of the output projection, likewise."""
+    kv_dtype: str
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.vocab_widths)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded to less than float32 between a step's operators."""
+        return (
+            self.linear_format <= Format.FP16
+            and self.head_format <= Format.FP16
+            and (self.kv_dtype == "fp32")
+        )
+
+    @property
+    def linear_format(self) -> Format:
+        return self.format_of(self.quantization)
+
+    @property
+    def head_format(self) -> Format:
+        return self.format_of(self.head_quantization)
+
+    def format_of(self, quantization: str) -> Format:
+        return Format[(self.weight_dtype if quantization == "none" else quantization).upper()]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return self.options.kinds
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.options.rotary_dim or self.head_dim
+
+
+def shape_of(config: ModelConfig, shard: Shard, precision: Precision) -> ModelShape[Options]:
+    return ModelShape(
+        architecture=config.architecture,
+        hidden_size=config.hidden_size,
+        q_heads=len(shard.q_heads),
+        kv_heads=len(shard.kv_heads),
+        head_dim=config.head_dim,
+        intermediate_size=len(shard.mlp),
+        vocab_widths=shard.vocab_widths,
+        vocab_size=len(shard.vocab),
+        rms_norm_eps=config.rms_norm_eps,
+        options=config.options.on_rank(len(shard.experts)),
+        **asdict(precision),
+    )

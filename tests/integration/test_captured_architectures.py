@@ -1,0 +1,62 @@
+"""Captured graphs replay checkpoints as transformers computes them: one kind of layer and two."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from precast.graphs.replay import Graph
+from precast.models.blocks import Paging
+from services.decode_worker.rank_model import Batch, pad
+from tests.support.architectures import Loaded, forward, load, reference, write_model
+
+BATCH_SIZE = 2
+BOUND = 1e-4
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Precompiled headers, which captures share."""
+    return tmp_path_factory.mktemp("headers")
+
+
+def capture(model: Loaded, out: Path, headers: Path) -> Path:
+    command = [sys.executable, "-m", "precast.graphs.capture", "--out", str(out)]
+    factors = {**model.factors, "batch_size": str(BATCH_SIZE)}
+    done = subprocess.run(
+        [*command, "--headers", str(headers)],
+        input=json.dumps(factors),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out / "graph.pt2"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("llama_biases", ("full",)), ("gemma3", ("full", "sliding"))]
+)
+def test_graphs_replay_a_checkpoint(
+    name: str, kinds: tuple[str, ...], tmp_path: Path, headers: Path
+) -> None:
+    folder = write_model(tmp_path / "model", name)
+    model = load(folder)
+    assert model.shape.kinds == kinds
+    package = capture(model, tmp_path, headers)
+    graph = Graph(package, BATCH_SIZE, model.shape, model.weights, model.caches)
+    sizes = []
+
+    def replay(tokens: Tensor, positions: Tensor, paging: Paging) -> Tensor:
+        sizes.append(len(tokens))
+        padded = pad(Batch(token_ids=tokens, positions=positions, paging=paging), BATCH_SIZE)
+        return graph.replay(padded.token_ids, padded.positions, padded.paging)[: len(tokens)]
+
+    for actual, expected in zip(forward(model, replay), reference(folder), strict=True):
+        assert float((actual - expected).abs().max() / expected.abs().max()) < BOUND
+    assert {1, 2} <= set(sizes)
