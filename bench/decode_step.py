@@ -31,6 +31,7 @@ from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.models.weights import random_weights
 from precast.ops import native
+from precast.ops.memory import Arena
 from precast.process import available_cpus
 
 LAYERS = 30
@@ -94,17 +95,16 @@ def alternate(functions: list[Callable[[], object]]) -> list[float]:
     return [statistics.median(samples) for samples in times]
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that this machine's memory gives to reading threads."""
-    torch.set_num_threads(threads)
-    data = torch.ones(256 << 17, dtype=torch.int64)  # 256 MiB
+def read_bandwidth() -> float:
+    """Bytes a second that this machine's memory gives to the pool's threads, at its best."""
+    data = Arena().empty((512 << 20,)).view(torch.int64)
+    data.fill_(1)
     times = []
-    for _ in range(7):
+    for _ in range(15):
         start = time.perf_counter()
-        data.max()
+        torch.ops.precast.read_memory(data)
         times.append(time.perf_counter() - start)
-    torch.set_num_threads(1)
-    return data.numel() * 8 / min(times)
+    return data.nbytes / min(times)
 
 
 def measure(shape: Shape, batch_size: int, package: Path) -> tuple[float, float, int]:
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
     arguments = parser.parse_args()
     cores = available_cpus()
-    bandwidth = read_bandwidth(len(cores))
     native.start_threads(cores)
+    bandwidth = read_bandwidth()
     table = Table("weights", "batch", "graph ms", "eager ms", "eager / graph", "GB/s", "of read")
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = arguments.graphs or Path(scratch)

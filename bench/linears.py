@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("--rows", default="1,16,64")
     arguments = parser.parse_args()
     cores = available_cpus()
-    bandwidth = read_bandwidth(len(cores))
     native.start_threads(cores)
+    bandwidth = read_bandwidth()
     table = Table("linear", "rows", "kernel", "GB/s", "of read", "GOPS")
     with torch.inference_mode():
         for shape in arguments.shapes.split(","):

@@ -178,8 +178,8 @@ def main() -> None:
     arguments = parser.parse_args()
     widths = [int(w) for w in arguments.widths.split(",")]
     cores = available_cpus()
-    bandwidth = read_bandwidth(len(cores))
     native.start_threads(cores)
+    bandwidth = read_bandwidth()
     table = Table("weights", "what", "Precast tok/s", "llama.cpp tok/s", "ratio", "of read")
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = import_model(MODEL, arguments.home / "models", report=print).path

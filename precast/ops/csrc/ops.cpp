@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -314,6 +315,22 @@ void start_threads(at::IntArrayRef cores) { ThreadPool::instance().start(cores.v
 
 std::string native_isa() { return kernels().isa; }
 
+// Sum of a tensor's 64-bit words, read by all threads: what the memory gives to them.
+int64_t read_memory(const at::Tensor& x) {
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kLong, "read_memory: expected int64");
+  const int64_t* words = x.const_data_ptr<int64_t>();
+  std::atomic<int64_t> total{0};
+  ThreadPool::instance().run([&](int part, int parts) {
+    const Range r = share(x.numel() / 8, part, parts);
+    int64_t sums[8] = {};
+    for (int64_t i = r.begin; i < r.end; ++i) {
+      for (int lane = 0; lane < 8; ++lane) sums[lane] += words[i * 8 + lane];
+    }
+    for (const int64_t sum : sums) total += sum;
+  });
+  return total;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(precast, m) {
@@ -327,10 +344,12 @@ TORCH_LIBRARY(precast, m) {
       "int window, float softcap) -> Tensor");
   m.def("start_threads(int[] cores) -> ()", start_threads);
   m.def("native_isa() -> str", native_isa);
+  m.def("read_memory(Tensor x) -> int");
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("linear", linear);
+  m.impl("read_memory", read_memory);
   m.impl("paged_attention", paged_attention);
 }
 
