@@ -34,6 +34,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, f
     return x.new_empty((x.shape[0], out_features))
 
 
+@torch.library.register_fake("precast::embedding")
+def _embedding(ids: Tensor, weight: Tensor, features: int, fmt: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], features), dtype=torch.float32)
+
+
 @torch.library.register_fake("precast::paged_attention")
 def _paged_attention(
     q: Tensor,

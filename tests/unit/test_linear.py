@@ -135,3 +135,19 @@ def test_refuses_a_format_that_there_is_not() -> None:
     for code in (-1, 7, 1 << 40):
         with pytest.raises(RuntimeError, match="no weight format"):
             torch.ops.precast.linear(torch.randn(1, 64), packed, None, 16, code)
+
+
+@pytest.mark.parametrize("fmt", list(Format))
+@pytest.mark.parametrize("count", [1, 30])
+def test_embedding_takes_rows_of_a_packed_weight(fmt: Format, count: int) -> None:
+    packed = pack(torch.randn(77, 70), fmt)
+    ids = torch.randint(77, (count,))
+    rows = torch.ops.precast.embedding(ids, packed, 70, int(fmt))
+    torch.testing.assert_close(rows, unpack(packed, 77, 70, fmt)[ids], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("row", [-1, 32, 1 << 40])
+def test_embedding_refuses_rows_that_there_are_not(row: int) -> None:
+    packed = pack(torch.randn(20, 8), Format.INT8)
+    with pytest.raises(RuntimeError, match=f"no row {row}"):
+        torch.ops.precast.embedding(torch.tensor([row]), packed, 8, int(Format.INT8))

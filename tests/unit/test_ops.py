@@ -182,6 +182,8 @@ def test_operators_trace() -> None:
         packed = pack(torch.randn(20, 8), fmt)
         arguments = (torch.randn(3, 8), packed, None, 20, int(fmt))
         torch.library.opcheck(ops.linear, arguments, test_utils=tests)
+        ids = torch.tensor([3, 19])
+        torch.library.opcheck(ops.embedding, (ids, packed, 8, int(fmt)), test_utils=tests)
     torch.library.opcheck(ops.paged_attention, tuple(attention_arguments()), test_utils=tests)
 
 

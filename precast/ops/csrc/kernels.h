@@ -110,6 +110,9 @@ struct Kernels {
   // y = x w^T + bias for the panels [panel_begin, panel_end).
   void (*linear)(const LinearArgs& args, int64_t panel_begin, int64_t panel_end);
 
+  // y = row `row` of a packed weight [N, k], as floats.
+  void (*unpack_row)(Format format, const uint8_t* weight, int64_t k, int64_t row, float* y);
+
   // Unnormalised attention of a tile. Rows are token-major, then the KV head's query heads: `out`
   // [rows, head_dim], `maximum` and `denominator` [rows] of the softmax, so that parts of a context
   // can be merged. `scratch`: attention_scratch_floats(args, tokens).

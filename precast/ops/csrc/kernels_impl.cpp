@@ -29,8 +29,8 @@ void sum(const float* const* arrays, int count, float* out, int64_t n) {
 }  // namespace
 
 const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
-  static const Kernels table = {PRECAST_STR(PRECAST_ISA), quantize_rows, linear, attend,
-                                store_cache,              sum};
+  static const Kernels table = {PRECAST_STR(PRECAST_ISA), quantize_rows, linear, unpack_row,
+                                attend,                   store_cache,   sum};
   return table;
 }
 

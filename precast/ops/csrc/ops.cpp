@@ -82,6 +82,35 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   return y;
 }
 
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t k, int64_t format) {
+  const Format f = format_of(format);
+  TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == at::kLong,
+              "embedding: ids must be a contiguous 1-D int64 tensor");
+  TORCH_CHECK(k > 0 && weight.is_contiguous() && weight.scalar_type() == at::kByte &&
+                  weight.dim() == 2 && weight.size(1) == panel_bytes(f, k),
+              "embedding: weight must be packed as uint8 [panels, ", panel_bytes(f, k), "]");
+  const int64_t* rows = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.size(0); ++i) {
+    TORCH_CHECK(rows[i] >= 0 && rows[i] < weight.size(0) * kPanel, "embedding: no row ", rows[i]);
+  }
+  at::Tensor y = at::empty({ids.size(0), k}, ids.options().dtype(at::kFloat));
+  float* out = y.mutable_data_ptr<float>();
+  const auto copy = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels().unpack_row(f, weight.const_data_ptr<uint8_t>(), k, rows[i], out + i * k);
+    }
+  };
+  if (ids.size(0) < 8) {
+    copy(0, ids.size(0));
+    return y;
+  }
+  ThreadPool::instance().run([&](int part, int parts) {
+    const Range r = share(ids.size(0), part, parts);
+    copy(r.begin, r.end);
+  });
+  return y;
+}
+
 void check_ints(const at::Tensor& t, int64_t dim, const char* what) {
   TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kInt && t.dim() == dim,
               "paged_attention: ", what, " must be a contiguous int32 tensor of ", dim, " dimensions");
@@ -335,6 +364,7 @@ int64_t read_memory(const at::Tensor& x) {
 
 TORCH_LIBRARY(precast, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int format) -> Tensor");
+  m.def("embedding(Tensor ids, Tensor weight, int features, int format) -> Tensor");
   m.def("panel_bytes(int format, int in_features) -> int", [](int64_t format, int64_t k) {
     return panel_bytes(format_of(format), k);
   });
@@ -349,6 +379,7 @@ TORCH_LIBRARY(precast, m) {
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("linear", linear);
+  m.impl("embedding", embedding);
   m.impl("read_memory", read_memory);
   m.impl("paged_attention", paged_attention);
 }
@@ -363,6 +394,11 @@ PRECAST_SHIM aoti_torch_cpu_linear(AtenTensorHandle x, AtenTensorHandle weight,
                                    AtenTensorHandle* ret) {
   PRECAST_RETURN(
       precast::linear(tensor(x), tensor(weight), optional_tensor(bias), out_features, format));
+}
+
+PRECAST_SHIM aoti_torch_cpu_embedding(AtenTensorHandle ids, AtenTensorHandle weight,
+                                      int64_t features, int64_t format, AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::embedding(tensor(ids), tensor(weight), features, format));
 }
 
 PRECAST_SHIM aoti_torch_cpu_paged_attention(
