@@ -5,6 +5,10 @@ and no compiler, because the loader's class is used directly; ``torch._inductor.
 would probe the compiler for seconds.
 """
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,10 @@ class Graph:
         """Raises ArtifactRejected if the package can't be loaded."""
         self.batch_size = batch_size
         try:
-            self._runner: Any = torch.classes.precast.StepRunner(str(package), layer_models(shape))
+            with _unpacking_folder():
+                self._runner: Any = torch.classes.precast.StepRunner(
+                    str(package), layer_models(shape)
+                )
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ArtifactRejected(f"{package}: not a loadable graph: {reason}") from error
@@ -43,3 +50,21 @@ class Graph:
         """int64 [batch_size] ids and positions to float32 logits [batch_size, vocabulary]."""
         logits: Tensor = self._runner.run(token_ids, positions, list(paging))
         return logits
+
+
+@contextmanager
+def _unpacking_folder() -> Iterator[None]:
+    """Where the loader unpacks a package, gone once the native code is mapped.
+
+    The loader would keep its copies until the graph is freed, and for good if the process is killed.
+    """
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="precast-graph-") as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before

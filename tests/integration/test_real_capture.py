@@ -1,5 +1,8 @@
 """A tiny model's graph through the real capture program: compiled, verified, signed, fetched."""
 
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -61,3 +64,27 @@ async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
         assert any(name.endswith(".so") for name in package.namelist())
     assert "g++" in graph.manifest.compiler
     assert not list((worker.home / "captures").iterdir())
+    leaves_no_files_behind(graph.graph_path, tmp_path / "temporary")
+
+
+def leaves_no_files_behind(package: Path, folder: Path) -> None:
+    """A process that has loaded a graph may be killed at any time."""
+    folder.mkdir()
+    program = f"""
+import os, torch
+from pathlib import Path
+from precast.graphs import capture_models as models
+from precast.graphs.replay import Graph
+from tests.integration.test_real_capture import SHAPE
+generator = torch.Generator().manual_seed(0)
+weights = models.random_weights(SHAPE, 1, generator)
+caches = [models.random_cache(SHAPE, 32, generator)]
+graph = Graph(Path({str(package)!r}), 2, weights, caches)
+inputs = models.step_inputs(SHAPE, 32, [3, 4], generator)
+graph.replay(inputs.token_ids, inputs.positions, inputs.paging)
+os.kill(os.getpid(), 9)
+"""
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, timeout=120)
+    assert run.returncode == -9
+    assert list(folder.iterdir()) == []
