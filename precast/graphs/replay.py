@@ -56,7 +56,7 @@ class Graph:
 def _unpacking_folder() -> Iterator[None]:
     """Where the loader unpacks a package, gone once the native code is mapped.
 
-    The loader would keep its copies until the graph is freed, and for good if the process is killed.
+    The loader would keep its copies until the graph is freed, for good if the process is killed.
     """
     before = os.environ.get("TMPDIR")
     with tempfile.TemporaryDirectory(prefix="precast-graph-") as folder:
