@@ -166,6 +166,10 @@ class DecodeWorkerSettings(CommonSettings):
     )
     """Public keys whose artifacts may be loaded."""
     cache_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "graphs")
+    packed_dir: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "cache" / "weights"
+    )
+    """Where weights are kept as they were quantised and packed."""
     wait_for_graphs: bool = False
     """Become ready only once every batch size has its graph."""
     compile_address: Address | None = None

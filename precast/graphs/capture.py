@@ -191,6 +191,9 @@ def _direct_calls() -> dict[str, Any]:
     paged = tensors("q k v k_cache v_cache slots query_starts context_lens block_tables")
     return {
         "aot_inductor.custom_ops_to_c_shims": {
+            ops.embedding.default: shim(
+                "embedding", tensors("ids weight") + ", int64_t features, int64_t format"
+            ),
             ops.linear.default: shim("linear", tensors("x weight") + tail),
             ops.paged_attention.default: shim(
                 "paged_attention", paged + ", double scale, int64_t window, double softcap"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, silu
+from torch.nn.functional import gelu, silu
 
 from precast.models.kv_cache import LayerCache
 from precast.models.shape import ModelShape
@@ -26,7 +26,7 @@ Activation = Callable[[Tensor], Tensor]
 
 class EmbedWeights(NamedTuple):
     table: Tensor
-    """[vocabulary, H]; whole on every rank."""
+    """[vocabulary, H], packed as the head is; whole on every rank."""
     ropes: list[Tensor]
     """Cosines and sines of each rope, one after the other; float32 [positions, rotated / 2]."""
 
@@ -81,8 +81,9 @@ def embed(
     shape: Shape, token_ids: Tensor, positions: Tensor, weights: EmbedWeights
 ) -> tuple[Tensor, ...]:
     """int64 [T] ids and positions to hidden states [T, H] and each rope's cos and sin."""
-    del shape
-    hidden = embedding(token_ids, weights.table).float()
+    hidden = torch.ops.precast.embedding(
+        token_ids, weights.table, shape.hidden_size, int(shape.head_format)
+    )
     return hidden, *(table[positions] for table in weights.ropes)
 
 

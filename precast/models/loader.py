@@ -4,8 +4,8 @@ Architectures say which tensors they have in these terms, once: the same words l
 make the random weights that a capture is verified with (``Source``).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol
 
 import torch
@@ -75,6 +75,10 @@ class Loader(Generic[O_co]):
     shape: ModelShape[O_co]
     cut: Cut
     arena: Arena
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Linears that were packed before, by name."""
+    packed: dict[str, Tensor] = field(default_factory=dict)
+    """Those that this loader has given out."""
 
     def norm(self, name: str, size: int | None = None) -> Tensor:
         """float32 [size], by default [H]."""
@@ -134,35 +138,55 @@ class Loader(Generic[O_co]):
     def rows(self, parts: Sequence[Rows], bias: bool = False) -> Linear:
         """One linear of rows of several matrices, one below the other."""
         hidden = self.shape.hidden_size
-        weights = [
-            self.source.get(f"{part.name}.weight", (part.total, hidden))[part.start : part.stop]
-            for part in parts
-        ]
+
+        def weight() -> Tensor:
+            shares = [
+                self.source.get(f"{part.name}.weight", (part.total, hidden))[part.start : part.stop]
+                for part in parts
+            ]
+            return shares[0] if len(shares) == 1 else torch.cat(shares)
+
         added = [
             self.source.get(f"{part.name}.bias", (part.total,))[part.start : part.stop]
             for part in parts
             if bias
         ]
-        return self._pack(torch.cat(weights), torch.cat(added) if added else None)
+        return self.linear(parts[0].name, weight, torch.cat(added) if added else None)
 
     def columns(self, name: str, part: Part, bias: bool = False) -> Linear:
         """A linear of this rank's columns. Ranks' results are summed: the first adds the bias."""
         hidden = self.shape.hidden_size
-        weight = self.source.get(f"{name}.weight", (hidden, part.total))[:, part.start : part.stop]
+
+        def weight() -> Tensor:
+            whole = self.source.get(f"{name}.weight", (hidden, part.total))
+            return whole[:, part.start : part.stop]
+
         added = self.source.get(f"{name}.bias", (hidden,)) if bias else None
         if added is not None and part.start > 0:
             added = torch.zeros_like(added)
-        return self._pack(weight.contiguous(), added)
+        return self.linear(name, weight, added)
 
-    def _pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return pack_linear(self.shape.linear_format, weight, bias, self.arena)
+    def linear(
+        self,
+        name: str,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None = None,
+        fmt: Format | None = None,
+    ) -> Linear:
+        """A linear of [N, K] weights, packed now unless it is kept; ``fmt``: the layers' if
+        None."""
+        if name in self.kept:
+            packed = self.arena.copy(self.kept[name])
+        else:
+            packed = pack_in(self.arena, weight(), self.shape.linear_format if fmt is None else fmt)
+        self.packed[name] = packed
+        return [packed] if bias is None else [packed, self.arena.copy(bias.float())]
 
 
 def head_norm(load: Loader[O_co]) -> Tensor:
     return load.norm("model.norm")
 
 
-def pack_linear(fmt: Format, weight: Tensor, bias: Tensor | None, arena: Arena) -> Linear:
-    """[N, K] weights, and a bias, packed in the arena's memory."""
-    packed = pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)
-    return [packed] if bias is None else [packed, arena.copy(bias.float())]
+def pack_in(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
+    """[N, K] weights packed in the arena's memory."""
+    return pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)

@@ -1,8 +1,7 @@
 """A rank's weights: out of a Hugging Face folder, or random ones of the same formats."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from precast.models.architectures import architecture_of
 from precast.models.blocks import EmbedWeights, HeadWeights, Shape
 from precast.models.catalog import weight_files
 from precast.models.config import ModelConfig
-from precast.models.loader import Cut, Loader, Part, cut_of, pack_linear
+from precast.models.loader import Cut, Loader, Part, cut_of, pack_in
 from precast.models.options import LayerPlan
+from precast.models.packed_files import keep_packed, packed_path, read_packed, touch_packed
 from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
 from precast.ops.memory import Arena
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +41,23 @@ class Weights:
 
 
 class _Checkpoint:
-    """The tensors of a folder's safetensors files, by name; files are mapped, not read at once."""
+    """The tensors of a folder's safetensors files, by name.
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    Each is mapped for as long as it is used: pages of an open file count as the process's memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = {}
+        self._files: dict[str, Path] = {}
         for path in weight_files(folder):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            self._files.update(dict.fromkeys(file.keys(), file))
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self._files:
             raise ModelCorrupt(f"{self._folder}: tensor {name} is missing")
-        tensor: Tensor = self._files[name].get_tensor(name)
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelCorrupt(
                 f"{self._folder}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}"
@@ -63,47 +65,79 @@ class _Checkpoint:
         return tensor
 
 
-@contextmanager
-def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
-    try:
-        with ExitStack() as stack:
-            yield _Checkpoint(folder, stack)
-    except (SafetensorError, OSError) as error:
-        raise ModelCorrupt(f"{folder}: weights can't be read: {error}") from error
-
-
 def load_weights(
-    folder: Path, config: ModelConfig, shard: Shard, shape: Shape, positions: int
+    folder: Path,
+    config: ModelConfig,
+    shard: Shard,
+    shape: Shape,
+    positions: int,
+    kept: Path | None = None,
 ) -> Weights:
     """Weights of one rank; rotary tables reach ``positions``. Raises ModelCorrupt.
 
     One layer at a time is read, cut and packed, so that the peak is the packed weights plus a
-    layer.
+    layer. ``kept``: root of the folders where packed linears are kept between starts.
     """
-    arena = Arena()
-    with _open_checkpoint(folder) as checkpoint:
-        load = Loader(source=checkpoint, shape=shape, cut=cut_of(config, shard), arena=arena)
-        hidden = (config.vocab_size, config.hidden_size)
-        table = checkpoint.get("model.embed_tokens.weight", hidden).to(DTYPES[shape.weight_dtype])
-        vocab = table if config.tie_word_embeddings else checkpoint.get("lm_head.weight", hidden)
-        return Weights(
-            plan=config.layers,
-            embed=EmbedWeights(table, _rotary(config.ropes, shape.rotary_dim, positions)),
-            layers=_layers(load, config.layers),
-            head=HeadWeights(
-                architecture_of(shape).head_norm(load),
-                pack_linear(
-                    shape.head_format, vocab[shard.vocab.start : shard.vocab.stop], None, arena
-                ),
-            ),
-        )
+    try:
+        return _load(folder, config, shard, shape, positions, kept)
+    except (SafetensorError, OSError) as error:
+        raise ModelCorrupt(f"{folder}: weights can't be read: {error}") from error
 
 
-def _layers(load: Loader[Any], plan: Sequence[LayerPlan]) -> tuple[Any, ...]:
-    read = architecture_of(load.shape).load_layer
-    return tuple(
-        read(load, layer.kind, f"model.layers.{index}.") for index, layer in enumerate(plan)
+def _load(
+    folder: Path,
+    config: ModelConfig,
+    shard: Shard,
+    shape: Shape,
+    positions: int,
+    kept: Path | None,
+) -> Weights:
+    path = packed_path(kept, folder, shard, shape) if kept is not None else None
+    packed: dict[str, dict[str, Tensor]] = {}
+    base = Loader(source=_Checkpoint(folder), shape=shape, cut=cut_of(config, shard), arena=Arena())
+
+    def loader(name: str) -> Loader[Any]:
+        packed[name] = {}
+        before = read_packed(path, name) if path is not None else {}
+        return replace(base, kept=before, packed=packed[name])
+
+    head = loader("head")
+    table, vocab = _vocabulary(head, config, shard)
+    weights = Weights(
+        plan=config.layers,
+        embed=EmbedWeights(table, _rotary(config.ropes, shape.rotary_dim, positions)),
+        layers=tuple(
+            architecture_of(shape).load_layer(
+                loader(f"layer-{index}"), layer.kind, f"model.layers.{index}."
+            )
+            for index, layer in enumerate(config.layers)
+        ),
+        head=HeadWeights(architecture_of(shape).head_norm(head), [vocab]),
     )
+    if path is not None and path.is_dir():
+        touch_packed(path)
+    elif path is not None:
+        keep_packed(path, packed)
+    return weights
+
+
+def _vocabulary(load: Loader[Any], config: ModelConfig, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The packed embedding table, and this rank's rows of the output projection: one tensor where
+    they are the same."""
+    size = (config.vocab_size, config.hidden_size)
+    rows = shard.vocab
+    fmt = load.shape.head_format
+
+    def linear(name: str, part: slice) -> Tensor:
+        checkpoint_name = f"{name.removesuffix('.rows')}.weight"
+        return load.linear(name, lambda: load.source.get(checkpoint_name, size)[part], fmt=fmt)[0]
+
+    table = linear("model.embed_tokens", slice(None))
+    if not config.tie_word_embeddings:
+        return table, linear("lm_head", slice(rows.start, rows.stop))
+    if len(rows) == config.vocab_size:
+        return table, table
+    return table, linear("model.embed_tokens.rows", slice(rows.start, rows.stop))
 
 
 def _rotary(ropes: Sequence[RopeConfig], dim: int, positions: int) -> list[Tensor]:
@@ -134,7 +168,7 @@ def random_weights(
     """Random weights of the shape's formats, for layers of the plan."""
     source, arena = _Random(generator), Arena()
     load = Loader(source=source, shape=shape, cut=_whole(shape), arena=arena)
-    hidden = shape.hidden_size
+    module, hidden = architecture_of(shape), shape.hidden_size
     angles = torch.rand(
         shape.options.ropes, positions, shape.rotary_dim // 2, generator=generator
     ).mul_(6.28)
@@ -143,14 +177,14 @@ def random_weights(
     return Weights(
         plan=tuple(plan),
         embed=EmbedWeights(
-            table.to(DTYPES[shape.weight_dtype]),
+            pack_in(arena, table, shape.head_format),
             [table for rope in angles for table in (rope.cos(), rope.sin())],
         ),
-        layers=_layers(load, plan),
-        head=HeadWeights(
-            architecture_of(shape).head_norm(load),
-            pack_linear(shape.head_format, vocab, None, arena),
+        layers=tuple(
+            module.load_layer(load, layer.kind, f"model.layers.{index}.")
+            for index, layer in enumerate(plan)
         ),
+        head=HeadWeights(module.head_norm(load), [pack_in(arena, vocab, shape.head_format)]),
     )
 
 

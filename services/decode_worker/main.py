@@ -150,6 +150,7 @@ def rank_inits(settings: DecodeWorkerSettings, context: int, blocks: int) -> lis
     return [
         Init(
             model_dir=str(settings.model_dir),
+            packed_dir=str(settings.packed_dir),
             precision=settings.precision,
             tp_rank=rank,
             tp_size=settings.tp,

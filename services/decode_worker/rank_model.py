@@ -95,7 +95,9 @@ def load(init: Init) -> RankModel:
         )
     part = shard(config, init.tp_rank, init.tp_size)
     shape = shape_of(config, part, init.precision)
-    weights = load_weights(folder, config, part, shape, init.max_context_length)
+    weights = load_weights(
+        folder, config, part, shape, init.max_context_length, Path(init.packed_dir)
+    )
     return RankModel(
         shape=shape,
         weights=weights,

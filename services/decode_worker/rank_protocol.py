@@ -21,6 +21,8 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """First command: load the model's shard and allocate the KV cache."""
 
     model_dir: str
+    packed_dir: str
+    """Where packed weights are kept between starts."""
     precision: Precision
     tp_rank: int
     tp_size: int
