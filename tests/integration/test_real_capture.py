@@ -75,11 +75,13 @@ import os, torch
 from pathlib import Path
 from precast.graphs import capture_models as models
 from precast.graphs.replay import Graph
+from precast.models.weights import random_weights
 from tests.integration.test_real_capture import SHAPE
 generator = torch.Generator().manual_seed(0)
-weights = models.random_weights(SHAPE, 1, generator)
-caches = [models.random_cache(SHAPE, 32, generator)]
-graph = Graph(Path({str(package)!r}), 2, weights, caches)
+plan = models.verification_plan(SHAPE, 2)
+weights = random_weights(SHAPE, plan, 64, generator)
+caches = [models.random_cache(SHAPE, 32, generator) for _ in plan]
+graph = Graph(Path({str(package)!r}), 2, SHAPE, weights, caches)
 inputs = models.step_inputs(SHAPE, 32, [3, 4], generator)
 graph.replay(inputs.token_ids, inputs.positions, inputs.paging)
 os.kill(os.getpid(), 9)
