@@ -85,6 +85,14 @@ class CompileLease(_Lease):
     capturing: int = 0
 
 
+def generation_of(lease: DecodeLease, key: str) -> int | None:
+    """The oldest generation of the key among a worker's ranks; None if it doesn't run it."""
+    pairs = [
+        pair for graph in lease.graphs for pair in zip(graph.keys, graph.generations, strict=False)
+    ]
+    return min((generation for name, generation in pairs if name == key), default=None)
+
+
 Lease = DecodeLease | CompileLease
 _L = TypeVar("_L", DecodeLease, CompileLease)
 

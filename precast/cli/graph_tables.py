@@ -57,8 +57,12 @@ def detail(graph: pb.GraphState) -> RenderableType:
 
 
 def is_failure(event: admin.RecompileResponse) -> bool:
-    """Whether the event says that a job ended without a graph."""
-    return event.stage in (admin.RECOMPILE_STAGE_FAILED, admin.RECOMPILE_STAGE_CANCELLED)
+    """Whether the event says that a job ended without a graph that serves."""
+    return event.stage in (
+        admin.RECOMPILE_STAGE_FAILED,
+        admin.RECOMPILE_STAGE_CANCELLED,
+        admin.RECOMPILE_STAGE_ROLLED_BACK,
+    )
 
 
 def event_json(event: admin.RecompileResponse) -> str:
@@ -78,7 +82,17 @@ def event_line(event: admin.RecompileResponse) -> str:
         words.append(f"generation {event.generation}")
     if event.stage == admin.RECOMPILE_STAGE_ADOPTED:
         words.append(f"by {event.adopted} of {event.workers} workers")
+    if event.HasField("canary"):
+        words += _canary(event.canary)
     return "  ".join([*words, *([event.detail] if event.detail else [])])
+
+
+def _canary(canary: admin.CanaryProgress) -> list[str]:
+    words = [f"on {canary.worker_id}", f"{canary.steps_done} of {canary.steps} steps"]
+    if canary.steps_done:
+        words.append(f"difference {canary.max_relative_difference:.1e}")
+        words.append(f"time ratio {canary.time_ratio:.2f}")
+    return words
 
 
 def _dict(graph: pb.GraphState) -> dict[str, Any]:

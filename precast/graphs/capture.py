@@ -219,6 +219,7 @@ def verify(factors: Mapping[str, str], package: Path, group: "Group") -> tuple[f
     import torch
 
     from precast.graphs import capture_models as models
+    from precast.graphs.difference import relative_difference
     from precast.graphs.factors import ISA_LEVELS, shape_from
     from precast.graphs.replay import Graph
     from precast.models.kv_cache import read_cache
@@ -252,7 +253,7 @@ def verify(factors: Mapping[str, str], package: Path, group: "Group") -> tuple[f
             pairs = [(actual, expected)]
             for ours, theirs in zip(caches, eager_caches, strict=True):
                 pairs += zip(read_cache(ours), read_cache(theirs), strict=True)
-            worst = max(worst, *(_relative_error(a, b) for a, b in pairs))
+            worst = max(worst, *(relative_difference(a, b) for a, b in pairs))
         times = []
         for _ in range(TIMED_STEPS):
             start = time.perf_counter()
@@ -273,16 +274,6 @@ def _context_cases(batch: int, block: int) -> list[list[int]]:
         [(row * 37) % (4 * block) + 1 for row in range(batch)],
         [7 + row if row <= batch // 2 else 0 for row in range(batch)],
     ]
-
-
-def _relative_error(actual: Any, expected: Any) -> float:
-    if expected.numel() == 0:
-        return 0.0  # the cache of a rank without attention
-    scale = float(expected.abs().max())
-    difference = float((actual - expected).abs().max())
-    if not difference < float("inf"):
-        return float("inf")  # a NaN counts as the largest difference
-    return difference / max(scale, 1e-30)
 
 
 def main() -> int:

@@ -172,6 +172,7 @@ async def fetch_graph(
     *,
     spec: Mapping[str, str],
     generation: int = 0,
+    worker_id: str = "",
     timeout_s: float = FETCH_TIMEOUT_S,
 ) -> StoredArtifact:
     """Stream an artifact from a compile worker into the cache (generation 0: the newest).
@@ -183,7 +184,9 @@ async def fetch_graph(
             longer or shorter than signed, or of another digest. Nothing of it is kept.
         PrecastError: what the server answered, as ``precast.rpc.error_of`` reads it.
     """
-    call = stub.FetchGraph(pb.FetchGraphRequest(key=key, generation=generation), timeout=timeout_s)
+    call = stub.FetchGraph(
+        pb.FetchGraphRequest(key=key, generation=generation, worker_id=worker_id), timeout=timeout_s
+    )
     parts = aiter(call)
     try:
         header = await _read_header(parts)

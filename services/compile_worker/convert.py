@@ -1,16 +1,19 @@
 """Between this service's types and those of its protocols."""
 
+import math
+from collections.abc import Mapping
 from typing import Final
 
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.errors import InvalidRequest
 from precast.graphs.artifact import Manifest
-from precast.graphs.lifecycle import CRASH_SIGNALS, Verdict
+from precast.graphs.lifecycle import CRASH_SIGNALS, MAX_REASON, Verdict
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.job import Job, Stage
 from services.compile_worker.explain import Explanation
 from services.compile_worker.generations import Generation
-from services.compile_worker.record import GraphRecord, Phase
+from services.compile_worker.recompile import After
+from services.compile_worker.record import GraphRecord, Phase, Trial
 
 PHASES: Final = {
     Phase.QUEUED: graphs_pb.GRAPH_PHASE_QUEUED,
@@ -18,7 +21,7 @@ PHASES: Final = {
     Phase.PUBLISHED: graphs_pb.GRAPH_PHASE_PUBLISHED,
     Phase.FAILED: graphs_pb.GRAPH_PHASE_FAILED,
 }
-STAGES: Final = {
+STAGES: Final[Mapping[Stage | After, admin_pb.RecompileStage.ValueType]] = {
     Stage.QUEUED: admin_pb.RECOMPILE_STAGE_QUEUED,
     Stage.CAPTURING: admin_pb.RECOMPILE_STAGE_CAPTURING,
     Stage.CAPTURED: admin_pb.RECOMPILE_STAGE_CAPTURED,
@@ -26,6 +29,9 @@ STAGES: Final = {
     Stage.PUBLISHED: admin_pb.RECOMPILE_STAGE_PUBLISHED,
     Stage.FAILED: admin_pb.RECOMPILE_STAGE_FAILED,
     Stage.CANCELLED: admin_pb.RECOMPILE_STAGE_CANCELLED,
+    After.CANARY: admin_pb.RECOMPILE_STAGE_CANARY,
+    After.ROLLED_BACK: admin_pb.RECOMPILE_STAGE_ROLLED_BACK,
+    After.ADOPTED: admin_pb.RECOMPILE_STAGE_ADOPTED,
 }
 GENERATION_STATES: Final = {
     Verdict.GOOD: admin_pb.GENERATION_STATE_PREVIOUS,
@@ -35,7 +41,8 @@ GENERATION_STATES: Final = {
 }
 
 
-def graph_state(record: GraphRecord) -> graphs_pb.GraphState:
+def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphState:
+    """``live_s``: how long a canary waits for live steps."""
     return graphs_pb.GraphState(
         key=record.key,
         phase=PHASES[record.phase],
@@ -49,6 +56,46 @@ def graph_state(record: GraphRecord) -> graphs_pb.GraphState:
         capture_s=record.capture_s,
         step_us=record.step_us,
         quarantined=record.lifecycle.having(Verdict.QUARANTINED),
+        canary=_assignment(record, live_s),
+    )
+
+
+def _assignment(record: GraphRecord, live_s: float) -> graphs_pb.CanaryAssignment | None:
+    trial = record.trial
+    if trial is None or record.lifecycle.verdict(trial.generation) is not Verdict.CANDIDATE:
+        return None
+    return graphs_pb.CanaryAssignment(
+        worker_id=trial.worker_id,
+        generation=trial.generation,
+        steps=trial.wanted,
+        live_s=live_s,
+    )
+
+
+def canary_progress(trial: Trial) -> admin_pb.CanaryProgress:
+    return admin_pb.CanaryProgress(
+        worker_id=trial.worker_id,
+        steps_done=trial.steps,
+        steps=trial.wanted,
+        max_relative_difference=trial.difference,
+        time_ratio=trial.time_ratio,
+    )
+
+
+def trial_of(request: graphs_pb.ReportCanaryRequest, wanted: int) -> Trial:
+    """Raises ``InvalidRequest`` for measures that are no numbers."""
+    numbers = (request.max_relative_difference, request.time_ratio)
+    if not all(0 <= number < math.inf for number in numbers):
+        raise InvalidRequest(f"canary measures {numbers} are not finite and positive")
+    return Trial(
+        generation=request.generation,
+        worker_id=request.worker_id,
+        wanted=wanted,
+        steps=request.steps,
+        difference=request.max_relative_difference,
+        time_ratio=request.time_ratio,
+        finished=request.finished,
+        failure=request.failure[:MAX_REASON],
     )
 
 

@@ -79,6 +79,13 @@ class Generations:
         except (GraphNotFound, ArtifactRejected):
             return None
 
+    def nominate(self, key: str, generation: int) -> None:
+        """Make a generation a candidate before it is published, unless another process has
+        published and judged it already."""
+        lifecycle = self.lifecycle(key)
+        if generation not in lifecycle.marks and generation not in self.store.generations(key):
+            self.persist(key, lifecycle.marked(generation, Verdict.CANDIDATE))
+
     def persist(self, key: str, lifecycle: Lifecycle) -> None:
         """Write down what the store's note doesn't know yet."""
         noted = self._noted(key)

@@ -55,6 +55,8 @@ class Graphs:
     isa_targets: tuple[str, ...] = ()
     """Instruction sets that it builds for; empty: any."""
     backoff_s: float = BACKOFF_S
+    canary: bool = False
+    """Whether a further generation has to pass a canary before it serves."""
 
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
@@ -93,8 +95,8 @@ class Graphs:
             await self.index.put(changed(record, phase=Phase.QUEUED, failures=0, retry_at=0.0))
         return job
 
-    async def fetch(self, key: str, generation: int) -> StoredArtifact:
-        """An artifact with its digest and signature checked.
+    async def fetch(self, key: str, generation: int, worker_id: str) -> StoredArtifact:
+        """An artifact with its digest and signature checked; a candidate for its canary alone.
 
         A damaged one is put aside and queued for capture again. Raises ``GraphNotFound``, or
         ``ArtifactRejected`` for the damaged one.
@@ -105,6 +107,10 @@ class Graphs:
             raise GraphNotFound(
                 f"generation {number} of graph {key} is quarantined: {lifecycle.reason(number)}"
             )
+        trial = record.trial if (record := self.index.get(key)) else None
+        chosen = trial is not None and (trial.generation, trial.worker_id) == (number, worker_id)
+        if lifecycle.verdict(number) is Verdict.CANDIDATE and not chosen:
+            raise GraphNotFound(f"generation {number} of graph {key} is not promoted yet")
         try:
             return await asyncio.to_thread(self.generations.open, key, number)
         except ArtifactRejected as error:
@@ -229,6 +235,8 @@ class Graphs:
                 compiler=self.build.get("compiler", ""),
             )
         )
+        if self.canary and self.generations.serving(job.key):
+            self.generations.nominate(job.key, job.generation)
         try:
             self.store.publish(manifest, self.signer.sign(manifest), graph)
         except GenerationExists:

@@ -23,6 +23,7 @@ from precast.jobs import CaptureQueue
 from precast.registry import CompileLease, Heartbeat, Registry
 from precast.rpc import Server, start_server
 from precast.settings import CompileWorkerSettings
+from services.compile_worker.canary import Canaries, CanaryPolicy
 from services.compile_worker.child import CaptureLimits
 from services.compile_worker.generations import Generations
 from services.compile_worker.graphs import Graphs
@@ -67,7 +68,17 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
     metrics = Metrics()
     graphs = await _open_graphs(settings, program, registry)
     capture_s = settings.capture_timeout_s * MAX_ATTEMPTS
-    server = await start_server(settings.listen, services(graphs, registry, metrics, capture_s))
+    canaries = Canaries(
+        generations=graphs.generations,
+        registry=registry,
+        policy=CanaryPolicy(
+            steps=settings.canary_steps,
+            live_s=settings.canary_live_s,
+            max_slowdown=settings.canary_max_slowdown,
+        ),
+    )
+    offered = services(graphs, canaries, registry, metrics, capture_s)
+    server = await start_server(settings.listen, offered)
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
     log.info(
@@ -78,7 +89,7 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
         start_s=round(time.monotonic() - started, 2),
     )
     try:
-        await _work_until_stopped(settings, program, registry, graphs, metrics, server)
+        await _work_until_stopped(settings, program, registry, graphs, canaries, metrics, server)
     finally:
         await server.stop(STOP_GRACE_S)
         await registry.close()
@@ -109,6 +120,7 @@ async def _open_graphs(
         signer=signer,
         build=build,
         isa_targets=tuple(settings.isa_targets),
+        canary=settings.canary_steps > 0,
     )
     swept = store.sweep() + sweep(settings.home / CAPTURES)
     if swept:
@@ -126,6 +138,7 @@ async def _work_until_stopped(
     program: CaptureProgram,
     registry: Registry,
     graphs: Graphs,
+    canaries: Canaries,
     metrics: Metrics,
     server: Server,
 ) -> None:
@@ -160,6 +173,7 @@ async def _work_until_stopped(
         tasks += [
             asyncio.create_task(graphs.index.run()),
             asyncio.create_task(graphs.generations.follow()),
+            asyncio.create_task(canaries.run()),
             asyncio.create_task(_count_jobs(graphs.queue, metrics)),
         ]
         await _until_stopped(tasks)

@@ -1,6 +1,8 @@
-"""Recompiling graphs by hand, from the request to the workers that have taken up the result."""
+"""Recompiling graphs by hand, from the request through the canary to the workers that take up the
+result."""
 
 import asyncio
+import enum
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +16,13 @@ from precast.errors import (
     RegistryUnavailable,
     UnsupportedSpec,
 )
+from precast.graphs.lifecycle import Verdict
 from precast.job import Job, Stage
 from precast.jobs import CaptureQueue
 from precast.log import get_logger
-from precast.registry import DecodeLease, Registry
+from precast.registry import DecodeLease, Registry, generation_of
 from services.compile_worker.graphs import Graphs
-from services.compile_worker.record import GraphRecord
+from services.compile_worker.record import GraphRecord, Trial
 
 log = get_logger(__name__)
 
@@ -45,14 +48,23 @@ class Selection:
     everything: bool = False
 
 
+class After(enum.StrEnum):
+    """What comes after a publication."""
+
+    CANARY = "canary"
+    ROLLED_BACK = "rolled back"
+    ADOPTED = "adopted"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """One thing that has happened to a job."""
 
     job: Job
-    stage: Stage | None
-    """None: adoption."""
+    stage: Stage | After
     detail: str = ""
+    trial: Trial | None = None
+    """In stage ``CANARY``."""
     adopted: int = 0
     workers: int = 0
 
@@ -65,6 +77,7 @@ class _Followed:
     told: list[Stage] = field(default_factory=list)
     published_at: float = 0.0
     """On the monotonic clock."""
+    trial: Trial | None = None
     adoption: tuple[int, int] | None = None
     done: bool = False
 
@@ -138,7 +151,7 @@ async def _step(
         for stage in _stages_of(item.job)
         if stage not in item.told
     ]
-    item.told += [progress.stage for progress in news if progress.stage]
+    item.told += [stage for stage in _stages_of(item.job) if stage not in item.told]
     if item.job.stage is Stage.PUBLISHED:
         news += _after_publication(item, graphs, leases, adoption_s)
     elif item.job.stage.ended:
@@ -168,13 +181,31 @@ def _stages_of(job: Job) -> list[Stage]:
 def _after_publication(
     item: _Followed, graphs: Graphs, leases: list[DecodeLease] | None, adoption_s: float
 ) -> list[Progress]:
-    """What becomes of a new generation: adoption, unless a pin holds it back."""
-    pinned = graphs.generations.lifecycle(item.job.key).pin.generation
-    if pinned and graphs.generations.serving(item.job.key) != item.job.generation:
+    """What becomes of a new generation: its canary, then adoption or the way back."""
+    key, generation = item.job.key, item.job.generation
+    lifecycle = graphs.generations.lifecycle(key)
+    verdict, pinned = lifecycle.verdict(generation), lifecycle.pin.generation
+    news = _canary(item, graphs.index.get(key))
+    if verdict in (Verdict.QUARANTINED, Verdict.WITHDRAWN):
+        item.done = True
+        reason = lifecycle.reason(generation)
+        return [*news, Progress(job=item.job, stage=After.ROLLED_BACK, detail=reason)]
+    if pinned and graphs.generations.serving(key) != generation:
         item.done = True
         detail = f"pinned to generation {pinned}"
-        return [Progress(job=item.job, stage=Stage.PUBLISHED, detail=detail)]
-    return _adoption(item, leases, adoption_s)
+        return [*news, Progress(job=item.job, stage=Stage.PUBLISHED, detail=detail)]
+    if verdict is Verdict.CANDIDATE:
+        return news
+    return [*news, *_adoption(item, leases, adoption_s)]
+
+
+def _canary(item: _Followed, record: GraphRecord | None) -> list[Progress]:
+    """How the canary stands, if that is new."""
+    trial = record.trial if record else None
+    if trial is None or trial == item.trial or trial.generation != item.job.generation:
+        return []
+    item.trial = trial
+    return [Progress(job=item.job, stage=After.CANARY, trial=trial)]
 
 
 def _adoption(
@@ -188,7 +219,15 @@ def _adoption(
         return []
     item.adoption = count
     detail = "not all within the deadline" if count[0] < count[1] and expired else ""
-    return [Progress(job=item.job, stage=None, detail=detail, adopted=count[0], workers=count[1])]
+    return [
+        Progress(
+            job=item.job,
+            stage=After.ADOPTED,
+            detail=detail,
+            adopted=count[0],
+            workers=count[1],
+        )
+    ]
 
 
 def count_adopted(leases: Sequence[DecodeLease], job: Job) -> tuple[int, int]:
@@ -196,18 +235,10 @@ def count_adopted(leases: Sequence[DecodeLease], job: Job) -> tuple[int, int]:
     running = [
         generation
         for lease in leases
-        for generation in [_generation_of(lease, job.key)]
+        for generation in [generation_of(lease, job.key)]
         if generation is not None
     ]
     return sum(generation >= job.generation for generation in running), len(running)
-
-
-def _generation_of(lease: DecodeLease, key: str) -> int | None:
-    """The oldest generation of the key among a worker's ranks; None if it doesn't run it."""
-    pairs = [
-        pair for graph in lease.graphs for pair in zip(graph.keys, graph.generations, strict=False)
-    ]
-    return min((generation for name, generation in pairs if name == key), default=None)
 
 
 async def _leases(registry: Registry) -> list[DecodeLease] | None:

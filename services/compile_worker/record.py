@@ -22,6 +22,24 @@ class Phase(enum.StrEnum):
     FAILED = "failed"
 
 
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate on the worker that was chosen to try it."""
+
+    generation: int
+    worker_id: str
+    wanted: int
+    """Steps to compare."""
+    steps: int = 0
+    """Steps compared so far."""
+    difference: float = 0.0
+    """Largest difference of logits to the serving generation, relative to the largest logit."""
+    time_ratio: float = 0.0
+    """Candidate's step time to the serving generation's; 0: not known yet."""
+    finished: bool = False
+    failure: str = ""
+    """Why the worker gave up, if it did."""
+
+
 class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     """State of a key, as kept in Redis for all compile workers. Times are Unix seconds."""
 
@@ -44,6 +62,8 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     step_us: float = 0.0
     lifecycle: Lifecycle = Lifecycle()
     """What was decided of the generations; merged where two versions of a record meet."""
+    trial: Trial | None = None
+    """The newest candidate's canary; kept for a look when it has ended."""
     updated_at: float = 0.0
     """Of two versions of a record the later one counts."""
 

@@ -15,13 +15,16 @@ from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.job import Job
 from precast.registry import Registry
 from precast.rpc import Service
+from services.compile_worker.canary import Canaries
 from services.compile_worker.convert import (
     STAGES,
+    canary_progress,
     crash_reason,
     explanation,
     generation_message,
     graph_state,
     job_message,
+    trial_of,
 )
 from services.compile_worker.explain import explain_factors, explain_key
 from services.compile_worker.graphs import Graphs
@@ -35,6 +38,7 @@ from services.compile_worker.recompile import (
     recompile,
     select,
 )
+from services.compile_worker.record import GraphRecord
 
 CHUNK_BYTES: Final = 256 << 10
 MAX_SPECS: Final = 1024
@@ -45,8 +49,9 @@ _CANCEL_WAIT_S: Final = 15.0
 class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     """``precast.graphs.v1.GraphsService``."""
 
-    def __init__(self, graphs: Graphs, metrics: Metrics) -> None:
+    def __init__(self, graphs: Graphs, canaries: Canaries, metrics: Metrics) -> None:
         self._graphs = graphs
+        self._canaries = canaries
         self._metrics = metrics
 
     async def RequestGraphs(
@@ -56,13 +61,13 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
             raise InvalidRequest(f"{len(request.specs)} specs in one request; {MAX_SPECS} may be")
         specs = [dict(spec.factors) for spec in request.specs]
         records = await self._graphs.request(specs, request.model)
-        return graphs_pb.RequestGraphsResponse(states=map(graph_state, records))
+        return graphs_pb.RequestGraphsResponse(states=map(self._state, records))
 
     async def FetchGraph(
         self, request: graphs_pb.FetchGraphRequest, context: Any
     ) -> AsyncIterator[graphs_pb.FetchGraphResponse]:
         try:
-            artifact = await self._graphs.fetch(request.key, request.generation)
+            artifact = await self._graphs.fetch(request.key, request.generation, request.worker_id)
         except ArtifactRejected:
             self._metrics.fetches.labels("rejected").inc()
             raise
@@ -83,11 +88,11 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
                     raise GraphNotFound(f"no graph {key}")
             for record in self._graphs.index.records():
                 if not wanted or record.key in wanted:
-                    yield graphs_pb.WatchGraphsResponse(state=graph_state(record))
+                    yield graphs_pb.WatchGraphsResponse(state=self._state(record))
             while True:
                 record = await changes.next()
                 if not wanted or record.key in wanted:
-                    yield graphs_pb.WatchGraphsResponse(state=graph_state(record))
+                    yield graphs_pb.WatchGraphsResponse(state=self._state(record))
 
     async def ListGraphs(
         self, request: graphs_pb.ListGraphsRequest, context: Any
@@ -98,7 +103,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
             if request.model in ("", *record.models)
             and request.batch_size in (0, int(record.factors["batch_size"]))
         ]
-        return graphs_pb.ListGraphsResponse(graphs=map(graph_state, matching))
+        return graphs_pb.ListGraphsResponse(graphs=map(self._state, matching))
 
     async def ExplainGraph(
         self, request: graphs_pb.ExplainGraphRequest, context: Any
@@ -114,6 +119,15 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         reason = crash_reason(request.worker_id, request.signal)
         await self._graphs.generations.crashed(request.key, request.generation, reason)
         return graphs_pb.ReportCrashResponse()
+
+    async def ReportCanary(
+        self, request: graphs_pb.ReportCanaryRequest, context: Any
+    ) -> graphs_pb.ReportCanaryResponse:
+        await self._canaries.report(request.key, trial_of(request, self._canaries.policy.steps))
+        return graphs_pb.ReportCanaryResponse()
+
+    def _state(self, record: GraphRecord) -> graphs_pb.GraphState:
+        return graph_state(record, self._canaries.policy.live_s)
 
 
 class AdminServicer(admin_grpc.AdminServiceServicer):
@@ -197,13 +211,13 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
 
 
 def services(
-    graphs: Graphs, registry: Registry, metrics: Metrics, capture_s: float
+    graphs: Graphs, canaries: Canaries, registry: Registry, metrics: Metrics, capture_s: float
 ) -> list[Service]:
     """Everything that the compile worker's server offers."""
     return [
         Service(
             descriptor=graphs_pb.DESCRIPTOR.services_by_name["GraphsService"],
-            servicer=GraphsServicer(graphs, metrics),
+            servicer=GraphsServicer(graphs, canaries, metrics),
             add_to_server=graphs_grpc.add_GraphsServiceServicer_to_server,
         ),
         Service(
@@ -241,14 +255,14 @@ def _selection(request: admin_pb.RecompileRequest) -> Selection:
 
 
 def _recompile_response(progress: Progress) -> admin_pb.RecompileResponse:
-    adopted = admin_pb.RECOMPILE_STAGE_ADOPTED
     return admin_pb.RecompileResponse(
         job_id=progress.job.id,
         key=progress.job.key,
-        stage=STAGES[progress.stage] if progress.stage else adopted,
+        stage=STAGES[progress.stage],
         generation=progress.job.generation,
         detail=progress.detail,
         batch_size=progress.job.batch_size,
         adopted=progress.adopted,
         workers=progress.workers,
+        canary=canary_progress(progress.trial) if progress.trial else None,
     )

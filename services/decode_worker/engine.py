@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from precast.decode.v1 import decode_service_pb2 as pb
@@ -182,11 +183,12 @@ class Engine:
         while True:
             await self._graphs.apply(group)
             self._wake.clear()
+            await self._probe(group)
             step = self._scheduler.schedule(self._next_step_id)
             if step is not None:
                 self._next_step_id += 1
-                self._graphs.about_to_run(step)
-                group.send_step(step.message)
+                shadow = self._graphs.about_to_run(step)
+                group.send_step(msgspec.structs.replace(step.message, shadow=shadow))
             self._emit(outcomes)
             outcomes = []
             if step is None:
@@ -195,21 +197,35 @@ class Engine:
                 continue
             done = await group.step_done(self._step_timeout_s)
             self._count(step, done.graph_batch_size, done.step_us)
-            self._graphs.ran(done.graph_batch_size)
+            self._graphs.ran(done.graph_batch_size, done.shadow)
             tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
             outcomes = self._apply(step, tokens, done.logprobs)
             # Streams get their turn even when every step is ready at once.
             await asyncio.sleep(0)
 
+    async def _probe(self, group: RankGroup) -> None:
+        """Tries a candidate on a made-up step when live ones have not come in time."""
+        probe = self._graphs.canary.probe(self._next_step_id)
+        if probe is not None:
+            self._next_step_id += 1
+            group.send_step(probe)
+            done = await group.step_done(self._step_timeout_s)
+            self._graphs.canary.observe(done.shadow)
+
     async def _idle(self, group: RankGroup) -> None:
         """Waits for work, or raises when the group fails meanwhile."""
         wake = asyncio.ensure_future(self._wake.wait())
         either: set[asyncio.Future[Any]] = {wake, group.failed}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if group.failed.done():
+        await asyncio.wait(
+            either,
+            timeout=self._graphs.canary.due_s(),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not wake.done():
             wake.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await wake
+        if group.failed.done():
             raise GroupFailed(group.failed.result())
 
     def _apply(

@@ -18,8 +18,9 @@ from typing import Final
 
 from precast.log import get_logger
 from precast.registry import LoadedGraphRecord
+from services.decode_worker.canary import Canary
 from services.decode_worker.rank_group import RankGroup
-from services.decode_worker.rank_protocol import LoadGraph, Ready
+from services.decode_worker.rank_protocol import LoadGraph, Ready, Shadow
 from services.decode_worker.scheduler import ScheduledStep
 
 log = get_logger(__name__)
@@ -87,6 +88,7 @@ class GraphSet:
         self._quarantined: set[tuple[str, int]] = set()
         """Keys and generations that must not be in any offer."""
         self._dropping: set[int] = set()
+        self.canary = Canary()
         self.crashes: asyncio.Queue[Crash] = asyncio.Queue()
         """To be reported; each artifact at most once."""
         self.factors: tuple[dict[str, str], ...] = ()
@@ -151,7 +153,10 @@ class GraphSet:
     def group_failed(self, crashed: Mapping[int, str]) -> None:
         """``crashed``: the signal that ended each rank which died of its own native code."""
         suspect, self._suspect = self._suspect, None
-        if suspect is not None and crashed:
+        candidate = self.canary.blame(crashed)
+        if candidate is not None:
+            self._quarantine_crashed(candidate.key, candidate.generation, min(crashed.values()))
+        elif suspect is not None and crashed:
             self._accuse(suspect, crashed)
         elif suspect is not None and self._trial(suspect).replays == 0:
             self._blame(suspect)
@@ -162,6 +167,7 @@ class GraphSet:
         between steps. Raises GroupFailed."""
         self._drop(group)
         if not self._pending:
+            await self.canary.apply(group, lambda size: size in self._loaded)
             return
         offer = self._pending.pop(min(self._pending))
         self._suspect = offer
@@ -191,18 +197,24 @@ class GraphSet:
             )
         self._on_change()
 
-    def about_to_run(self, step: ScheduledStep) -> None:
-        """Notes which graph is to blame if the ranks die in one of its first replays."""
+    def about_to_run(self, step: ScheduledStep) -> bool:
+        """Notes which graph is to blame if the ranks die in one of its first replays.
+
+        Returns whether a candidate is to be tried in the step.
+        """
         self._suspect = None
         if step.message.prefill:
-            return
+            return False
         size = min((size for size in self._loaded if size >= len(step.sequences)), default=0)
         offer = self._loaded.get(size)
         if offer and self._trial(offer).replays < FIRST_REPLAYS:
             self._suspect = offer
+        return self.canary.shadows(size)
 
-    def ran(self, graph_batch_size: int) -> None:
+    def ran(self, graph_batch_size: int, shadow: Shadow | None = None) -> None:
+        """The ranks have survived a step; ``graph_batch_size``: what was replayed, 0: nothing."""
         self._suspect = None
+        self.canary.observe(shadow)
         offer = self._loaded.get(graph_batch_size)
         if offer:
             self._trial(offer).replays += 1
@@ -233,12 +245,15 @@ class GraphSet:
         """Quarantines the artifacts of the ranks that crashed."""
         for rank, signal in crashed.items():
             key, generation = offer.identity[rank]
-            if (key, generation) in self._quarantined:
-                continue
-            log.error("graph crashed a rank", key=key, generation=generation, signal=signal)
-            self._quarantined.add((key, generation))
-            self.crashes.put_nowait(Crash(key=key, generation=generation, signal=signal))
+            self._quarantine_crashed(key, generation, signal)
         self._condemn(offer)
+
+    def _quarantine_crashed(self, key: str, generation: int, signal: str) -> None:
+        if (key, generation) in self._quarantined:
+            return
+        log.error("graph crashed a rank", key=key, generation=generation, signal=signal)
+        self._quarantined.add((key, generation))
+        self.crashes.put_nowait(Crash(key=key, generation=generation, signal=signal))
 
     def _blame(self, offer: Offer) -> None:
         self._deaths[offer.identity] += 1

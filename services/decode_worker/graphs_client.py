@@ -15,18 +15,24 @@ import grpc.aio
 from precast.errors import (
     ArtifactRejected,
     CompilerUnavailable,
-    InvalidRequest,
     NotFound,
     PrecastError,
 )
 from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.key import spec_digest
+from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.store import StoredArtifact
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
 from precast.log import get_logger
 from precast.registry import Registry
 from precast.rpc import error_of, open_channel
+from services.decode_worker.canary import Assignment, Report
+from services.decode_worker.graph_reports import (
+    RPC_TIMEOUT_S,
+    explain_missing,
+    report_canary,
+    report_crash,
+)
 from services.decode_worker.graph_set import GraphSet, Offer
 
 log = get_logger(__name__)
@@ -35,7 +41,7 @@ REQUEST_INTERVAL_S: Final = 10.0
 RETRY_S: Final = 1.0
 ASK_FIRST_S: Final = 2.0
 """How long a start waits for a compile worker before it trusts its cache alone."""
-RPC_TIMEOUT_S: Final = 10.0
+CANARY_REPORT_S: Final = 0.25
 
 Spec = dict[str, str]
 
@@ -48,15 +54,18 @@ class GraphsClient:
         model: str,
         graphs: GraphSet,
         cache: GraphCache,
+        candidates: GraphCache,
         registry: Registry,
         compile_address: str | None,
         on_offer: Callable[[], None],
     ) -> None:
-        """``on_offer`` is called when a graph is ready to be loaded."""
+        """``candidates`` keeps graphs that this worker tries, out of the sight of others that
+        share ``cache``. ``on_offer`` is called when a graph is ready to be loaded."""
         self._worker_id = worker_id
         self._model = model
         self._graphs = graphs
         self._cache = cache
+        self._candidates = candidates
         self._registry = registry
         self._compile_address = compile_address
         self._on_offer = on_offer
@@ -99,7 +108,8 @@ class GraphsClient:
         """Puts graphs that have crashed a rank out of reach, also for this worker's next start."""
         while True:
             crash = await self._graphs.crashes.get()
-            await asyncio.to_thread(self._cache.condemn, crash.key, crash.generation, crash.signal)
+            for cache in (self._cache, self._candidates):
+                await asyncio.to_thread(cache.condemn, crash.key, crash.generation, crash.signal)
             self._condemned.set()
 
     async def _keep_following(self) -> None:
@@ -139,6 +149,7 @@ class GraphsClient:
                 asyncio.ensure_future(self._watch(stub, keys)),
                 asyncio.ensure_future(self._keep_asking(stub)),
                 asyncio.ensure_future(self._keep_reporting(stub)),
+                asyncio.ensure_future(self._keep_reporting_canaries(stub)),
             ]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -154,22 +165,69 @@ class GraphsClient:
         reported: set[tuple[str, int, str]] = set()
         while True:
             self._condemned.clear()
-            for crash in await asyncio.to_thread(self._cache.condemned) - reported:
-                await self._report_crash(stub, *crash)
+            for crash in await asyncio.to_thread(self._all_condemned) - reported:
+                await report_crash(stub, self._worker_id, *crash)
                 reported.add(crash)
             await self._condemned.wait()
 
-    async def _report_crash(self, stub: Any, key: str, generation: int, signal: str) -> None:
-        request = pb.ReportCrashRequest(
-            worker_id=self._worker_id, key=key, generation=generation, signal=signal
-        )
+    def _all_condemned(self) -> set[tuple[str, int, str]]:
+        return self._cache.condemned() | self._candidates.condemned()
+
+    async def _keep_reporting_canaries(self, stub: Any) -> None:
+        """Tells the compile worker whenever a trial has come on."""
+        told: dict[str, Report] = {}
+        while True:
+            for report in self._graphs.canary.reports():
+                if told.get(report.key) != report:
+                    await report_canary(stub, self._worker_id, report)
+                    told[report.key] = report
+            await asyncio.sleep(CANARY_REPORT_S)
+
+    async def _follow_canary(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
+        """Takes up a trial that is this worker's, and ends one that is no longer."""
+        wanted = state.canary
+        if not wanted.generation or wanted.worker_id != self._worker_id:
+            self._graphs.canary.withdraw(state.key)
+            return
+        if self._graphs.canary.knows(state.key, wanted.generation):
+            return
         try:
-            await stub.ReportCrash(request, timeout=RPC_TIMEOUT_S)
-        except grpc.aio.AioRpcError as failure:
-            error = error_of(failure)
-            if not isinstance(error, NotFound | InvalidRequest):
-                raise
-            log.warning("crash not reported", key=key, generation=generation, reason=str(error))
+            candidate = await fetch_graph(
+                stub,
+                self._candidates,
+                state.key,
+                spec=spec,
+                generation=wanted.generation,
+                worker_id=self._worker_id,
+            )
+        except (ArtifactRejected, NotFound) as error:
+            log.error("candidate rejected", key=state.key, reason=str(error))
+            return
+        self._assign(wanted, candidate)
+
+    def _assign(self, wanted: pb.CanaryAssignment, candidate: StoredArtifact) -> None:
+        """Has the ranks of the candidate's key try it, beside the others' present graphs."""
+        digest = spec_digest(spec_part(candidate.manifest.factors))
+        size = int(candidate.manifest.factors["batch_size"])
+        specs = [w.specs for w in self._graphs.wanted if w.batch_size == size]
+        digests = [spec_digest(spec) for spec in (specs[0] if specs else ())]
+        found = [candidate if d == digest else self._artifacts.get(d) for d in digests]
+        artifacts = [artifact for artifact in found if artifact is not None]
+        if len(artifacts) < len(found):
+            return
+        self._graphs.canary.assign(
+            Assignment(
+                key=candidate.manifest.key,
+                generation=wanted.generation,
+                batch_size=size,
+                paths=tuple(str(artifact.graph_path) for artifact in artifacts),
+                keys=tuple(artifact.manifest.key for artifact in artifacts),
+                generations=tuple(artifact.manifest.generation for artifact in artifacts),
+                steps=wanted.steps,
+                live_s=wanted.live_s,
+            )
+        )
+        self._on_offer()
 
     async def _keep_asking(self, stub: Any) -> None:
         """Repeats the request, so that a compile worker or a Redis that lost it captures after
@@ -185,8 +243,9 @@ class GraphsClient:
         for spec, state in await self._states(stub):
             keys[state.key] = spec
             await self._update(stub, spec, state)
-            if state.generation == 0:
-                await self._explain(stub, state)
+            if state.generation == 0 and state.key not in self._explained:
+                self._explained.add(state.key)
+                await explain_missing(stub, state)
         return keys
 
     async def _states(self, stub: Any) -> list[tuple[Spec, pb.GraphState]]:
@@ -200,28 +259,6 @@ class GraphsClient:
         )
         return list(zip(specs, response.states, strict=True))
 
-    async def _explain(self, stub: Any, state: pb.GraphState) -> None:
-        """Logs, once a key, in which factors the nearest graph differs from a missing one."""
-        if state.key in self._explained:
-            return
-        self._explained.add(state.key)
-        request = pb.ExplainGraphRequest(key=state.key, limit=1)
-        try:
-            answer = await stub.ExplainGraph(request, timeout=RPC_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            log.warning("missing graph not explained", key=state.key, reason=str(error_of(error)))
-            return
-        near = answer.nearest[0] if answer.nearest else pb.NearGraph()
-        log.info(
-            "graph missing",
-            key=state.key,
-            batch_size=int(state.factors["batch_size"]),
-            phase=pb.GraphPhase.Name(state.phase).removeprefix("GRAPH_PHASE_").lower(),
-            error=state.error,
-            nearest=near.key,
-            differs=[f"{d.name}: wanted {d.wanted}, have {d.have}" for d in near.differences],
-        )
-
     async def _watch(self, stub: Any, keys: dict[str, Spec]) -> None:
         async for change in stub.WatchGraphs(pb.WatchGraphsRequest(keys=list(keys))):
             spec = keys.get(change.state.key)
@@ -231,6 +268,7 @@ class GraphsClient:
     async def _update(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Fetches a generation that is not the one we have, and offers what is complete."""
         await self._retire(state)
+        await self._follow_canary(stub, spec, state)
         present = self._artifacts.get(spec_digest(spec))
         if state.generation == 0 or (
             present is not None
@@ -252,7 +290,8 @@ class GraphsClient:
     async def _retire(self, state: pb.GraphState) -> None:
         """Forgets generations that must not be loaded any more."""
         quarantined = frozenset(state.quarantined)
-        await asyncio.to_thread(self._cache.retire, state.key, state.generation, quarantined)
+        for cache, serving in ((self._cache, state.generation), (self._candidates, 0)):
+            await asyncio.to_thread(cache.retire, state.key, serving, quarantined)
         self._graphs.quarantine(state.key, quarantined)
         self._artifacts = {
             digest: artifact

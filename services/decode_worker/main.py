@@ -36,6 +36,8 @@ from services.decode_worker.worker import Worker
 log = logging.get_logger(__name__)
 
 DRAIN_S: Final = 10.0
+CANDIDATES: Final = ".candidates"
+"""Folder in the cache for graphs that this worker tries before others do."""
 KV_MEMORY_SHARE: Final = 0.3
 """Most of the free memory that the KV cache may take when its size is not set."""
 _GAUGE_INTERVAL_S: Final = 1.0
@@ -187,11 +189,13 @@ async def _get_graphs(
     while not list(settings.trusted_keys_dir.glob("*.pub")):  # noqa: ASYNC110 - a file's coming
         # A compile worker that starts for the first time has yet to make its key.
         await asyncio.sleep(0.5)
+    trusted = TrustedKeys.load(settings.trusted_keys_dir)
     client = GraphsClient(
         worker_id=worker_id,
         model=settings.model,
         graphs=graphs,
-        cache=GraphCache(settings.cache_dir, TrustedKeys.load(settings.trusted_keys_dir)),
+        cache=GraphCache(settings.cache_dir, trusted),
+        candidates=GraphCache(settings.cache_dir / CANDIDATES, trusted),
         registry=registry,
         compile_address=settings.compile_address,
         on_offer=engine.nudge,

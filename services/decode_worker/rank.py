@@ -92,7 +92,7 @@ def _run(init: Init, model: RankModel, command: object) -> Reply | None:
     if isinstance(command, LoadGraph):
         return _load_graph(init, model, command)
     if isinstance(command, DropGraph):
-        model.graphs.pop(command.batch_size, None)
+        (model.candidates if command.candidate else model.graphs).pop(command.batch_size, None)
         return None
     raise ValueError(f"unexpected command {type(command).__name__}")
 
@@ -110,7 +110,8 @@ def _ready(init: Init, model: RankModel) -> Ready:
 def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded:
     error, load_ms = None, 0.0
     try:
-        load_ms = model.load_graph(command.batch_size, Path(command.paths[init.tp_rank]))
+        path = Path(command.paths[init.tp_rank])
+        load_ms = model.load_graph(command.batch_size, path, candidate=command.candidate)
     except PrecastError as refused:
         error = str(refused)
     return GraphLoaded(
@@ -121,9 +122,11 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
 def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
     started = time.perf_counter()
     batch = _batch(step)
-    graph_batch_size = 0
+    graph_batch_size, shadow = 0, None
     if step.prefill:
         logits = model.prefill(batch)
+    elif step.shadow:
+        logits, graph_batch_size, shadow = model.shadow(batch)
     else:
         logits, graph_batch_size = model.decode(batch)
     if init.tp_rank != 0:
@@ -135,6 +138,7 @@ def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
         logprobs=_reported(logprobs),
         graph_batch_size=graph_batch_size,
         step_us=int((time.perf_counter() - started) * 1e6),
+        shadow=shadow,
     )
 
 

@@ -139,8 +139,8 @@ class RankGroup:
         self._broadcast(command)
         return await self._answers(GraphLoaded, LOAD_GRAPH_TIMEOUT_S)
 
-    def drop_graph(self, batch_size: int) -> None:
-        self._broadcast(DropGraph(batch_size=batch_size))
+    def drop_graph(self, batch_size: int, *, candidate: bool = False) -> None:
+        self._broadcast(DropGraph(batch_size=batch_size, candidate=candidate))
 
     def crashed(self) -> dict[int, str]:
         """After ``stop``: the signal of each rank that its own native code has ended."""

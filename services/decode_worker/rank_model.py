@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from precast.errors import ConfigError
+from precast.graphs.difference import relative_difference
 from precast.graphs.factors import rank_factors
 from precast.graphs.replay import Graph
 from precast.models.blocks import Paging, Shape
@@ -17,7 +18,7 @@ from precast.models.kv_cache import LayerCache, new_cache
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.models.weights import Weights, load_weights
-from services.decode_worker.rank_protocol import Init
+from services.decode_worker.rank_protocol import MAX_DIFFERENCE, Init, Shadow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class RankModel:
     vocab_size: int
     load_s: float
     graphs: dict[int, Graph] = field(default_factory=dict)
+    candidates: dict[int, Graph] = field(default_factory=dict)
+    """Graphs on trial (``canary.py``), by batch size."""
 
     def prefill(self, batch: Batch) -> Tensor:
         """Eager ragged forward pass; returns logits [S, V] of each sequence's last token."""
@@ -59,12 +62,36 @@ class RankModel:
         out = graph.replay(padded.token_ids, padded.positions, padded.paging)
         return out[: batch.sequences], graph.batch_size
 
-    def load_graph(self, batch_size: int, package: Path) -> float:
+    def shadow(self, batch: Batch) -> tuple[Tensor, int, Shadow | None]:
+        """``decode`` with the candidate tried between two replays of the graph that serves.
+
+        The last replay writes over what the candidate has written, so the cache ends up as if there
+        were no candidate.
+        """
+        logits, size = self.decode(batch)
+        candidate = self.candidates.get(size)
+        if candidate is None:
+            return logits, size, None
+        padded = pad(batch, size)
+        started = time.perf_counter()
+        tried = candidate.replay(padded.token_ids, padded.positions, padded.paging)
+        between = time.perf_counter()
+        again = self.graphs[size].replay(padded.token_ids, padded.positions, padded.paging)
+        ended = time.perf_counter()
+        difference = relative_difference(tried[: batch.sequences], again[: batch.sequences])
+        shadow = Shadow(
+            difference=min(difference, MAX_DIFFERENCE),
+            candidate_us=(between - started) * 1e6,
+            current_us=(ended - between) * 1e6,
+        )
+        return again[: batch.sequences], size, shadow
+
+    def load_graph(self, batch_size: int, package: Path, *, candidate: bool = False) -> float:
         """Loads a verified package and swaps it in; returns milliseconds. Raises
         ArtifactRejected."""
         started = time.perf_counter()
         graph = Graph(package, batch_size, self.shape, self.weights, self.caches)
-        self.graphs[batch_size] = graph
+        (self.candidates if candidate else self.graphs)[batch_size] = graph
         return (time.perf_counter() - started) * 1e3
 
     def _graph_for(self, sequences: int) -> Graph | None:

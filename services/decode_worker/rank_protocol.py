@@ -15,6 +15,7 @@ from precast.models.precision import Precision
 
 FRAME_HEADER: Final = struct.Struct("<I")
 MAX_FRAME_BYTES: Final = 64 << 20
+MAX_DIFFERENCE: Final = 1e9
 
 
 class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -57,6 +58,8 @@ class LoadGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     paths: tuple[str, ...]
     keys: tuple[str, ...]
     generations: tuple[int, ...]
+    candidate: bool = False
+    """To be tried beside the graph that serves, not in its place."""
 
 
 class GraphLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -68,9 +71,10 @@ class GraphLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class DropGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Forget the graph of a batch size (another rank refused its part). Not answered."""
+    """Forget the graph or the candidate of a batch size. Not answered."""
 
     batch_size: int
+    candidate: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -110,12 +114,23 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     block_table_width: int
     sample: tuple[Sampling | None, ...]
     """For each sequence: how to draw, or None where the prompt goes on in a later step."""
+    shadow: bool = False
+    """Try the candidate of the captured size that runs, and compare (``canary.py``)."""
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+
+
+class Shadow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A candidate beside the graph that serves, in one step."""
+
+    difference: float
+    """Largest difference of logits relative to the largest logit; ``MAX_DIFFERENCE``: no number."""
+    current_us: float
+    candidate_us: float
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -127,6 +142,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     graph_batch_size: int
     """Captured size that was replayed; 0 for an eager step."""
     step_us: int
+    shadow: Shadow | None = None
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):

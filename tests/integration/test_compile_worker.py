@@ -203,7 +203,9 @@ def decode_lease(name: str, key: str, generation: int) -> DecodeLease:
 
 async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_url: str) -> None:
     registry = Registry.connect(redis_url, lease_ttl_s=30)
-    with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker:
+    with compile_worker(
+        tmp_path / "home", redis_url, tmp_path / "ledger", canary_steps=0
+    ) as worker:
         async with connect(worker) as client:
             [key, other] = await published(client, spec(), spec(batch_size=2))
             await registry.publish(decode_lease("one", key, 1))
@@ -232,7 +234,9 @@ async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_
 
 async def test_adoption_has_a_deadline(tmp_path: Path, redis_url: str) -> None:
     registry = Registry.connect(redis_url, lease_ttl_s=30)
-    with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker:
+    with compile_worker(
+        tmp_path / "home", redis_url, tmp_path / "ledger", canary_steps=0
+    ) as worker:
         async with connect(worker) as client:
             [key] = await published(client, spec())
             await registry.publish(decode_lease("stuck", key, 1))

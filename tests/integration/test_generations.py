@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
 from tests.support.native_faults import crashing
 
+UNTRIED: dict[str, Any] = {"canary_steps": 0}
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -24,7 +26,7 @@ def home(tmp_path: Path, tiny_package: Path) -> Path:
 
 @pytest.fixture
 def graphs(home: Path, redis_url: str) -> Iterator[Fleet]:
-    with fleet(home, redis_url) as running:
+    with fleet(home, redis_url, **UNTRIED) as running:
         yield running
 
 
@@ -70,13 +72,13 @@ def test_rollback_and_pins_move_workers_that_serve(graphs: Fleet, home: Path) ->
 def test_decisions_outlive_the_compile_worker_and_redis(
     home: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    with fleet(home, redis_url) as graphs, graphs.decode_worker() as worker:
+    with fleet(home, redis_url, **UNTRIED) as graphs, graphs.decode_worker() as worker:
         runs(worker, 1)
         graphs.recompile()
         key = graphs.key()
         graphs.cli("rollback", key)
         runs(worker, 1)
-    with start_redis(tmp_path / "another") as empty, fleet(home, empty.url) as graphs:
+    with start_redis(tmp_path / "another") as empty, fleet(home, empty.url, **UNTRIED) as graphs:
         assert graphs.states() == {2: "rolled_back", 1: "serving"}
         # a worker whose cache has the newer one does not take it up again
         with graphs.decode_worker() as worker:
@@ -125,7 +127,7 @@ def test_one_crash_quarantines_a_graph_everywhere(
 def test_a_crash_while_no_compile_worker_is_there_is_reported_later(
     home: Path, redis_url: str, tiny_package: Path
 ) -> None:
-    with fleet(home, redis_url) as graphs, graphs.decode_worker() as worker:
+    with fleet(home, redis_url, **UNTRIED) as graphs, graphs.decode_worker() as worker:
         runs(worker, 1)
         ask(worker)
         crashing(tiny_package, graphs.package)
@@ -137,7 +139,7 @@ def test_a_crash_while_no_compile_worker_is_there_is_reported_later(
         assert client.finish("doomed").end.WhichOneof("event") == "error"
         runs(worker, 1)
         ask(worker)
-    with fleet(home, redis_url) as graphs:
+    with fleet(home, redis_url, **UNTRIED) as graphs:
         assert graphs.states() == {2: "serving", 1: "previous"}, "nobody has told it yet"
         with graphs.decode_worker() as worker:  # the one that crashed, started again
             eventually(lambda: graphs.states() == {2: "quarantined", 1: "serving"})
@@ -150,7 +152,7 @@ def test_a_graph_without_a_good_generation_is_not_captured_again_by_itself(
     home: Path, redis_url: str, tmp_path: Path, tiny_package: Path
 ) -> None:
     crashing(tiny_package, home / "ledger" / "package")
-    with fleet(home, redis_url) as graphs, graphs.decode_worker() as worker:
+    with fleet(home, redis_url, **UNTRIED) as graphs, graphs.decode_worker() as worker:
         runs(worker, 1)
         client = worker.client()
         client.start("doomed", worker.request([1, 2, 3], 12))
@@ -161,7 +163,7 @@ def test_a_graph_without_a_good_generation_is_not_captured_again_by_itself(
         eventually(lambda: graphs.states() == {1: "quarantined"})
     with (
         start_redis(tmp_path / "another") as empty,
-        fleet(home, empty.url) as graphs,
+        fleet(home, empty.url, **UNTRIED) as graphs,
         graphs.decode_worker() as worker,
     ):
         eventually(lambda: "generation 1 is quarantined" in worker.log.read_text())

@@ -41,7 +41,7 @@ def redis_url(home: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def compiler(home: Path, redis_url: str) -> Iterator[WorkerProcess]:
-    with compile_worker(home, redis_url) as running:
+    with compile_worker(home, redis_url, canary_max_slowdown=20.0) as running:
         yield running
 
 

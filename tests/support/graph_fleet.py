@@ -57,8 +57,15 @@ class Fleet:
 
     def states(self) -> dict[int, str]:
         """Each generation's state."""
-        listed = json.loads(self.cli("generations", self.key()[:12], "--json").stdout)
-        return {row["generation"]: row["state"] + "!" * row["pinned"] for row in listed}
+        return {row["generation"]: row["state"] + "!" * row["pinned"] for row in self._listed()}
+
+    def reason(self, number: int) -> str:
+        """Why a generation is in its state."""
+        [reason] = [row["reason"] for row in self._listed() if row["generation"] == number]
+        return str(reason)
+
+    def _listed(self) -> Any:
+        return json.loads(self.cli("generations", self.key()[:12], "--json").stdout)
 
 
 def new_home(home: Path, package: Path) -> Path:

@@ -34,6 +34,10 @@ class _RecompileStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recomp
     RECOMPILE_STAGE_ADOPTED: _RecompileStage.ValueType  # 6
     RECOMPILE_STAGE_FAILED: _RecompileStage.ValueType  # 7
     RECOMPILE_STAGE_CANCELLED: _RecompileStage.ValueType  # 8
+    RECOMPILE_STAGE_CANARY: _RecompileStage.ValueType  # 9
+    """One worker tries the new generation beside the serving one."""
+    RECOMPILE_STAGE_ROLLED_BACK: _RecompileStage.ValueType  # 10
+    """The new generation is out of service; the detail says why."""
 
 class RecompileStage(_RecompileStage, metaclass=_RecompileStageEnumTypeWrapper): ...
 
@@ -46,6 +50,10 @@ RECOMPILE_STAGE_PUBLISHED: RecompileStage.ValueType  # 5
 RECOMPILE_STAGE_ADOPTED: RecompileStage.ValueType  # 6
 RECOMPILE_STAGE_FAILED: RecompileStage.ValueType  # 7
 RECOMPILE_STAGE_CANCELLED: RecompileStage.ValueType  # 8
+RECOMPILE_STAGE_CANARY: RecompileStage.ValueType  # 9
+"""One worker tries the new generation beside the serving one."""
+RECOMPILE_STAGE_ROLLED_BACK: RecompileStage.ValueType  # 10
+"""The new generation is out of service; the detail says why."""
 Global___RecompileStage: _TypeAlias = RecompileStage  # noqa: Y015
 
 class _GenerationState:
@@ -129,6 +137,7 @@ class RecompileResponse(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     ADOPTED_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     key: _builtins.str
     stage: Global___RecompileStage.ValueType
@@ -138,6 +147,10 @@ class RecompileResponse(_message.Message):
     adopted: _builtins.int
     """In stage ADOPTED: workers that run this generation, and live workers that run this key."""
     workers: _builtins.int
+    @_builtins.property
+    def canary(self) -> Global___CanaryProgress:
+        """In stage CANARY."""
+
     def __init__(
         self,
         *,
@@ -149,14 +162,48 @@ class RecompileResponse(_message.Message):
         batch_size: _builtins.int = ...,
         adopted: _builtins.int = ...,
         workers: _builtins.int = ...,
+        canary: Global___CanaryProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "batch_size", b"batch_size", "detail", b"detail", "generation", b"generation", "job_id", b"job_id", "key", b"key", "stage", b"stage", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "batch_size", b"batch_size", "canary", b"canary", "detail", b"detail", "generation", b"generation", "job_id", b"job_id", "key", b"key", "stage", b"stage", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecompileResponse: _TypeAlias = RecompileResponse  # noqa: Y015
+
+@_typing.final
+class CanaryProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    STEPS_DONE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    MAX_RELATIVE_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TIME_RATIO_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    steps_done: _builtins.int
+    steps: _builtins.int
+    max_relative_difference: _builtins.float
+    """Largest difference of logits to the serving generation, relative to the largest logit."""
+    time_ratio: _builtins.float
+    """Step time to that of the serving generation; 0 while it is not known."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        steps_done: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        max_relative_difference: _builtins.float = ...,
+        time_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_relative_difference", b"max_relative_difference", "steps", b"steps", "steps_done", b"steps_done", "time_ratio", b"time_ratio", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryProgress: _TypeAlias = CanaryProgress  # noqa: Y015
 
 @_typing.final
 class ListJobsRequest(_message.Message):

@@ -78,8 +78,8 @@ class AdminServiceServicer:
 
     def Recompile(self, request, context):
         """Recompile captures the selected graphs again as new generations while the old ones go on serving,
-        and streams what happens until every job has ended and live workers have adopted the result or
-        the adoption deadline has passed.
+        has one worker try each, and streams what happens until every job has ended and live workers have
+        adopted the result, it was rolled back, or the adoption deadline has passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

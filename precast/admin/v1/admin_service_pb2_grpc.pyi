@@ -35,8 +35,8 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     Recompile: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.RecompileRequest, _admin_service_pb2.RecompileResponse]
     """Recompile captures the selected graphs again as new generations while the old ones go on serving,
-    and streams what happens until every job has ended and live workers have adopted the result or
-    the adoption deadline has passed.
+    has one worker try each, and streams what happens until every job has ended and live workers have
+    adopted the result, it was rolled back, or the adoption deadline has passed.
     """
     ListJobs: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListJobsRequest, _admin_service_pb2.ListJobsResponse]
     CancelJob: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CancelJobRequest, _admin_service_pb2.CancelJobResponse]
@@ -56,8 +56,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Recompile: _aio.UnaryStreamMultiCallable[_admin_service_pb2.RecompileRequest, _admin_service_pb2.RecompileResponse]  # type: ignore[assignment]
     """Recompile captures the selected graphs again as new generations while the old ones go on serving,
-    and streams what happens until every job has ended and live workers have adopted the result or
-    the adoption deadline has passed.
+    has one worker try each, and streams what happens until every job has ended and live workers have
+    adopted the result, it was rolled back, or the adoption deadline has passed.
     """
     ListJobs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListJobsRequest, _admin_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     CancelJob: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CancelJobRequest, _admin_service_pb2.CancelJobResponse]  # type: ignore[assignment]
@@ -80,8 +80,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.RecompileResponse], _abc.AsyncIterator[_admin_service_pb2.RecompileResponse]]:
         """Recompile captures the selected graphs again as new generations while the old ones go on serving,
-        and streams what happens until every job has ended and live workers have adopted the result or
-        the adoption deadline has passed.
+        has one worker try each, and streams what happens until every job has ended and live workers have
+        adopted the result, it was rolled back, or the adoption deadline has passed.
         """
 
     @_abc_1.abstractmethod

@@ -167,6 +167,7 @@ class GraphState(_message.Message):
     CAPTURE_S_FIELD_NUMBER: _builtins.int
     STEP_US_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
     generation: _builtins.int
@@ -192,6 +193,10 @@ class GraphState(_message.Message):
     def quarantined(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Generations that must not be loaded, not even out of a cache."""
 
+    @_builtins.property
+    def canary(self) -> Global___CanaryAssignment:
+        """Set while a newer generation is tried."""
+
     def __init__(
         self,
         *,
@@ -207,14 +212,49 @@ class GraphState(_message.Message):
         capture_s: _builtins.float = ...,
         step_us: _builtins.float = ...,
         quarantined: _abc.Iterable[_builtins.int] | None = ...,
+        canary: Global___CanaryAssignment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "quarantined", b"quarantined", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "quarantined", b"quarantined", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GraphState: _TypeAlias = GraphState  # noqa: Y015
+
+@_typing.final
+class CanaryAssignment(_message.Message):
+    """CanaryAssignment asks one decode worker to compare a generation with the one that serves. No other
+    worker may load it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    LIVE_S_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    generation: _builtins.int
+    steps: _builtins.int
+    """Steps to compare."""
+    live_s: _builtins.float
+    """Seconds to wait for live ones before the rest is made up."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        live_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "live_s", b"live_s", "steps", b"steps", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryAssignment: _TypeAlias = CanaryAssignment  # noqa: Y015
 
 @_typing.final
 class FetchGraphRequest(_message.Message):
@@ -222,18 +262,22 @@ class FetchGraphRequest(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     generation: _builtins.int
     """0: the one that serves."""
+    worker_id: _builtins.str
+    """A generation that is being tried goes to the worker that tries it."""
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
         generation: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -574,3 +618,62 @@ class ReportCrashResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportCrashResponse: _TypeAlias = ReportCrashResponse  # noqa: Y015
+
+@_typing.final
+class ReportCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    MAX_RELATIVE_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TIME_RATIO_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    key: _builtins.str
+    generation: _builtins.int
+    steps: _builtins.int
+    """Steps compared so far."""
+    max_relative_difference: _builtins.float
+    """Largest difference of logits, relative to the largest logit."""
+    time_ratio: _builtins.float
+    """Its step time to that of the generation that serves."""
+    finished: _builtins.bool
+    failure: _builtins.str
+    """Why the worker gave up, if it did."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        key: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        max_relative_difference: _builtins.float = ...,
+        time_ratio: _builtins.float = ...,
+        finished: _builtins.bool = ...,
+        failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finished", b"finished", "generation", b"generation", "key", b"key", "max_relative_difference", b"max_relative_difference", "steps", b"steps", "time_ratio", b"time_ratio", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCanaryRequest: _TypeAlias = ReportCanaryRequest  # noqa: Y015
+
+@_typing.final
+class ReportCanaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCanaryResponse: _TypeAlias = ReportCanaryResponse  # noqa: Y015

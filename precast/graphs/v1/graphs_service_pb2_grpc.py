@@ -65,6 +65,11 @@ class GraphsServiceStub:
                 request_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashRequest.SerializeToString,
                 response_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashResponse.FromString,
                 _registered_method=True)
+        self.ReportCanary = channel.unary_unary(
+                '/precast.graphs.v1.GraphsService/ReportCanary',
+                request_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCanaryRequest.SerializeToString,
+                response_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCanaryResponse.FromString,
+                _registered_method=True)
 
 
 class GraphsServiceServicer:
@@ -115,6 +120,13 @@ class GraphsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportCanary(self, request, context):
+        """ReportCanary says how the generation that a worker was asked to try does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GraphsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +159,11 @@ def add_GraphsServiceServicer_to_server(servicer, server):
                     servicer.ReportCrash,
                     request_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashRequest.FromString,
                     response_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashResponse.SerializeToString,
+            ),
+            'ReportCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportCanary,
+                    request_deserializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCanaryRequest.FromString,
+                    response_serializer=precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCanaryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -312,6 +329,33 @@ class GraphsService:
             '/precast.graphs.v1.GraphsService/ReportCrash',
             precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashRequest.SerializeToString,
             precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCrashResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.graphs.v1.GraphsService/ReportCanary',
+            precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCanaryRequest.SerializeToString,
+            precast_dot_graphs_dot_v1_dot_graphs__service__pb2.ReportCanaryResponse.FromString,
             options,
             channel_credentials,
             insecure,

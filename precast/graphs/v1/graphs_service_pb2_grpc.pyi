@@ -50,6 +50,8 @@ class GraphsServiceStub:
     """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
     quarantined everywhere and for good.
     """
+    ReportCanary: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCanaryRequest, _graphs_service_pb2.ReportCanaryResponse]
+    """ReportCanary says how the generation that a worker was asked to try does."""
 
 @_typing.type_check_only
 class GraphsServiceAsyncStub(GraphsServiceStub):
@@ -73,6 +75,8 @@ class GraphsServiceAsyncStub(GraphsServiceStub):
     """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
     quarantined everywhere and for good.
     """
+    ReportCanary: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCanaryRequest, _graphs_service_pb2.ReportCanaryResponse]  # type: ignore[assignment]
+    """ReportCanary says how the generation that a worker was asked to try does."""
 
 class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
     """GraphsService hands out captured graphs. A compile worker serves it."""
@@ -129,5 +133,13 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
         """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
         quarantined everywhere and for good.
         """
+
+    @_abc_1.abstractmethod
+    def ReportCanary(
+        self,
+        request: _graphs_service_pb2.ReportCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_graphs_service_pb2.ReportCanaryResponse, _abc.Awaitable[_graphs_service_pb2.ReportCanaryResponse]]:
+        """ReportCanary says how the generation that a worker was asked to try does."""
 
 def add_GraphsServiceServicer_to_server(servicer: GraphsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

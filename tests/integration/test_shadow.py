@@ -1,0 +1,90 @@
+"""A candidate tried in a step leaves no trace in the KV cache, right or wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from precast.models.blocks import Paging
+from precast.models.precision import Precision
+from precast.process import available_cpus
+from services.decode_worker import rank_model
+from services.decode_worker.rank_model import Batch, RankModel
+from services.decode_worker.rank_protocol import Init
+from tests.support.models import write_model
+from tests.support.native_faults import wrong
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def model_with(folder: Path, graph: Path, candidate: Path | None) -> RankModel:
+    model = rank_model.load(
+        Init(
+            model_dir=str(folder),
+            precision=Precision(),
+            tp_rank=0,
+            tp_size=1,
+            cores=available_cpus()[:1],
+            kv_blocks=4,
+            block_size=32,
+            max_batch_size=1,
+            max_context_length=64,
+            group_id="",
+            kernel_provider="native",
+        )
+    )
+    model.load_graph(1, graph)
+    if candidate is not None:
+        model.load_graph(1, candidate, candidate=True)
+    return model
+
+
+def step(tokens: list[int], start: int) -> Batch:
+    """New tokens of one sequence, whose cache is block 2."""
+    context = start + len(tokens)
+    return Batch(
+        token_ids=torch.tensor(tokens),
+        positions=torch.arange(start, context),
+        paging=Paging(
+            slots=torch.arange(64 + start, 64 + context, dtype=torch.int32),
+            query_starts=torch.tensor([0, len(tokens)], dtype=torch.int32),
+            context_lens=torch.tensor([context], dtype=torch.int32),
+            block_tables=torch.tensor([[2]], dtype=torch.int32),
+        ),
+    )
+
+
+def generate(model: RankModel, decode: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+    """Logits of a prompt's and four more greedy steps."""
+    logits = [model.prefill(step(PROMPT, 0))]
+    for position in range(len(PROMPT), len(PROMPT) + 4):
+        logits.append(decode(step([int(logits[-1].argmax())], position)))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@torch.inference_mode()
+def test_cache_and_logits_are_those_of_the_serving_graph(
+    tmp_path: Path, tiny_package: Path, right: bool
+) -> None:
+    folder = write_model(tmp_path / "tiny")
+    bad = wrong(tiny_package, tmp_path / "wrong.pt2", was=1e-5, shall_be=1.0)
+    alone = model_with(folder, tiny_package, None)
+    tried = model_with(folder, tiny_package, tiny_package if right else bad)
+    differences: list[float] = []
+
+    def shadow(batch: Batch) -> torch.Tensor:
+        logits, size, seen = tried.shadow(batch)
+        assert size == 1
+        assert seen is not None
+        differences.append(seen.difference)
+        return logits
+
+    expected = generate(alone, lambda batch: alone.decode(batch)[0])
+    assert torch.equal(generate(tried, shadow), expected)
+    for ours, theirs in zip(tried.caches, alone.caches, strict=True):
+        assert torch.equal(ours.k, theirs.k)
+        assert torch.equal(ours.v, theirs.v)
+        assert ours.k.count_nonzero() > 0
+    assert all(value == 0.0 for value in differences) if right else min(differences) > 0.01

@@ -1,0 +1,136 @@
+"""Trials in the leader: which steps have a candidate in them, and who is blamed for a death."""
+
+from typing import cast
+
+import pytest
+
+from precast.registry import DecodeLease, LoadedGraphRecord, generation_of
+from services.compile_worker.canary import CanaryPolicy, objection
+from services.compile_worker.record import GraphRecord, Phase, Trial
+from services.decode_worker.canary import Assignment, Canary
+from services.decode_worker.graph_set import Crash, GraphSet
+from services.decode_worker.rank_group import RankGroup
+from services.decode_worker.rank_protocol import Shadow
+from tests.unit.test_graph_set import Ranks, begin, offer, ready, settle
+
+SAME = Shadow(difference=0.0, current_us=100.0, candidate_us=110.0)
+
+
+def assignment(key: str = "k", generation: int = 2, batch_size: int = 1) -> Assignment:
+    return Assignment(
+        key=key,
+        generation=generation,
+        batch_size=batch_size,
+        paths=("x",),
+        keys=(key,),
+        generations=(generation,),
+        steps=2,
+        live_s=10.0,
+    )
+
+
+async def loaded(canary: Canary, *assignments: Assignment) -> Canary:
+    for wanted in assignments:
+        canary.assign(wanted)
+    await canary.apply(cast(RankGroup, Ranks()), lambda size: True)
+    return canary
+
+
+async def test_live_steps_of_the_candidates_size_are_compared() -> None:
+    canary = await loaded(Canary(lambda: 0.0), assignment(batch_size=2))
+    assert not canary.shadows(1)
+    for _ in range(2):
+        assert canary.shadows(2)
+        canary.observe(Shadow(difference=0.5, current_us=100.0, candidate_us=150.0))
+    assert not canary.shadows(2)
+    [report] = canary.reports()
+    assert (report.steps, report.finished, report.failure) == (2, True, "")
+    assert (report.difference, report.time_ratio) == (0.5, 1.5)
+
+
+async def test_steps_are_made_up_once_live_ones_are_overdue() -> None:
+    now = [0.0]
+    canary = await loaded(Canary(lambda: now[0]), assignment(batch_size=4))
+    assert (canary.probe(1), canary.due_s()) == (None, 10.0)
+    now[0] = 10.0
+    probe = canary.probe(7)
+    assert probe is not None
+    assert (probe.shadow, len(probe.sample), canary.due_s()) == (True, 4, 0.0)
+    assert probe.slots == b"\xff" * 16, "nothing is written"
+
+
+async def test_without_a_graph_to_compare_with_nothing_is_loaded() -> None:
+    canary = Canary(lambda: 0.0)
+    canary.assign(assignment())
+    await canary.apply(cast(RankGroup, Ranks()), lambda size: False)
+    assert canary.reports() == []
+    assert cast(float, canary.due_s()) > 0, "the leader must not spin"
+
+
+async def test_trials_take_turns_and_a_withdrawn_one_is_dropped() -> None:
+    canary = await loaded(Canary(lambda: 0.0), assignment("a"), assignment("b", batch_size=2))
+    assert [report.key for report in canary.reports()] == ["a"]
+    assert not canary.shadows(2)
+    canary.withdraw("a")
+    assert not canary.knows("a", 2)
+    assert canary.due_s() == 0.0
+    await canary.apply(cast(RankGroup, Dropping()), lambda size: True)
+    assert canary.shadows(2)
+
+
+class Dropping(Ranks):
+    def drop_graph(self, batch_size: int, *, candidate: bool = False) -> None:
+        assert (batch_size, candidate) == (1, True)
+
+
+async def test_a_crash_with_the_candidate_in_it_accuses_the_candidate() -> None:
+    graphs = GraphSet([1], lambda: None)
+    graphs.group_started(ready())
+    graphs.offer(offer(1))
+    await settle(graphs, Ranks())
+    graphs.canary.assign(assignment())
+    await graphs.apply(cast(RankGroup, Ranks()))
+    begin(graphs)
+    graphs.group_failed({0: "SIGSEGV"})
+    assert graphs.crashes.get_nowait() == Crash(key="k", generation=2, signal="SIGSEGV")
+    assert graphs.crashes.empty(), "the graph that serves is not to blame"
+    [report] = graphs.canary.reports()
+    assert "SIGSEGV" in report.failure
+    graphs.group_started(ready())
+    assert graphs.pending
+
+
+async def test_two_deaths_without_a_crash_end_a_trial() -> None:
+    canary = Canary(lambda: 0.0)
+    canary.assign(assignment())
+    for _ in range(2):
+        await canary.apply(cast(RankGroup, Ranks()), lambda size: True)
+        assert canary.shadows(1)
+        assert canary.blame({}) is None
+    [report] = canary.reports()
+    assert (report.finished, "2 times" in report.failure) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("trial", "said"),
+    [
+        ({}, ""),
+        ({"difference": 0.05, "time_ratio": 1.2}, ""),
+        ({"difference": 0.07}, "differs from generation 1"),
+        ({"difference": float("nan")}, "differs from generation 1"),
+        ({"time_ratio": 1.3}, "1.30 times as long"),
+        ({"failure": "refused: x"}, "refused: x"),
+    ],
+)
+def test_what_speaks_against_a_candidate(trial: dict[str, float], said: str) -> None:
+    factors = {"quantization": "int8", "kv_dtype": "fp32"}
+    record = GraphRecord(key="k", phase=Phase.PUBLISHED, factors=factors, generation=1)
+    finished = Trial(generation=2, worker_id="w", wanted=1, finished=True, **trial)  # type: ignore[arg-type]
+    reason = objection(record, finished, CanaryPolicy(steps=1, live_s=1.0, max_slowdown=0.25))
+    assert (said in reason, bool(reason)) == (True, bool(said))
+
+
+def test_a_lease_says_which_generation_runs() -> None:
+    record = LoadedGraphRecord(batch_size=1, keys=("a", "b", "a"), generations=(3, 1, 2))
+    lease = DecodeLease.model_construct(graphs=(record,))
+    assert [generation_of(lease, key) for key in "abc"] == [2, 1, None]
