@@ -181,7 +181,8 @@ class DecodeWorkerSettings(CommonSettings):
     """Become ready only once every batch size has its graph."""
     compile_address: Address | None = None
     """The compile worker; none: whichever has a lease."""
-    kernel_provider: Literal["native"] = "native"
+    kernel_provider: Literal["native", "reference", "sgl_kernel"] = "native"
+    """Who implements the operators; what it can't serve falls to native. reference: plain torch."""
     metrics_port: Port = 0
     """Prometheus metrics over HTTP; 0: none."""
 

@@ -20,6 +20,7 @@ from precast.models.forward import hidden_states, logits
 from precast.models.kv_cache import LayerCache, fill_cache, new_cache
 from precast.models.options import Kind, LayerPlan
 from precast.models.weights import Weights, random_weights
+from precast.ops import providers
 
 CAPTURE_POSITIONS = 256
 CAPTURE_BLOCKS = 64
@@ -72,6 +73,7 @@ def random_cache(shape: Shape, block_size: int, generator: torch.Generator) -> L
         kv_heads=shape.kv_heads,
         block_size=block_size,
         head_dim=shape.head_dim,
+        token_major=providers.active().token_major_cache,
     )
     if shape.kv_heads == 0:
         return cache

@@ -14,7 +14,8 @@ from precast.errors import InvalidRequest
 from precast.models.blocks import Shape
 from precast.models.options import check_architecture, from_factor, to_factor
 from precast.models.shape import ModelShape
-from precast.ops.native import ABI_VERSION, PACKING_VERSION, native_isa
+from precast.ops import providers
+from precast.ops.native import PACKING_VERSION, native_isa
 
 _PACKAGE = Path(__file__).parents[1]
 _GRAPH_SOURCES = (
@@ -24,6 +25,7 @@ _GRAPH_SOURCES = (
     "models/shape.py",
     "models/options.py",
     "ops/native.py",
+    "ops/providers/reference.py",
     "graphs/capture.py",
     "graphs/capture_models.py",
 )
@@ -54,12 +56,30 @@ def rank_factors(shape: Shape, *, block_size: int, torch_version: str) -> dict[s
         "phase": "decode",
         "block_size": str(block_size),
         "kv_dtype": shape.kv_dtype,
-        "provider": "native",
-        "provider_abi": str(ABI_VERSION),
+        "provider": providers.active().provider,
+        "provider_abi": providers.active().abi,
         "torch": torch_version,
         "isa": ISA_LEVELS[native_isa()],
         "graph_source": graph_source(shape.architecture),
     }
+
+
+def needs_of(shape: Shape) -> providers.Needs:
+    """What the shape asks of a kernel provider."""
+    return providers.Needs(
+        weight_dtype=shape.weight_dtype,
+        formats=frozenset({shape.linear_format, shape.head_format}),
+        kv_dtype=shape.kv_dtype,
+        head_dim=shape.head_dim,
+    )
+
+
+def start_provider(factors: Mapping[str, str]) -> None:
+    """Makes this process use the provider that the factors name, as far as it can.
+    ``check_versions`` says whether that is what they mean. Raises InvalidRequest."""
+    if factors["provider"] not in providers.PROVIDERS:
+        raise InvalidRequest(f"provider {factors['provider']} is none that is known here")
+    providers.start(providers.select(factors["provider"], needs_of(shape_from(factors))))
 
 
 def check_versions(factors: Mapping[str, str]) -> None:
@@ -71,8 +91,8 @@ def check_versions(factors: Mapping[str, str]) -> None:
     ours = {
         "packing_version": str(PACKING_VERSION),
         "phase": "decode",
-        "provider": "native",
-        "provider_abi": str(ABI_VERSION),
+        "provider": providers.active().provider,
+        "provider_abi": providers.active().abi,
         "torch": version("torch"),
         "graph_source": graph_source(factors["architecture"]),
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu
 
 from precast.models.kv_cache import LayerCache
 from precast.models.shape import ModelShape
@@ -150,12 +150,15 @@ def gated_mlp(
     weights: MlpWeights,
     *,
     bias: bool = False,
-    activation: Activation = silu,
+    activation: Activation | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]."""
+    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]; None: silu."""
     gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * shape.intermediate_size, bias)
-    gate, up = gate_up.chunk(2, dim=-1)
-    x = activation(gate) * up
+    if activation is None:
+        x = torch.ops.precast.silu_and_mul(gate_up)
+    else:
+        gate, up = gate_up.chunk(2, dim=-1)
+        x = activation(gate) * up
     return reduce(shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, bias))
 
 
@@ -169,17 +172,15 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+    y: Tensor = torch.ops.precast.rms_norm(x, weight, eps)
+    return y
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of [T, heads, D], pairs (i, i + rotated / 2) as Hugging Face lays them out;
     features behind the rotated ones stay."""
-    half = rope.cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat(rotated if 2 * half == x.shape[-1] else [*rotated, rest], dim=-1)
+    y: Tensor = torch.ops.precast.rotary(x, rope.cos, rope.sin)
+    return y
 
 
 def linear(fmt: Format, x: Tensor, weights: Linear, out_features: int, bias: bool) -> Tensor:

@@ -24,11 +24,24 @@ class LayerCache(NamedTuple):
 
 
 def new_cache(
-    kv_dtype: str, *, blocks: int, kv_heads: int, block_size: int, head_dim: int
+    kv_dtype: str,
+    *,
+    blocks: int,
+    kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    token_major: bool = False,
 ) -> LayerCache:
-    """A cache of zeros. They are mapped lazily: a block costs memory when it is first written."""
+    """A cache of zeros. They are mapped lazily: a block costs memory when it is first written.
+
+    ``token_major``: the same shapes over memory in which a token's heads lie side by side, for
+    kernel providers that want it.
+    """
     dtype = KV_DTYPES[kv_dtype]
     width = head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
+    if token_major:
+        k, v = (torch.zeros((blocks, block_size, kv_heads, width), dtype=dtype) for _ in "kv")
+        return LayerCache(k.permute(0, 2, 3, 1), v.transpose(1, 2))
     return LayerCache(
         torch.zeros((blocks, kv_heads, width, block_size), dtype=dtype),
         torch.zeros((blocks, kv_heads, block_size, width), dtype=dtype),

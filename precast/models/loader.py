@@ -15,6 +15,7 @@ from precast.models.blocks import AttentionWeights, DecoderWeights, Linear, MlpW
 from precast.models.config import ModelConfig
 from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
+from precast.ops import providers
 from precast.ops.memory import Arena
 from precast.ops.packing import Format, pack_into, packed_size
 
@@ -172,13 +173,15 @@ class Loader(Generic[O_co]):
         weight: Callable[[], Tensor],
         bias: Tensor | None = None,
         fmt: Format | None = None,
+        pack: "Packer | None" = None,
     ) -> Linear:
-        """A linear of [N, K] weights, packed now unless it is kept; ``fmt``: the layers' if
-        None."""
+        """A linear of [N, K] weights, packed now unless it is kept; ``fmt``: the layers' if None;
+        ``pack``: ``pack_in`` if None."""
         if name in self.kept:
             packed = self.arena.copy(self.kept[name])
         else:
-            packed = pack_in(self.arena, weight(), self.shape.linear_format if fmt is None else fmt)
+            fmt = self.shape.linear_format if fmt is None else fmt
+            packed = (pack or pack_in)(self.arena, weight(), fmt)
         self.packed[name] = packed
         return [packed] if bias is None else [packed, self.arena.copy(bias.float())]
 
@@ -187,6 +190,15 @@ def head_norm(load: Loader[O_co]) -> Tensor:
     return load.norm("model.norm")
 
 
+Packer = Callable[[Arena, Tensor, Format], Tensor]
+
+
 def pack_in(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
-    """[N, K] weights packed in the arena's memory."""
+    """A linear's [N, K] weights packed in the arena's memory, as the kernel provider wants them."""
+    custom = providers.active().pack
+    return arena.copy(custom(weight, fmt)) if custom else pack_table(arena, weight, fmt)
+
+
+def pack_table(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
+    """An embedding table [V, H] packed in the arena's memory."""
     return pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)

@@ -23,6 +23,7 @@ from precast.log import get_logger
 from precast.models.blocks import Shape
 from precast.models.catalog import weight_files
 from precast.models.sharding import Shard
+from precast.ops import providers
 from precast.ops.native import PACKING_VERSION
 
 log = get_logger(__name__)
@@ -35,7 +36,8 @@ _SCRATCH: Final = ".tmp"
 def packed_path(root: Path, folder: Path, shard: Shard, shape: Shape) -> Path:
     """Where one rank's linears are kept; it depends on all that they depend on."""
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(folder)]
-    parts = [files, repr(shard), repr(dataclasses.asdict(shape)), PACKING_VERSION]
+    formats = (PACKING_VERSION, providers.active().abi)
+    parts = [files, repr(shard), repr(dataclasses.asdict(shape)), formats]
     return root / folder.name / blake3(msgspec.json.encode(parts)).hexdigest()[:32]
 
 

@@ -15,11 +15,12 @@ from precast.models.architectures import architecture_of
 from precast.models.blocks import EmbedWeights, HeadWeights, Shape
 from precast.models.catalog import weight_files
 from precast.models.config import ModelConfig
-from precast.models.loader import Cut, Loader, Part, cut_of, pack_in
+from precast.models.loader import Cut, Loader, Packer, Part, cut_of, pack_in, pack_table
 from precast.models.options import LayerPlan
 from precast.models.packed_files import keep_packed, packed_path, read_packed, touch_packed
 from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
+from precast.ops import providers
 from precast.ops.memory import Arena
 
 
@@ -128,14 +129,16 @@ def _vocabulary(load: Loader[Any], config: ModelConfig, shard: Shard) -> tuple[T
     rows = shard.vocab
     fmt = load.shape.head_format
 
-    def linear(name: str, part: slice) -> Tensor:
-        checkpoint_name = f"{name.removesuffix('.rows')}.weight"
-        return load.linear(name, lambda: load.source.get(checkpoint_name, size)[part], fmt=fmt)[0]
+    def linear(name: str, part: slice, pack: Packer = pack_in) -> Tensor:
+        def weight() -> Tensor:
+            return load.source.get(f"{name.removesuffix('.rows')}.weight", size)[part]
 
-    table = linear("model.embed_tokens", slice(None))
+        return load.linear(name, weight, fmt=fmt, pack=pack)[0]
+
+    table = linear("model.embed_tokens", slice(None), pack_table)
     if not config.tie_word_embeddings:
         return table, linear("lm_head", slice(rows.start, rows.stop))
-    if len(rows) == config.vocab_size:
+    if len(rows) == config.vocab_size and providers.active().pack is None:
         return table, table
     return table, linear("model.embed_tokens.rows", slice(rows.start, rows.stop))
 
@@ -177,7 +180,7 @@ def random_weights(
     return Weights(
         plan=tuple(plan),
         embed=EmbedWeights(
-            pack_in(arena, table, shape.head_format),
+            pack_table(arena, table, shape.head_format),
             [table for rope in angles for table in (rope.cos(), rope.sin())],
         ),
         layers=tuple(

@@ -57,6 +57,21 @@ def _paged_attention(
     return q.new_empty(q.shape)
 
 
+@torch.library.register_fake("precast::rms_norm")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("precast::rotary")
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("precast::silu_and_mul")
+def _silu_and_mul(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
 @torch.library.register_fake("precast::all_reduce")
 def _all_reduce(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)

@@ -154,6 +154,7 @@ class Engine:
                 ranks=len(group.ready),
                 load_s=[round(ready.load_s, 2) for ready in group.ready],
                 weight_mb=[ready.weight_bytes >> 20 for ready in group.ready],
+                kernels=group.ready[0].kernels,
             )
             await self._steps(group)
         finally:

@@ -103,6 +103,7 @@ def _ready(init: Init, model: RankModel) -> Ready:
         load_s=model.load_s,
         weight_bytes=model.weights.nbytes(),
         vocab_size=model.vocab_size,
+        kernels=model.kernels,
         graph_factors=model.factors,
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precast.errors import ConfigError
 from precast.graphs.difference import relative_difference
-from precast.graphs.factors import rank_factors
+from precast.graphs.factors import needs_of, rank_factors
 from precast.graphs.replay import Graph
 from precast.models.blocks import Paging, Shape
 from precast.models.config import load_config
@@ -18,6 +18,7 @@ from precast.models.kv_cache import LayerCache, new_cache
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.models.weights import Weights, load_weights
+from precast.ops import providers
 from services.decode_worker.rank_protocol import MAX_DIFFERENCE, Init, Shadow
 
 
@@ -42,6 +43,8 @@ class RankModel:
     factors: dict[str, str]
     vocab_size: int
     load_s: float
+    kernels: dict[str, str]
+    """Who serves each operator, and why it is not who was asked for."""
     graphs: dict[int, Graph] = field(default_factory=dict)
     candidates: dict[int, Graph] = field(default_factory=dict)
     """Graphs on trial (``canary.py``), by batch size."""
@@ -122,6 +125,8 @@ def load(init: Init) -> RankModel:
         )
     part = shard(config, init.tp_rank, init.tp_size)
     shape = shape_of(config, part, init.precision)
+    selection = providers.select(init.kernel_provider, needs_of(shape))
+    providers.start(selection)  # before weights are packed, because each has its own formats
     weights = load_weights(
         folder, config, part, shape, init.max_context_length, Path(init.packed_dir)
     )
@@ -135,6 +140,7 @@ def load(init: Init) -> RankModel:
                 kv_heads=shape.kv_heads,
                 block_size=init.block_size,
                 head_dim=shape.head_dim,
+                token_major=selection.token_major_cache,
             )
             for _ in range(config.num_layers)
         ],
@@ -145,6 +151,7 @@ def load(init: Init) -> RankModel:
         ),
         vocab_size=config.vocab_size,
         load_s=time.perf_counter() - started,
+        kernels=providers.described(selection),
     )
 
 

@@ -45,6 +45,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     load_s: float
     weight_bytes: int
     vocab_size: int
+    kernels: dict[str, str]
+    """Who serves each operator (``precast.ops.providers``)."""
     graph_factors: dict[str, str]
     """This rank's graph factors, batch size left out (``precast.graphs.key``)."""
 

@@ -70,7 +70,12 @@ def serve(connection: socket.socket, step_s: float) -> None:
     if not isinstance(init, Init):
         return
     ready = Ready(
-        tp_rank=init.tp_rank, load_s=0.0, weight_bytes=0, vocab_size=VOCABULARY, graph_factors={}
+        tp_rank=init.tp_rank,
+        load_s=0.0,
+        weight_bytes=0,
+        kernels={},
+        vocab_size=VOCABULARY,
+        graph_factors={},
     )
     connection.sendall(frame(ready))
     while not isinstance(command := _receive(connection), Shutdown):

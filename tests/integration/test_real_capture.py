@@ -1,5 +1,6 @@
 """A tiny model's graph through the real capture program: compiled, verified, signed, fetched."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from precast.graphs.factors import rank_factors
+from precast.graphs.factors import needs_of, rank_factors
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
+from precast.ops import providers
 from tests.support.compile_worker import compile_worker, connect
 
 SHAPE = ModelShape(
@@ -90,3 +92,27 @@ os.kill(os.getpid(), 9)
     run = subprocess.run([sys.executable, "-c", program], env=environment, timeout=120)
     assert run.returncode == -9
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.timeout(400)
+def test_graph_that_calls_another_provider(tmp_path: Path) -> None:
+    """Its operators are called through the dispatcher, where the provider's kernels are."""
+    providers.start(providers.select("reference", needs_of(SHAPE)))
+    try:
+        spec = tiny_spec()
+    finally:
+        providers.start(providers.select("native", needs_of(SHAPE)))
+    assert (spec["provider"], tiny_spec()["provider"]) == ("reference", "native")
+    capture = [sys.executable, "-m", "precast.graphs.capture", "--out", str(tmp_path)]
+    done = subprocess.run(
+        capture, input=json.dumps(spec), capture_output=True, text=True, timeout=360
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert 0 <= report["max_relative_error"] < 3e-2
+    mixed = {**spec, "provider_abi": "1:linear"}
+    refused = subprocess.run(
+        capture, input=json.dumps(mixed), capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 2
+    assert "provider_abi is 1:linear, but " in refused.stderr

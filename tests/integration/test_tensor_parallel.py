@@ -1,6 +1,7 @@
 """Models over several real ranks say what they say on one, whatever their head counts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +10,24 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
+from precast.ops.cpu import this_cpu
 from tests.support.models import tensors, write_model
 
 ROOT = Path(__file__).parents[2]
 
 
-def generate(model: Path, *arguments: str) -> dict[str, list[dict[str, Any]]]:
-    """What each group size answered, step by step."""
+def generate(model: Path, *arguments: str, python_path: str = str(ROOT)) -> dict[str, Any]:
+    """What each group size answered, step by step; and by "kernels", who served each operator."""
     program = subprocess.run(
         [sys.executable, "-m", "tests.support.tensor_parallel_program", str(model), *arguments],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": python_path},
         capture_output=True,
         text=True,
         timeout=110,
     )
     assert program.returncode == 0, program.stderr[-2000:]
-    answers: dict[str, list[dict[str, Any]]] = json.loads(program.stdout)
+    answers: dict[str, Any] = json.loads(program.stdout.splitlines()[-1])  # logs come first
     return answers
 
 
@@ -59,3 +62,47 @@ def test_any_number_of_ranks_agrees_with_one(
     assert len({token for step in answers["1"] for token in step["tokens"]}) > 3
     for tp in tps.split(","):
         assert_same(answers[tp], answers["1"])
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        (),
+        ("--weight-dtype=bf16", "--kv-dtype=bf16"),
+        ("--quantization=int8", "--kv-dtype=int8"),
+        ("--quantization=q4_1",),
+    ],
+)
+def test_the_reference_provider_gives_the_same(tmp_path: Path, precision: tuple[str, ...]) -> None:
+    model = make_model(tmp_path / "model")
+    native = generate(model, "--tp=1", *precision)
+    reference = generate(model, "--tp=1", "--provider=reference", *precision)
+    assert set(native["kernels"].values()) == {"native"}
+    assert set(reference["kernels"].values()) == {"reference"}
+    # Roundings to 8 bits may fall the other way, and this model's rows are short.
+    tolerance = 6e-2 if precision else 2e-4
+    for ours, theirs in zip(native["1"], reference["1"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        for a, b in zip(ours["top_logprobs"], theirs["top_logprobs"], strict=True):
+            assert a == pytest.approx(b, abs=tolerance)
+
+
+def test_a_provider_serves_what_it_can_in_a_rank(tmp_path: Path) -> None:
+    """Upstream's operators (a stand-in) where this CPU allows; a reason where not."""
+    model = make_model(tmp_path / "model", head_dim=32)
+    types = ("--tp=2", "--weight-dtype=bf16", "--kv-dtype=bf16")
+    path = f"{ROOT}:{ROOT / 'tests/support/upstream'}"
+    native = generate(model, *types)
+    upstream = generate(model, *types, "--provider=sgl_kernel", python_path=path)
+    for name, kernel in upstream["kernels"].items():
+        if not this_cpu().avx512:
+            assert kernel == "native (this CPU has no AVX-512)"
+        elif name == "embedding":
+            assert kernel == "native (it has no such operator)"
+        elif name == "linear" and not this_cpu().amx:
+            assert kernel == "native (this CPU has no AMX)"
+        else:
+            assert kernel == "sgl_kernel"
+    first, same = upstream["2"][0], native["2"][0]
+    for a, b in zip(first["top_logprobs"], same["top_logprobs"], strict=True):
+        assert a == pytest.approx(b, abs=0.1)  # activations in bf16

@@ -96,14 +96,15 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
     )
 
 
-def generate(inits: list[Init]) -> list[dict[str, object]]:
-    """One prefill, then decode steps; what rank 0 said to each."""
+def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]]:
+    """One prefill, then decode steps: who served each operator, and what rank 0 said to each."""
     connections = [start(init) for init in inits]
     for connection, init in zip(connections, inits, strict=True):
         connection.sendall(frame(init))
     for connection in connections:
         ready = reply(connection)
         assert isinstance(ready, Ready), ready
+        kernels = ready.kernels
     answers: list[dict[str, object]] = []
     contexts, new = [0] * len(PROMPTS), [list(prompt) for prompt in PROMPTS]
     for index in range(1 + DECODE_STEPS):
@@ -119,7 +120,7 @@ def generate(inits: list[Init]) -> list[dict[str, object]]:
     for connection in connections:
         connection.sendall(frame(Shutdown()))
         connection.close()
-    return answers
+    return kernels, answers
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def main() -> None:
     answers = {}
     for tp in map(int, given.tp.split(",")):
         group = new_segment_name()
-        answers[tp] = generate(
+        kernels, answers[tp] = generate(
             [
                 Init(
                     model_dir=given.model_dir,
@@ -155,11 +156,12 @@ def main() -> None:
                     max_context_length=64,
                     group_id=group,
                     kernel_provider=given.provider,
+                    packed_dir=f"{given.model_dir}-packed",
                 )
                 for index in range(tp)
             ]
         )
-    print(json.dumps(answers))
+    print(json.dumps({"kernels": kernels, **answers}))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,16 @@ def offer(generation: int, batch_size: int = 1) -> Offer:
 
 
 def ready() -> list[Ready]:
-    return [Ready(tp_rank=0, load_s=0.0, weight_bytes=0, vocab_size=1, graph_factors={"a": "b"})]
+    return [
+        Ready(
+            tp_rank=0,
+            load_s=0.0,
+            weight_bytes=0,
+            vocab_size=1,
+            kernels={},
+            graph_factors={"a": "b"},
+        )
+    ]
 
 
 async def settle(graphs: GraphSet, ranks: Ranks) -> None:

@@ -125,6 +125,13 @@ struct Kernels {
 
   // out = sum over `count` arrays of n floats, added in order.
   void (*sum)(const float* const* arrays, int count, float* out, int64_t n);
+
+  // One row of n values each.
+  void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int64_t n);
+  void (*silu_and_mul)(const float* gate, const float* up, float* y, int64_t n);
+  // One head: pairs (i, i + half) of its first 2 * half features are rotated.
+  void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half,
+                 int64_t dim);
 };
 
 inline int64_t attention_scratch_floats(const AttentionArgs& a, int tokens) {

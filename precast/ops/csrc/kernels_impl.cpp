@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, with PRECAST_ISA naming it (see precast/ops/build.py).
 #include "attention.h"
+#include "elementwise.h"
 #include "kernels.h"
 #include "linear_quantized.h"
 #include "simd.h"
@@ -29,8 +30,16 @@ void sum(const float* const* arrays, int count, float* out, int64_t n) {
 }  // namespace
 
 const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
-  static const Kernels table = {PRECAST_STR(PRECAST_ISA), quantize_rows, linear, unpack_row,
-                                attend,                   store_cache,   sum};
+  static const Kernels table = {PRECAST_STR(PRECAST_ISA),
+                                quantize_rows,
+                                linear,
+                                unpack_row,
+                                attend,
+                                store_cache,
+                                sum,
+                                rms_norm_row,
+                                silu_and_mul_row,
+                                rotate_head};
   return table;
 }
 

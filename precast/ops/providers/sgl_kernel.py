@@ -1,0 +1,135 @@
+"""SGLang's CPU kernels (its package ``sgl_kernel``, built for CPUs) behind our operators.
+
+They take bfloat16 and float16 only, and a check that fails within one of their parallel regions
+ends the process. So what they can't serve is found out before: by the CPU's features before the
+library is loaded (one that is built for AVX-512 stops with SIGILL elsewhere), by the operators'
+schemas, and by the types that the model asks for.
+"""
+
+import importlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+
+import torch
+
+from precast.ops.cpu import Cpu
+from precast.ops.packing import Format
+from precast.ops.providers import sgl_adapters as adapters
+from precast.ops.providers.base import NATIVE, OPERATORS, Choice, Kernel, Needs, Selection
+
+NAME: Final = "sgl_kernel"
+DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FORMATS: Final = frozenset({Format.BF16, Format.FP16, Format.INT8})
+
+SCHEMAS: Final = {
+    "rmsnorm_cpu": "(Tensor input, Tensor weight, float eps) -> Tensor",
+    "silu_and_mul_cpu": "(Tensor input) -> Tensor",
+    "rotary_embedding_cpu": "(Tensor positions, Tensor query, Tensor key, int head_size, "
+    "Tensor cos_sin_cache, bool is_neox) -> (Tensor, Tensor)",
+    "decode_attention_cpu": "(Tensor query, Tensor k_cache, Tensor v_cahce, Tensor(a!) output, "
+    "Tensor? key, Tensor? value, Tensor loc, Tensor attn_logits, Tensor req_to_token, "
+    "Tensor req_pool_indices, Tensor seq_lens, float sm_scale, float logit_cap, "
+    "bool is_cross_attn, int sliding_window_size, Tensor? encoder_lens, Tensor? sinks) -> ()",
+    "extend_attention_cpu": "(Tensor q_extend, Tensor? k_extend, Tensor? v_extend, "
+    "Tensor(a!) o_extend, Tensor k_buffer, Tensor v_buffer, Tensor req_to_token, "
+    "Tensor req_pool_indices, Tensor seq_lens, Tensor extend_seq_lens, Tensor extend_start_loc, "
+    "int max_len_extend, float sm_scale, float logit_cap, bool is_cross_attn, "
+    "int sliding_window_size, Tensor? encoder_lens, Tensor? sinks, Tensor? tree_mask=None) -> ()",
+    "store_cache_cpu": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(a!) v_cache, "
+    "Tensor indices, int? row_dim) -> ()",
+    "convert_weight_packed": "(Tensor weight) -> Tensor",
+    "weight_packed_linear": "(Tensor mat1, Tensor mat2, Tensor? bias, bool is_vnni) -> Tensor",
+    "per_token_quant_int8_cpu": "(Tensor A) -> (Tensor, Tensor)",
+    "int8_scaled_mm_cpu": "(Tensor mat1, Tensor mat2, Tensor scales1, Tensor scales2, "
+    "Tensor? bias, ScalarType out_dtype, bool is_vnni) -> Tensor",
+}
+"""What the adapters were written against."""
+
+USES: Final[Mapping[str, tuple[str, ...]]] = {
+    "linear": (
+        "convert_weight_packed",
+        "weight_packed_linear",
+        "per_token_quant_int8_cpu",
+        "int8_scaled_mm_cpu",
+    ),
+    "paged_attention": ("decode_attention_cpu", "extend_attention_cpu", "store_cache_cpu"),
+    "rms_norm": ("rmsnorm_cpu",),
+    "rotary": ("rotary_embedding_cpu",),
+    "silu_and_mul": ("silu_and_mul_cpu",),
+}
+"""Upstream's operators behind each of ours."""
+
+
+def select(needs: Needs, cpu: Cpu) -> Selection:
+    reasons = {name: _missing(name, needs, cpu) for name in OPERATORS}
+    served = [name for name in OPERATORS if not reasons[name]]
+    kernels = _kernels(needs, cpu)
+    return Selection(
+        wanted=NAME,
+        choices={
+            name: Choice(provider=NATIVE if reason else NAME, reason=reason)
+            for name, reason in reasons.items()
+        },
+        kernels={name: kernels[name] for name in served},
+        pack=adapters.pack if "linear" in served else None,
+        token_major_cache="paged_attention" in served,
+        rounds=bool(served),
+    )
+
+
+def _kernels(needs: Needs, cpu: Cpu) -> dict[str, Kernel]:
+    dtype = DTYPES.get(needs.weight_dtype, torch.bfloat16)
+    return {
+        "linear": partial(adapters.linear, dtype),
+        "paged_attention": partial(adapters.paged_attention, cpu.amx),
+        "rms_norm": partial(adapters.rms_norm, dtype),
+        "rotary": partial(adapters.rotary, dtype),
+        "silu_and_mul": partial(adapters.silu_and_mul, dtype),
+    }
+
+
+def _missing(operator: str, needs: Needs, cpu: Cpu) -> str:
+    """Why upstream can't serve the operator; empty if it can."""
+    if operator not in USES:
+        return "it has no such operator"
+    return _cpu_lacks(operator, cpu) or _library_lacks(operator) or _unserved(operator, needs)
+
+
+def _cpu_lacks(operator: str, cpu: Cpu) -> str:
+    if not cpu.avx512:
+        return "this CPU has no AVX-512"
+    if operator == "linear" and not cpu.amx:
+        return "this CPU has no AMX"
+    return ""
+
+
+def _library_lacks(operator: str) -> str:
+    try:
+        importlib.import_module(NAME)
+    except (ImportError, OSError) as error:
+        return f"{NAME} can't be loaded: {str(error).splitlines()[0]}"
+    for name in USES[operator]:
+        packet = getattr(torch.ops.sgl_kernel, name, None)
+        if packet is None:
+            return f"{NAME} has no operator {name}"
+        found = str(packet.default._schema).partition("::")[2].removeprefix(name)
+        if found != SCHEMAS[name]:
+            return f"{name} has another schema: {found}"
+    return ""
+
+
+def _unserved(operator: str, needs: Needs) -> str:
+    if operator == "paged_attention":
+        if needs.kv_dtype != "bf16":
+            return f"kv_dtype is {needs.kv_dtype}: it takes bf16"
+        # Its vectors hold 32 values, and heads are not padded.
+        return (
+            "" if needs.head_dim % 32 == 0 else f"head_dim is {needs.head_dim}: not 32's multiple"
+        )
+    if needs.weight_dtype not in DTYPES:
+        return f"weight_dtype is {needs.weight_dtype}: it takes {' and '.join(DTYPES)}"
+    others = sorted(fmt.name.lower() for fmt in needs.formats - _FORMATS)
+    if operator == "linear" and others:
+        return f"weights are {', '.join(others)}: it takes bf16, fp16 and int8"
+    return ""
