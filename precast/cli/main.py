@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from precast import __version__
-from precast.cli import evaluate, graphs, models, serve, services
+from precast.cli import doctor, evaluate, graphs, models, serve, services
 from precast.cli.options import settings_command
 from precast.settings import (
     CompileWorkerSettings,
@@ -37,6 +37,7 @@ app.command("decode-worker")(
         DecodeWorkerSettings, services.run_decode_worker, "Run a worker that serves one model."
     )
 )
+app.command("doctor")(doctor.doctor)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(graphs.app, name="graphs")
 app.add_typer(models.app, name="models")

@@ -1,0 +1,91 @@
+"""``precast doctor``: what it finds, and what its exit code says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precast import machine
+from precast.models.catalog import list_models
+from precast.ops.cpu import this_cpu
+from precast.settings import DecodeWorkerSettings, load_settings
+from tests.support.models import write_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
+    command = [*prefix, sys.executable, "-m", "precast", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+def findings(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads(done.stdout)["findings"]}
+
+
+def test_this_machine_can_serve(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "models" / "tiny")
+    (tmp_path / "models" / "broken").mkdir()
+    assert len(list_models(model.parent)) == 2
+    nowhere = "redis://:secret@127.0.0.1:1/0"
+    done = doctor("--json", f"--home={tmp_path}", f"--redis-url={nowhere}", "--model=tiny")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["serves"] is True
+    found = findings(done)
+    assert this_cpu().model in found["cpu"]["detail"]
+    assert found["model tiny"]["state"] == "ok"
+    assert "can't be served: " in found["model broken"]["detail"]
+    assert found["redis"]["state"] == "warning"
+    assert "secret" not in done.stdout
+    assert float(found["memory bandwidth"]["detail"].split()[0]) > 0.1
+    assert found["operator linear"] == {
+        "name": "operator linear",
+        "state": "ok",
+        "detail": "native",
+    }
+    for name in ("numa", "memory", "huge pages", "shared memory", "torch", "compiler"):
+        assert found[name]["detail"], name
+
+
+def test_redis_that_answers(tmp_path: Path, redis_url: str) -> None:
+    settings = load_settings(DecodeWorkerSettings, home=str(tmp_path), redis_url=redis_url)
+    assert machine._redis(settings).state == "ok"
+
+
+def test_a_provider_that_is_not_there_has_a_reason(tmp_path: Path) -> None:
+    done = doctor("--json", f"--home={tmp_path}", "--kernel-provider=sgl_kernel")
+    assert done.returncode == 0
+    for name in ("rms_norm", "linear"):
+        found = findings(done)[f"operator {name}"]
+        assert found["state"] == "warning"
+        assert found["detail"].startswith("native (")
+
+
+def test_a_machine_that_cannot_serve_says_so(tmp_path: Path) -> None:
+    """A /dev/shm of 1 MiB is too small for two ranks."""
+    mounted = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"'
+    prefix = ("unshare", "--mount", "--map-root-user", "sh", "-c", mounted, "sh")
+    done = doctor(f"--home={tmp_path}", "--tp=2", prefix=prefix)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount namespace here: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert "this machine can't serve" in done.stdout
+    assert "needs 5 MiB" in " ".join(done.stdout.split())
+
+
+def test_missing_kernels_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_native_problem", lambda: "native kernels are not built")
+    settings = load_settings(DecodeWorkerSettings, home=str(tmp_path))
+    found = {finding.name: finding for finding in machine.examine(settings)}
+    assert found["native kernels"].state == "problem"
+    assert "memory bandwidth" not in found
+
+
+def test_a_wrong_setting_is_one_line(tmp_path: Path) -> None:
+    done = doctor(f"--home={tmp_path}", "--kernel-provider=onednn")
+    assert done.returncode == 2
+    assert done.stderr.startswith("precast: kernel_provider = ")
+    assert len(done.stderr.splitlines()) == 1
