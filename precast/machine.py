@@ -194,7 +194,7 @@ def _bandwidth() -> Finding:
     from precast.ops.memory import Arena
 
     native.start_threads(available_cpus())
-    data = Arena().empty((_BANDWIDTH_BYTES,)).fill_(1)
+    data = Arena().empty((_BANDWIDTH_BYTES,)).view(torch.int64).fill_(1)
     fastest, end = float("inf"), time.perf_counter() + _BANDWIDTH_S
     while time.perf_counter() < end:
         started = time.perf_counter()
