@@ -7,33 +7,20 @@ import pytest
 import torch
 
 from precast.models.blocks import Paging
-from precast.models.precision import Precision
-from precast.process import available_cpus
+from precast.settings import DecodeWorkerSettings, load_settings
 from services.decode_worker import rank_model
+from services.decode_worker.main import rank_inits
 from services.decode_worker.rank_model import Batch, RankModel
-from services.decode_worker.rank_protocol import Init
 from tests.support.models import write_model
 from tests.support.native_faults import wrong
 
 PROMPT = [1, 2, 3, 4, 5]
 
 
-def model_with(folder: Path, graph: Path, candidate: Path | None) -> RankModel:
-    model = rank_model.load(
-        Init(
-            model_dir=str(folder),
-            precision=Precision(),
-            tp_rank=0,
-            tp_size=1,
-            cores=available_cpus()[:1],
-            kv_blocks=4,
-            block_size=32,
-            max_batch_size=1,
-            max_context_length=64,
-            group_id="",
-            kernel_provider="native",
-        )
-    )
+def model_with(home: Path, graph: Path, candidate: Path | None) -> RankModel:
+    settings = load_settings(DecodeWorkerSettings, home=home, model="tiny", batch_sizes=(1,))
+    [init] = rank_inits(settings, context=64, blocks=4)
+    model = rank_model.load(init)
     model.load_graph(1, graph)
     if candidate is not None:
         model.load_graph(1, candidate, candidate=True)
@@ -68,10 +55,10 @@ def generate(model: RankModel, decode: Callable[[Batch], torch.Tensor]) -> torch
 def test_cache_and_logits_are_those_of_the_serving_graph(
     tmp_path: Path, tiny_package: Path, right: bool
 ) -> None:
-    folder = write_model(tmp_path / "tiny")
+    write_model(tmp_path / "models" / "tiny")
     bad = wrong(tiny_package, tmp_path / "wrong.pt2", was=1e-5, shall_be=1.0)
-    alone = model_with(folder, tiny_package, None)
-    tried = model_with(folder, tiny_package, tiny_package if right else bad)
+    alone = model_with(tmp_path, tiny_package, None)
+    tried = model_with(tmp_path, tiny_package, tiny_package if right else bad)
     differences: list[float] = []
 
     def shadow(batch: Batch) -> torch.Tensor:

@@ -98,7 +98,9 @@ def ask(worker: DecodeWorker, tokens: int = 12) -> list[int]:
     """A greedy request's tokens."""
     client = worker.client()
     client.start("ask", worker.request([1, 2, 3], tokens, stop={"ignore_eos": True}))
-    return client.finish("ask").token_ids
+    answer = client.finish("ask")
+    client.close()  # else each request leaves two threads and a channel
+    return answer.token_ids
 
 
 @contextmanager
