@@ -7,6 +7,7 @@ differs from eager; 2 and 3 with one line on stderr.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -16,16 +17,20 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precast.errors import CaptureFailed, InvalidRequest
+from precast.graphs.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from precast.graphs.capture_models import Part
     from precast.graphs.verify_peers import Group
     from precast.models.blocks import Shape
 
+MAX_PARTS = 64
+"""Compiled parts that are kept; those that were not used for longest go."""
 VERIFY_LAYERS = 2
 TIMED_STEPS = 20
 VERIFY_STEPS = 2 * 4 + TIMED_STEPS
@@ -82,9 +87,9 @@ def progress(stage: str) -> None:
     print(json.dumps({"stage": stage}), flush=True)
 
 
-def capture(factors: Mapping[str, str], out: Path) -> dict[str, float]:
-    """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest,
-    CaptureFailed."""
+def capture(factors: Mapping[str, str], out: Path, kept: Path | None = None) -> dict[str, float]:
+    """Exports, compiles, packages and verifies; returns the report. ``kept``: a folder for what
+    captures share. Raises InvalidRequest, CaptureFailed."""
     from precast.graphs.capture_models import verification_plan
     from precast.graphs.factors import check_versions, shape_from, start_provider
     from precast.graphs.verify_peers import stand_ins
@@ -94,11 +99,11 @@ def capture(factors: Mapping[str, str], out: Path) -> dict[str, float]:
     shape, batch_size = shape_from(factors), int(factors["batch_size"])
     layers = len(verification_plan(shape, VERIFY_LAYERS))
     with stand_ins(shape, batch_size, layers, VERIFY_STEPS) as group:
-        return _capture(factors, shape, group, out)
+        return _capture(factors, shape, group, out, kept)
 
 
 def _capture(
-    factors: Mapping[str, str], shape: "Shape", group: "Group", out: Path
+    factors: Mapping[str, str], shape: "Shape", group: "Group", out: Path, kept: Path | None
 ) -> dict[str, float]:
     import torch
 
@@ -107,18 +112,11 @@ def _capture(
     batch_size = int(factors["batch_size"])
     generator = torch.Generator().manual_seed(0)
     parts = capture_models.parts(shape, batch_size, int(factors["block_size"]), generator)
-    progress("exporting")
-    started = time.monotonic()
-    exported = [_export(part) for part in parts]
-    export_s = time.monotonic() - started
     progress("compiling")
     started = time.monotonic()
     _select_target(factors["isa"])
     _see_through()
-    files = {
-        part.name: _compile(program, part, inductor_options(factors["isa"]))
-        for part, program in zip(parts, exported, strict=True)
-    }
+    files = {part.name: _compiled(part, factors, kept) for part in parts}
     _package(files, out / "graph.pt2")
     compile_s = time.monotonic() - started
     progress("verifying")
@@ -127,7 +125,6 @@ def _capture(
     return {
         "max_relative_error": error,
         "step_us": step_us,
-        "export_s": export_s,
         "compile_s": compile_s,
         "verify_s": time.monotonic() - started,
     }
@@ -154,6 +151,35 @@ def _select_target(isa: str) -> None:
     name = TARGETS[isa][0]
     chosen = [getattr(cpu_vec_isa, name)()] if name else []
     cpu_vec_isa.valid_vec_isa_list = lambda: chosen  # type: ignore[assignment]
+
+
+def _compiled(part: "Part", factors: Mapping[str, str], kept: Path | None) -> list[str]:
+    """The part's files: those of an earlier capture if it is shared and ``kept`` has them."""
+    if kept is None or not part.shared:
+        return _compile(_export(part), part, inductor_options(factors["isa"]))
+    root = kept / "parts"
+    folder = root / _part_digest(part, factors)
+    if not folder.is_dir():
+        with scratch_folder(root / ".tmp", "part") as scratch:
+            for name in _compile(_export(part), part, inductor_options(factors["isa"])):
+                shutil.copy(name, scratch)
+            with contextlib.suppress(OSError):  # another capture was first
+                scratch.rename(folder)
+        _prune(root)
+    os.utime(folder)
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def _part_digest(part: "Part", factors: Mapping[str, str]) -> str:
+    wanted = {name: value for name, value in factors.items() if name != "batch_size"}
+    text = json.dumps([part.name, wanted, build_factors()], sort_keys=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _prune(root: Path) -> None:
+    parts = [path for path in root.iterdir() if path.name != ".tmp"]
+    for path in sorted(parts, key=lambda p: p.stat().st_mtime, reverse=True)[MAX_PARTS:]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _share_headers(folder: Path) -> None:
@@ -297,17 +323,19 @@ def _context_cases(batch: int, block: int) -> list[list[int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="precast.graphs.capture")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--headers", type=Path, help="keep precompiled headers here")
+    parser.add_argument(
+        "--kept", type=Path, help="keep here what captures share: precompiled headers, parts"
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     # A private cache: nothing that another process left behind can get into an artifact.
     scratch = out / "inductor"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    if arguments.headers is not None:
-        _share_headers(arguments.headers)
+    if arguments.kept is not None:
+        _share_headers(arguments.kept / "headers")
     try:
-        report = capture(json.load(sys.stdin), out)
+        report = capture(json.load(sys.stdin), out, arguments.kept)
     except (InvalidRequest, KeyError, ValueError) as error:
         print(f"spec refused: {error}", file=sys.stderr)
         return 2

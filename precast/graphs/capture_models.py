@@ -25,6 +25,8 @@ from precast.ops import providers
 CAPTURE_POSITIONS = 256
 CAPTURE_BLOCKS = 64
 """Sizes of the example tables; the graph is dynamic in them."""
+SHARED_ROWS = 6
+"""Rows of the examples of parts that serve every number of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Part:
     inputs: tuple[Tensor, ...]
     dynamic: tuple[dict[int, Any] | None, ...]
     """For each input: dimensions that may vary between calls."""
+    shared: bool
+    """Whether it is the same for every batch size."""
 
 
 class _Flat(nn.Module):
@@ -137,17 +141,22 @@ def parts(shape: Shape, batch_size: int, block_size: int, generator: torch.Gener
 
     grows = {0: torch.export.Dim.DYNAMIC}
     hidden = torch.randn(batch_size, shape.hidden_size, generator=generator)
+    # Head and embedding are next to nothing beside the layers: one compilation serves every number
+    # of rows, where the layers' are made for theirs.
+    some = step_inputs(shape, block_size, [1] * SHARED_ROWS, generator)
+    some_hidden = torch.randn(SHARED_ROWS, shape.hidden_size, generator=generator)
     return [
         *(
             _layer_part(shape, kind, layer, hidden, inputs, block_size, generator)
             for kind, layer in zip(shape.kinds, weights.layers, strict=False)
         ),
-        _part("head", head, (hidden, weights.head), {}),
+        _part("head", head, (some_hidden, weights.head), {id(some_hidden): grows}, shared=True),
         _part(
             "embed",
             embed,
-            (inputs.token_ids, inputs.positions, weights.embed),
-            {id(table): grows for table in weights.embed.ropes},
+            (some.token_ids, some.positions, weights.embed),
+            {id(t): grows for t in (some.token_ids, some.positions, *weights.embed.ropes)},
+            shared=True,
         ),
     ]
 
@@ -185,10 +194,12 @@ def _part(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     dynamic: dict[int, dict[int, Any]],
+    shared: bool = False,
 ) -> Part:
     flat, spec = tree_flatten(arguments)
     return Part(
         name=name,
+        shared=shared,
         module=_Flat(function, spec),
         inputs=tuple(flat),
         dynamic=tuple(dynamic.get(id(tensor)) for tensor in flat),

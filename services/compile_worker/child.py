@@ -50,13 +50,12 @@ class CaptureReport(msgspec.Struct, frozen=True, kw_only=True):
 
     max_relative_error: Seconds
     step_us: Seconds
-    export_s: Seconds
     compile_s: Seconds
     verify_s: Seconds
 
     @property
     def capture_s(self) -> float:
-        return self.export_s + self.compile_s + self.verify_s
+        return self.compile_s + self.verify_s
 
 
 async def run_capture(

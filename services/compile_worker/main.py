@@ -49,9 +49,9 @@ class CaptureProgram:
 
 
 def capture_program(settings: CompileWorkerSettings) -> CaptureProgram:
-    headers = settings.home / "cache" / "headers"
+    kept = settings.home / "cache" / "captures"
     return CaptureProgram(
-        command=(sys.executable, "-m", "precast.graphs.capture", "--headers", str(headers))
+        command=(sys.executable, "-m", "precast.graphs.capture", "--kept", str(kept))
     )
 
 

@@ -27,7 +27,7 @@ def capture(model: Loaded, out: Path, headers: Path) -> Path:
     command = [sys.executable, "-m", "precast.graphs.capture", "--out", str(out)]
     factors = {**model.factors, "batch_size": str(BATCH_SIZE)}
     done = subprocess.run(
-        [*command, "--headers", str(headers)],
+        [*command, "--kept", str(headers)],
         input=json.dumps(factors),
         capture_output=True,
         text=True,
