@@ -15,6 +15,7 @@ from precast.cli.compile_link import (
     run,
 )
 from precast.cli.failures import EXIT_FAILED, reported
+from precast.cli.graph_bundles import export, import_
 from precast.cli.graph_explain import explain
 from precast.cli.graph_generations import (
     generations,
@@ -34,6 +35,8 @@ app.command()(generations)
 app.command()(rollback)
 app.command()(pin_generation)
 app.command()(unpin_generation)
+app.command()(export)
+app.command("import")(import_)
 
 RECOMPILE_TIMEOUT_S: Final = 3600.0
 

@@ -1,8 +1,11 @@
 """Graphs reach a decode worker while it serves: captured, fetched, replaced, cached, damaged."""
 
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +141,42 @@ def test_a_warm_cache_needs_no_compile_worker(
         assert generation(worker) == 2
         ask(worker)
         assert worker.status().eager_steps == 0
+
+
+def precast(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "precast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_imported_graphs_need_no_compile_worker(
+    home: Path, redis_url: str, no_compiler: dict[str, str], tmp_path: Path
+) -> None:
+    """Out of the store as a file, into the cache of a worker that has never seen a compile
+    worker."""
+    bundle, apart = tmp_path / "graphs.tar", tmp_path / "apart"
+    exported = precast("graphs", "export", bundle, "--model", MODEL, "--home", home)
+    assert (exported.returncode, exported.stderr) == (0, "1 graphs written\n")
+    refused = precast("graphs", "import", bundle, "--cache", "--home", apart)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "not trusted" in refused.stderr
+    assert not list(apart.rglob("*.pt2"))
+    shutil.copytree(home / "keys" / "trusted", apart / "keys" / "trusted")
+    imported = precast("graphs", "import", bundle, "--cache", "--home", apart)
+    assert (imported.returncode, imported.stdout) == (0, "1 graphs imported\n")
+    with decode_worker(
+        apart,
+        redis_url,
+        MODEL,
+        models_dir=home / "models",
+        batch_sizes="1",
+        environment=no_compiler,
+        wait_for_graphs=True,
+        compile_address="127.0.0.1:1",
+    ) as worker:
+        assert generation(worker) == 2
+        ask(worker)
+        status = worker.status()
+        assert (status.eager_steps, status.graph_steps > 0) == (0, True)
 
 
 def test_graphs_come_back_after_a_rank_died(home: Path, redis_url: str) -> None:

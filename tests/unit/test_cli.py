@@ -151,6 +151,20 @@ def test_graphs_without_a_compile_worker(redis_server: RedisServer) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_graphs_as_a_file_fail_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "noise").write_bytes(b"x" * 2000)
+    for arguments, code, reason in (
+        (("export", "out.tar"), 1, "no graph to export"),
+        (("import", "none.tar"), 2, "none.tar: No such file"),
+        (("import", "noise"), 1, "no bundle of graphs"),
+        (("import", "noise", "--cache"), 1, "no bundle of graphs"),
+    ):
+        done = precast("graphs", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+        assert reason in done.stderr
+    assert not list(tmp_path.glob("*out.tar*"))
+
+
 def test_serve_names_the_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

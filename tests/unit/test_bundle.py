@@ -1,0 +1,270 @@
+"""Graphs as a file: what comes out goes in, and nothing else does."""
+
+import io
+import random
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from precast.errors import ArtifactRejected, GraphNotFound
+from precast.graphs.bundle import MAX_GRAPHS, write_bundle
+from precast.graphs.fetch import GraphCache
+from precast.graphs.lifecycle import Lifecycle, Verdict, encode_lifecycle
+from precast.graphs.store import DiskStore
+from precast.graphs.transfer import import_into_cache, import_into_store, serving_artifacts
+from tests.support.artifacts import graph_file, manifest_for, new_signer, signed, trust
+from tests.support.compile_worker import FACTORS
+
+SIGNER = new_signer()
+SIZES = ("1", "2", "4")
+
+
+def publish(store: DiskStore, folder: Path, *, generation: int = 1, batch_size: str = "1") -> str:
+    path = graph_file(folder, seed=int(batch_size) * 10 + generation, size=3000)
+    manifest = manifest_for(path.read_bytes(), generation=generation, batch_size=batch_size)
+    store.publish(*signed(manifest, SIGNER), path)
+    return manifest.key
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DiskStore:
+    """Three sizes, of one of them two generations."""
+    store = DiskStore(tmp_path / "store")
+    for size in SIZES:
+        publish(store, tmp_path, batch_size=size)
+    publish(store, tmp_path, batch_size="2", generation=2)
+    return store
+
+
+@pytest.fixture
+def bundle(store: DiskStore) -> bytes:
+    return exported(store)
+
+
+def exported(store: DiskStore) -> bytes:
+    file = io.BytesIO()
+    write_bundle(file, serving_artifacts(store, trust(SIGNER)))
+    return file.getvalue()
+
+
+def files_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_what_serves_goes_from_a_store_into_another(store: DiskStore, tmp_path: Path) -> None:
+    other = DiskStore(tmp_path / "other")
+    raw = exported(store)
+    first = import_into_store(io.BytesIO(raw), other, trust(SIGNER))
+    again = import_into_store(io.BytesIO(raw), other, trust(SIGNER))
+    assert (len(first.added), len(first.present)) == (3, 0)
+    assert (len(again.added), len(again.present)) == (0, 3)
+    assert other.published_keys() == store.published_keys()
+    for key in store.published_keys():
+        there = other.open(key)
+        assert other.generations(key) == [store.generations(key)[-1]]
+        assert there.manifest_bytes == store.open(key).manifest_bytes
+        assert there.graph_path.read_bytes() == store.open(key).graph_path.read_bytes()
+    assert exported(other) == raw, "the same graphs give the same file"
+
+
+def test_decisions_on_generations_are_followed(store: DiskStore, tmp_path: Path) -> None:
+    key = publish(store, tmp_path, batch_size="4", generation=2)
+    store.write_note(key, encode_lifecycle(Lifecycle().marked(2, Verdict.CANDIDATE)))
+    numbers = {
+        a.manifest.key: a.manifest.generation for a in serving_artifacts(store, trust(SIGNER))
+    }
+    assert sorted(numbers.values()) == [1, 1, 2]
+    assert numbers[key] == 1
+
+
+def test_model_and_sizes_choose(store: DiskStore) -> None:
+    def sizes(**choice: object) -> list[str]:
+        chosen = serving_artifacts(store, trust(SIGNER), **choice)  # type: ignore[arg-type]
+        return [artifact.manifest.factors["batch_size"] for artifact in chosen]
+
+    assert sizes(model="tiny") == ["1", "2", "4"]
+    assert sizes(batch_sizes=[1, 4]) == ["1", "4"]
+    with pytest.raises(GraphNotFound, match="for 'other'"):
+        sizes(model="other")
+
+
+def test_cache_takes_a_bundle_and_gives_it_on(
+    store: DiskStore, bundle: bytes, tmp_path: Path
+) -> None:
+    root = tmp_path / "cache"
+    cache = GraphCache(root, trust(SIGNER))
+    assert len(import_into_cache(io.BytesIO(bundle), cache, trust(SIGNER)).added) == 3
+    assert len(import_into_cache(io.BytesIO(bundle), cache, trust(SIGNER)).present) == 3
+    for size in SIZES:
+        found = GraphCache(root, trust(SIGNER)).find({**FACTORS, "batch_size": size})
+        assert found and found.manifest.generation == (2 if size == "2" else 1)
+    assert exported(DiskStore(root)) == bundle
+
+
+def test_tar_reads_it(bundle: bytes, store: DiskStore) -> None:
+    listed = subprocess.run(["tar", "t"], input=bundle, capture_output=True, check=True).stdout
+    names = listed.decode().split()
+    assert names[0] == "contents.json"
+    assert len(names) == 1 + 3 * len(SIZES)
+    assert {name.split("/")[0] for name in names[1:]} == set(store.published_keys())
+
+
+def test_graph_without_a_trusted_signature_is_not_exported(store: DiskStore) -> None:
+    with pytest.raises(ArtifactRejected, match="not trusted"):
+        serving_artifacts(store, trust(new_signer()))
+
+
+def rewritten(
+    change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], None],
+) -> Callable[..., bytes]:
+    """The bundle with its members changed, as a tar that is well-formed."""
+
+    def rewrite(bundle: bytes) -> bytes:
+        with tarfile.open(fileobj=io.BytesIO(bundle)) as tar:
+            members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
+        change(members)
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for info, content in members:
+                info.size = len(content) if info.isreg() else 0
+                tar.addfile(info, io.BytesIO(content))
+        return file.getvalue()
+
+    return rewrite
+
+
+def named(place: int, name: str) -> Callable[..., bytes]:
+    return rewritten(lambda members: setattr(members[place][0], "name", name))
+
+
+def linked(kind: bytes) -> Callable[..., bytes]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        members[3][0].type = kind
+        members[3][0].linkname = "/etc/passwd"
+
+    return rewritten(change)
+
+
+def contents(**fields: object) -> Callable[..., bytes]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        raw = {**msgspec.json.decode(members[0][1]), **fields}
+        members[0] = (members[0][0], msgspec.json.encode(raw))
+
+    return rewritten(change)
+
+
+def content(place: int, change: Callable[[bytes], bytes]) -> Callable[..., bytes]:
+    def replace(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        members[place] = (members[place][0], change(members[place][1]))
+
+    return rewritten(replace)
+
+
+KEY = "0123456789abcdef" * 2
+TRICKS: dict[str, tuple[Callable[..., bytes], str]] = {
+    "path up": (named(3, "../../evil"), "stands in the place of"),
+    "absolute path": (named(1, "/tmp/evil"), "stands in the place of"),
+    "long name": (named(1, "a/" * 200), "stands in the place of"),
+    "symbolic link": (linked(tarfile.SYMTYPE), "stands in the place of"),
+    "hard link": (linked(tarfile.LNKTYPE), "stands in the place of"),
+    "device": (linked(tarfile.CHRTYPE), "stands in the place of"),
+    "folder": (linked(tarfile.DIRTYPE), "stands in the place of"),
+    "order": (rewritten(lambda members: members.insert(1, members.pop(4))), "stands in the place"),
+    "one more": (rewritten(lambda m: m.append(m[1])), "more in the file"),
+    "one less": (rewritten(lambda m: m.__delitem__(slice(-1, None))), "no bundle of graphs"),
+    "tail": (lambda raw: raw + b"x", "more in the file"),
+    "contents: path": (contents(graphs=[{"key": "../x", "generation": 1}]), "no graph key"),
+    "contents: nothing": (contents(graphs=[]), "malformed"),
+    "contents: twice": (contents(graphs=[{"key": KEY, "generation": 1}] * 2), "a graph twice"),
+    "contents: many": (
+        contents(graphs=[{"key": KEY, "generation": n + 1} for n in range(MAX_GRAPHS + 1)]),
+        "malformed",
+    ),
+    "contents: format": (contents(format=2), "format 2"),
+    "contents: huge": (content(0, lambda raw: raw + b" " * (1 << 20)), "exceeds"),
+    "manifest": (content(1, lambda raw: raw + b" "), "does not match"),
+    "manifest: huge": (content(1, lambda raw: raw * 1000), "exceeds"),
+    "signature": (content(2, lambda raw: b"0" * 16 + raw[16:]), "not trusted"),
+    "signature: none": (content(2, lambda raw: b""), "malformed"),
+    "graph: bit": (content(3, lambda raw: bytes([raw[0] ^ 1]) + raw[1:]), "digest"),
+    "graph: longer": (content(3, lambda raw: raw + b"x"), "its manifest says"),
+    "graph: shorter": (content(3, lambda raw: raw[:-1]), "its manifest says"),
+    "last graph": (content(-1, lambda raw: raw[:-1] + b"?"), "digest"),
+    "empty": (lambda raw: b"", "cut short"),
+    "noise": (lambda raw: random.Random(1).randbytes(4096), "no bundle of graphs"),
+}
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_no_altered_bundle_is_taken(name: str, bundle: bytes, tmp_path: Path) -> None:
+    trick, reason = TRICKS[name]
+    refused(trick(bundle), tmp_path, reason)
+
+
+def test_no_cut_bundle_is_taken(bundle: bytes, tmp_path: Path) -> None:
+    members = [512 * n for n in range(len(bundle) // 512)]
+    for length in (*random.Random(1).sample(range(len(bundle)), 20), *members):
+        refused(bundle[:length], tmp_path, "cut short|no bundle")
+
+
+def refused(raw: bytes, folder: Path, reason: str) -> None:
+    """Neither a store nor a cache takes it, and nothing is left of it."""
+    store, cache = DiskStore(folder / "into"), GraphCache(folder / "cache", trust(SIGNER))
+    for call in (
+        lambda: import_into_store(io.BytesIO(raw), store, trust(SIGNER)),
+        lambda: import_into_cache(io.BytesIO(raw), cache, trust(SIGNER)),
+    ):
+        with pytest.raises(ArtifactRejected, match=reason) as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+    assert files_under(folder / "into") == files_under(folder / "cache") == []
+
+
+def test_stranger_is_not_trusted(bundle: bytes, tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "into")
+    with pytest.raises(ArtifactRejected, match="not trusted"):
+        import_into_store(io.BytesIO(bundle), store, trust(new_signer()))
+    assert store.published_keys() == []
+
+
+def test_what_was_put_aside_does_not_come_back(store: DiskStore, bundle: bytes) -> None:
+    first = store.published_keys()[0]
+    number = store.generations(first)[-1]
+    store.quarantine(first, number, "crashed")
+    with pytest.raises(ArtifactRejected, match=f"{first}/{number}: was put aside here: crashed"):
+        import_into_store(io.BytesIO(bundle), store, trust(SIGNER))
+    cache = GraphCache(store.root, trust(SIGNER))
+    with pytest.raises(ArtifactRejected, match=f"{first}/{number}: .* was put aside: crashed"):
+        import_into_cache(io.BytesIO(bundle), cache, trust(SIGNER))
+
+
+def test_what_was_quarantined_does_not_come_back(
+    store: DiskStore, bundle: bytes, tmp_path: Path
+) -> None:
+    key = store.published_keys()[0]
+    number = store.generations(key)[-1]
+    other = DiskStore(tmp_path / "other")
+    other.write_note(
+        key, encode_lifecycle(Lifecycle().marked(number, Verdict.QUARANTINED, "wrong"))
+    )
+    with pytest.raises(ArtifactRejected, match=f"{key}/{number}: was quarantined here: wrong"):
+        import_into_store(io.BytesIO(bundle), other, trust(SIGNER))
+    assert other.published_keys() == []
+
+
+def test_other_capture_of_the_same_number_stays(
+    bundle: bytes, store: DiskStore, tmp_path: Path
+) -> None:
+    other = DiskStore(tmp_path / "other")
+    key = publish(other, tmp_path / "made")
+    path = graph_file(tmp_path, seed=99)
+    manifest = manifest_for(path.read_bytes())
+    third = DiskStore(tmp_path / "third")
+    third.publish(*signed(manifest, SIGNER), path)
+    with pytest.raises(ArtifactRejected, match=f"{key}/1: another capture"):
+        import_into_store(io.BytesIO(bundle), third, trust(SIGNER))
+    assert third.open(key).manifest == manifest
