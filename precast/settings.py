@@ -115,6 +115,8 @@ class CompileWorkerSettings(CommonSettings):
         default_factory=lambda data: data["home"] / "keys" / "trusted"
     )
     """Folder where the public half of ``signing_key`` is put for decode workers."""
+    build_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "build")
+    """What captures share: headers and compiled parts. To be trusted like the signing key."""
     capture_timeout_s: Seconds = 300.0
     capture_memory_mb: Count = 4096
     parallel_captures: Count = 1

@@ -26,7 +26,9 @@ _GRAPH_SOURCES = (
     "models/options.py",
     "ops/native.py",
     "ops/providers/reference.py",
-    "graphs/capture.py",
+    "graphs/code_gen.py",
+    "graphs/code_build.py",
+    "graphs/targets.py",
     "graphs/capture_models.py",
 )
 """Beside the architecture's own module."""

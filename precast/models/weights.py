@@ -22,6 +22,10 @@ from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
 from precast.ops import providers
 from precast.ops.memory import Arena
+from precast.ops.packing import Format, packed_size
+
+RANDOM_ROWS = 2048
+"""Distinct rows of a random vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,20 +179,42 @@ def random_weights(
     angles = torch.rand(
         shape.options.ropes, positions, shape.rotary_dim // 2, generator=generator
     ).mul_(6.28)
-    table = torch.randn(sum(shape.vocab_widths), hidden, generator=generator)
-    vocab = source.get("lm_head.weight", (shape.vocab_size, hidden))
+
+    def rows(count: int, scale: float, pack: Packer) -> Tensor:
+        return _random_rows(arena, (count, hidden), scale, pack, shape.head_format, generator)
+
     return Weights(
         plan=tuple(plan),
         embed=EmbedWeights(
-            pack_table(arena, table, shape.head_format),
+            rows(sum(shape.vocab_widths), 1.0, pack_table),
             [table for rope in angles for table in (rope.cos(), rope.sin())],
         ),
         layers=tuple(
             module.load_layer(load, layer.kind, f"model.layers.{index}.")
             for index, layer in enumerate(plan)
         ),
-        head=HeadWeights(module.head_norm(load), [pack_in(arena, vocab, shape.head_format)]),
+        head=HeadWeights(module.head_norm(load), [rows(shape.vocab_size, hidden**-0.5, pack_in)]),
     )
+
+
+def _random_rows(
+    arena: Arena,
+    size: tuple[int, int],
+    scale: float,
+    pack: Packer,
+    fmt: Format,
+    generator: torch.Generator,
+) -> Tensor:
+    """Packed random rows of a vocabulary's size. Panels are drawn out of a few that are packed: to
+    pack them all takes seconds, the most of what a verification would take."""
+    few = min(size[0], RANDOM_ROWS)
+    values = torch.randn(few, size[1], generator=generator).mul_(scale)
+    if few == size[0] or (pack is pack_in and providers.active().pack is not None):
+        return pack(arena, values[torch.arange(size[0]) % few], fmt)
+    panels = pack_table(arena, values, fmt)
+    out = arena.empty(packed_size(*size, fmt))
+    chosen = torch.randint(len(panels), (len(out),), generator=generator)
+    return torch.index_select(panels, 0, chosen, out=out)
 
 
 def _whole(shape: Shape) -> Cut:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from precast.errors import GraphNotFound, InvalidRequest, RegistryUnavailable
-from precast.graphs.capture import EXACT_BOUND, QUANTIZED_BOUND
+from precast.graphs.bounds import EXACT_BOUND, QUANTIZED_BOUND
 from precast.graphs.lifecycle import Verdict
 from precast.log import get_logger
 from precast.registry import DecodeLease, Registry, generation_of

@@ -14,7 +14,7 @@ from typing import Final
 
 from precast import log as logging
 from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
-from precast.graphs import capture
+from precast.graphs import targets
 from precast.graphs.key import build_digest
 from precast.graphs.scratch import sweep
 from precast.graphs.signing import TrustedKeys, load_or_create_signer
@@ -45,14 +45,12 @@ class CaptureProgram:
     """What captures a graph, and what it adds to the graph's key."""
 
     command: Sequence[str]
-    build_factors: Callable[[], Mapping[str, str]] = capture.build_factors
+    build_factors: Callable[[], Mapping[str, str]] = targets.build_factors
 
 
 def capture_program(settings: CompileWorkerSettings) -> CaptureProgram:
-    kept = settings.home / "cache" / "captures"
-    return CaptureProgram(
-        command=(sys.executable, "-m", "precast.graphs.capture", "--kept", str(kept))
-    )
+    kept = str(settings.build_dir)
+    return CaptureProgram(command=(sys.executable, "-m", "precast.graphs.capture", "--kept", kept))
 
 
 def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) -> int:

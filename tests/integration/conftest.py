@@ -1,13 +1,11 @@
 """Fixtures of the integration tests."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from precast.decode.v1 import decode_service_pb2 as pb
+from tests.support.capture import run_capture
 from tests.support.decode_worker import decode_worker
 from tests.support.models import write_model
 
@@ -19,7 +17,6 @@ def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(home / "models" / "tiny")
     with decode_worker(home, "redis://127.0.0.1:1/0", "tiny", batch_sizes="1") as worker:
         [wanted] = worker.stub().GetGraphSpecs(pb.GetGraphSpecsRequest(), timeout=10).wanted
-    command = [sys.executable, "-m", "precast.graphs.capture", "--out", str(home)]
-    factors = msgspec.json.encode(dict(wanted.factors))
-    subprocess.run(command, input=factors, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    done = run_capture(wanted.factors, home)
+    assert done.returncode == 0, done.stderr
     return home / "graph.pt2"

@@ -1,8 +1,5 @@
 """Captured graphs replay checkpoints as transformers computes them: one kind of layer and two."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,28 +9,14 @@ from precast.graphs.replay import Graph
 from precast.models.blocks import Paging
 from services.decode_worker.rank_model import Batch, pad
 from tests.support.architectures import Loaded, forward, load, reference, write_model
+from tests.support.capture import run_capture
 
 BATCH_SIZE = 2
 BOUND = 1e-4
 
 
-@pytest.fixture(scope="module")
-def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Precompiled headers, which captures share."""
-    return tmp_path_factory.mktemp("headers")
-
-
-def capture(model: Loaded, out: Path, headers: Path) -> Path:
-    command = [sys.executable, "-m", "precast.graphs.capture", "--out", str(out)]
-    factors = {**model.factors, "batch_size": str(BATCH_SIZE)}
-    done = subprocess.run(
-        [*command, "--kept", str(headers)],
-        input=json.dumps(factors),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+def capture(model: Loaded, out: Path) -> Path:
+    done = run_capture({**model.factors, "batch_size": str(BATCH_SIZE)}, out)
     assert done.returncode == 0, done.stderr
     return out / "graph.pt2"
 
@@ -42,13 +25,11 @@ def capture(model: Loaded, out: Path, headers: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "kinds"), [("llama_biases", ("full",)), ("gemma3", ("full", "sliding"))]
 )
-def test_graphs_replay_a_checkpoint(
-    name: str, kinds: tuple[str, ...], tmp_path: Path, headers: Path
-) -> None:
+def test_graphs_replay_a_checkpoint(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", name)
     model = load(folder)
     assert model.shape.kinds == kinds
-    package = capture(model, tmp_path, headers)
+    package = capture(model, tmp_path)
     graph = Graph(package, BATCH_SIZE, model.shape, model.weights, model.caches)
     sizes = []
 

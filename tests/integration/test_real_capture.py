@@ -17,6 +17,7 @@ from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.ops import providers
+from tests.support.capture import run_capture
 from tests.support.compile_worker import compile_worker, connect
 
 SHAPE = ModelShape(
@@ -103,16 +104,11 @@ def test_graph_that_calls_another_provider(tmp_path: Path) -> None:
     finally:
         providers.start(providers.select("native", needs_of(SHAPE)))
     assert (spec["provider"], tiny_spec()["provider"]) == ("reference", "native")
-    capture = [sys.executable, "-m", "precast.graphs.capture", "--out", str(tmp_path)]
-    done = subprocess.run(
-        capture, input=json.dumps(spec), capture_output=True, text=True, timeout=360
-    )
+    done = run_capture(spec, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert 0 <= report["max_relative_error"] < 3e-2
     mixed = {**spec, "provider_abi": "1:linear"}
-    refused = subprocess.run(
-        capture, input=json.dumps(mixed), capture_output=True, text=True, timeout=60
-    )
+    refused = run_capture(mixed, tmp_path)
     assert refused.returncode == 2
     assert "provider_abi is 1:linear, but " in refused.stderr

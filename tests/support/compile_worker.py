@@ -26,6 +26,7 @@ from precast.redis_server import free_port
 from precast.rpc import open_channel
 from precast.settings import CompileWorkerSettings, load_settings
 from services.compile_worker.main import CaptureProgram, run
+from tests.support.capture import BUILD_DIR
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("capture_program.py")
@@ -96,7 +97,8 @@ def compile_worker(
     With a ledger its captures are those of the test's program, else real ones.
     """
     address = f"127.0.0.1:{free_port()}"
-    given = {"home": str(home), "redis_url": redis_url, "listen": address, **settings}
+    given = {"home": str(home), "redis_url": redis_url, "listen": address}
+    given |= {"build_dir": str(BUILD_DIR), **settings}
     home.mkdir(parents=True, exist_ok=True)
     log = home / f"worker-{time.time_ns()}.log"
     with log.open("wb") as file:

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.support.capture import BUILD_DIR
+
 STOP_DEADLINE_S = 30.0
 
 
@@ -35,6 +37,7 @@ class Serve:
         command = [sys.executable, "-m", "precast", "serve", f"--home={home}"]
         command += [f"--port={self.port}", "--compile-port=0", "--decode-port=0", *flags]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRECAST_")}
+        environment["PRECAST_BUILD_DIR"] = str(BUILD_DIR)
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

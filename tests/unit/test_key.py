@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from precast.errors import UnsupportedSpec
-from precast.graphs import capture
+from precast.graphs import targets
 from precast.graphs.key import (
     KEY_LENGTH,
     SPEC_NAMES,
@@ -78,15 +78,15 @@ def other_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def other_flags(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    options = capture.inductor_options
-    patch.setattr(capture, "inductor_options", lambda isa: {**options(isa), "cpp.threads": 2})
+    options = targets.inductor_options
+    patch.setattr(targets, "inductor_options", lambda isa: {**options(isa), "cpp.threads": 2})
 
 
 OTHER_BUILDS = {"compiler": other_compiler, "flags": other_flags}
 
 
 def test_every_build_factor_has_a_sensitivity_test() -> None:
-    assert set(OTHER_BUILDS) == set(capture.build_factors())
+    assert set(OTHER_BUILDS) == set(targets.build_factors())
     assert not set(OTHER_BUILDS) & SPEC_NAMES
 
 
@@ -94,9 +94,9 @@ def test_every_build_factor_has_a_sensitivity_test() -> None:
 def test_build_factor_changes_the_key(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    build = capture.build_factors()
+    build = targets.build_factors()
     OTHER_BUILDS[name](monkeypatch, tmp_path)
-    other = capture.build_factors.__wrapped__()
+    other = targets.build_factors()
     assert list(explain(build, other)) == [name]
     assert graph_key(FACTORS, other) != graph_key(FACTORS, build)
     assert build_digest(other) != build_digest(build)
@@ -113,7 +113,7 @@ time.time = lambda: clock() + float(sys.argv[4])
 
 import torch
 from pathlib import Path
-from precast.graphs.capture import build_factors
+from precast.graphs.targets import build_factors
 from precast.graphs.factors import rank_factors
 from precast.graphs.key import graph_key
 from precast.models.config import load_config

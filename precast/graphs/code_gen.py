@@ -1,0 +1,130 @@
+"""From a part of a step to C++: ``torch.export`` and Inductor, without its build.
+
+The process does nothing but this capture, so what is changed in Inductor here reaches nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from precast.errors import CaptureFailed
+from precast.graphs.capture_models import Part
+from precast.graphs.targets import TARGETS, inductor_options
+from precast.ops import providers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """What Inductor writes for a part."""
+
+    wrapper: str
+    """AOTInductor's interface, then the calls of kernels and operators in their order."""
+    kernels: str
+    """The part's own kernels: norms, activations and what else was fused."""
+    dispatched: str
+    """JSON that describes the operators that are called through torch's dispatcher; empty: none."""
+
+
+def prepare(isa: str) -> None:
+    """Has Inductor generate for ``isa``, see through small operators, and build nothing."""
+    _select_target(isa)
+    _see_through()
+    _skip_checks()
+
+
+def generate(part: Part, isa: str) -> Code:
+    """The part's code for a target. Raises CaptureFailed."""
+    import torch._inductor
+    from torch._inductor import codecache
+
+    made: list[Code] = []
+
+    def keep(graph: Any, wrapper: str, kernels: str, dispatched: str | None, **_: Any) -> list[str]:
+        if graph.constants:
+            raise CaptureFailed(f"{part.name} has constants: {', '.join(graph.constants)}")
+        made.append(Code(wrapper=wrapper, kernels=kernels, dispatched=dispatched or ""))
+        return [part.name]
+
+    codecache.AotCodeCompiler.compile = keep  # type: ignore[method-assign,assignment]
+    exported = _export(part)
+    with torch.no_grad():
+        torch._inductor.aot_compile(
+            exported.module(), part.inputs, options={**inductor_options(isa), **_direct_calls()}
+        )
+    return made[0]
+
+
+def _export(part: Part) -> Any:
+    with torch.no_grad():
+        # One entry for the module's *args, which holds one for each tensor.
+        return torch.export.export(
+            part.module, part.inputs, dynamic_shapes=(part.dynamic,), strict=False
+        )
+
+
+def _select_target(isa: str) -> None:
+    """Makes Inductor generate for ``isa`` whatever this machine has, and run no compiler probes.
+
+    With simdlen alone it would take the first class of that width that *this* CPU supports, AMX
+    included.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    name = TARGETS[isa][0]
+    chosen = [getattr(cpu_vec_isa, name)()] if name else []
+    cpu_vec_isa.valid_vec_isa_list = lambda: chosen  # type: ignore[assignment]
+
+
+def _see_through() -> None:
+    """Gives Inductor the definitions of the small operators, so that it fuses them with their
+    neighbours; others are called."""
+    from torch._inductor.decomposition import decompositions
+
+    for name, function in providers.seen_through().items():
+        decompositions[getattr(torch.ops.precast, name).default] = function
+
+
+def _skip_checks() -> None:
+    """Leaves out the checks of inputs that a debugging variable would switch on: 15 functions full
+    of string streams in a layer."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    def no_checks(wrapper: Any) -> None:
+        wrapper.prefix.splice_aot(
+            "static inline void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}\n"
+        )
+
+    CppWrapperCpu.generate_input_output_runtime_checks = no_checks  # type: ignore[method-assign]
+
+
+def _direct_calls() -> dict[str, Any]:
+    """Lets graphs call our own kernels by symbol instead of through the dispatcher (``shims.h``).
+    Another provider's are called through it, where ``providers.start`` has put them."""
+
+    def shim(name: str, arguments: str) -> list[str]:
+        return [f"AOTITorchError aoti_torch_cpu_{name}({arguments}, AtenTensorHandle* ret)"]
+
+    def tensors(names: str) -> str:
+        return ", ".join(f"AtenTensorHandle {name}" for name in names.split())
+
+    ops = torch.ops.precast
+    tail = ", AtenTensorHandle* bias, int64_t out_features, int64_t format"
+    paged = tensors("q k v k_cache v_cache slots query_starts context_lens block_tables")
+    shims = {
+        ops.embedding.default: shim(
+            "embedding", tensors("ids weight") + ", int64_t features, int64_t format"
+        ),
+        ops.linear.default: shim("linear", tensors("x weight") + tail),
+        ops.paged_attention.default: shim(
+            "paged_attention", paged + ", double scale, int64_t window, double softcap"
+        ),
+        ops.all_reduce.default: shim("all_reduce", tensors("x")),
+        ops.all_gather.default: shim(
+            "all_gather", tensors("x") + ", const int64_t* widths, int64_t widths_len"
+        ),
+        ops.broadcast.default: shim("broadcast", tensors("x") + ", int64_t root"),
+    }
+    selection = providers.active()
+    native = {op: text for op, text in shims.items() if selection.is_native(op._opname)}
+    return {"aot_inductor.custom_ops_to_c_shims": native}
