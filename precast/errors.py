@@ -18,6 +18,7 @@
     ├── Overloaded                a queue is full; another worker may take the request
     ├── Unavailable               a part that is needed can't be reached now; retrying may help
     │   ├── RegistryUnavailable   Redis
+    │   ├── StoreUnavailable      the store of artifacts
     │   ├── WorkerUnavailable     no live worker, or the worker went away
     │   └── CompilerUnavailable   no live compile worker, or none in reach
     └── DeadlineExceeded          something took longer than it may
@@ -90,6 +91,10 @@ class Unavailable(PrecastError):
 
 class RegistryUnavailable(Unavailable):
     """Redis doesn't answer."""
+
+
+class StoreUnavailable(Unavailable):
+    """The store of graph artifacts doesn't answer, or refuses."""
 
 
 class WorkerUnavailable(Unavailable):

@@ -39,6 +39,7 @@ from precast.settings_types import (
     Port,
     RedisUrl,
     Seconds,
+    StoreUrl,
     reachable,
 )
 
@@ -107,6 +108,9 @@ class CompileWorkerSettings(CommonSettings):
     metrics_port: Port = 0
     """Prometheus metrics over HTTP; 0: none."""
     store_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "store")
+    """Folder of the artifacts, or of copies where ``store_url`` says that they are elsewhere."""
+    store_url: StoreUrl | None = None
+    """s3://bucket/prefix to keep artifacts there; none: in ``store_dir``."""
     signing_key: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "keys" / "signing.key"
     )

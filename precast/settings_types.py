@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
@@ -57,6 +58,13 @@ def _redis_url(value: str) -> str:
     return value
 
 
+def _store_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme != "s3" or not parts.netloc or "@" in parts.netloc or parts.query:
+        raise ValueError("must be s3://bucket or s3://bucket/prefix")
+    return value.rstrip("/")
+
+
 # NoDecode: pydantic-settings would otherwise want JSON in an environment variable.
 BatchSizes = Annotated[
     tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_ascending)
@@ -65,6 +73,7 @@ Cores = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_cores)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Address = Annotated[str, AfterValidator(_address)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+StoreUrl = Annotated[str, AfterValidator(_store_url)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

@@ -13,6 +13,7 @@ from precast.errors import ConfigError
 from precast.settings import CompileWorkerSettings, DecodeWorkerSettings, load_settings
 
 if TYPE_CHECKING:
+    from precast.graphs.store import ArtifactStore
     from precast.graphs.transfer import Imported
 
 STANDARD: Final = "-"
@@ -36,13 +37,12 @@ def export(
     """Write the graphs that serve to a file, to be imported elsewhere."""
     from precast.graphs.bundle import write_bundle
     from precast.graphs.signing import TrustedKeys
-    from precast.graphs.store import DiskStore
     from precast.graphs.transfer import serving_artifacts
 
     settings = _settings(cache, home)
     with _disk_errors():
         artifacts = serving_artifacts(
-            DiskStore(_folder(settings)),
+            _store(settings),
             TrustedKeys.load(settings.trusted_keys_dir),
             model=model,
             batch_sizes=batch_size or (),
@@ -69,13 +69,12 @@ def import_(
 def _import(source: BinaryIO, settings: CompileWorkerSettings | DecodeWorkerSettings) -> "Imported":
     from precast.graphs.fetch import GraphCache
     from precast.graphs.signing import TrustedKeys
-    from precast.graphs.store import DiskStore
     from precast.graphs.transfer import import_into_cache, import_into_store
 
     trusted = TrustedKeys.load(settings.trusted_keys_dir)
     if isinstance(settings, DecodeWorkerSettings):
         return import_into_cache(source, GraphCache(settings.cache_dir, trusted), trusted)
-    return import_into_store(source, DiskStore(settings.store_dir), trusted)
+    return import_into_store(source, _store(settings), trusted)
 
 
 def _settings(cache: bool, home: str | None) -> CompileWorkerSettings | DecodeWorkerSettings:
@@ -85,10 +84,12 @@ def _settings(cache: bool, home: str | None) -> CompileWorkerSettings | DecodeWo
     return load_settings(CompileWorkerSettings, home=home)
 
 
-def _folder(settings: CompileWorkerSettings | DecodeWorkerSettings) -> Path:
+def _store(settings: CompileWorkerSettings | DecodeWorkerSettings) -> "ArtifactStore":
+    from precast.graphs.store import open_store
+
     if isinstance(settings, DecodeWorkerSettings):
-        return settings.cache_dir
-    return settings.store_dir
+        return open_store(settings.cache_dir, None)
+    return open_store(settings.store_dir, settings.store_url)
 
 
 @contextmanager

@@ -16,10 +16,11 @@ import grpc.aio
 
 from precast.errors import ArtifactRejected, GraphNotFound, Unavailable
 from precast.graphs.artifact import GRAPH_FILE, MANIFEST_FILE, Manifest, decode_manifest
+from precast.graphs.disk_store import TEMPORARY, DiskStore
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.scratch import scratch_folder
 from precast.graphs.signing import Signature, TrustedKeys
-from precast.graphs.store import TEMPORARY, DiskStore, GenerationExists, StoredArtifact
+from precast.graphs.store import GenerationExists, StoredArtifact
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.log import get_logger
 from precast.rpc import error_of

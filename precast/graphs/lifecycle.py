@@ -18,6 +18,7 @@ CRASH_SIGNALS: Final = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE")
 other signals and an exit say nothing about a graph."""
 MAX_MARKS: Final = 64
 MAX_REASON: Final = 1024
+MAX_MODELS: Final = 256
 
 
 class Verdict(enum.StrEnum):
@@ -49,10 +50,12 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
-    """All decisions on the generations of one key."""
+    """All decisions on the generations of one key, and who asked for it."""
 
     marks: dict[int, Mark] = {}
     pin: Pin = Pin()
+    models: tuple[str, ...] = ()
+    """Labels beyond those in the manifests: a graph also serves models that came later."""
 
     def verdict(self, generation: int) -> Verdict:
         mark = self.marks.get(generation)
@@ -84,6 +87,10 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
         """Pinned to a generation; 0 unpins."""
         return self.merged(Lifecycle(pin=Pin(generation=generation, at=_later(self.pin.at))))
 
+    def labelled(self, model: str) -> "Lifecycle":
+        """Asked for by this model too."""
+        return self.merged(Lifecycle(models=(model,)))
+
     def merged(self, other: "Lifecycle") -> "Lifecycle":
         """Both sides' knowledge; of more than ``MAX_MARKS`` marks the newest generations'."""
         marks = {
@@ -94,7 +101,8 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
             for generation in sorted(self.marks.keys() | other.marks.keys())[-MAX_MARKS:]
         }
         pin = max(self.pin, other.pin, key=lambda pin: (pin.at, pin.generation))
-        return Lifecycle(marks=marks, pin=pin)
+        models = tuple(sorted({*self.models, *other.models})[:MAX_MODELS])
+        return Lifecycle(marks=marks, pin=pin, models=models)
 
     def _loadable(self, generation: int) -> bool:
         return self.verdict(generation) is not Verdict.QUARANTINED

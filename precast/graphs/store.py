@@ -1,40 +1,23 @@
 """Where published artifacts are kept, by key and generation.
 
-``ArtifactStore`` is the contract; ``DiskStore`` keeps each artifact in
-``<root>/<key>/<generation>/``. A generation is published once and never changed: it appears whole
-through a rename, and a second publisher of the same generation is told so. Numbers are not reused,
-not even after a quarantine.
+``ArtifactStore`` is the contract; ``disk_store`` keeps it in a folder, ``object_store`` in an S3
+bucket. A generation is published once and never changed: it appears whole, and a second publisher
+of the same generation is told so. Numbers are not reused, not even after a quarantine.
 """
 
-import os
-import shutil
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from precast.errors import ArtifactRejected, GraphNotFound
-from precast.graphs.artifact import (
-    GRAPH_FILE,
-    MANIFEST_FILE,
-    MAX_MANIFEST_BYTES,
-    SIGNATURE_FILE,
-    Manifest,
-    check_graph_file,
-    decode_manifest,
-)
+from precast.errors import ConfigError, GraphNotFound
+from precast.graphs.artifact import Manifest
 from precast.graphs.key import is_key
-from precast.graphs.scratch import scratch_folder, sweep
-from precast.graphs.signing import MAX_SIGNATURE_FILE_BYTES, Signature
+from precast.graphs.signing import Signature
 
-TEMPORARY: Final = ".tmp"
-QUARANTINE: Final = ".quarantine"
-REASON_FILE: Final = "reason.txt"
-MAX_QUARANTINED: Final = 32
-NOTE_FILE: Final = "lifecycle.json"
+MAX_PUT_ASIDE: Final = 32
 MAX_NOTE_BYTES: Final = 256 << 10
+MAX_REASON_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +31,18 @@ class StoredArtifact:
     graph_path: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """One published artifact, as ``ArtifactStore.holdings`` counts it."""
+
+    key: str
+    generation: int
+    size: int
+    """Bytes."""
+    used_at: float
+    """Unix seconds of its publication or last ``touch``."""
+
+
 class GenerationExists(Exception):
     """Another publisher was first. Not an error to a user: the work is done."""
 
@@ -56,11 +51,27 @@ class ArtifactStore(ABC):
     """Artifacts by key and generation.
 
     Every method may be called from several processes at once. ``key`` is checked by each method:
-    what isn't a key raises ``GraphNotFound`` and never becomes a path.
+    what isn't a key raises ``GraphNotFound`` and never becomes a path. Methods read, write and hash
+    files, some over a network: where an event loop must not wait, call them in a thread. Each ends
+    within a deadline; a store that can't be reached raises ``StoreUnavailable``.
     """
 
+    @property
     @abstractmethod
-    def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> StoredArtifact:
+    def location(self) -> str:
+        """Where it is, for messages."""
+
+    @property
+    @abstractmethod
+    def temporary(self) -> Path:
+        """A local folder for files on their way in; what the dead left there is swept."""
+
+    @abstractmethod
+    def sweep(self) -> int:
+        """Remove what killed publishers left behind; the number of leftovers."""
+
+    @abstractmethod
+    def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> None:
         """Make an artifact visible, whole and durable, copying ``graph``.
 
         Raises ``GenerationExists``, or ``ArtifactRejected`` if graph and manifest don't match.
@@ -74,6 +85,11 @@ class ArtifactStore(ABC):
         """
 
     @abstractmethod
+    def read_back(self, key: str, generation: int) -> tuple[bytes, Signature]:
+        """Manifest and signature of an artifact, after its digest was compared with every byte
+        that the store has: not with a copy. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
+
+    @abstractmethod
     def generations(self, key: str) -> list[int]:
         """Published generations, ascending; empty for an unknown key."""
 
@@ -84,6 +100,18 @@ class ArtifactStore(ABC):
     @abstractmethod
     def published_keys(self) -> list[str]:
         """Keys that have a published generation."""
+
+    @abstractmethod
+    def holdings(self) -> list[Holding]:
+        """Every published artifact, with its size and last use."""
+
+    @abstractmethod
+    def touch(self, key: str, generation: int) -> None:
+        """Note that an artifact is used now. No error if it is gone."""
+
+    @abstractmethod
+    def remove(self, key: str, generation: int) -> None:
+        """Delete an artifact. No error if it is gone; whoever has its file open keeps it."""
 
     @abstractmethod
     def read_note(self, key: str) -> bytes | None:
@@ -102,175 +130,31 @@ class ArtifactStore(ABC):
         """Take an artifact out of service and keep it aside for a look. No error if it is gone."""
 
 
-class DiskStore(ArtifactStore):
-    """Artifacts in a folder of a local or shared file system with atomic renames."""
+def open_store(folder: Path, url: str | None) -> ArtifactStore:
+    """The store in ``folder``, or the one at ``url`` with its local copies there.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        root.mkdir(parents=True, exist_ok=True)
+    Raises ``ConfigError`` if it can't be used.
+    """
+    if url is None:
+        from precast.graphs.disk_store import DiskStore
 
-    def sweep(self) -> int:
-        """Remove what killed publishers left behind."""
-        return sweep(self.root / TEMPORARY)
-
-    def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> StoredArtifact:
-        manifest = decode_manifest(manifest_bytes)
-        check_graph_file(graph, manifest)
-        with scratch_folder(self.root / TEMPORARY, manifest.key) as scratch:
-            folder = scratch / str(manifest.generation)
-            folder.mkdir()
-            shutil.copyfile(graph, folder / GRAPH_FILE)
-            (folder / MANIFEST_FILE).write_bytes(manifest_bytes)
-            (folder / SIGNATURE_FILE).write_bytes(signature.encode())
-            _sync_tree(folder)
-            self._rename(folder, manifest)
-        return self.open(manifest.key, manifest.generation)
-
-    def open(self, key: str, generation: int = 0) -> StoredArtifact:
-        number = generation or max(self.generations(key), default=0)
-        folder = self._folder(key, number)
-        if number <= 0 or not _is_inside(folder, self.root):
-            raise GraphNotFound(f"no artifact of graph {key[:64]!r}, generation {generation}")
-        raw = _read_bounded(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
-        signature = Signature.decode(
-            _read_bounded(folder / SIGNATURE_FILE, MAX_SIGNATURE_FILE_BYTES)
-        )
-        manifest = decode_manifest(raw)
-        if (manifest.key, manifest.generation) != (key, number):
-            raise ArtifactRejected(f"manifest of {key}/{number} is that of another artifact")
-        check_graph_file(folder / GRAPH_FILE, manifest)
-        return StoredArtifact(
-            manifest=manifest,
-            manifest_bytes=raw,
-            signature=signature,
-            graph_path=folder / GRAPH_FILE,
-        )
-
-    def generations(self, key: str) -> list[int]:
-        return sorted(_numbers(self._key_folder(key)))
-
-    def last_generation(self, key: str) -> int:
-        return max([*self.generations(key), *self.put_aside(key)], default=0)
-
-    def published_keys(self) -> list[str]:
-        return sorted(name for name in _names(self.root) if is_key(name) and self.generations(name))
-
-    def read_note(self, key: str) -> bytes | None:
-        path = self._key_folder(key) / NOTE_FILE
-        return _read_bounded(path, MAX_NOTE_BYTES) if path.exists() else None
-
-    def write_note(self, key: str, note: bytes) -> None:
-        folder = self._key_folder(key)
-        folder.mkdir(exist_ok=True)
-        with scratch_folder(self.root / TEMPORARY, key) as scratch:
-            (scratch / NOTE_FILE).write_bytes(note)
-            _sync(scratch / NOTE_FILE)
-            (scratch / NOTE_FILE).replace(folder / NOTE_FILE)
-        _sync(folder)
-
-    def put_aside(self, key: str) -> dict[int, str]:
-        folder = self.root / QUARANTINE
-        wanted = f"{self._key_folder(key).name}."
-        names = [name for name in _names(folder) if name.startswith(wanted)]
-        return {int(name.split(".")[1]): _reason(folder / name) for name in names}
-
-    def keys_put_aside(self) -> set[str]:
-        """Keys of which ``put_aside`` knows a generation."""
-        return {name.split(".")[0] for name in _names(self.root / QUARANTINE)}
-
-    def quarantine(self, key: str, generation: int, reason: str) -> None:
-        aside = self.root / QUARANTINE
-        aside.mkdir(exist_ok=True)
-        target = aside / f"{key}.{generation}.{time.time_ns()}"
         try:
-            self._folder(key, generation).rename(target)
-        except FileNotFoundError:
-            return
-        (target / REASON_FILE).write_text(reason[:4096] + "\n")
-        _drop_oldest(aside, MAX_QUARANTINED)
-
-    def prune(self, key: str, keep: int, spare: Collection[int] = ()) -> None:
-        """Remove all but the newest ``keep`` generations and those to ``spare``."""
-        for number in self.generations(key)[:-keep]:
-            if number not in spare:
-                self.remove(key, number)
-
-    def remove(self, key: str, generation: int) -> None:
-        """Delete an artifact. No error if it is gone; whoever has its file open keeps it."""
-        shutil.rmtree(self._folder(key, generation), ignore_errors=True)
-
-    def _key_folder(self, key: str) -> Path:
-        if not is_key(key):
-            raise GraphNotFound(f"{key[:64]!r} is no graph key (32 hex digits)")
-        return self.root / key
-
-    def _folder(self, key: str, generation: int) -> Path:
-        return self._key_folder(key) / str(generation)
-
-    def _rename(self, folder: Path, manifest: Manifest) -> None:
-        target = self._folder(manifest.key, manifest.generation)
-        target.parent.mkdir(exist_ok=True)
-        try:
-            # rename(2) replaces a folder only if it is empty, so a published one is safe
-            folder.rename(target)
+            return DiskStore(folder)
         except OSError as error:
-            if target.is_dir():
-                raise GenerationExists(f"{manifest.key}/{manifest.generation}") from None
-            raise error
-        _sync(target.parent)
-        _sync(self.root)
+            raise ConfigError(f"store_dir {folder}: {error.strerror}") from None
+    from precast.graphs.object_store import connect  # loads a native library
+
+    return connect(url, folder)
 
 
-def _names(folder: Path) -> Iterator[str]:
-    try:
-        yield from [path.name for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return
+def check_key(key: str) -> str:
+    """Raises ``GraphNotFound`` for what must not become a part of a path."""
+    if not is_key(key):
+        raise GraphNotFound(f"{key[:64]!r} is no graph key (32 hex digits)")
+    return key
 
 
-def _reason(folder: Path) -> str:
-    """Why a folder was put aside; "" if its maker was killed before it could write that."""
-    try:
-        return (folder / REASON_FILE).read_text().strip()
-    except OSError:
-        return ""
-
-
-def _numbers(folder: Path) -> Iterator[int]:
-    """Names that are generation numbers as ``publish`` writes them: "7", not "07"."""
-    plain = (name for name in _names(folder) if name.isascii() and name.isdecimal())
-    return (int(name) for name in plain if not name.startswith("0"))
-
-
-def _is_inside(folder: Path, root: Path) -> bool:
-    """A folder that really lies under ``root``, not one that a symbolic link leads to."""
-    return folder.is_dir() and folder.resolve().is_relative_to(root.resolve())
-
-
-def _read_bounded(path: Path, limit: int) -> bytes:
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactRejected(f"{path.name} of {path.parent.parent.name} is missing")
-    with path.open("rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise ArtifactRejected(f"{path.name} of {path.parent.parent.name} exceeds {limit} bytes")
-    return raw
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _drop_oldest(folder: Path, keep: int) -> None:
-    paths = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    for path in paths[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+def number_of(name: str) -> int:
+    """The generation of which this is the name: "7", not "07"; 0: of none."""
+    plain = name.isascii() and name.isdecimal() and not name.startswith("0")
+    return int(name) if plain else 0

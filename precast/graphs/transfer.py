@@ -6,7 +6,7 @@ or not at all, and nothing that was put aside or quarantined there. What was imp
 then on if it is the newest good generation: it has been verified, but no canary tries it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +20,7 @@ from precast.graphs.key import spec_part
 from precast.graphs.lifecycle import Lifecycle, Verdict, decode_lifecycle
 from precast.graphs.scratch import scratch_folder
 from precast.graphs.signing import TrustedKeys
-from precast.graphs.store import TEMPORARY, DiskStore, StoredArtifact
+from precast.graphs.store import ArtifactStore, StoredArtifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,11 @@ class Imported:
 
 
 def serving_artifacts(
-    store: DiskStore, trusted: TrustedKeys, *, model: str = "", batch_sizes: Collection[int] = ()
+    store: ArtifactStore,
+    trusted: TrustedKeys,
+    *,
+    model: str = "",
+    batch_sizes: Collection[int] = (),
 ) -> list[StoredArtifact]:
     """The generations that serve, verified; of all models and sizes where none is named.
 
@@ -41,17 +45,19 @@ def serving_artifacts(
     """
     found = []
     for key in store.published_keys():
-        generation = _lifecycle(store, key).serving(store.generations(key))
+        lifecycle = _lifecycle(store, key)
+        generation = lifecycle.serving(store.generations(key))
         artifact = store.open(key, generation) if generation else None
-        if artifact and _matches(artifact, model, batch_sizes):
+        if artifact and _matches(artifact, lifecycle.models, model, batch_sizes):
             trusted.verify(artifact.manifest_bytes, artifact.signature)
             found.append(artifact)
     if not found:
-        raise GraphNotFound(f"no graph to export in {store.root}" + (model and f" for {model!r}"))
+        wanted = f" for {model!r}" if model else ""
+        raise GraphNotFound(f"no graph to export{wanted} in {store.location}")
     return sorted(found, key=lambda artifact: (_batch_size(artifact), artifact.manifest.key))
 
 
-def import_into_store(file: BinaryIO, store: DiskStore, trusted: TrustedKeys) -> Imported:
+def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: TrustedKeys) -> Imported:
     """Publish a bundle's graphs in a compile worker's store. Raises ``ArtifactRejected``."""
 
     def is_present(graph: Unpacked) -> bool:
@@ -70,7 +76,7 @@ def import_into_store(file: BinaryIO, store: DiskStore, trusted: TrustedKeys) ->
     def publish(graph: Unpacked) -> None:
         store.publish(graph.manifest_bytes, graph.signature, graph.graph_path)
 
-    return _import(file, store.root / TEMPORARY, trusted, is_present, publish)
+    return _import(file, store.temporary, trusted, is_present, publish)
 
 
 def import_into_cache(file: BinaryIO, cache: GraphCache, trusted: TrustedKeys) -> Imported:
@@ -116,7 +122,7 @@ def _checked(graph: Unpacked, is_present: Callable[[Unpacked], bool]) -> bool:
         raise ArtifactRejected(f"graph {name}: {error}") from None
 
 
-def _lifecycle(store: DiskStore, key: str) -> Lifecycle:
+def _lifecycle(store: ArtifactStore, key: str) -> Lifecycle:
     note = store.read_note(key)
     try:
         return decode_lifecycle(note) if note is not None else Lifecycle()
@@ -124,8 +130,11 @@ def _lifecycle(store: DiskStore, key: str) -> Lifecycle:
         raise ArtifactRejected(f"note on the generations of {key}: {error}") from None
 
 
-def _matches(artifact: StoredArtifact, model: str, batch_sizes: Collection[int]) -> bool:
-    return model in ("", *artifact.manifest.models) and (
+def _matches(
+    artifact: StoredArtifact, models: Sequence[str], model: str, batch_sizes: Collection[int]
+) -> bool:
+    """``models``: those that asked for it after it was captured."""
+    return model in ("", *artifact.manifest.models, *models) and (
         not batch_sizes or _batch_size(artifact) in batch_sizes
     )
 

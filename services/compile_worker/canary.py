@@ -12,7 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from precast.errors import GraphNotFound, InvalidRequest, RegistryUnavailable
+from precast.errors import (
+    GraphNotFound,
+    InvalidRequest,
+    RegistryUnavailable,
+    StoreUnavailable,
+)
 from precast.graphs.bounds import EXACT_BOUND, QUANTIZED_BOUND
 from precast.graphs.lifecycle import Verdict
 from precast.log import get_logger
@@ -94,9 +99,12 @@ class Canaries:
         """Look after candidates until cancelled."""
         while True:
             for record in self.generations.index.records():
-                candidates = self._candidates(record)
-                if candidates:
-                    await self._tend(record, candidates)
+                try:
+                    candidates = await self._candidates(record)
+                    if candidates:
+                        await self._tend(record, candidates)
+                except StoreUnavailable as error:
+                    log.warning("canary not looked after", key=record.key, reason=str(error))
             await asyncio.sleep(POLL_S)
 
     async def report(self, key: str, trial: Trial) -> None:
@@ -112,19 +120,22 @@ class Canaries:
             raise InvalidRequest(f"{trial.worker_id[:128]} was not chosen to try graph {key}")
         await self.generations.index.put(changed(record, trial=trial))
 
-    def _candidates(self, record: GraphRecord) -> list[int]:
+    async def _candidates(self, record: GraphRecord) -> list[int]:
         """Those in our store, ascending; none while the graph is pinned."""
         if record.lifecycle.pin.generation:
             return []
         marked = record.lifecycle.having(Verdict.CANDIDATE)
-        there = self.generations.store.generations(record.key) if marked else []
+        if not marked:
+            return []
+        there = (await self.generations.standing(record.key)).there
         return [generation for generation in marked if generation in there]
 
     async def _tend(self, record: GraphRecord, candidates: list[int]) -> None:
         *older, candidate = candidates
         for generation in older:
             await self._mark(record.key, generation, Verdict.WITHDRAWN, "a newer one was captured")
-        if not self.policy.steps or not self.generations.serving(record.key):
+        serving = (await self.generations.standing(record.key)).serving
+        if not self.policy.steps or not serving:
             await self._promote(
                 record.key, candidate, "verified; there was nothing to try it against"
             )
@@ -183,8 +194,8 @@ class Canaries:
         await self._mark(key, generation, Verdict.GOOD, reason)
 
     async def _mark(self, key: str, generation: int, verdict: Verdict, reason: str) -> None:
-        lifecycle = self.generations.lifecycle(key).marked(generation, verdict, reason)
-        await self.generations.decide(key, lifecycle)
+        lifecycle = (await self.generations.standing(key)).lifecycle
+        await self.generations.decide(key, lifecycle.marked(generation, verdict, reason))
         for watched in [watched for watched in self._watches if watched[:2] == (key, generation)]:
             del self._watches[watched]
 

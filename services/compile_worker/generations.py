@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest
+from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest, StoreUnavailable
 from precast.graphs.artifact import Manifest
 from precast.graphs.lifecycle import (
     Lifecycle,
@@ -21,7 +21,7 @@ from precast.graphs.lifecycle import (
     previous,
 )
 from precast.graphs.signing import TrustedKeys
-from precast.graphs.store import DiskStore, StoredArtifact
+from precast.graphs.store import ArtifactStore, StoredArtifact
 from precast.log import get_logger
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.record import (
@@ -50,22 +50,38 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a key's generations stand."""
+
+    there: list[int]
+    """Published ones in the store, ascending."""
+    lifecycle: Lifecycle
+    """All that store and index know of them."""
+
+    @property
+    def serving(self) -> int:
+        """The generation that workers should run; 0: none."""
+        return self.lifecycle.serving(self.there)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generations:
     """Decisions on generations, over one store and index."""
 
-    store: DiskStore
+    store: ArtifactStore
     index: GraphIndex
     trusted: TrustedKeys
 
-    def lifecycle(self, key: str) -> Lifecycle:
-        """All that is known of a key's generations."""
+    def look(self, key: str) -> Standing:
+        """What store and index know of a key. Reads the store: not for an event loop."""
         record = self.index.get(key)
         noted = self._noted(key)
-        return noted.merged(record.lifecycle) if record else noted
+        lifecycle = noted.merged(record.lifecycle) if record else noted
+        return Standing(there=self.store.generations(key), lifecycle=lifecycle)
 
-    def serving(self, key: str) -> int:
-        """The generation that workers should run; 0: none."""
-        return self.lifecycle(key).serving(self.store.generations(key))
+    async def standing(self, key: str) -> Standing:
+        """``look`` in a thread."""
+        return await asyncio.to_thread(self.look, key)
 
     async def decide(self, key: str, lifecycle: Lifecycle) -> None:
         """Write a decision beside the artifacts, then tell everybody what serves now."""
@@ -82,9 +98,9 @@ class Generations:
     def nominate(self, key: str, generation: int) -> None:
         """Make a generation a candidate before it is published, unless another process has
         published and judged it already."""
-        lifecycle = self.lifecycle(key)
-        if generation not in lifecycle.marks and generation not in self.store.generations(key):
-            self.persist(key, lifecycle.marked(generation, Verdict.CANDIDATE))
+        now = self.look(key)
+        if generation not in now.lifecycle.marks and generation not in now.there:
+            self.persist(key, now.lifecycle.marked(generation, Verdict.CANDIDATE))
 
     def persist(self, key: str, lifecycle: Lifecycle) -> None:
         """Write down what the store's note doesn't know yet."""
@@ -96,12 +112,12 @@ class Generations:
     def listed(self, key: str) -> list[Generation]:
         """Every generation that is in the store or was taken out of service, newest first.
 
-        Raises ``GraphNotFound``.
+        Reads the store: not for an event loop. Raises ``GraphNotFound``.
         """
-        there, aside = self.store.generations(key), self.store.put_aside(key)
-        lifecycle, serving = self.lifecycle(key), self.serving(key)
+        now, aside = self.look(key), self.store.put_aside(key)
+        lifecycle, serving = now.lifecycle, now.serving
         quarantined = lifecycle.having(Verdict.QUARANTINED)
-        numbers = sorted({*there, *aside, *quarantined}, reverse=True)
+        numbers = sorted({*now.there, *aside, *quarantined}, reverse=True)
         if not numbers:
             raise GraphNotFound(f"no generation of graph {key[:64]!r}")
         return [
@@ -121,16 +137,17 @@ class Generations:
 
         Returns its number. Raises ``GraphNotFound`` or ``InvalidRequest``.
         """
-        lifecycle, there = self.lifecycle(key), self.store.generations(key)
+        now = await self.standing(key)
+        lifecycle = now.lifecycle
         if lifecycle.pin.generation:
             raise InvalidRequest(
                 f"graph {key} is pinned to generation {lifecycle.pin.generation}; unpin it first"
             )
-        target = to or previous(lifecycle, there)
+        target = to or previous(lifecycle, now.there)
         if not target:
             raise InvalidRequest(f"graph {key} has no earlier generation to go back to")
-        self._check_servable(key, target, lifecycle)
-        for number in there:
+        _check_servable(key, target, now)
+        for number in now.there:
             if number > target and lifecycle.verdict(number) is not Verdict.QUARANTINED:
                 reason = f"rolled back to generation {target} by hand"
                 lifecycle = lifecycle.marked(number, Verdict.WITHDRAWN, reason)
@@ -141,24 +158,28 @@ class Generations:
     async def pin(self, key: str, generation: int) -> None:
         """Fix the serving generation; 0 frees it. Raises ``GraphNotFound`` or
         ``InvalidRequest``."""
-        lifecycle = self.lifecycle(key)
+        now = await self.standing(key)
         if generation:
-            self._check_servable(key, generation, lifecycle)
-        elif not self.store.generations(key):
+            _check_servable(key, generation, now)
+        elif not now.there:
             raise GraphNotFound(f"no generation of graph {key[:64]!r}")
-        await self.decide(key, lifecycle.pinned(generation))
+        await self.decide(key, now.lifecycle.pinned(generation))
 
     async def follow(self) -> None:
         """Take over what other compile workers decide of generations, until cancelled."""
         with self.index.changes.subscribe() as changes:
             while True:
-                await self._take_over(await changes.next())
+                record = await changes.next()
+                try:
+                    await self._take_over(record)
+                except StoreUnavailable as error:
+                    log.warning("not taken over", key=record.key, reason=str(error))
 
     async def refresh(self, key: str) -> None:
         """Tell everybody which generation serves now."""
         record = await self.record(key)
         known = self.index.get(key)
-        lifecycle = self.lifecycle(key)
+        lifecycle = (await self.standing(key)).lifecycle
         if record is None and known and lifecycle != known.lifecycle:
             record = _barred(known, lifecycle)
         if record:
@@ -166,33 +187,33 @@ class Generations:
 
     async def quarantine(self, key: str, generation: int, reason: str) -> None:
         """Take a generation out of service everywhere and for good."""
-        lifecycle = self.lifecycle(key)
+        lifecycle = (await self.standing(key)).lifecycle
         if lifecycle.verdict(generation) is not Verdict.QUARANTINED:
             log.error("graph quarantined", key=key, generation=generation, reason=reason)
             await self.decide(key, lifecycle.marked(generation, Verdict.QUARANTINED, reason))
 
     async def crashed(self, key: str, generation: int, reason: str) -> None:
         """Quarantine a generation that crashed a worker. Raises ``GraphNotFound``."""
-        known = self.index.get(key) is not None or generation in self.store.generations(key)
+        known = self.index.get(key) is not None or generation in (await self.standing(key)).there
         if not known or generation < 1:
             raise GraphNotFound(f"no graph {key[:64]!r}, generation {generation}")
         await self.quarantine(key, generation, reason)
 
     async def _take_over(self, record: GraphRecord) -> None:
         """Write down a decision that came through the index, and act upon it."""
-        there = self.store.generations(record.key)
-        if there:
+        now = await self.standing(record.key)
+        if now.there:
             await asyncio.to_thread(self.persist, record.key, record.lifecycle)
         # what serves may lie in another worker's store: then it is not ours to say
-        ours = record.generation in there or not record.generation
-        if there and ours and self.serving(record.key) != record.generation:
+        ours = record.generation in now.there or not record.generation
+        if now.there and ours and now.serving != record.generation:
             await self.refresh(record.key)
 
     async def record(self, key: str) -> GraphRecord | None:
         """The record of the generation that serves, its files checked; damaged ones are put
         aside."""
-        while number := self.serving(key):
-            lifecycle = self.lifecycle(key)
+        while number := (now := await self.standing(key)).serving:
+            lifecycle = now.lifecycle
             record = self.index.get(key)
             if record and record.generation == number:
                 same = record.lifecycle == lifecycle
@@ -210,11 +231,12 @@ class Generations:
     async def barred(self, key: str) -> GraphRecord | None:
         """The record of a graph that the index doesn't know, all of whose generations are out of
         service."""
-        lifecycle = self.lifecycle(key)
-        if not lifecycle.marks or not self.store.generations(key):
+        now = await self.standing(key)
+        lifecycle = now.lifecycle
+        if not lifecycle.marks or not now.there:
             return None
         try:
-            artifact = await asyncio.to_thread(self.open, key, self.store.generations(key)[-1])
+            artifact = await asyncio.to_thread(self.open, key, now.there[-1])
         except (GraphNotFound, ArtifactRejected):
             return None
         return _barred(published_record(artifact.manifest, None, lifecycle), lifecycle)
@@ -230,16 +252,6 @@ class Generations:
             self.trusted.verify(artifact.manifest_bytes, artifact.signature)
         return artifact
 
-    def _check_servable(self, key: str, generation: int, lifecycle: Lifecycle) -> None:
-        if lifecycle.verdict(generation) is Verdict.QUARANTINED:
-            raise InvalidRequest(
-                f"generation {generation} of graph {key} is quarantined: "
-                f"{lifecycle.reason(generation)}"
-            )
-        if generation not in self.store.generations(key):
-            known = ", ".join(map(str, self.store.generations(key))) or "none"
-            raise GraphNotFound(f"graph {key} has no generation {generation} (there are: {known})")
-
     def _noted(self, key: str) -> Lifecycle:
         try:
             raw = self.store.read_note(key)
@@ -247,6 +259,17 @@ class Generations:
         except (msgspec.DecodeError, ArtifactRejected, OSError) as error:
             log.error("note on generations can't be read", key=key, reason=str(error))
             return Lifecycle()
+
+
+def _check_servable(key: str, generation: int, now: Standing) -> None:
+    if now.lifecycle.verdict(generation) is Verdict.QUARANTINED:
+        raise InvalidRequest(
+            f"generation {generation} of graph {key} is quarantined: "
+            f"{now.lifecycle.reason(generation)}"
+        )
+    if generation not in now.there:
+        known = ", ".join(map(str, now.there)) or "none"
+        raise GraphNotFound(f"graph {key} has no generation {generation} (there are: {known})")
 
 
 def _barred(record: GraphRecord, lifecycle: Lifecycle) -> GraphRecord:

@@ -21,7 +21,7 @@ from precast.graphs.artifact import Manifest, encode_manifest, file_digest
 from precast.graphs.key import graph_key, parse_spec, spec_part
 from precast.graphs.lifecycle import Verdict
 from precast.graphs.signing import Signer
-from precast.graphs.store import DiskStore, GenerationExists, StoredArtifact
+from precast.graphs.store import ArtifactStore, GenerationExists, StoredArtifact
 from precast.job import Job, Stage, new_job
 from precast.jobs import CaptureQueue
 from precast.log import get_logger
@@ -45,7 +45,7 @@ MAX_MODEL_LABEL: Final = 128
 class Graphs:
     """The parts that have to do with graphs, and what to do with them."""
 
-    store: DiskStore
+    store: ArtifactStore
     index: GraphIndex
     queue: CaptureQueue
     generations: Generations
@@ -60,7 +60,7 @@ class Graphs:
 
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
-        for key in self.store.published_keys():
+        for key in await asyncio.to_thread(self.store.published_keys):
             record = await self.generations.record(key) or await self.generations.barred(key)
             if record:
                 self.index.restore(record)
@@ -87,7 +87,7 @@ class Graphs:
         """
         for _ in range(ENDING_POLLS):
             job = await self._enqueue(record)
-            ending = job.generation <= self.store.last_generation(record.key)
+            ending = job.generation <= await self.last_generation(record.key)
             if not ending and (record.phase is not Phase.FAILED or not job.started_at):
                 break
             await asyncio.sleep(ENDING_POLL_S)
@@ -101,8 +101,9 @@ class Graphs:
         A damaged one is put aside and queued for capture again. Raises ``GraphNotFound``, or
         ``ArtifactRejected`` for the damaged one.
         """
-        number = generation or self.generations.serving(key)
-        lifecycle = self.generations.lifecycle(key)
+        now = await self.generations.standing(key)
+        number = generation or now.serving
+        lifecycle = now.lifecycle
         if lifecycle.verdict(number) is Verdict.QUARANTINED:
             raise GraphNotFound(
                 f"generation {number} of graph {key} is quarantined: {lifecycle.reason(number)}"
@@ -140,6 +141,10 @@ class Graphs:
         stays."""
         await asyncio.to_thread(self._publish, job, report, graph)
         await self.generations.refresh(job.key)
+
+    async def last_generation(self, key: str) -> int:
+        """The highest number that the store has used; 0: none."""
+        return await asyncio.to_thread(self.store.last_generation, key)
 
     def buildable(self, record: GraphRecord) -> bool:
         """Whether this worker's tool chain is the one that the key was made for."""
@@ -179,7 +184,7 @@ class Graphs:
 
     async def _enqueue(self, record: GraphRecord) -> Job:
         marked = max(record.lifecycle.marks, default=0)
-        last = max(self.store.last_generation(record.key), record.generation, marked)
+        last = max(await self.last_generation(record.key), record.generation, marked)
         job = new_job(
             record.key,
             record.factors,
@@ -235,12 +240,17 @@ class Graphs:
                 compiler=self.build.get("compiler", ""),
             )
         )
-        if self.canary and self.generations.serving(job.key):
+        if self.canary and self.generations.look(job.key).serving:
             self.generations.nominate(job.key, job.generation)
         try:
             self.store.publish(manifest, self.signer.sign(manifest), graph)
         except GenerationExists:
             log.warning("published by another process first", key=job.key)
-        lifecycle = self.generations.lifecycle(job.key)
-        spare = {self.generations.serving(job.key), lifecycle.pin.generation}
-        self.store.prune(job.key, KEEP_GENERATIONS, spare)
+        self._prune(job.key)
+
+    def _prune(self, key: str) -> None:
+        """Remove all but the newest generations, the one that serves and a pinned one."""
+        now = self.generations.look(key)
+        for number in now.there[:-KEEP_GENERATIONS]:
+            if number not in (now.serving, now.lifecycle.pin.generation):
+                self.store.remove(key, number)

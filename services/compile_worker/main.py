@@ -18,7 +18,7 @@ from precast.graphs import targets
 from precast.graphs.key import build_digest
 from precast.graphs.scratch import sweep
 from precast.graphs.signing import TrustedKeys, load_or_create_signer
-from precast.graphs.store import DiskStore
+from precast.graphs.store import open_store
 from precast.jobs import CaptureQueue
 from precast.registry import CompileLease, Heartbeat, Registry
 from precast.rpc import Server, start_server
@@ -102,10 +102,7 @@ async def _open_graphs(
         build = dict(await asyncio.to_thread(program.build_factors))
     except CaptureFailed as error:
         raise ConfigError(str(error)) from None
-    try:
-        store = DiskStore(settings.store_dir)
-    except OSError as error:
-        raise ConfigError(f"store_dir {settings.store_dir}: {error.strerror}") from None
+    store = await asyncio.to_thread(open_store, settings.store_dir, settings.store_url)
     index = GraphIndex(registry.redis)
     queue = CaptureQueue(registry.redis, build_digest(build), max_queued=settings.max_queued)
     graphs = Graphs(
@@ -120,7 +117,7 @@ async def _open_graphs(
         isa_targets=tuple(settings.isa_targets),
         canary=settings.canary_steps > 0,
     )
-    swept = store.sweep() + sweep(settings.home / CAPTURES)
+    swept = await asyncio.to_thread(store.sweep) + sweep(settings.home / CAPTURES)
     if swept:
         log.warning("leftovers of killed processes removed", folders=swept)
     try:

@@ -153,7 +153,7 @@ async def _step(
     ]
     item.told += [stage for stage in _stages_of(item.job) if stage not in item.told]
     if item.job.stage is Stage.PUBLISHED:
-        news += _after_publication(item, graphs, leases, adoption_s)
+        news += await _after_publication(item, graphs, leases, adoption_s)
     elif item.job.stage.ended:
         item.done = True
     return news
@@ -178,19 +178,20 @@ def _stages_of(job: Job) -> list[Stage]:
     return [Stage.QUEUED, *begun, job.stage]
 
 
-def _after_publication(
+async def _after_publication(
     item: _Followed, graphs: Graphs, leases: list[DecodeLease] | None, adoption_s: float
 ) -> list[Progress]:
     """What becomes of a new generation: its canary, then adoption or the way back."""
     key, generation = item.job.key, item.job.generation
-    lifecycle = graphs.generations.lifecycle(key)
+    now = await graphs.generations.standing(key)
+    lifecycle = now.lifecycle
     verdict, pinned = lifecycle.verdict(generation), lifecycle.pin.generation
     news = _canary(item, graphs.index.get(key))
     if verdict in (Verdict.QUARANTINED, Verdict.WITHDRAWN):
         item.done = True
         reason = lifecycle.reason(generation)
         return [*news, Progress(job=item.job, stage=After.ROLLED_BACK, detail=reason)]
-    if pinned and graphs.generations.serving(key) != generation:
+    if pinned and now.serving != generation:
         item.done = True
         detail = f"pinned to generation {pinned}"
         return [*news, Progress(job=item.job, stage=Stage.PUBLISHED, detail=detail)]

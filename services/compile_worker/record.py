@@ -70,7 +70,8 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     def with_model(self, model: str) -> "GraphRecord":
         if not model or model in self.models:
             return self
-        return changed(self, models=tuple(sorted((*self.models, model))))
+        models = tuple(sorted((*self.models, model)))
+        return changed(self, models=models, lifecycle=self.lifecycle.labelled(model))
 
 
 def changed(record: GraphRecord, **changes: object) -> GraphRecord:
@@ -90,7 +91,7 @@ def published_record(
     manifest: Manifest, previous: GraphRecord | None, lifecycle: Lifecycle
 ) -> GraphRecord:
     """The record of the artifact that serves; labels add up, failures are forgotten."""
-    models = {*manifest.models, *(previous.models if previous else ())}
+    models = {*manifest.models, *lifecycle.models, *(previous.models if previous else ())}
     base = previous or GraphRecord(key=manifest.key, phase=Phase.PUBLISHED, factors={})
     return changed(
         base,

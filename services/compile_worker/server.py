@@ -176,7 +176,7 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
             generation_message(
                 generation, await asyncio.to_thread(known.manifest, request.key, generation.number)
             )
-            for generation in known.listed(request.key)
+            for generation in await asyncio.to_thread(known.listed, request.key)
         ]
         return admin_pb.ListGenerationsResponse(generations=messages)
 
@@ -198,8 +198,8 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
         self, request: admin_pb.UnpinGenerationRequest, context: Any
     ) -> admin_pb.UnpinGenerationResponse:
         await self._graphs.generations.pin(request.key, 0)
-        serving = self._graphs.generations.serving(request.key)
-        return admin_pb.UnpinGenerationResponse(generation=serving)
+        now = await self._graphs.generations.standing(request.key)
+        return admin_pb.UnpinGenerationResponse(generation=now.serving)
 
     async def _until_ended(self, job: Job) -> Job:
         """The job once its capture has been killed, or as it is when that takes too long."""

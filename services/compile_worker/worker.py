@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from precast.errors import CaptureFailed, PrecastError, RegistryUnavailable
+from precast.errors import CaptureFailed, PrecastError, RegistryUnavailable, StoreUnavailable
 from precast.graphs.artifact import GRAPH_FILE
 from precast.graphs.key import spec_part
 from precast.graphs.scratch import scratch_folder
@@ -99,7 +99,10 @@ class Worker:
         held = Held(claim, self.queue, self.consumer)
         started = time.monotonic()
         with self.metrics.capturing.track_inprogress():
-            await self._work(held)
+            try:
+                await self._work(held)
+            except StoreUnavailable as error:
+                await self._end(held, Stage.FAILED, str(error))
         outcome = held.claim.job.stage if held.hold is not Hold.LOST else "lost"
         seconds = time.monotonic() - started
         self.metrics.captures.labels(str(outcome)).inc()
@@ -117,7 +120,7 @@ class Worker:
     async def _work(self, held: Held) -> None:
         """Bring a job to its end, or give it up where it was lost."""
         job = held.claim.job
-        if self.graphs.store.last_generation(job.key) >= job.generation:
+        if await self.graphs.last_generation(job.key) >= job.generation:
             await self.graphs.generations.refresh(job.key)
             await self._end(held, Stage.PUBLISHED, "was published already")
         elif job.attempts > MAX_ATTEMPTS:

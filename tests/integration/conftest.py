@@ -1,5 +1,6 @@
 """Fixtures of the integration tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from precast.decode.v1 import decode_service_pb2 as pb
 from tests.support.capture import run_capture
 from tests.support.decode_worker import decode_worker
 from tests.support.models import write_model
+from tests.support.s3_server import S3Server, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,12 @@ def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_capture(wanted.factors, home)
     assert done.returncode == 0, done.stderr
     return home / "graph.pt2"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server that this process and its children find in their environment."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running

@@ -13,9 +13,9 @@ import pytest
 
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.errors import ArtifactRejected
+from precast.graphs.disk_store import QUARANTINE, DiskStore
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
-from precast.graphs.store import QUARANTINE, DiskStore
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.redis_server import free_port
 from precast.registry import DecodeLease, LoadedGraphRecord, Registry

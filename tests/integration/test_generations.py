@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from precast.graphs.store import DiskStore
+from precast.graphs.disk_store import DiskStore
 from precast.redis_server import start_redis
 from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from precast.errors import ArtifactRejected, GraphNotFound, PrecastError
+from precast.graphs.disk_store import DiskStore
 from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.store import DiskStore
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
 from precast.rpc import Service, open_channel, start_server

@@ -12,9 +12,9 @@ import pytest
 
 from precast.errors import ArtifactRejected, GraphNotFound
 from precast.graphs.bundle import MAX_GRAPHS, write_bundle
+from precast.graphs.disk_store import DiskStore
 from precast.graphs.fetch import GraphCache
 from precast.graphs.lifecycle import Lifecycle, Verdict, encode_lifecycle
-from precast.graphs.store import DiskStore
 from precast.graphs.transfer import import_into_cache, import_into_store, serving_artifacts
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed, trust
 from tests.support.compile_worker import FACTORS
@@ -88,6 +88,9 @@ def test_model_and_sizes_choose(store: DiskStore) -> None:
 
     assert sizes(model="tiny") == ["1", "2", "4"]
     assert sizes(batch_sizes=[1, 4]) == ["1", "4"]
+    first = serving_artifacts(store, trust(SIGNER))[0].manifest.key
+    store.write_note(first, encode_lifecycle(Lifecycle().labelled("later")))
+    assert sizes(model="later") == ["1"]
     with pytest.raises(GraphNotFound, match="for 'other'"):
         sizes(model="other")
 

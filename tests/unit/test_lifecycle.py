@@ -19,7 +19,10 @@ marks = st.builds(
     Mark, verdict=st.sampled_from(Verdict), reason=st.sampled_from("ab"), at=st.integers(0, 3)
 )
 pins = st.builds(Pin, generation=st.integers(0, 3), at=st.integers(0, 3))
-lifecycles = st.builds(Lifecycle, marks=st.dictionaries(st.integers(1, 4), marks), pin=pins)
+models = st.sets(st.sampled_from("abc")).map(lambda names: tuple(sorted(names)))
+lifecycles = st.builds(
+    Lifecycle, marks=st.dictionaries(st.integers(1, 4), marks), pin=pins, models=models
+)
 
 
 @given(lifecycles, lifecycles, lifecycles)

@@ -1,0 +1,149 @@
+"""What Redis loses comes back out of the store, on disk or in a bucket."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from precast.admin.v1 import admin_service_pb2 as admin_pb
+from precast.graphs.fetch import GraphCache, fetch_graph
+from precast.graphs.signing import TrustedKeys
+from precast.graphs.v1 import graphs_service_pb2 as pb
+from services.compile_worker.index import HASH
+from tests.support.compile_worker import (
+    FACTORS,
+    Client,
+    compile_worker,
+    connect,
+    starts,
+    wait_until,
+)
+from tests.support.s3_server import S3Server
+
+pytestmark = pytest.mark.asyncio
+PUBLISHED = pb.GRAPH_PHASE_PUBLISHED
+SPECS = [{**FACTORS, "batch_size": str(size)} for size in (1, 2, 4)]
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Settings of a store."""
+    if request.param == "disk":
+        return {}
+    return {"store_url": request.getfixturevalue("s3").new_store()}
+
+
+def empty(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+
+
+def rows(redis_url: str) -> int:
+    with redis.Redis.from_url(redis_url) as client:
+        return int(client.execute_command("HLEN", HASH))
+
+
+async def until_known(redis_url: str, count: int) -> None:
+    await asyncio.to_thread(wait_until, lambda: rows(redis_url) == count)
+
+
+async def listed(client: Client) -> dict[str, Any]:
+    """What the index says of each graph, but for the time of its last change."""
+    answer = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)
+    return {
+        graph.key: (graph.phase, graph.generation, graph.published_at_s, sorted(graph.models))
+        for graph in answer.graphs
+    }
+
+
+async def generations(client: Client, key: str) -> list[Any]:
+    request = admin_pb.ListGenerationsRequest(key=key)
+    answer = await client.admin.ListGenerations(request, timeout=5)
+    return [(each.generation, each.state, each.pinned, each.reason) for each in answer.generations]
+
+
+async def recompiled(client: Client, key: str) -> None:
+    request = admin_pb.RecompileRequest(keys=[key], adoption_deadline_s=1)
+    async for _ in client.admin.Recompile(request, timeout=30):
+        pass
+
+
+async def test_emptied_redis_is_filled_again(
+    store: dict[str, str], tmp_path: Path, redis_url: str
+) -> None:
+    """While the worker runs, and when it is started on an empty Redis: graphs, the models that
+    asked for them, and all decisions on generations."""
+    home, ledger = tmp_path / "home", tmp_path / "ledger"
+    settings = {"canary_steps": 0, **store}
+    with compile_worker(home, redis_url, ledger, **settings) as worker:
+        async with connect(worker) as client:
+            keys = [state.key for state in await client.request(*SPECS, model="first")]
+            await client.until(keys, PUBLISHED)
+            await client.request(SPECS[0], SPECS[1], model="second")
+            for key in keys[:2]:
+                await recompiled(client, key)
+            rollback = admin_pb.RollBackGraphRequest(key=keys[0])
+            await client.admin.RollBackGraph(rollback, timeout=5)
+            pin = admin_pb.PinGenerationRequest(key=keys[1], generation=1)
+            await client.admin.PinGeneration(pin, timeout=5)
+            crash = pb.ReportCrashRequest(
+                worker_id="w", key=keys[2], generation=1, signal="SIGSEGV"
+            )
+            await client.graphs.ReportCrash(crash, timeout=5)
+            known = await listed(client)
+            decided = [await generations(client, key) for key in keys]
+            assert [(known[key][1], known[key][3]) for key in keys] == [
+                (1, ["first", "second"]),
+                (1, ["first", "second"]),
+                (0, ["first"]),
+            ]
+            empty(redis_url)
+            await until_known(redis_url, len(keys))
+            assert await listed(client) == known
+        worker.kill()
+    empty(redis_url)
+    with compile_worker(home, redis_url, ledger, **settings) as worker:
+        async with connect(worker) as client:
+            await until_known(redis_url, len(keys))
+            again = await listed(client)
+            assert [generation[1:] for generation in again.values()] == [
+                generation[1:] for generation in known.values()
+            ]
+            assert again == known
+            assert [await generations(client, key) for key in keys] == decided
+    assert len(starts(ledger)) == len(SPECS) + 2
+
+
+async def test_worker_without_anything_of_its_own_serves_from_the_bucket(
+    s3: S3Server, tmp_path: Path, redis_url: str
+) -> None:
+    """Two workers on two machines fill a bucket, each graph once. Then both machines are lost."""
+    settings = {"store_url": s3.new_store()}
+    ledger, trusted = tmp_path / "ledger", tmp_path / "trusted"
+    shared = {**settings, "trusted_keys_dir": str(trusted)}
+    with (
+        compile_worker(tmp_path / "one", redis_url, ledger, **shared) as one,
+        compile_worker(tmp_path / "two", redis_url, ledger, **shared) as two,
+    ):
+        async with connect(one) as first, connect(two) as second:
+            states, others = await asyncio.gather(first.request(*SPECS), second.request(*SPECS))
+            keys = [state.key for state in states]
+            assert keys == [state.key for state in others]
+            await asyncio.gather(first.until(keys, PUBLISHED), second.until(keys, PUBLISHED))
+            for client, cache in ((first, tmp_path / "a"), (second, tmp_path / "b")):
+                await fetched(client, GraphCache(cache, TrustedKeys.load(trusted)), keys)
+        one.kill()
+        two.kill()
+    empty(redis_url)
+    with compile_worker(tmp_path / "three", redis_url, ledger, **shared) as three:
+        async with connect(three) as client:
+            assert set(await listed(client)) == set(keys)
+            await fetched(client, GraphCache(tmp_path / "c", TrustedKeys.load(trusted)), keys)
+    assert len(starts(ledger)) == len(SPECS)
+
+
+async def fetched(client: Client, cache: GraphCache, keys: list[str]) -> None:
+    for key, spec in zip(keys, SPECS, strict=True):
+        assert (await fetch_graph(client.graphs, cache, key, spec=spec)).manifest.key == key

@@ -1,0 +1,71 @@
+"""A real S3 server as a process: moto's, in memory."""
+
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from precast.redis_server import free_port
+from tests.support.compile_worker import wait_until
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    process: "subprocess.Popen[bytes]"
+    endpoint: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its clients need."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+        }
+
+    def new_store(self) -> str:
+        """The URL of an empty prefix in a bucket of its own."""
+        name = f"bucket-{next(_numbers)}"
+        self.call("PUT", name)
+        return f"s3://{name}/some/graphs"
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """An unsigned request: the server asks for no credentials."""
+        request = urllib.request.Request(f"{self.endpoint}/{path}", data=body, method=method)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bytes(answer.read())
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """An empty server; ended at the end."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (folder / "s3.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    server = S3Server(process=process, endpoint=f"http://127.0.0.1:{port}")
+    try:
+        wait_until(lambda: answers(server))
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(server: S3Server) -> bool:
+    try:
+        return bool(server.call("GET", "moto-api/"))
+    except OSError:
+        return False
