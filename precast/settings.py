@@ -111,6 +111,10 @@ class CompileWorkerSettings(CommonSettings):
     """Folder of the artifacts, or of copies where ``store_url`` says that they are elsewhere."""
     store_url: StoreUrl | None = None
     """s3://bucket/prefix to keep artifacts there; none: in ``store_dir``."""
+    store_max_mb: Count = 8192
+    """Most that artifacts may take; what nobody runs goes first."""
+    scrub_interval_s: Seconds = 21_600.0
+    """How often every artifact is read back and compared with its signature."""
     signing_key: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "keys" / "signing.key"
     )

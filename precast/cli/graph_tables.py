@@ -33,7 +33,7 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
         table.add_row(
             graph.key[:SHOWN_KEY],
             graph.factors.get("batch_size", ""),
-            phase(graph),
+            phase(graph) + (f", {len(graph.put_aside)} put aside" if graph.put_aside else ""),
             str(graph.generation or ""),
             f"{graph.step_us / 1000:.2f} ms" if graph.step_us else "",
             f"{graph.capture_s:.1f} s" if graph.capture_s else "",

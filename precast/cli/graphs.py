@@ -23,6 +23,7 @@ from precast.cli.graph_generations import (
     rollback,
     unpin_generation,
 )
+from precast.cli.graph_store import gc, scrub
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ app.command()(pin_generation)
 app.command()(unpin_generation)
 app.command()(export)
 app.command("import")(import_)
+app.command()(gc)
+app.command()(scrub)
 
 RECOMPILE_TIMEOUT_S: Final = 3600.0
 

@@ -14,12 +14,14 @@ from services.compile_worker.explain import Explanation
 from services.compile_worker.generations import Generation
 from services.compile_worker.recompile import After
 from services.compile_worker.record import GraphRecord, Phase, Trial
+from services.compile_worker.upkeep import Collected, Scrubbed
 
 PHASES: Final = {
     Phase.QUEUED: graphs_pb.GRAPH_PHASE_QUEUED,
     Phase.CAPTURING: graphs_pb.GRAPH_PHASE_CAPTURING,
     Phase.PUBLISHED: graphs_pb.GRAPH_PHASE_PUBLISHED,
     Phase.FAILED: graphs_pb.GRAPH_PHASE_FAILED,
+    Phase.REMOVED: graphs_pb.GRAPH_PHASE_REMOVED,
 }
 STAGES: Final[Mapping[Stage | After, admin_pb.RecompileStage.ValueType]] = {
     Stage.QUEUED: admin_pb.RECOMPILE_STAGE_QUEUED,
@@ -57,6 +59,7 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
         step_us=record.step_us,
         quarantined=record.lifecycle.having(Verdict.QUARANTINED),
         canary=_assignment(record, live_s),
+        put_aside=[f"generation {number}: {why}" for number, why in sorted(record.aside.items())],
     )
 
 
@@ -141,6 +144,36 @@ def generation_state(generation: Generation) -> admin_pb.GenerationState.ValueTy
     if generation.held and generation.verdict in (Verdict.GOOD, Verdict.CANDIDATE):
         return admin_pb.GENERATION_STATE_WAITING
     return GENERATION_STATES[generation.verdict]
+
+
+def collected_message(found: Collected, bound: int) -> admin_pb.CollectGarbageResponse:
+    return admin_pb.CollectGarbageResponse(
+        removed=[
+            admin_pb.RemovedArtifact(
+                key=removal.holding.key,
+                generation=removal.holding.generation,
+                size_bytes=removal.holding.size,
+                used_at_s=removal.holding.used_at,
+                reason=removal.reason,
+            )
+            for removal in found.removals
+        ],
+        bytes_before=found.before,
+        bytes_after=found.after,
+        bytes_bound=bound,
+    )
+
+
+def scrubbed_message(found: Scrubbed) -> admin_pb.ScrubStoreResponse:
+    return admin_pb.ScrubStoreResponse(
+        checked=found.checked,
+        damaged=[
+            admin_pb.DamagedArtifact(
+                key=damage.key, generation=damage.generation, reason=damage.reason
+            )
+            for damage in found.damages
+        ],
+    )
 
 
 def explanation(found: Explanation) -> graphs_pb.ExplainGraphResponse:

@@ -20,7 +20,7 @@ from precast.graphs.lifecycle import (
     encode_lifecycle,
     previous,
 )
-from precast.graphs.signing import TrustedKeys
+from precast.graphs.signing import Signature, TrustedKeys
 from precast.graphs.store import ArtifactStore, StoredArtifact
 from precast.log import get_logger
 from services.compile_worker.index import GraphIndex
@@ -223,9 +223,11 @@ class Generations:
             except GraphNotFound:  # removed meanwhile
                 return None
             except ArtifactRejected as error:
+                log.error("artifact put aside", key=key, generation=number, reason=str(error))
                 await asyncio.to_thread(self.store.quarantine, key, number, str(error))
                 continue
-            return published_record(artifact.manifest, record, lifecycle)
+            aside = await asyncio.to_thread(self.store.put_aside, key)
+            return changed(published_record(artifact.manifest, record, lifecycle), aside=aside)
         return None
 
     async def barred(self, key: str) -> GraphRecord | None:
@@ -247,10 +249,17 @@ class Generations:
         Raises ``GraphNotFound`` or ``ArtifactRejected``.
         """
         artifact = self.store.open(key, generation)
-        # another compile worker's key may be unknown here; whoever fetches decides whom to trust
-        if artifact.signature.signer in self.trusted.keys:
-            self.trusted.verify(artifact.manifest_bytes, artifact.signature)
+        self._verify(artifact.manifest_bytes, artifact.signature)
         return artifact
+
+    def check(self, key: str, generation: int) -> None:
+        """The same for what the store itself has, whatever copies there are."""
+        self._verify(*self.store.read_back(key, generation))
+
+    def _verify(self, manifest: bytes, signature: Signature) -> None:
+        # another compile worker's key may be unknown here; whoever fetches decides whom to trust
+        if signature.signer in self.trusted.keys:
+            self.trusted.verify(manifest, signature)
 
     def _noted(self, key: str) -> Lifecycle:
         try:

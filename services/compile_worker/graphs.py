@@ -6,7 +6,7 @@ The store on disk is the authority on what is published; the index is what is to
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from precast.errors import (
     ArtifactRejected,
     GraphNotFound,
     InvalidRequest,
+    Overloaded,
     RegistryUnavailable,
     UnsupportedSpec,
 )
@@ -57,6 +58,8 @@ class Graphs:
     backoff_s: float = BACKOFF_S
     canary: bool = False
     """Whether a further generation has to pass a canary before it serves."""
+    published: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after each publication."""
 
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
@@ -113,9 +116,11 @@ class Graphs:
         if lifecycle.verdict(number) is Verdict.CANDIDATE and not chosen:
             raise GraphNotFound(f"generation {number} of graph {key} is not promoted yet")
         try:
-            return await asyncio.to_thread(self.generations.open, key, number)
+            artifact = await asyncio.to_thread(self.generations.open, key, number)
+            await asyncio.to_thread(self.store.touch, key, number)
+            return artifact
         except ArtifactRejected as error:
-            await self._put_aside(key, number, str(error))
+            await self.put_aside(key, number, str(error))
             raise ArtifactRejected(f"{error}; it was put aside, ask for the graph again") from None
 
     async def capturing(self, job: Job) -> None:
@@ -141,10 +146,47 @@ class Graphs:
         stays."""
         await asyncio.to_thread(self._publish, job, report, graph)
         await self.generations.refresh(job.key)
+        self.published.set()
 
     async def last_generation(self, key: str) -> int:
         """The highest number that the store has used; 0: none."""
         return await asyncio.to_thread(self.store.last_generation, key)
+
+    async def put_aside(self, key: str, generation: int, reason: str) -> None:
+        """Take a damaged artifact out of service. Unless a newer one serves, the graph is queued
+        for capture again."""
+        log.error("artifact put aside", key=key, generation=generation, reason=reason)
+        superseded = generation < (await self.generations.standing(key)).serving
+        await asyncio.to_thread(self.store.quarantine, key, generation, reason)
+        record = await self.generations.record(key) or self.index.get(key)
+        if record is None:
+            return
+        record = changed(record, aside={**record.aside, generation: reason})
+        await self.index.put(record)
+        if not superseded and self.buildable(record):
+            await self._replace(record, generation)
+
+    async def _replace(self, record: GraphRecord, generation: int) -> None:
+        """Capture a graph again whose generation was put aside."""
+        try:
+            await self.recapture(record)
+        except (RegistryUnavailable, Overloaded) as error:
+            log.warning("not queued for capture again", key=record.key, reason=str(error))
+        else:
+            if record.generation == generation:
+                await self.index.put(changed(record, phase=Phase.QUEUED, generation=0))
+
+    async def remove(self, key: str, generation: int, reason: str) -> None:
+        """Delete an artifact to make room; its number stays used."""
+        log.info("artifact removed", key=key, generation=generation, reason=reason)
+        now = await self.generations.standing(key)
+        if generation == now.serving:
+            noted = now.lifecycle.marked(generation, Verdict.GOOD, "was removed to make room")
+            await asyncio.to_thread(self.generations.persist, key, noted)
+        await asyncio.to_thread(self.store.remove, key, generation)
+        record = self.index.get(key)
+        if record and record.generation == generation == now.serving:
+            await self.index.put(changed(record, phase=Phase.REMOVED, generation=0))
 
     def buildable(self, record: GraphRecord) -> bool:
         """Whether this worker's tool chain is the one that the key was made for."""
@@ -183,7 +225,8 @@ class Graphs:
         return record
 
     async def _enqueue(self, record: GraphRecord) -> Job:
-        marked = max(record.lifecycle.marks, default=0)
+        noted = (await self.generations.standing(record.key)).lifecycle
+        marked = max({*noted.marks, *record.lifecycle.marks}, default=0)
         last = max(await self.last_generation(record.key), record.generation, marked)
         job = new_job(
             record.key,
@@ -206,23 +249,6 @@ class Graphs:
     def _record(self, job: Job) -> GraphRecord:
         fresh = GraphRecord(key=job.key, phase=Phase.QUEUED, factors=job.factors, models=job.models)
         return self.index.get(job.key) or fresh
-
-    async def _put_aside(self, key: str, generation: int, reason: str) -> None:
-        log.error("artifact put aside", key=key, generation=generation, reason=reason)
-        await asyncio.to_thread(self.store.quarantine, key, generation, reason)
-        record = self.index.get(key)
-        if record is None:
-            return
-        older = await self.generations.record(key)
-        if older:
-            await self.index.put(older)
-            record = older
-        try:
-            await self.recapture(record)
-            if not older:
-                await self.index.put(changed(record, phase=Phase.QUEUED, generation=0))
-        except RegistryUnavailable as error:
-            log.warning("not queued for capture again", key=key, reason=str(error))
 
     def _publish(self, job: Job, report: CaptureReport, graph: Path) -> None:
         manifest = encode_manifest(

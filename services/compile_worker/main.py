@@ -30,6 +30,7 @@ from services.compile_worker.graphs import Graphs
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.metrics import Metrics
 from services.compile_worker.server import services
+from services.compile_worker.upkeep import Upkeep
 from services.compile_worker.worker import MAX_ATTEMPTS, Worker
 
 log = logging.get_logger(__name__)
@@ -75,7 +76,14 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
             max_slowdown=settings.canary_max_slowdown,
         ),
     )
-    offered = services(graphs, canaries, registry, metrics, capture_s)
+    upkeep = Upkeep(
+        graphs=graphs,
+        registry=registry,
+        metrics=metrics,
+        max_bytes=settings.store_max_mb << 20,
+        scrub_interval_s=settings.scrub_interval_s,
+    )
+    offered = services(canaries, upkeep, capture_s)
     server = await start_server(settings.listen, offered)
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
@@ -87,7 +95,7 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
         start_s=round(time.monotonic() - started, 2),
     )
     try:
-        await _work_until_stopped(settings, program, registry, graphs, canaries, metrics, server)
+        await _work_until_stopped(settings, program, canaries, upkeep, server)
     finally:
         await server.stop(STOP_GRACE_S)
         await registry.close()
@@ -131,12 +139,11 @@ async def _open_graphs(
 async def _work_until_stopped(
     settings: CompileWorkerSettings,
     program: CaptureProgram,
-    registry: Registry,
-    graphs: Graphs,
     canaries: Canaries,
-    metrics: Metrics,
+    upkeep: Upkeep,
     server: Server,
 ) -> None:
+    graphs, metrics = upkeep.graphs, upkeep.metrics
     worker_id = f"compile-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     workers = [
         Worker(
@@ -163,12 +170,13 @@ async def _work_until_stopped(
             capturing=capturing,
         )
 
-    async with Heartbeat(registry, lease):
+    async with Heartbeat(upkeep.registry, lease):
         tasks = [asyncio.create_task(worker.run()) for worker in workers]
         tasks += [
             asyncio.create_task(graphs.index.run()),
             asyncio.create_task(graphs.generations.follow()),
             asyncio.create_task(canaries.run()),
+            asyncio.create_task(upkeep.run()),
             asyncio.create_task(_count_jobs(graphs.queue, metrics)),
         ]
         await _until_stopped(tasks)

@@ -43,6 +43,23 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.store_bytes = Gauge(
+            "compile_worker_store_bytes",
+            "Artifacts in the store, as of the last look.",
+            registry=self.registry,
+        )
+        self.removed = Counter(
+            "compile_worker_removed_artifacts",
+            "Artifacts removed to keep the store within its bound.",
+            registry=self.registry,
+        )
+        self.scrubbed = Counter(
+            "compile_worker_scrubbed_artifacts",
+            "Artifacts read back, by result: good, damaged. Damaged ones are put aside.",
+            ["result"],
+            registry=self.registry,
+        )
+
     def count(self, name: str) -> int:
         """Present value of a metric without labels."""
         return int(self.registry.get_sample_value(name) or 0)

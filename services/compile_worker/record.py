@@ -20,6 +20,8 @@ class Phase(enum.StrEnum):
     PUBLISHED = "published"
     """There is a generation to fetch, whatever else happens to the graph."""
     FAILED = "failed"
+    REMOVED = "removed"
+    """To make room, while nobody ran it. Captured again for whoever asks."""
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +66,8 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What was decided of the generations; merged where two versions of a record meet."""
     trial: Trial | None = None
     """The newest candidate's canary; kept for a look when it has ended."""
+    aside: dict[int, str] = {}
+    """Generations that were put aside because they were damaged, and the reasons."""
     updated_at: float = 0.0
     """Of two versions of a record the later one counts."""
 

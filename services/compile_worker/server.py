@@ -13,17 +13,18 @@ from precast.graphs.store import StoredArtifact
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.job import Job
-from precast.registry import Registry
 from precast.rpc import Service
 from services.compile_worker.canary import Canaries
 from services.compile_worker.convert import (
     STAGES,
     canary_progress,
+    collected_message,
     crash_reason,
     explanation,
     generation_message,
     graph_state,
     job_message,
+    scrubbed_message,
     trial_of,
 )
 from services.compile_worker.explain import explain_factors, explain_key
@@ -39,6 +40,7 @@ from services.compile_worker.recompile import (
     select,
 )
 from services.compile_worker.record import GraphRecord
+from services.compile_worker.upkeep import Upkeep
 
 CHUNK_BYTES: Final = 256 << 10
 MAX_SPECS: Final = 1024
@@ -133,9 +135,10 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
 class AdminServicer(admin_grpc.AdminServiceServicer):
     """``precast.admin.v1.AdminService``."""
 
-    def __init__(self, graphs: Graphs, registry: Registry, *, capture_s: float) -> None:
-        self._graphs = graphs
-        self._registry = registry
+    def __init__(self, upkeep: Upkeep, *, capture_s: float) -> None:
+        self._graphs = upkeep.graphs
+        self._registry = upkeep.registry
+        self._upkeep = upkeep
         self._capture_s = capture_s
         """Longest that one capture may take, from its claim to its end."""
 
@@ -201,6 +204,17 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
         now = await self._graphs.generations.standing(request.key)
         return admin_pb.UnpinGenerationResponse(generation=now.serving)
 
+    async def CollectGarbage(
+        self, request: admin_pb.CollectGarbageRequest, context: Any
+    ) -> admin_pb.CollectGarbageResponse:
+        found = await self._upkeep.collect(dry_run=request.dry_run)
+        return collected_message(found, self._upkeep.max_bytes)
+
+    async def ScrubStore(
+        self, request: admin_pb.ScrubStoreRequest, context: Any
+    ) -> admin_pb.ScrubStoreResponse:
+        return scrubbed_message(await self._upkeep.scrub())
+
     async def _until_ended(self, job: Job) -> Job:
         """The job once its capture has been killed, or as it is when that takes too long."""
         end = time.monotonic() + _CANCEL_WAIT_S
@@ -210,19 +224,17 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
         return job
 
 
-def services(
-    graphs: Graphs, canaries: Canaries, registry: Registry, metrics: Metrics, capture_s: float
-) -> list[Service]:
+def services(canaries: Canaries, upkeep: Upkeep, capture_s: float) -> list[Service]:
     """Everything that the compile worker's server offers."""
     return [
         Service(
             descriptor=graphs_pb.DESCRIPTOR.services_by_name["GraphsService"],
-            servicer=GraphsServicer(graphs, canaries, metrics),
+            servicer=GraphsServicer(upkeep.graphs, canaries, upkeep.metrics),
             add_to_server=graphs_grpc.add_GraphsServiceServicer_to_server,
         ),
         Service(
             descriptor=admin_pb.DESCRIPTOR.services_by_name["AdminService"],
-            servicer=AdminServicer(graphs, registry, capture_s=capture_s),
+            servicer=AdminServicer(upkeep, capture_s=capture_s),
             add_to_server=admin_grpc.add_AdminServiceServicer_to_server,
         ),
     ]

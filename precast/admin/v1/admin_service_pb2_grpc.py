@@ -70,6 +70,16 @@ class AdminServiceStub:
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.SerializeToString,
                 response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/precast.admin.v1.AdminService/CollectGarbage',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
+        self.ScrubStore = channel.unary_unary(
+                '/precast.admin.v1.AdminService/ScrubStore',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -125,6 +135,21 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectGarbage(self, request, context):
+        """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+        that nobody runs. It also happens after each publication.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScrubStore(self, request, context):
+        """ScrubStore reads every artifact back and puts aside what isn't what was signed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +187,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.UnpinGeneration,
                     request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.FromString,
                     response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'ScrubStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScrubStore,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +389,60 @@ class AdminService:
             '/precast.admin.v1.AdminService/UnpinGeneration',
             precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.SerializeToString,
             precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/CollectGarbage',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScrubStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/ScrubStore',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

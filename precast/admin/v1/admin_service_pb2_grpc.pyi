@@ -48,6 +48,12 @@ class AdminServiceStub:
     PinGeneration: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PinGenerationRequest, _admin_service_pb2.PinGenerationResponse]
     """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
     UnpinGeneration: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinGenerationRequest, _admin_service_pb2.UnpinGenerationResponse]
+    CollectGarbage: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CollectGarbageRequest, _admin_service_pb2.CollectGarbageResponse]
+    """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+    that nobody runs. It also happens after each publication.
+    """
+    ScrubStore: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ScrubStoreRequest, _admin_service_pb2.ScrubStoreResponse]
+    """ScrubStore reads every artifact back and puts aside what isn't what was signed."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -69,6 +75,12 @@ class AdminServiceAsyncStub(AdminServiceStub):
     PinGeneration: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PinGenerationRequest, _admin_service_pb2.PinGenerationResponse]  # type: ignore[assignment]
     """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
     UnpinGeneration: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinGenerationRequest, _admin_service_pb2.UnpinGenerationResponse]  # type: ignore[assignment]
+    CollectGarbage: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CollectGarbageRequest, _admin_service_pb2.CollectGarbageResponse]  # type: ignore[assignment]
+    """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+    that nobody runs. It also happens after each publication.
+    """
+    ScrubStore: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ScrubStoreRequest, _admin_service_pb2.ScrubStoreResponse]  # type: ignore[assignment]
+    """ScrubStore reads every artifact back and puts aside what isn't what was signed."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService runs a fleet's graphs. A compile worker serves it."""
@@ -129,5 +141,23 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.UnpinGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.UnpinGenerationResponse, _abc.Awaitable[_admin_service_pb2.UnpinGenerationResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CollectGarbage(
+        self,
+        request: _admin_service_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.CollectGarbageResponse, _abc.Awaitable[_admin_service_pb2.CollectGarbageResponse]]:
+        """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+        that nobody runs. It also happens after each publication.
+        """
+
+    @_abc_1.abstractmethod
+    def ScrubStore(
+        self,
+        request: _admin_service_pb2.ScrubStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ScrubStoreResponse, _abc.Awaitable[_admin_service_pb2.ScrubStoreResponse]]:
+        """ScrubStore reads every artifact back and puts aside what isn't what was signed."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

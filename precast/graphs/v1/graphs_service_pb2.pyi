@@ -30,6 +30,8 @@ class _GraphPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GraphPhase
     GRAPH_PHASE_CAPTURING: _GraphPhase.ValueType  # 2
     GRAPH_PHASE_PUBLISHED: _GraphPhase.ValueType  # 3
     GRAPH_PHASE_FAILED: _GraphPhase.ValueType  # 4
+    GRAPH_PHASE_REMOVED: _GraphPhase.ValueType  # 5
+    """Deleted to make room while nobody ran it; a request has it captured again."""
 
 class GraphPhase(_GraphPhase, metaclass=_GraphPhaseEnumTypeWrapper): ...
 
@@ -38,6 +40,8 @@ GRAPH_PHASE_QUEUED: GraphPhase.ValueType  # 1
 GRAPH_PHASE_CAPTURING: GraphPhase.ValueType  # 2
 GRAPH_PHASE_PUBLISHED: GraphPhase.ValueType  # 3
 GRAPH_PHASE_FAILED: GraphPhase.ValueType  # 4
+GRAPH_PHASE_REMOVED: GraphPhase.ValueType  # 5
+"""Deleted to make room while nobody ran it; a request has it captured again."""
 Global___GraphPhase: _TypeAlias = GraphPhase  # noqa: Y015
 
 @_typing.final
@@ -168,6 +172,7 @@ class GraphState(_message.Message):
     STEP_US_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
+    PUT_ASIDE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
     generation: _builtins.int
@@ -197,6 +202,10 @@ class GraphState(_message.Message):
     def canary(self) -> Global___CanaryAssignment:
         """Set while a newer generation is tried."""
 
+    @_builtins.property
+    def put_aside(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Generations that were found damaged in the store, with the reasons."""
+
     def __init__(
         self,
         *,
@@ -213,10 +222,11 @@ class GraphState(_message.Message):
         step_us: _builtins.float = ...,
         quarantined: _abc.Iterable[_builtins.int] | None = ...,
         canary: Global___CanaryAssignment | None = ...,
+        put_aside: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "quarantined", b"quarantined", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

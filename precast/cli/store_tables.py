@@ -1,0 +1,67 @@
+"""What was removed from a store, or put aside in it, as tables and JSON."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from precast.admin.v1 import admin_service_pb2 as admin
+from precast.cli.graph_tables import SHOWN_KEY, age
+
+
+def collected(answer: admin.CollectGarbageResponse) -> dict[str, object]:
+    return {
+        "bytes_before": answer.bytes_before,
+        "bytes_after": answer.bytes_after,
+        "bytes_bound": answer.bytes_bound,
+        "removed": [
+            {
+                "key": artifact.key,
+                "generation": artifact.generation,
+                "size_bytes": artifact.size_bytes,
+                "used_at_s": artifact.used_at_s,
+                "reason": artifact.reason,
+            }
+            for artifact in answer.removed
+        ],
+    }
+
+
+def collected_table(answer: admin.CollectGarbageResponse, *, dry_run: bool) -> RenderableType:
+    """One line an artifact, and the sums."""
+    rows = Table("key", "gen", "size", "not used for", "why")
+    for artifact in answer.removed:
+        rows.add_row(
+            artifact.key[:SHOWN_KEY],
+            str(artifact.generation),
+            _mib(artifact.size_bytes),
+            age(artifact.used_at_s),
+            artifact.reason,
+        )
+    verb = "would be removed" if dry_run else "removed"
+    sums = (
+        f"{len(answer.removed)} artifacts {verb}: {_mib(answer.bytes_before)} before, "
+        f"{_mib(answer.bytes_after)} after, {_mib(answer.bytes_bound)} allowed"
+    )
+    return Group(rows, sums) if answer.removed else sums
+
+
+def scrubbed(answer: admin.ScrubStoreResponse) -> dict[str, object]:
+    return {
+        "checked": answer.checked,
+        "damaged": [
+            {"key": artifact.key, "generation": artifact.generation, "reason": artifact.reason}
+            for artifact in answer.damaged
+        ],
+    }
+
+
+def scrubbed_table(answer: admin.ScrubStoreResponse) -> RenderableType:
+    """One line a damaged artifact, and the sums."""
+    rows = Table("key", "gen", "put aside because")
+    for artifact in answer.damaged:
+        rows.add_row(artifact.key[:SHOWN_KEY], str(artifact.generation), artifact.reason)
+    sums = f"{answer.checked} artifacts read, {len(answer.damaged)} put aside"
+    return Group(rows, sums) if answer.damaged else sums
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
