@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from precast.errors import ArtifactRejected, GraphNotFound
+from precast.errors import ArtifactRejected, ConfigError, GraphNotFound
 from precast.graphs.artifact import (
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -53,6 +53,10 @@ class DiskStore(ArtifactStore):
     @property
     def temporary(self) -> Path:
         return self.root / TEMPORARY
+
+    def require_writable(self) -> None:
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise ConfigError(f"store_dir {self.root}: can't be written")
 
     def sweep(self) -> int:
         return sweep(self.temporary)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
+from precast.errors import ArtifactRejected, ConfigError, GraphNotFound
 from precast.graphs.artifact import (
     GRAPH_FILE,
     MAX_MANIFEST_BYTES,
@@ -54,30 +54,12 @@ Listed: TypeAlias = "dict[int, dict[str, ObjectMeta]]"
 """What a key has: by generation and last part of the name."""
 
 
-def connect(url: str, folder: Path) -> "ObjectStore":
-    """The store at ``s3://bucket/prefix``, with local copies of what is used in ``folder``.
-
-    Raises:
-        ConfigError: it can't be reached or written, or doesn't create objects conditionally.
-    """
-    store = ObjectStore(Bucket(url), folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        store.probe()
-    except FileNotFoundError:
-        raise ConfigError(f"store_url {url}: no such bucket") from None
-    except OSError as error:
-        raise ConfigError(f"store_dir {folder}: {error.strerror}") from None
-    except StoreUnavailable as error:
-        raise ConfigError(f"store_url {error}") from None
-    return store
-
-
 class ObjectStore(ArtifactStore):
-    """``connect`` makes one."""
+    """Artifacts at ``s3://bucket/prefix``, with local copies of what is used in a folder."""
 
-    def __init__(self, bucket: Bucket, copies: Path) -> None:
-        self._bucket = bucket
+    def __init__(self, url: str, copies: Path) -> None:
+        copies.mkdir(parents=True, exist_ok=True)
+        self._bucket = Bucket(url)
         self._copies = copies
 
     @property
@@ -88,15 +70,17 @@ class ObjectStore(ArtifactStore):
     def temporary(self) -> Path:
         return self._copies / ".tmp"
 
-    def probe(self) -> None:
-        """See that objects can be created, and not twice: publishing depends on it."""
+    def require_writable(self) -> None:
+        """Sees that objects can be created, and not twice: publishing depends on it."""
         name = f"{PROBE}/{secrets.token_hex(8)}"
-        self._bucket.create(name, b"")
         try:
-            if self._bucket.create(name, b""):
-                raise ConfigError(f"store_url {self._bucket.url}: its server ignores If-None-Match")
-        finally:
-            self._bucket.delete([name])
+            self._bucket.create(name, b"")
+        except FileNotFoundError:
+            raise ConfigError(f"store_url {self.location}: no such bucket") from None
+        twice = self._bucket.create(name, b"")
+        self._bucket.delete([name])
+        if twice:
+            raise ConfigError(f"store_url {self.location}: its server ignores If-None-Match")
 
     def sweep(self) -> int:
         old = time.time() - ABANDONED_S

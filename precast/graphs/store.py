@@ -67,6 +67,10 @@ class ArtifactStore(ABC):
         """A local folder for files on their way in; what the dead left there is swept."""
 
     @abstractmethod
+    def require_writable(self) -> None:
+        """Raises ``ConfigError`` if artifacts can't be published here as the contract says."""
+
+    @abstractmethod
     def sweep(self) -> int:
         """Remove what killed publishers left behind; the number of leftovers."""
 
@@ -133,18 +137,18 @@ class ArtifactStore(ABC):
 def open_store(folder: Path, url: str | None) -> ArtifactStore:
     """The store in ``folder``, or the one at ``url`` with its local copies there.
 
-    Raises ``ConfigError`` if it can't be used.
+    Raises ``ConfigError`` if the folder can't be used.
     """
-    if url is None:
-        from precast.graphs.disk_store import DiskStore
+    try:
+        if url is None:
+            from precast.graphs.disk_store import DiskStore
 
-        try:
             return DiskStore(folder)
-        except OSError as error:
-            raise ConfigError(f"store_dir {folder}: {error.strerror}") from None
-    from precast.graphs.object_store import connect  # loads a native library
+        from precast.graphs.object_store import ObjectStore  # loads a native library
 
-    return connect(url, folder)
+        return ObjectStore(url, folder)
+    except OSError as error:
+        raise ConfigError(f"store_dir {folder}: {error.strerror}") from None
 
 
 def check_key(key: str) -> str:

@@ -58,7 +58,9 @@ def serving_artifacts(
 
 
 def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: TrustedKeys) -> Imported:
-    """Publish a bundle's graphs in a compile worker's store. Raises ``ArtifactRejected``."""
+    """Publish a bundle's graphs in a compile worker's store. Raises ``ArtifactRejected`` or
+    ``ConfigError``."""
+    store.require_writable()
 
     def is_present(graph: Unpacked) -> bool:
         key, generation = graph.manifest.key, graph.manifest.generation

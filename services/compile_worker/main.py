@@ -110,7 +110,8 @@ async def _open_graphs(
         build = dict(await asyncio.to_thread(program.build_factors))
     except CaptureFailed as error:
         raise ConfigError(str(error)) from None
-    store = await asyncio.to_thread(open_store, settings.store_dir, settings.store_url)
+    store = open_store(settings.store_dir, settings.store_url)
+    await asyncio.to_thread(store.require_writable)
     index = GraphIndex(registry.redis)
     queue = CaptureQueue(registry.redis, build_digest(build), max_queued=settings.max_queued)
     graphs = Graphs(

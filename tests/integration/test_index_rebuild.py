@@ -1,6 +1,9 @@
 """What Redis loses comes back out of the store, on disk or in a bucket."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +150,38 @@ async def test_worker_without_anything_of_its_own_serves_from_the_bucket(
 async def fetched(client: Client, cache: GraphCache, keys: list[str]) -> None:
     for key, spec in zip(keys, SPECS, strict=True):
         assert (await fetch_graph(client.graphs, cache, key, spec=spec)).manifest.key == key
+
+
+async def test_graphs_imported_beside_a_running_worker_are_not_captured(
+    store: dict[str, str], tmp_path: Path, redis_url: str
+) -> None:
+    """A worker finds them in its store when it is asked for them, or by a scrub."""
+    trusted, bundle, ledger = tmp_path / "trusted", tmp_path / "graphs.tar", tmp_path / "ledger"
+    shared = {"trusted_keys_dir": str(trusted)}
+    environment = {"PRECAST_TRUSTED_KEYS_DIR": str(trusted)}
+    with compile_worker(tmp_path / "one", redis_url, tmp_path / "elsewhere", **shared) as one:
+        async with connect(one) as client:
+            keys = [state.key for state in await client.request(*SPECS)]
+            await client.until(keys, PUBLISHED)
+    await precast(environment, "export", str(bundle), "--home", str(tmp_path / "one"))
+    empty(redis_url)
+    home = tmp_path / "two"
+    with compile_worker(home, redis_url, ledger, **shared, **store) as two:
+        async with connect(two) as client:
+            assert await listed(client) == {}
+            for name, value in store.items():
+                environment[f"PRECAST_{name.upper()}"] = value
+            await precast(environment, "import", str(bundle), "--home", str(home))
+            states = await client.request(SPECS[0])
+            assert [(state.key, state.phase) for state in states] == [(keys[0], PUBLISHED)]
+            await precast({}, "scrub", "--address", two.address)
+            assert set(await listed(client)) == set(keys)
+            await fetched(client, GraphCache(tmp_path / "a", TrustedKeys.load(trusted)), keys)
+    assert starts(ledger) == []
+
+
+async def precast(environment: dict[str, str], *arguments: str) -> None:
+    command = [sys.executable, "-m", "precast", "graphs", *arguments]
+    await asyncio.to_thread(
+        subprocess.run, command, check=True, timeout=60, env={**os.environ, **environment}
+    )

@@ -285,18 +285,20 @@ def test_create_whose_answer_was_lost_counts_as_done(
     assert remote[0].generations(key) == [1]
 
 
-def test_bucket_that_can_not_be_used_ends_a_start(
+def test_store_that_can_not_be_used_ends_a_start(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="s3://none-such"):
-        open_store(tmp_path, "s3://none-such/x")
-    with monkeypatch.context() as patch:
+    with pytest.raises(ConfigError, match="s3://none-such/x: no such bucket"):
+        open_store(tmp_path, "s3://none-such/x").require_writable()
+    store = open_store(tmp_path, s3.new_store())
+    store.require_writable()
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="ignores If-None-Match"):
         patch.setattr(bucket.Bucket, "create", lambda *_: True)
-        with pytest.raises(ConfigError, match="ignores If-None-Match"):
-            open_store(tmp_path, s3.new_store())
+        store.require_writable()
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="store_dir"):
-        open_store(tmp_path / "file", s3.new_store())
+    for url in (None, s3.new_store()):
+        with pytest.raises(ConfigError, match="store_dir"):
+            open_store(tmp_path / "file", url)
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

@@ -34,8 +34,11 @@ class S3Server:
     def new_store(self) -> str:
         """The URL of an empty prefix in a bucket of its own."""
         name = f"bucket-{next(_numbers)}"
-        self.call("PUT", name)
+        self.make_bucket(name)
         return f"s3://{name}/some/graphs"
+
+    def make_bucket(self, name: str) -> None:
+        self.call("PUT", name)
 
     def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """An unsigned request: the server asks for no credentials."""
@@ -49,9 +52,9 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
+def s3_server(folder: Path, port: int = 0) -> Iterator[S3Server]:
     """An empty server; ended at the end."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (folder / "s3.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
