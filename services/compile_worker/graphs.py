@@ -30,10 +30,10 @@ from services.compile_worker.child import CaptureReport
 from services.compile_worker.generations import Generations
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.record import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
+from services.compile_worker.retention import surplus
 
 log = get_logger(__name__)
 
-KEEP_GENERATIONS: Final = 4
 BACKOFF_S: Final = 15.0
 """Wait after the first failure of a capture; each further one doubles it."""
 CANCEL_HOLD_S: Final = 600.0
@@ -272,11 +272,5 @@ class Graphs:
             self.store.publish(manifest, self.signer.sign(manifest), graph)
         except GenerationExists:
             log.warning("published by another process first", key=job.key)
-        self._prune(job.key)
-
-    def _prune(self, key: str) -> None:
-        """Remove all but the newest generations, the one that serves and a pinned one."""
-        now = self.generations.look(key)
-        for number in now.there[:-KEEP_GENERATIONS]:
-            if number not in (now.serving, now.lifecycle.pin.generation):
-                self.store.remove(key, number)
+        for number in surplus(self.generations.look(job.key)):
+            self.store.remove(job.key, number)

@@ -1,16 +1,19 @@
-"""Which artifacts go when a store is over its bound.
+"""Which artifacts go: more than a few generations of a graph, and what exceeds a store's bound.
 
-Superseded generations go first, then whole graphs that no worker runs; of both, those that were
-not used for longest. Generations that an operator has pinned or that a worker is trying stay, and
-so does what serves in graphs that are in use, whatever the bound.
+Of what exceeds it, superseded generations go first, then whole graphs that no worker runs; of both,
+those that were not used for longest. Generations that an operator has pinned or that a worker is
+trying stay, and so does what serves in graphs that are in use, whatever the bound.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from precast.graphs.lifecycle import Verdict
 from precast.graphs.store import Holding
 from services.compile_worker.generations import Standing
+
+KEEP_GENERATIONS: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,12 @@ class Removal:
     @property
     def reason(self) -> str:
         return "no worker runs it" if self.serving else "superseded"
+
+
+def surplus(now: Standing) -> list[int]:
+    """A graph's generations but for the newest few, the one that serves and the pinned one."""
+    spared = (now.serving, now.lifecycle.pin.generation)
+    return [number for number in now.there[:-KEEP_GENERATIONS] if number not in spared]
 
 
 def plan(

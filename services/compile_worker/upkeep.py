@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from precast.errors import ArtifactRejected, GraphNotFound, RegistryUnavailable, StoreUnavailable
+from precast.graphs.store import Holding
 from precast.log import get_logger
 from precast.registry import Registry
 from services.compile_worker.graphs import Graphs
@@ -68,6 +69,8 @@ class Upkeep:
     _touched: dict[tuple[str, int], float] = field(default_factory=dict)
     _since: float = 0.0
     """Since when leases were looked at without a break."""
+    _again_at: float | None = None
+    """When to collect again without a publication."""
     _busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class Upkeep:
             await self._notice_use()
             store = self.graphs.store
             holdings = await asyncio.to_thread(store.holdings)
-            in_use = {holding.key for holding in holdings if self._in_use(holding.key)}
+            in_use = {holding.key for holding in holdings if self._in_use(holding)}
             removals = await asyncio.to_thread(
                 plan, holdings, self.graphs.generations.look, in_use, self.max_bytes
             )
@@ -93,8 +96,7 @@ class Upkeep:
             if not dry_run:
                 await self._remove(removals)
             self.metrics.store_bytes.set(found.before if dry_run else found.after)
-        if found.after > self.max_bytes:
-            log.warning("store is over its bound", bytes=found.after, bound=self.max_bytes)
+        self._note_excess(found.after)
         return found
 
     async def scrub(self) -> Scrubbed:
@@ -113,18 +115,25 @@ class Upkeep:
         log.info("store scrubbed", artifacts=len(holdings), damaged=len(damages))
         return Scrubbed(checked=len(holdings), damages=damages)
 
+    def _note_excess(self, size: int) -> None:
+        """Graphs that are in use now may not be later: then the rest has to go."""
+        over = size > self.max_bytes
+        if over and self._again_at is None:
+            log.warning("store is over its bound", bytes=size, bound=self.max_bytes)
+        self._again_at = self.clock() + self.in_use_s if over else None
+
     async def _keep_collecting(self) -> None:
-        self.graphs.published.set()  # the bound may have been lowered
+        self._again_at = self.clock()  # the bound may have been lowered
         while True:
             try:
                 await self._notice_use()
-                if self.graphs.published.is_set():
+                late = self._again_at is not None and self.clock() >= self._again_at
+                if late or self.graphs.published.is_set():
                     self.graphs.published.clear()
                     await self.collect(dry_run=False)
             except (StoreUnavailable, OSError) as error:
-                self.graphs.published.set()
+                self._again_at = self.clock() + POLL_S
                 log.warning("store not collected", reason=str(error))
-                await asyncio.sleep(POLL_S)
             try:
                 async with asyncio.timeout(POLL_S):
                     await self.graphs.published.wait()
@@ -159,9 +168,10 @@ class Upkeep:
                 await asyncio.to_thread(self.graphs.store.touch, key, generation)
                 self._touched[key, generation] = now
 
-    def _in_use(self, key: str) -> bool:
-        last = max(self._seen.get(key, self._since), self._since)
-        return self.clock() - last < self.in_use_s
+    def _in_use(self, holding: Holding) -> bool:
+        """Whether workers run its graph, or may be about to: it was just published or fetched."""
+        last = max(self._seen.get(holding.key, self._since), self._since)
+        return min(self.clock() - last, time.time() - holding.used_at) < self.in_use_s
 
     async def _remove(self, removals: list[Removal]) -> None:
         for removal in removals:

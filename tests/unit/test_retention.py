@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from precast.graphs.lifecycle import Lifecycle, Verdict
 from precast.graphs.store import Holding
 from services.compile_worker.generations import Standing
-from services.compile_worker.retention import plan
+from services.compile_worker.retention import plan, surplus
 
 Ages = Mapping[str, Mapping[int, float]]
 """When each generation of each key was used."""
@@ -59,6 +59,17 @@ def test_pinned_and_tried_generations_stay() -> None:
         "b": Lifecycle().marked(3, Verdict.CANDIDATE),
     }
     assert planned(ages, 0, lifecycles=lifecycles) == [("a", 1), ("a", 3), ("b", 1)]
+
+
+def test_a_graph_keeps_its_newest_generations_and_those_that_count() -> None:
+    there = [1, 2, 3, 4, 9, 10, 11, 12]
+    assert surplus(Standing(there=there, lifecycle=Lifecycle())) == [1, 2, 3, 4]
+    assert surplus(Standing(there=there, lifecycle=Lifecycle().pinned(2))) == [1, 3, 4]
+    withdrawn = Lifecycle()
+    for generation in there[3:]:
+        withdrawn = withdrawn.marked(generation, Verdict.WITHDRAWN)
+    assert surplus(Standing(there=there, lifecycle=withdrawn)) == [1, 2, 4]
+    assert surplus(Standing(there=there[:4], lifecycle=Lifecycle())) == []
 
 
 keys = st.sampled_from("abc")
