@@ -17,6 +17,8 @@ from precast.cli import stack
 from precast.cli.main import app
 from precast.cli.options import settings_command
 from precast.errors import ConfigError
+from precast.graphs.disk_store import DiskStore
+from precast.graphs.signing import load_or_create_signer
 from precast.redis_server import RedisServer
 from precast.settings import (
     CommonSettings,
@@ -26,6 +28,7 @@ from precast.settings import (
     ServeSettings,
     load_settings,
 )
+from tests.support.artifacts import graph_file, manifest_for, signed
 from tests.support.models import write_model
 
 COMMANDS: dict[str, type[CommonSettings]] = {
@@ -163,6 +166,26 @@ def test_graphs_as_a_file_fail_with_one_line(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
         assert reason in done.stderr
     assert not list(tmp_path.glob("*out.tar*"))
+
+
+def test_graphs_go_through_a_pipe(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    signer = load_or_create_signer(home / "keys" / "signing.key", home / "keys" / "trusted")
+    path = graph_file(tmp_path)
+    manifest = manifest_for(path.read_bytes())
+    DiskStore(home / "store").publish(*signed(manifest, signer), path)
+    command = [sys.executable, "-m", "precast", "graphs"]
+    exported = subprocess.run([*command, "export", "-"], capture_output=True, timeout=60)
+    assert (exported.returncode, exported.stderr) == (0, b"1 graphs written\n")
+    imported = subprocess.run(
+        [*command, "import", "-", "--cache"],
+        input=exported.stdout,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (imported.returncode, imported.stdout) == (0, b"1 graphs imported\n")
+    cached = DiskStore(home / "cache" / "graphs").open(manifest.key)
+    assert cached.graph_path.read_bytes() == path.read_bytes()
 
 
 def test_serve_names_the_port_that_is_taken() -> None:
