@@ -49,7 +49,7 @@ def export(
         )
         with _written(file) as target:
             write_bundle(target, artifacts)
-    sys.stderr.write(f"{len(artifacts)} graphs written\n")
+    sys.stderr.write(f"graphs written: {len(artifacts)}\n")
 
 
 @reported
@@ -62,8 +62,8 @@ def import_(
     settings = _settings(cache, home)
     with _disk_errors(), _read(file) as source:
         imported = _import(source, settings)
-    count, present = len(imported.added), len(imported.present)
-    typer.echo(f"{count} graphs imported" + (f", {present} were there" if present else ""))
+    present = f", there already: {len(imported.present)}" if imported.present else ""
+    typer.echo(f"graphs imported: {len(imported.added)}{present}")
 
 
 def _import(source: BinaryIO, settings: CompileWorkerSettings | DecodeWorkerSettings) -> "Imported":

@@ -7,6 +7,7 @@ before it reads on, so that a bundle can't choose a path, and neither a cut nor 
 It holds no keys: whom to trust is the reader's own business.
 """
 
+import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,10 @@ def write_bundle(file: BinaryIO, artifacts: Sequence[StoredArtifact]) -> None:
         folder = f"{artifact.manifest.key}/{artifact.manifest.generation}"
         _write(file, f"{folder}/{MANIFEST_FILE}", artifact.manifest_bytes)
         _write(file, f"{folder}/{SIGNATURE_FILE}", artifact.signature.encode())
-        _write(file, f"{folder}/{GRAPH_FILE}", artifact.graph_path.read_bytes())
+        _write_header(file, f"{folder}/{GRAPH_FILE}", artifact.manifest.size)
+        with artifact.graph_path.open("rb") as graph:
+            shutil.copyfileobj(graph, file, READ_BYTES)
+        file.write(_padding(artifact.manifest.size))
     file.write(bytes(2 * _BLOCK))
 
 
@@ -134,12 +138,16 @@ def _unpack_one(file: BinaryIO, entry: Entry, path: Path, trusted: TrustedKeys) 
 
 
 def _write(file: BinaryIO, name: str, content: bytes) -> None:
-    """A member that depends on nothing but its name and content."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    file.write(info.tobuf(tarfile.USTAR_FORMAT))
+    _write_header(file, name, len(content))
     file.write(content)
     file.write(_padding(len(content)))
+
+
+def _write_header(file: BinaryIO, name: str, size: int) -> None:
+    """Depends on nothing but name and size: the same graphs give the same file."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    file.write(info.tobuf(tarfile.USTAR_FORMAT))
 
 
 def _read(file: BinaryIO, name: str, limit: int) -> bytes:

@@ -15,8 +15,8 @@ from typing import Final
 from precast.errors import (
     GraphNotFound,
     InvalidRequest,
+    PrecastError,
     RegistryUnavailable,
-    StoreUnavailable,
 )
 from precast.graphs.bounds import EXACT_BOUND, QUANTIZED_BOUND
 from precast.graphs.lifecycle import Verdict
@@ -103,7 +103,7 @@ class Canaries:
                     candidates = await self._candidates(record)
                     if candidates:
                         await self._tend(record, candidates)
-                except StoreUnavailable as error:
+                except PrecastError as error:
                     log.warning("canary not looked after", key=record.key, reason=str(error))
             await asyncio.sleep(POLL_S)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest, StoreUnavailable
+from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest, PrecastError
 from precast.graphs.artifact import Manifest
 from precast.graphs.lifecycle import (
     Lifecycle,
@@ -172,7 +172,7 @@ class Generations:
                 record = await changes.next()
                 try:
                     await self._take_over(record)
-                except StoreUnavailable as error:
+                except PrecastError as error:
                     log.warning("not taken over", key=record.key, reason=str(error))
 
     async def refresh(self, key: str) -> None:

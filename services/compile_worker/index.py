@@ -13,6 +13,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from precast.errors import RegistryUnavailable
+from precast.graphs.key import is_key
 from precast.log import get_logger
 from precast.registry import bounded
 from services.compile_worker.events import Changes
@@ -136,7 +137,12 @@ def _parse_all(rows: list[bytes]) -> list[GraphRecord]:
     records = []
     for row in rows:
         try:
-            records.append(_decoder.decode(row))
+            record = _decoder.decode(row)
         except msgspec.DecodeError as error:
             log.warning("index row ignored", reason=str(error))
+            continue
+        if is_key(record.key):
+            records.append(record)
+        else:
+            log.warning("index row ignored", reason=f"{record.key[:64]!r} is no graph key")
     return records

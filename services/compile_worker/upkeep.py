@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from precast.errors import ArtifactRejected, GraphNotFound, RegistryUnavailable, StoreUnavailable
+from precast.graphs.key import is_key
 from precast.graphs.store import Holding
 from precast.log import get_logger
 from precast.registry import Registry
@@ -160,6 +161,7 @@ class Upkeep:
             for lease in leases
             for graph in lease.graphs
             for pair in zip(graph.keys, graph.generations, strict=False)
+            if is_key(pair[0])
         }
         now = self.clock()
         for key, generation in running:

@@ -14,7 +14,7 @@ from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
 from precast.graphs.v1 import graphs_service_pb2 as pb
-from services.compile_worker.index import HASH
+from services.compile_worker.index import CHANNEL, HASH
 from tests.support.compile_worker import (
     FACTORS,
     Client,
@@ -150,6 +150,29 @@ async def test_worker_without_anything_of_its_own_serves_from_the_bucket(
 async def fetched(client: Client, cache: GraphCache, keys: list[str]) -> None:
     for key, spec in zip(keys, SPECS, strict=True):
         assert (await fetch_graph(client.graphs, cache, key, spec=spec)).manifest.key == key
+
+
+async def test_rows_that_make_no_sense_are_ignored(tmp_path: Path, redis_url: str) -> None:
+    rows: list[Any] = [
+        b"noise",
+        b"{}",
+        b'{"key": "../../etc", "phase": "published", "factors": {}}',
+    ]
+    with (
+        redis.Redis.from_url(redis_url) as client,
+        compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker,
+    ):
+        for number, row in enumerate(rows):
+            client.hset(HASH, f"row-{number}", row)
+            client.publish(CHANNEL, row)
+        async with connect(worker) as stubs:
+            keys = [state.key for state in await stubs.request(*SPECS)]
+            await stubs.until(keys, PUBLISHED)
+            await asyncio.to_thread(
+                wait_until, lambda: worker.log.read_text().count("index row ignored") >= 6
+            )
+            assert set(await listed(stubs)) == set(keys)
+        assert worker.process.poll() is None
 
 
 async def test_graphs_imported_beside_a_running_worker_are_not_captured(

@@ -16,7 +16,7 @@ from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUn
 from precast.graphs import bucket, object_store
 from precast.graphs.store import ArtifactStore, GenerationExists, open_store
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
-from tests.support.compile_worker import ROOT
+from tests.support.compile_worker import ROOT, wait_until
 from tests.support.s3_server import S3Server, s3_server
 
 SIGNER = new_signer()
@@ -160,10 +160,13 @@ def test_holdings_tell_size_and_use(store: ArtifactStore, tmp_path: Path) -> Non
     assert (first.key, first.generation, second.generation) == (key, 1, 2)
     assert 100_000 < first.size < 110_000
     assert before < first.used_at < time.time() + 2
-    time.sleep(1.1)  # S3 dates objects in whole seconds
-    store.touch(key, 1)
-    used = {holding.generation: holding.used_at for holding in store.holdings()}
-    assert used[1] > used[2]
+
+    def is_newest() -> bool:
+        store.touch(key, 1)
+        used = {holding.generation: holding.used_at for holding in store.holdings()}
+        return used[1] > used[2]
+
+    wait_until(is_newest)  # S3 dates objects in whole seconds
 
 
 def test_removed_artifact_is_gone_and_an_open_file_stays(opener: Opener, tmp_path: Path) -> None:
@@ -305,8 +308,8 @@ def test_store_that_can_not_be_used_ends_a_start(
 def test_every_call_ends_when_the_bucket_is_out_of_reach(
     fault: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "_REQUEST_S", timedelta(seconds=0.5))
-    monkeypatch.setattr(bucket, "_RETRY_S", timedelta(seconds=1))
+    monkeypatch.setattr(bucket, "_REQUEST_S", timedelta(seconds=0.2))
+    monkeypatch.setattr(bucket, "_RETRY_S", timedelta(seconds=0.3))
     with s3_server(tmp_path) as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)

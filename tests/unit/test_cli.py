@@ -176,14 +176,14 @@ def test_graphs_go_through_a_pipe(tmp_path: Path) -> None:
     DiskStore(home / "store").publish(*signed(manifest, signer), path)
     command = [sys.executable, "-m", "precast", "graphs"]
     exported = subprocess.run([*command, "export", "-"], capture_output=True, timeout=60)
-    assert (exported.returncode, exported.stderr) == (0, b"1 graphs written\n")
+    assert (exported.returncode, exported.stderr) == (0, b"graphs written: 1\n")
     imported = subprocess.run(
         [*command, "import", "-", "--cache"],
         input=exported.stdout,
         capture_output=True,
         timeout=60,
     )
-    assert (imported.returncode, imported.stdout) == (0, b"1 graphs imported\n")
+    assert (imported.returncode, imported.stdout) == (0, b"graphs imported: 1\n")
     cached = DiskStore(home / "cache" / "graphs").open(manifest.key)
     assert cached.graph_path.read_bytes() == path.read_bytes()
 
