@@ -3,8 +3,8 @@
 A bundle is a plain tar (``tar tf`` lists it) of ``contents.json`` and then, for each graph that
 this names, ``<key>/<generation>/manifest.json``, ``manifest.sig`` and ``graph.pt2``. Nothing else
 may be in it, in no other order: the reader knows each name and the most bytes that it may have
-before it reads on, so that a bundle can't choose a path, and neither a cut nor a longer one passes.
-It holds no keys: whom to trust is the reader's own business.
+before it reads on, so that a bundle can't choose a path, and no bit of it can be another. It holds
+no keys: whom to trust is the reader's own business.
 """
 
 import shutil
@@ -76,7 +76,7 @@ def write_bundle(file: BinaryIO, artifacts: Sequence[StoredArtifact]) -> None:
         folder = f"{artifact.manifest.key}/{artifact.manifest.generation}"
         _write(file, f"{folder}/{MANIFEST_FILE}", artifact.manifest_bytes)
         _write(file, f"{folder}/{SIGNATURE_FILE}", artifact.signature.encode())
-        _write_header(file, f"{folder}/{GRAPH_FILE}", artifact.manifest.size)
+        file.write(_header(f"{folder}/{GRAPH_FILE}", artifact.manifest.size))
         with artifact.graph_path.open("rb") as graph:
             shutil.copyfileobj(graph, file, READ_BYTES)
         file.write(_padding(artifact.manifest.size))
@@ -138,16 +138,16 @@ def _unpack_one(file: BinaryIO, entry: Entry, path: Path, trusted: TrustedKeys) 
 
 
 def _write(file: BinaryIO, name: str, content: bytes) -> None:
-    _write_header(file, name, len(content))
+    file.write(_header(name, len(content)))
     file.write(content)
     file.write(_padding(len(content)))
 
 
-def _write_header(file: BinaryIO, name: str, size: int) -> None:
+def _header(name: str, size: int) -> bytes:
     """Depends on nothing but name and size: the same graphs give the same file."""
     info = tarfile.TarInfo(name)
     info.size = size
-    file.write(info.tobuf(tarfile.USTAR_FORMAT))
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _read(file: BinaryIO, name: str, limit: int) -> bytes:
@@ -156,7 +156,7 @@ def _read(file: BinaryIO, name: str, limit: int) -> bytes:
     if size > limit:
         raise ArtifactRejected(f"{name} of {size} bytes exceeds {limit}")
     content = _exactly(file, size)
-    _exactly(file, len(_padding(size)))
+    _skip_padding(file, size)
     return content
 
 
@@ -168,19 +168,20 @@ def _copy(file: BinaryIO, name: str, size: int, path: Path) -> None:
     with path.open("xb") as copy:
         for start in range(0, size, READ_BYTES):
             copy.write(_exactly(file, min(READ_BYTES, size - start)))
-    _exactly(file, len(_padding(size)))
+    _skip_padding(file, size)
 
 
 def _read_header(file: BinaryIO, name: str) -> int:
-    """The next member's size. It must be a plain file of this name."""
+    """The next member's size. It must be a plain file of this name, written as we do."""
+    raw = _exactly(file, _BLOCK)
     try:
-        info = tarfile.TarInfo.frombuf(_exactly(file, _BLOCK), "ascii", "strict")
+        info = tarfile.TarInfo.frombuf(raw, "ascii", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError):
         raise ArtifactRejected(f"no bundle of graphs, or a damaged one, at {name}") from None
     if info.name != name or info.type != tarfile.REGTYPE:
         raise ArtifactRejected(f"{info.name[:100]!r} stands in the place of the file {name}")
-    if info.size < 0:
-        raise ArtifactRejected(f"{name} has a size of {info.size}")
+    if info.size < 0 or raw != _header(name, info.size):
+        raise ArtifactRejected(f"{name} was not packed by precast graphs export")
     return info.size
 
 
@@ -189,6 +190,11 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
     if len(content) < size:
         raise ArtifactRejected("file is cut short")
     return content
+
+
+def _skip_padding(file: BinaryIO, size: int) -> None:
+    if _exactly(file, len(_padding(size))) != _padding(size):
+        raise ArtifactRejected("there is something between two files")
 
 
 def _padding(size: int) -> bytes:

@@ -20,7 +20,7 @@ from precast.graphs.key import spec_part
 from precast.graphs.lifecycle import Lifecycle, Verdict, decode_lifecycle
 from precast.graphs.scratch import scratch_folder
 from precast.graphs.signing import TrustedKeys
-from precast.graphs.store import ArtifactStore, StoredArtifact
+from precast.graphs.store import ArtifactStore, GenerationExists, StoredArtifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,10 @@ def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: TrustedKeys
         return True
 
     def publish(graph: Unpacked) -> None:
-        store.publish(graph.manifest_bytes, graph.signature, graph.graph_path)
+        try:
+            store.publish(graph.manifest_bytes, graph.signature, graph.graph_path)
+        except GenerationExists:  # since we looked
+            _checked(graph, is_present)
 
     return _import(file, store.temporary, trusted, is_present, publish)
 

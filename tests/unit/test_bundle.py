@@ -4,6 +4,8 @@ import io
 import random
 import subprocess
 import tarfile
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import msgspec
 import pytest
 
 from precast.errors import ArtifactRejected, GraphNotFound
-from precast.graphs.bundle import MAX_GRAPHS, write_bundle
+from precast.graphs.bundle import MAX_GRAPHS, unpack_bundle, write_bundle
 from precast.graphs.disk_store import DiskStore
 from precast.graphs.fetch import GraphCache
 from precast.graphs.lifecycle import Lifecycle, Verdict, encode_lifecycle
@@ -135,7 +137,8 @@ def rewritten(
             for info, content in members:
                 info.size = len(content) if info.isreg() else 0
                 tar.addfile(info, io.BytesIO(content))
-        return file.getvalue()
+            end = tar.offset + 2 * tarfile.BLOCKSIZE
+        return file.getvalue()[:end]
 
     return rewrite
 
@@ -206,6 +209,39 @@ TRICKS: dict[str, tuple[Callable[..., bytes], str]] = {
 def test_no_altered_bundle_is_taken(name: str, bundle: bytes, tmp_path: Path) -> None:
     trick, reason = TRICKS[name]
     refused(trick(bundle), tmp_path, reason)
+
+
+def test_no_flipped_bit_passes(bundle: bytes, tmp_path: Path) -> None:
+    """Not in headers and padding either, which no signature covers."""
+    random_places = random.Random(1)
+    first = [8 * at for at in range(512)]  # a whole header
+    for bit in (*first, *(random_places.randrange(8 * len(bundle)) for _ in range(300))):
+        flipped = bytearray(bundle)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ArtifactRejected):
+            unpack_bundle(io.BytesIO(flipped), new_folder(tmp_path), trust(SIGNER))
+
+
+def new_folder(folder: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
+def test_imports_at_the_same_time_all_succeed(bundle: bytes, tmp_path: Path) -> None:
+    outcomes: list[int] = []
+
+    def attempt(store: DiskStore) -> None:
+        imported = import_into_store(io.BytesIO(bundle), store, trust(SIGNER))
+        outcomes.append(len(imported.added) + len(imported.present))
+
+    for number in range(5):
+        store = DiskStore(tmp_path / f"into-{number}")
+        threads = [threading.Thread(target=attempt, args=(store,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert exported(store) == bundle
+    assert outcomes == [len(SIZES)] * 20
 
 
 def test_no_cut_bundle_is_taken(bundle: bytes, tmp_path: Path) -> None:
