@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from precast.errors import ArtifactRejected, StoreUnavailable
@@ -72,6 +72,28 @@ class Bucket:
             if result.meta["size"] > limit:
                 raise ArtifactRejected(f"{name} exceeds {limit} bytes")
             return bytes(result.bytes())
+
+    def read_tagged(self, name: str, limit: int) -> tuple[bytes | None, str | None]:
+        """An object and the tag of its present state: no tag where there is no object, no content
+        where it has more than ``limit`` bytes."""
+        with self._reached():
+            try:
+                result = obstore.get(self._client, name)
+            except FileNotFoundError:
+                return None, None
+            fits = result.meta["size"] <= limit
+            return bytes(result.bytes()) if fits else None, result.meta["e_tag"]
+
+    def replace(self, name: str, content: bytes, tag: str | None) -> bool:
+        """Write an object if its state is that of the tag; whether it was."""
+        if tag is None:
+            return self.create(name, content)
+        with self._reached():
+            try:
+                obstore.put(self._client, name, content, mode={"e_tag": tag}, use_multipart=False)
+            except PreconditionError:
+                return False
+            return True
 
     def delete(self, names: Iterable[str]) -> None:
         """No error for what isn't there."""

@@ -1,14 +1,15 @@
 """Artifacts in a folder: each in ``<root>/<key>/<generation>/``, published by one rename."""
 
+import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from precast.errors import ArtifactRejected, ConfigError, GraphNotFound
+from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
 from precast.graphs.artifact import (
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -37,6 +38,8 @@ TEMPORARY: Final = ".tmp"
 QUARANTINE: Final = ".quarantine"
 REASON_FILE: Final = "reason.txt"
 NOTE_FILE: Final = "lifecycle.json"
+LOCK_S: Final = 5.0
+"""Longest wait for another process that changes a note, which takes it milliseconds."""
 
 
 class DiskStore(ArtifactStore):
@@ -125,14 +128,17 @@ class DiskStore(ArtifactStore):
         path = self._key_folder(key) / NOTE_FILE
         return _read_bounded(path, MAX_NOTE_BYTES) if path.exists() else None
 
-    def write_note(self, key: str, note: bytes) -> None:
+    def update_note(self, key: str, change: Callable[[bytes | None], bytes | None]) -> None:
         folder = self._key_folder(key)
         folder.mkdir(exist_ok=True)
-        with scratch_folder(self.temporary, key) as scratch:
-            (scratch / NOTE_FILE).write_bytes(note)
-            _sync(scratch / NOTE_FILE)
-            (scratch / NOTE_FILE).replace(folder / NOTE_FILE)
-        _sync(folder)
+        with _locked(folder):
+            try:
+                present = self.read_note(key)
+            except ArtifactRejected:
+                present = None
+            note = change(present)
+            if note is not None:
+                self._write_note(key, note)
 
     def put_aside(self, key: str) -> dict[int, str]:
         folder = self.root / QUARANTINE
@@ -154,6 +160,14 @@ class DiskStore(ArtifactStore):
             return
         (target / REASON_FILE).write_text(reason[:MAX_REASON_BYTES] + "\n")
         _drop_oldest(aside, MAX_PUT_ASIDE)
+
+    def _write_note(self, key: str, note: bytes) -> None:
+        folder = self._key_folder(key)
+        with scratch_folder(self.temporary, key) as scratch:
+            (scratch / NOTE_FILE).write_bytes(note)
+            _sync(scratch / NOTE_FILE)
+            (scratch / NOTE_FILE).replace(folder / NOTE_FILE)
+        _sync(folder)
 
     def _key_folder(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -182,6 +196,29 @@ class DiskStore(ArtifactStore):
             raise error
         _sync(target.parent)
         _sync(self.root)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among processes. Raises ``StoreUnavailable`` if that takes too long."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    end = time.monotonic() + LOCK_S
+    try:
+        while not _try_lock(descriptor):
+            if time.monotonic() > end:
+                raise StoreUnavailable(f"{folder} is locked by another process for {LOCK_S:g} s")
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _names(folder: Path) -> Iterator[str]:

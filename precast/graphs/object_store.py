@@ -11,10 +11,11 @@ import os
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from precast.errors import ArtifactRejected, ConfigError, GraphNotFound
+from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
 from precast.graphs.artifact import (
     GRAPH_FILE,
     MAX_MANIFEST_BYTES,
@@ -45,6 +46,7 @@ ARTIFACT: Final = "artifact"
 ASIDE: Final = "aside"
 USED: Final = "used"
 NOTE: Final = "lifecycle.json"
+NOTE_TRIES: Final = 20
 PROBE: Final = "probe"
 MAX_COPIES_BYTES: Final = 2 << 30
 ABANDONED_S: Final = 3600.0
@@ -71,16 +73,17 @@ class ObjectStore(ArtifactStore):
         return self._copies / ".tmp"
 
     def require_writable(self) -> None:
-        """Sees that objects can be created, and not twice: publishing depends on it."""
+        """Sees that writes can be conditional: publishing and notes depend on it."""
         name = f"{PROBE}/{secrets.token_hex(8)}"
         try:
             self._bucket.create(name, b"")
         except FileNotFoundError:
             raise ConfigError(f"store_url {self.location}: no such bucket") from None
-        twice = self._bucket.create(name, b"")
+        ignored = self._bucket.create(name, b""), self._bucket.replace(name, b"", '"other"')
         self._bucket.delete([name])
-        if twice:
-            raise ConfigError(f"store_url {self.location}: its server ignores If-None-Match")
+        if any(ignored):
+            header = "If-None-Match" if ignored[0] else "If-Match"
+            raise ConfigError(f"store_url {self.location}: its server ignores {header}")
 
     def sweep(self) -> int:
         old = time.time() - ABANDONED_S
@@ -161,8 +164,14 @@ class ObjectStore(ArtifactStore):
         except FileNotFoundError:
             return None
 
-    def write_note(self, key: str, note: bytes) -> None:
-        self._bucket.write(f"{check_key(key)}/{NOTE}", note)
+    def update_note(self, key: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        name = f"{check_key(key)}/{NOTE}"
+        for _ in range(NOTE_TRIES):
+            present, tag = self._bucket.read_tagged(name, MAX_NOTE_BYTES)
+            note = change(present)
+            if note is None or self._bucket.replace(name, note, tag):
+                return
+        raise StoreUnavailable(f"{self.location}: others change {name} all the time")
 
     def put_aside(self, key: str) -> dict[int, str]:
         aside = [number for number, objects in self._list(key).items() if ASIDE in objects]

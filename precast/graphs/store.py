@@ -6,6 +6,7 @@ of the same generation is told so. Numbers are not reused, not even after a quar
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -122,8 +123,12 @@ class ArtifactStore(ABC):
         """What was written beside the key's artifacts (``lifecycle.py``); ``None``: nothing."""
 
     @abstractmethod
-    def write_note(self, key: str, note: bytes) -> None:
-        """Replace the key's note, whole and durably."""
+    def update_note(self, key: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        """Replace the key's note by what ``change`` makes of it (``None``: of none, or of one that
+        can't be read), whole and durably, unless it gives ``None``.
+
+        Of updates at the same time none is lost: ``change`` may be called several times.
+        """
 
     @abstractmethod
     def put_aside(self, key: str) -> dict[int, str]:

@@ -6,7 +6,6 @@ outlives this process, Redis, and a store that was not in reach when it was made
 """
 
 import asyncio
-import time
 from dataclasses import dataclass
 
 import msgspec
@@ -25,10 +24,8 @@ from precast.graphs.store import ArtifactStore, StoredArtifact
 from precast.log import get_logger
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.record import (
-    MAX_FAILURES,
-    NEVER_S,
     GraphRecord,
-    Phase,
+    barred_record,
     changed,
     published_record,
 )
@@ -104,10 +101,13 @@ class Generations:
 
     def persist(self, key: str, lifecycle: Lifecycle) -> None:
         """Write down what the store's note doesn't know yet."""
-        noted = self._noted(key)
-        merged = noted.merged(lifecycle)
-        if merged != noted:
-            self.store.write_note(key, encode_lifecycle(merged))
+
+        def change(note: bytes | None) -> bytes | None:
+            noted = _decoded(key, note)
+            merged = noted.merged(lifecycle)
+            return encode_lifecycle(merged) if merged != noted else None
+
+        self.store.update_note(key, change)
 
     def listed(self, key: str) -> list[Generation]:
         """Every generation that is in the store or was taken out of service, newest first.
@@ -181,7 +181,7 @@ class Generations:
         known = self.index.get(key)
         lifecycle = (await self.standing(key)).lifecycle
         if record is None and known and lifecycle != known.lifecycle:
-            record = _barred(known, lifecycle)
+            record = barred_record(known, lifecycle)
         if record:
             await self.index.put(record)
 
@@ -241,7 +241,7 @@ class Generations:
             artifact = await asyncio.to_thread(self.open, key, now.there[-1])
         except (GraphNotFound, ArtifactRejected):
             return None
-        return _barred(published_record(artifact.manifest, None, lifecycle), lifecycle)
+        return barred_record(published_record(artifact.manifest, None, lifecycle), lifecycle)
 
     def open(self, key: str, generation: int) -> StoredArtifact:
         """An artifact whose digest, and signature if its signer is known here, are right.
@@ -263,11 +263,19 @@ class Generations:
 
     def _noted(self, key: str) -> Lifecycle:
         try:
-            raw = self.store.read_note(key)
-            return decode_lifecycle(raw) if raw is not None else Lifecycle()
-        except (msgspec.DecodeError, ArtifactRejected, OSError) as error:
+            return _decoded(key, self.store.read_note(key))
+        except (ArtifactRejected, OSError) as error:
             log.error("note on generations can't be read", key=key, reason=str(error))
             return Lifecycle()
+
+
+def _decoded(key: str, note: bytes | None) -> Lifecycle:
+    """A damaged note counts as none: what it said comes back out of the index, if that knows."""
+    try:
+        return decode_lifecycle(note) if note is not None else Lifecycle()
+    except msgspec.DecodeError as error:
+        log.error("note on generations can't be read", key=key, reason=str(error))
+        return Lifecycle()
 
 
 def _check_servable(key: str, generation: int, now: Standing) -> None:
@@ -279,20 +287,3 @@ def _check_servable(key: str, generation: int, now: Standing) -> None:
     if generation not in now.there:
         known = ", ".join(map(str, now.there)) or "none"
         raise GraphNotFound(f"graph {key} has no generation {generation} (there are: {known})")
-
-
-def _barred(record: GraphRecord, lifecycle: Lifecycle) -> GraphRecord:
-    """The record of a graph of which no generation may serve: a recompile by hand ends that."""
-    quarantined = lifecycle.having(Verdict.QUARANTINED)
-    newest = max(quarantined, default=0)
-    if not newest:
-        return changed(record, lifecycle=lifecycle)
-    return changed(
-        record,
-        phase=Phase.FAILED,
-        generation=0,
-        error=f"generation {newest} is quarantined: {lifecycle.reason(newest)}",
-        failures=MAX_FAILURES,
-        retry_at=time.time() + NEVER_S,
-        lifecycle=lifecycle,
-    )

@@ -172,9 +172,10 @@ class Graphs:
             await self.recapture(record)
         except (RegistryUnavailable, Overloaded) as error:
             log.warning("not queued for capture again", key=record.key, reason=str(error))
-        else:
-            if record.generation == generation:
-                await self.index.put(changed(record, phase=Phase.QUEUED, generation=0))
+            return
+        now = self.index.get(record.key)
+        if now and now.generation == generation:  # else it has been captured already
+            await self.index.put(changed(now, phase=Phase.QUEUED, generation=0))
 
     async def remove(self, key: str, generation: int, reason: str) -> None:
         """Delete an artifact to make room; its number stays used."""

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from precast.graphs.artifact import Manifest
-from precast.graphs.lifecycle import Lifecycle
+from precast.graphs.lifecycle import Lifecycle, Verdict
 
 MAX_FAILURES: Final = 5
 NEVER_S: Final = 1.0e9
@@ -111,5 +111,22 @@ def published_record(
         max_relative_error=manifest.max_relative_error,
         capture_s=manifest.capture_s,
         step_us=manifest.step_us,
+        lifecycle=lifecycle,
+    )
+
+
+def barred_record(record: GraphRecord, lifecycle: Lifecycle) -> GraphRecord:
+    """The record of a graph of which no generation may serve: a recompile by hand ends that."""
+    quarantined = lifecycle.having(Verdict.QUARANTINED)
+    newest = max(quarantined, default=0)
+    if not newest:
+        return changed(record, lifecycle=lifecycle)
+    return changed(
+        record,
+        phase=Phase.FAILED,
+        generation=0,
+        error=f"generation {newest} is quarantined: {lifecycle.reason(newest)}",
+        failures=MAX_FAILURES,
+        retry_at=time.time() + NEVER_S,
         lifecycle=lifecycle,
     )

@@ -14,7 +14,7 @@ import pytest
 
 from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
 from precast.graphs import bucket, object_store
-from precast.graphs.store import ArtifactStore, GenerationExists, open_store
+from precast.graphs.store import MAX_NOTE_BYTES, ArtifactStore, GenerationExists, open_store
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
 from tests.support.compile_worker import ROOT, wait_until
 from tests.support.s3_server import S3Server, s3_server
@@ -132,9 +132,38 @@ def test_graph_that_differs_from_its_manifest_is_not_published(
 def test_notes_are_replaced_whole(opener: Opener, tmp_path: Path) -> None:
     one, other = opener(), opener()
     for note in (b"{}", b"x" * 100_000, b"short"):
-        one.write_note(KEY, note)
+        one.update_note(KEY, lambda _, note=note: note)  # type: ignore[misc]
         assert other.read_note(KEY) == note
     assert one.published_keys() == [], "a note alone is no graph"
+
+
+def test_no_update_of_a_note_is_lost(opener: Opener) -> None:
+    def append(store: ArtifactStore, letter: bytes) -> None:
+        for _ in range(5):
+            store.update_note(KEY, lambda note: (note or b"") + letter)
+
+    stores = [opener() for _ in range(4)]
+    threads = [
+        threading.Thread(target=append, args=(store, bytes([65 + number])))
+        for number, store in enumerate(stores)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    before = stores[0].read_note(KEY) or b""
+    assert sorted(before) == sorted(b"ABCD" * 5)
+    stores[0].update_note(KEY, lambda _: None)
+    assert stores[0].read_note(KEY) == before
+
+
+def test_note_that_can_not_be_read_is_replaced(opener: Opener) -> None:
+    store = opener()
+    store.update_note(KEY, lambda _: b"x" * (MAX_NOTE_BYTES + 1))
+    with pytest.raises(ArtifactRejected, match="exceeds"):
+        store.read_note(KEY)
+    store.update_note(KEY, lambda note: b"new" if note is None else note)
+    assert store.read_note(KEY) == b"new"
 
 
 def test_quarantined_artifact_is_out_of_service_and_its_number_stays_used(
@@ -295,9 +324,10 @@ def test_store_that_can_not_be_used_ends_a_start(
         open_store(tmp_path, "s3://none-such/x").require_writable()
     store = open_store(tmp_path, s3.new_store())
     store.require_writable()
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="ignores If-None-Match"):
-        patch.setattr(bucket.Bucket, "create", lambda *_: True)
-        store.require_writable()
+    for method, header in (("create", "If-None-Match"), ("replace", "If-Match")):
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"ignores {header}"):
+            patch.setattr(bucket.Bucket, method, lambda *_: True)
+            store.require_writable()
     (tmp_path / "file").touch()
     for url in (None, s3.new_store()):
         with pytest.raises(ConfigError, match="store_dir"):
@@ -319,7 +349,7 @@ def test_every_call_ends_when_the_bucket_is_out_of_reach(
         for call in (
             lambda: publish(store, tmp_path, generation=2),
             lambda: store.open(key, 1),
-            lambda: store.write_note(key, b"{}"),
+            lambda: store.update_note(key, lambda _: b"{}"),
             store.published_keys,
         ):
             with pytest.raises(StoreUnavailable, match="s3://bucket") as failure:

@@ -92,7 +92,7 @@ async def test_graphs_that_nobody_runs_make_room(tmp_path: Path, redis_url: str)
     keys = [publish(store, tmp_path, batch_size=size) for size in (1, 2, 4, 8)]
     publish(store, tmp_path, batch_size=1, generation=2)
     used, pinned, idle, recent = keys
-    store.write_note(pinned, encode_lifecycle(Lifecycle().pinned(1)))
+    store.update_note(pinned, lambda _: encode_lifecycle(Lifecycle().pinned(1)))
     registry = Registry.connect(redis_url, lease_ttl_s=30)
     graphs = await graphs_over(store, registry)
     clock = [0.0]

@@ -1,4 +1,8 @@
-"""A real S3 server as a process: moto's, in memory."""
+"""A real S3 server as a process: moto's, in memory.
+
+``python -m tests.support.s3_server PORT`` is one. It does one request at a time, for moto's own
+conditional writes are not atomic among threads.
+"""
 
 import signal
 import subprocess
@@ -11,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from precast.redis_server import free_port
-from tests.support.compile_worker import wait_until
+from tests.support.compile_worker import ROOT, wait_until
 
 _numbers = count(1)
 
@@ -55,9 +59,9 @@ class S3Server:
 def s3_server(folder: Path, port: int = 0) -> Iterator[S3Server]:
     """An empty server; ended at the end."""
     port = port or free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", __name__, str(port)]
     with (folder / "s3.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     server = S3Server(process=process, endpoint=f"http://127.0.0.1:{port}")
     try:
         wait_until(lambda: answers(server))
@@ -72,3 +76,11 @@ def answers(server: S3Server) -> bool:
         return bool(server.call("GET", "moto-api/"))
     except OSError:
         return False
+
+
+if __name__ == "__main__":
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import run_simple
+
+    application = DomainDispatcherApplication(create_backend_app)
+    run_simple("127.0.0.1", int(sys.argv[1]), application, threaded=False)

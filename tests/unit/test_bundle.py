@@ -75,7 +75,7 @@ def test_what_serves_goes_from_a_store_into_another(store: DiskStore, tmp_path: 
 
 def test_decisions_on_generations_are_followed(store: DiskStore, tmp_path: Path) -> None:
     key = publish(store, tmp_path, batch_size="4", generation=2)
-    store.write_note(key, encode_lifecycle(Lifecycle().marked(2, Verdict.CANDIDATE)))
+    store.update_note(key, lambda _: encode_lifecycle(Lifecycle().marked(2, Verdict.CANDIDATE)))
     numbers = {
         a.manifest.key: a.manifest.generation for a in serving_artifacts(store, trust(SIGNER))
     }
@@ -91,7 +91,7 @@ def test_model_and_sizes_choose(store: DiskStore) -> None:
     assert sizes(model="tiny") == ["1", "2", "4"]
     assert sizes(batch_sizes=[1, 4]) == ["1", "4"]
     first = serving_artifacts(store, trust(SIGNER))[0].manifest.key
-    store.write_note(first, encode_lifecycle(Lifecycle().labelled("later")))
+    store.update_note(first, lambda _: encode_lifecycle(Lifecycle().labelled("later")))
     assert sizes(model="later") == ["1"]
     with pytest.raises(GraphNotFound, match="for 'other'"):
         sizes(model="other")
@@ -287,8 +287,8 @@ def test_what_was_quarantined_does_not_come_back(
     key = store.published_keys()[0]
     number = store.generations(key)[-1]
     other = DiskStore(tmp_path / "other")
-    other.write_note(
-        key, encode_lifecycle(Lifecycle().marked(number, Verdict.QUARANTINED, "wrong"))
+    other.update_note(
+        key, lambda _: encode_lifecycle(Lifecycle().marked(number, Verdict.QUARANTINED, "wrong"))
     )
     with pytest.raises(ArtifactRejected, match=f"{key}/{number}: was quarantined here: wrong"):
         import_into_store(io.BytesIO(bundle), other, trust(SIGNER))
