@@ -48,6 +48,7 @@ USED: Final = "used"
 NOTE: Final = "lifecycle.json"
 NOTE_TRIES: Final = 20
 PROBE: Final = "probe"
+MAX_ARTIFACT_OBJECT_BYTES: Final = MAX_SIGNATURE_FILE_BYTES + MAX_MANIFEST_BYTES
 MAX_COPIES_BYTES: Final = 2 << 30
 ABANDONED_S: Final = 3600.0
 """After this time a graph that no artifact names was left by a publisher that died."""
@@ -105,10 +106,12 @@ class ObjectStore(ArtifactStore):
         content = signature.encode() + manifest_bytes
         if self._bucket.create(name, content):
             return
-        # the answer to our own first attempt may have been lost
-        if self._bucket.read(name, len(content)) != content:
-            self._delete_rival(manifest)
-            raise GenerationExists(f"{manifest.key}/{manifest.generation}")
+        winner, _ = self._bucket.read_tagged(name, MAX_ARTIFACT_OBJECT_BYTES)
+        if winner == content:
+            return  # ours: the answer to a first attempt was lost
+        if manifest.digest.encode() not in (winner or b""):
+            self._bucket.delete([_graph_name(manifest)])
+        raise GenerationExists(f"{manifest.key}/{manifest.generation}")
 
     def open(self, key: str, generation: int = 0) -> StoredArtifact:
         number = generation or max(self.generations(key), default=0)
@@ -186,9 +189,9 @@ class ObjectStore(ArtifactStore):
     def _manifest(self, key: str, generation: int) -> tuple[Manifest, bytes, Signature]:
         if generation not in self.generations(key):
             raise GraphNotFound(f"no artifact of graph {key!r}, generation {generation}")
-        limit = MAX_SIGNATURE_FILE_BYTES + MAX_MANIFEST_BYTES
         try:
-            content = self._bucket.read(_name(key, generation, ARTIFACT), limit)
+            name = _name(key, generation, ARTIFACT)
+            content = self._bucket.read(name, MAX_ARTIFACT_OBJECT_BYTES)
         except FileNotFoundError:
             raise GraphNotFound(f"artifact {key}/{generation} was removed") from None
         line, _, raw = content.partition(b"\n")
@@ -225,12 +228,6 @@ class ObjectStore(ArtifactStore):
             if total > MAX_COPIES_BYTES and path != kept:
                 path.unlink(missing_ok=True)
                 total -= size
-
-    def _delete_rival(self, manifest: Manifest) -> None:
-        """Remove our graph where another publisher's counts, unless it is the same one."""
-        winner, _, _ = self._manifest(manifest.key, manifest.generation)
-        if winner.digest != manifest.digest:
-            self._bucket.delete([_graph_name(manifest)])
 
     def _drop_oldest_aside(self) -> None:
         aside = [

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
@@ -76,6 +77,12 @@ def test_generation_is_published_once(opener: Opener, tmp_path: Path) -> None:
     before = store.open(key)
     with pytest.raises(GenerationExists):
         publish(opener(), tmp_path, seed=1)
+    for compiler in ("", "a compiler with a name of some length"):
+        path = graph_file(tmp_path, seed=2)
+        made = manifest_for(path.read_bytes())
+        other = msgspec.structs.replace(made, compiler=compiler)
+        with pytest.raises(GenerationExists):
+            opener().publish(*signed(other, SIGNER), path)
     assert store.open(key) == before
     assert store.read_back(key, 1) == (before.manifest_bytes, before.signature)
 
