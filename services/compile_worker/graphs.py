@@ -5,7 +5,7 @@ The store on disk is the authority on what is published; the index is what is to
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,6 +37,7 @@ log = get_logger(__name__)
 BACKOFF_S: Final = 15.0
 """Wait after the first failure of a capture; each further one doubles it."""
 CANCEL_HOLD_S: Final = 600.0
+LOOKED_UP_AT_ONCE: Final = 8
 ENDING_POLLS: Final = 20
 ENDING_POLL_S: Final = 0.1
 MAX_MODEL_LABEL: Final = 128
@@ -63,8 +64,9 @@ class Graphs:
 
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
-        for key in await asyncio.to_thread(self.store.published_keys):
-            record = await self.generations.record(key) or await self.generations.barred(key)
+        keys = await asyncio.to_thread(self.store.published_keys)
+        for key, found in zip(keys, await self._looked_up(keys), strict=True):
+            record = found or await self.generations.barred(key)
             if record:
                 self.index.restore(record)
 
@@ -80,7 +82,8 @@ class Graphs:
             raise InvalidRequest(f"model label is longer than {MAX_MODEL_LABEL} characters")
         wanted = [self._check(factors) for factors in specs]
         order = sorted(range(len(wanted)), key=lambda i: int(wanted[i]["batch_size"]))
-        states = {i: await self._request(wanted[i], model) for i in order}
+        known = await self._looked_up([graph_key(spec, self.build) for spec in wanted])
+        states = {i: await self._request(wanted[i], known[i], model) for i in order}
         return [states[i] for i in range(len(wanted))]
 
     async def recapture(self, record: GraphRecord) -> Job:
@@ -200,9 +203,21 @@ class Graphs:
             raise UnsupportedSpec(f"isa {spec.isa!r}: this compile worker builds for {targets}")
         return dict(factors)
 
-    async def _request(self, spec: dict[str, str], model: str) -> GraphRecord:
+    async def _looked_up(self, keys: Sequence[str]) -> list[GraphRecord | None]:
+        """The records of what serves, several at once: a bucket may be far away."""
+        some = asyncio.Semaphore(LOOKED_UP_AT_ONCE)
+
+        async def look_up(key: str) -> GraphRecord | None:
+            async with some:
+                return await self.generations.record(key)
+
+        return list(await asyncio.gather(*map(look_up, keys)))
+
+    async def _request(
+        self, spec: dict[str, str], known: GraphRecord | None, model: str
+    ) -> GraphRecord:
         key = graph_key(spec, self.build)
-        known = await self.generations.record(key)
+        known = known or await self.generations.record(key)  # it may have been published since
         if known:
             await self.index.put(known.with_model(model))
             return known.with_model(model)
