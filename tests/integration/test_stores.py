@@ -345,13 +345,14 @@ def test_store_that_can_not_be_used_ends_a_start(
 def test_every_call_ends_when_the_bucket_is_out_of_reach(
     fault: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "_REQUEST_S", timedelta(seconds=0.2))
-    monkeypatch.setattr(bucket, "_RETRY_S", timedelta(seconds=0.3))
     with s3_server(tmp_path) as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        store = open_store(tmp_path / "copies", server.new_store())
-        key = publish(store, tmp_path)
+        url = server.new_store()
+        key = publish(open_store(tmp_path / "copies", url), tmp_path)
+        monkeypatch.setattr(bucket, "_REQUEST_S", timedelta(seconds=0.2))
+        monkeypatch.setattr(bucket, "_RETRY_S", timedelta(seconds=0.3))
+        store = open_store(tmp_path / "copies", url)
         server.process.send_signal(fault)
         for call in (
             lambda: publish(store, tmp_path, generation=2),
