@@ -13,7 +13,7 @@ from torch import Tensor
 from precast.errors import ConfigError
 
 LIBRARY = Path(__file__).parent / "_native.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
 PACKING_VERSION = 2
 

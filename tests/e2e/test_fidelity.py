@@ -9,6 +9,7 @@ from precast.process import available_cpus
 
 BOUNDS = [
     (Precision(quantization="q8_0", head_quantization="q8_0"), 0.015),
+    (Precision(quantization="int8", head_quantization="int8"), 0.015),
     (Precision(quantization="q4_1", head_quantization="q8_0"), 0.015),
     (Precision(kv_dtype="int8"), 0.01),
 ]

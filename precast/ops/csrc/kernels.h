@@ -37,6 +37,11 @@ inline int64_t padded_k(Format f, int64_t k) {
   return (k + unit - 1) / unit * unit;
 }
 
+// Groups of a row's inputs, each with its scale; kInt8's last one may be short. One scale for a whole row
+// would do for kInt8's weights, but a few large activations leave the others of their row few steps:
+// SmolLM2-135M's perplexity rose by 3.9 %, by 1.3 % with groups of 64, and by 0.9 % with these.
+inline int64_t input_groups(Format f, int64_t k) { return (padded_k(f, k) + kGroup - 1) / kGroup; }
+
 // Bytes of one group's values, and of a block of two groups with its scales.
 constexpr int64_t group_bytes(Format f) { return kGroup * kPanel / (f == Format::kQ8_0 ? 1 : 2); }
 constexpr int64_t block_bytes(Format f) {
@@ -59,8 +64,8 @@ struct LinearArgs {
   const float* bias;  // [N] or null
   float* y;           // [M, N]
   // Quantised inputs (quantize_rows), for the formats that need them: int8 [M, padded_k], a scale for
-  // each row (kInt8) or group, and the sum of each row's or group's quantised values: times its
-  // scale for a group.
+  // each of a row's input_groups, and for each group its scale times the sum of its quantised values;
+  // for kInt8, whose weights have no groups, these are summed over the row: [M].
   const int8_t* xq;
   const float* x_scales;
   const float* x_sums;
@@ -104,7 +109,7 @@ struct Kernels {
   const char* isa;
 
   // Symmetric quantisation of rows [begin, end) of args.x: q = round(x / scale), scale = max|x| / 127
-  // over the row or the group. Writes what args.xq, x_scales and x_sums point to.
+  // over the group. Writes what args.xq, x_scales and x_sums point to.
   void (*quantize_rows)(const LinearArgs& args, int64_t begin, int64_t end);
 
   // y = x w^T + bias for the panels [panel_begin, panel_end).

@@ -54,25 +54,25 @@ inline float quantize_run(const float* x, int8_t* q, int64_t n, int64_t padded, 
 }
 
 void quantize_rows(const LinearArgs& a, int64_t begin, int64_t end) {
-  const int64_t padded = padded_k(a.format, a.k), groups = padded / kGroup;
+  const int64_t padded = padded_k(a.format, a.k), groups = input_groups(a.format, a.k);
   int8_t* q = const_cast<int8_t*>(a.xq);
   float* scales = const_cast<float*>(a.x_scales);
   float* sums = const_cast<float*>(a.x_sums);
   for (int64_t r = begin; r < end; ++r) {
     const float* x = a.x + r * a.x_stride;
-    int32_t sum;
-    if (a.format == Format::kInt8) {
-      scales[r] = quantize_run(x, q + r * padded, a.k, padded, &sum);
-      sums[r] = static_cast<float>(sum);
-      continue;
-    }
+    float row_sum = 0;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * kGroup, left = a.k - first;
       const int64_t count = left < 0 ? 0 : left < kGroup ? left : kGroup;
+      const int64_t room = padded - first < kGroup ? padded - first : kGroup;
       const int64_t at = r * groups + g;
-      scales[at] = quantize_run(x + first, q + r * padded + first, count, kGroup, &sum);
-      sums[at] = static_cast<float>(sum) * scales[at];
+      int32_t sum;
+      scales[at] = quantize_run(x + first, q + r * padded + first, count, room, &sum);
+      const float scaled = static_cast<float>(sum) * scales[at];
+      row_sum += scaled;
+      if (a.format != Format::kInt8) sums[at] = scaled;
     }
+    if (a.format == Format::kInt8) sums[r] = row_sum;
   }
 }
 
@@ -195,39 +195,52 @@ inline void group_dots4(const uint8_t* w, const int8_t* x, int64_t x_stride,
 
 // ---- tiles -----------------------------------------------------------------------------------
 
-// MR rows against NP panels, one scale for each row and column.
+// MR rows against NP panels, one scale for each column and each group of a row.
 template <int MR, int NP>
 inline void int8_tile(const LinearArgs& a, int64_t row, int64_t panel) {
   constexpr int U = MR * NP * kVectors >= 4 ? 1 : 4;
   const int64_t stride = panel_bytes(a.format, a.k), k = padded_k(a.format, a.k);
+  const int64_t groups = input_groups(a.format, a.k), steps = k / 4;
   const uint8_t* weight = a.weight + panel * stride;
   const int8_t* x = a.xq + row * k;
-  vint acc[U][MR][NP][kVectors] = {};
-  const auto step = [&](int64_t s, int u) {
-    for (int p = 0; p < NP; ++p) {
-      for (int v = 0; v < kVectors; ++v) {
-        const vint w = prepare(weight + p * stride + s * kStepBytes + v * kLanes * 4);
-        for (int r = 0; r < MR; ++r) acc[u][r][p][v] = dot8(acc[u][r][p][v], w, x + r * k + s * 4);
+  vfloat totals[MR][NP][kVectors] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    vint acc[U][MR][NP][kVectors] = {};
+    const auto step = [&](int64_t s, int u) {
+      for (int p = 0; p < NP; ++p) {
+        for (int v = 0; v < kVectors; ++v) {
+          const vint w = prepare(weight + p * stride + s * kStepBytes + v * kLanes * 4);
+          for (int r = 0; r < MR; ++r) {
+            acc[u][r][p][v] = dot8(acc[u][r][p][v], w, x + r * k + s * 4);
+          }
+        }
+      }
+    };
+    int64_t s = g * (kGroup / 4);
+    const int64_t end = s + kGroup / 4 < steps ? s + kGroup / 4 : steps;
+    for (; s + U <= end; s += U) {
+      for (int u = 0; u < U; ++u) step(s + u, u);
+    }
+    for (; s < end; ++s) step(s, 0);
+    for (int r = 0; r < MR; ++r) {
+      const int64_t at = (row + r) * groups + g;
+      for (int p = 0; p < NP; ++p) {
+        for (int v = 0; v < kVectors; ++v) {
+          vint total = acc[0][r][p][v];
+          for (int u = 1; u < U; ++u) total += acc[u][r][p][v];
+          totals[r][p][v] += to_float(total) * a.x_scales[at];
+        }
       }
     }
-  };
-  const int64_t steps = k / 4;
-  int64_t s = 0;
-  for (; s + U <= steps; s += U) {
-    for (int u = 0; u < U; ++u) step(s + u, u);
   }
-  for (; s < steps; ++s) step(s, 0);
   for (int p = 0; p < NP; ++p) {
     const float* scales = reinterpret_cast<const float*>(weight + p * stride + k * kPanel);
     for (int r = 0; r < MR; ++r) {
-      vfloat y[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        vint total = acc[0][r][p][v];
-        for (int u = 1; u < U; ++u) total += acc[u][r][p][v];
-        y[v] = (to_float(total) - kOffset * a.x_sums[row + r]) * a.x_scales[row + r] *
-               load(scales + v * kLanes);
+        const vfloat dot = totals[r][p][v] - kOffset * a.x_sums[row + r];
+        totals[r][p][v] = dot * load(scales + v * kLanes);
       }
-      write_row(a, row + r, (panel + p) * kPanel, y);
+      write_row(a, row + r, (panel + p) * kPanel, totals[r][p]);
     }
   }
 }

@@ -38,7 +38,7 @@ void quantize_inputs(LinearArgs& args) {
   thread_local std::vector<int8_t> values;
   thread_local std::vector<float> scales, sums;
   const int64_t k = padded_k(args.format, args.k);
-  const int64_t scales_a_row = is_grouped(args.format) ? k / kGroup : 1;
+  const int64_t scales_a_row = input_groups(args.format, args.k);
   values.resize(args.m * k);
   scales.resize(args.m * scales_a_row);
   sums.resize(args.m * scales_a_row);
@@ -54,6 +54,8 @@ void quantize_inputs(LinearArgs& args) {
     kernels().quantize_rows(args, rows.begin, rows.end);
   });
 }
+
+}  // namespace
 
 at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, int64_t n, int64_t format) {
@@ -81,6 +83,8 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   });
   return y;
 }
+
+namespace {
 
 at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t k, int64_t format) {
   const Format f = format_of(format);

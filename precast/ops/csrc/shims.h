@@ -1,6 +1,6 @@
 // Direct entry points for captured graphs.
 //
-// A graph calls these by name instead of through the dispatcher (capture.py registers them as
+// A graph calls these by name instead of through the dispatcher (code_gen.py registers them as
 // custom_ops_to_c_shims): boxing five operators a layer cost 4 % of a step at batch 1.
 #pragma once
 
@@ -20,6 +20,10 @@ inline std::optional<at::Tensor> optional_tensor(AtenTensorHandle* handle) {
   if (handle == nullptr) return std::nullopt;
   return tensor(*handle);
 }
+
+// The native kernel, whoever serves the operator: packed weights are its own.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, int64_t out_features, int64_t format);
 
 }  // namespace precast
 

@@ -53,7 +53,7 @@ def linear(
 ) -> Tensor:
     fmt = Format(format)
     if fmt >= Format.INT8:
-        x = _rounded(x, x.shape[1] if fmt == Format.INT8 else GROUP)
+        x = _rounded(x, GROUP)
     return torch.nn.functional.linear(x, unpack(weight, out_features, x.shape[1], fmt), bias)
 
 
