@@ -119,6 +119,10 @@ def _direct_calls() -> dict[str, Any]:
         ops.paged_attention.default: shim(
             "paged_attention", paged + ", double scale, int64_t window, double softcap"
         ),
+        ops.fused_experts.default: shim(
+            "fused_experts",
+            tensors("x experts weights gate_up down") + ", int64_t expert_size, int64_t format",
+        ),
         ops.all_reduce.default: shim("all_reduce", tensors("x")),
         ops.all_gather.default: shim(
             "all_gather", tensors("x") + ", const int64_t* widths, int64_t widths_len"

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from precast.models import gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
+from precast.models import gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 from precast.models.blocks import (
     EmbedWeights,
     HeadWeights,
@@ -56,6 +56,7 @@ _MODULES: dict[str, Architecture] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
 }
 

@@ -43,6 +43,14 @@ class MlpWeights(NamedTuple):
     down: Linear
 
 
+class ExpertWeights(NamedTuple):
+    router: Linear
+    """Not quantised: its values decide which experts run."""
+    gate_up: Tensor
+    """uint8 [experts, panels, bytes]: each expert's packed linear."""
+    down: Tensor
+
+
 class DecoderWeights(NamedTuple):
     """Of a layer that norms what goes into attention and into its MLP, and nothing else."""
 
@@ -160,6 +168,32 @@ def gated_mlp(
         gate, up = gate_up.chunk(2, dim=-1)
         x = activation(gate) * up
     return reduce(shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, bias))
+
+
+def expert_mlp(
+    shape: Shape,
+    x: Tensor,
+    weights: ExpertWeights,
+    *,
+    experts: int,
+    per_token: int,
+    expert_size: int,
+    normalize: bool,
+) -> Tensor:
+    """Gated MLPs of the experts that a token's router likes best, by its weights: [T, H] to [T, H].
+
+    ``normalize``: whether the weights of a token's experts sum to one.
+    """
+    scores = linear(shape.format_of("none"), x, weights.router, experts, False)
+    likes, chosen = scores.softmax(-1).topk(per_token, dim=-1)
+    if normalize:
+        likes = likes / likes.sum(-1, keepdim=True)
+    return reduce(
+        shape,
+        torch.ops.precast.fused_experts(
+            x, chosen, likes, weights.gate_up, weights.down, expert_size, int(shape.linear_format)
+        ),
+    )
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ from typing import Generic, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from precast.models.blocks import AttentionWeights, DecoderWeights, Linear, MlpWeights
+from precast.models.blocks import (
+    AttentionWeights,
+    DecoderWeights,
+    ExpertWeights,
+    Linear,
+    MlpWeights,
+)
 from precast.models.config import ModelConfig
 from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
@@ -135,6 +141,48 @@ class Loader(Generic[O_co]):
             gate_up=self.rows(gate_up, bias),
             down=self.columns(f"{prefix}down_proj", self.cut.mlp, bias),
         )
+
+    def experts(self, prefix: str, count: int) -> ExpertWeights:
+        """The router ``gate`` and, for each expert, what ``mlp`` reads."""
+        hidden, cut = self.shape.hidden_size, self.cut.experts
+
+        def share(expert: int, name: str) -> Tensor:
+            weight = self.source.get(
+                f"{prefix}experts.{expert}.{name}_proj.weight", (cut.total, hidden)
+            )
+            return weight[cut.start : cut.stop]
+
+        def down(expert: int) -> Tensor:
+            name = f"{prefix}experts.{expert}.down_proj.weight"
+            return self.source.get(name, (hidden, cut.total))[:, cut.start : cut.stop]
+
+        def gate_up(expert: int) -> Tensor:
+            return torch.cat([share(expert, "gate"), share(expert, "up")])
+
+        router = f"{prefix}gate"
+        return ExpertWeights(
+            router=self.linear(
+                router,
+                lambda: self.source.get(f"{router}.weight", (count, hidden)),
+                fmt=self.shape.format_of("none"),
+            ),
+            gate_up=self._stack(f"{prefix}experts.gate_up", count, gate_up),
+            down=self._stack(f"{prefix}experts.down", count, down),
+        )
+
+    def _stack(self, name: str, count: int, weight: Callable[[int], Tensor]) -> Tensor:
+        """``count`` packed linears in one tensor, packed now unless they are kept."""
+        if name in self.kept:
+            packed = self.arena.copy(self.kept[name])
+        else:
+            fmt = self.shape.linear_format
+            first = weight(0)
+            size = packed_size(first.shape[0], first.shape[1], fmt)
+            packed = self.arena.empty((count, *size))
+            for index in range(count):
+                pack_into(packed[index], first if index == 0 else weight(index), fmt)
+        self.packed[name] = packed
+        return packed
 
     def rows(self, parts: Sequence[Rows], bias: bool = False) -> Linear:
         """One linear of rows of several matrices, one below the other."""

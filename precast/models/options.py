@@ -264,7 +264,8 @@ def _gemma3_ropes(raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
 def _qwen3_moe(raw: Mapping[str, Any]) -> Reading:
     _require(raw, "hidden_act", "silu")
     step, plain = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
-    experts = raw["num_experts"]
+    # transformers 5 writes num_local_experts.
+    experts = raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"]
     layers = [
         LayerPlan("moe" if index not in plain and (index + 1) % step == 0 else "dense")
         for index in range(raw["num_hidden_layers"])
@@ -289,6 +290,7 @@ OPTIONS: Final[Mapping[str, type[Options]]] = {
     "phi3": WindowOptions,
     "qwen2": WindowOptions,
     "qwen3": Qwen3Options,
+    "qwen3_moe": Qwen3MoeOptions,
     "smollm3": SmolLM3Options,
 }
 _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Reading]]] = {

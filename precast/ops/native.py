@@ -72,6 +72,19 @@ def _silu_and_mul(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
+@torch.library.register_fake("precast::fused_experts")
+def _fused_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_size: int,
+    fmt: int,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("precast::all_reduce")
 def _all_reduce(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)

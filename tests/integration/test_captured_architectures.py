@@ -23,7 +23,12 @@ def capture(model: Loaded, out: Path) -> Path:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("name", "kinds"), [("llama_biases", ("full",)), ("gemma3", ("full", "sliding"))]
+    ("name", "kinds"),
+    [
+        ("llama_biases", ("full",)),
+        ("gemma3", ("full", "sliding")),
+        ("qwen3_moe_window", ("moe",)),
+    ],
 )
 def test_graphs_replay_a_checkpoint(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", name)

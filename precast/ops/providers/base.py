@@ -11,6 +11,7 @@ from precast.ops.packing import Format
 
 OPERATORS: Final = (
     "embedding",
+    "fused_experts",
     "linear",
     "paged_attention",
     "rms_norm",

@@ -15,6 +15,7 @@ _SCALE_BYTES: Final = 4
 def select() -> Selection:
     kernels: dict[str, Kernel] = {
         "embedding": embedding,
+        "fused_experts": fused_experts,
         "linear": linear,
         "paged_attention": paged_attention,
         "rms_norm": rms_norm,
@@ -55,6 +56,24 @@ def linear(
     if fmt >= Format.INT8:
         x = _rounded(x, GROUP)
     return torch.nn.functional.linear(x, unpack(weight, out_features, x.shape[1], fmt), bias)
+
+
+def fused_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_size: int,
+    format: int,
+) -> Tensor:
+    out = torch.zeros_like(x)
+    for expert in range(gate_up.shape[0]):
+        rows, choices = torch.where(experts == expert)
+        both = linear(x[rows], gate_up[expert], None, 2 * expert_size, format)
+        y = linear(silu_and_mul(both), down[expert], None, x.shape[1], format)
+        out.index_add_(0, rows, y * weights[rows, choices, None])
+    return out
 
 
 def _rounded(x: Tensor, group: int) -> Tensor:

@@ -1,0 +1,84 @@
+// The experts of a mixture: each token goes through the few that were chosen for it.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "shims.h"
+
+namespace precast {
+namespace {
+
+// For each expert, the entries of `chosen` [T, k] that name it, in order.
+std::vector<std::vector<int64_t>> entries_of(const at::Tensor& chosen, int64_t experts) {
+  std::vector<std::vector<int64_t>> entries(experts);
+  const int64_t* ids = chosen.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < chosen.numel(); ++i) {
+    TORCH_CHECK(ids[i] >= 0 && ids[i] < experts, "fused_experts: no expert ", ids[i], " among ", experts);
+    entries[ids[i]].push_back(i);
+  }
+  return entries;
+}
+
+// Sums a token's experts in their order, so that what else is in the batch makes no difference.
+at::Tensor fused_experts(const at::Tensor& x_in, const at::Tensor& chosen_in,
+                         const at::Tensor& weights_in, const at::Tensor& gate_up,
+                         const at::Tensor& down, int64_t expert_size, int64_t format) {
+  TORCH_CHECK(x_in.dim() == 2 && x_in.scalar_type() == at::kFloat,
+              "fused_experts: x must be float32 [T, H]");
+  TORCH_CHECK(chosen_in.dim() == 2 && chosen_in.scalar_type() == at::kLong &&
+                  weights_in.scalar_type() == at::kFloat &&
+                  chosen_in.sizes() == weights_in.sizes() && chosen_in.size(0) == x_in.size(0),
+              "fused_experts: experts must be int64 and weights float32, [T, k] both");
+  TORCH_CHECK(gate_up.dim() == 3 && down.dim() == 3 && gate_up.size(0) == down.size(0),
+              "fused_experts: packed weights must be [experts, panels, bytes]");
+  const at::Tensor x = x_in.contiguous(), chosen = chosen_in.contiguous();
+  const at::Tensor weights = weights_in.contiguous();
+  const int64_t hidden = x.size(1), per_token = chosen.size(1);
+  const float* source = x.const_data_ptr<float>();
+  const float* scale = weights.const_data_ptr<float>();
+  at::Tensor out = at::zeros({x.size(0), hidden}, x.options());
+  float* sums = out.mutable_data_ptr<float>();
+  const auto entries = entries_of(chosen, gate_up.size(0));
+  for (int64_t e = 0; e < gate_up.size(0); ++e) {
+    const int64_t rows = static_cast<int64_t>(entries[e].size());
+    if (rows == 0) continue;
+    at::Tensor gathered = at::empty({rows, hidden}, x.options());
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = source + entries[e][r] / per_token * hidden;
+      std::copy(row, row + hidden, gathered.mutable_data_ptr<float>() + r * hidden);
+    }
+    const at::Tensor both =
+        linear(gathered, gate_up.select(0, e), std::nullopt, 2 * expert_size, format);
+    const at::Tensor inner = at::silu(both.narrow(1, 0, expert_size))
+                                 .mul_(both.narrow(1, expert_size, expert_size));
+    const at::Tensor y = linear(inner, down.select(0, e), std::nullopt, hidden, format);
+    const float* values = y.const_data_ptr<float>();
+    for (int64_t r = 0; r < rows; ++r) {
+      float* sum = sums + entries[e][r] / per_token * hidden;
+      for (int64_t h = 0; h < hidden; ++h) sum[h] += scale[entries[e][r]] * values[r * hidden + h];
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(precast, m) {
+  m.def(
+      "fused_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, "
+      "int expert_size, int format) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(precast, CPU, m) { m.impl("fused_experts", fused_experts); }
+
+}  // namespace precast
+
+PRECAST_SHIM aoti_torch_cpu_fused_experts(AtenTensorHandle x, AtenTensorHandle experts,
+                                          AtenTensorHandle weights, AtenTensorHandle gate_up,
+                                          AtenTensorHandle down, int64_t expert_size, int64_t format,
+                                          AtenTensorHandle* ret) {
+  using precast::tensor;
+  PRECAST_RETURN(precast::fused_experts(tensor(x), tensor(experts), tensor(weights),
+                                        tensor(gate_up), tensor(down), expert_size, format));
+}
