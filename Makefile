@@ -68,6 +68,10 @@ native: $(NATIVE) ## build the native kernels
 bench: setup-dev ## measure (ARGS go to the benchmark)
 	@$(BIN)/python -m bench $(ARGS)
 
+.PHONY: asan
+asan: setup-dev ## run the kernels' tests under AddressSanitizer
+	@$(BIN)/python scripts/asan.py $(ARGS)
+
 .PHONY: compose-test
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
 	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)

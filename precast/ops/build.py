@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,28 +90,31 @@ def _compile(cxx: str, unit: tuple[str, Path, list[str]], objects: Path) -> Path
     return target
 
 
-def build(objects: Path) -> Path:
-    """Compiles what has changed and links; returns the library's path. Raises
-    CalledProcessError."""
+def build(objects: Path, library: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
+    """Compiles what has changed, with ``extra`` flags, and links ``library``; returns its path.
+    Raises CalledProcessError."""
     import torch
 
     cxx = compiler()
     objects.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        built = list(pool.map(lambda unit: _compile(cxx, unit, objects), _units()))
+        units = [(name, source, [*flags, *extra]) for name, source, flags in _units()]
+        built = list(pool.map(lambda unit: _compile(cxx, unit, objects), units))
     stamp = objects / "linked"
     names = "\n".join(path.name for path in built)
-    if LIBRARY.exists() and stamp.exists() and stamp.read_text() == names:
-        return LIBRARY
-    partial = LIBRARY.with_suffix(".tmp")
+    if library.exists() and stamp.exists() and stamp.read_text() == names:
+        return library
+    partial = library.with_suffix(".tmp")
     lib = Path(torch.__file__).parent / "lib"
     libraries = [f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-lrt", "-pthread"]
-    subprocess.run([cxx, "-shared", "-o", str(partial), *map(str, built), *libraries], check=True)
-    partial.rename(LIBRARY)
+    subprocess.run(
+        [cxx, "-shared", *extra, "-o", str(partial), *map(str, built), *libraries], check=True
+    )
+    partial.rename(library)
     stamp.write_text(names)
     for stale in set(objects.glob("*.o")) - set(built):
         stale.unlink()
-    return LIBRARY
+    return library
 
 
 def main() -> None:
