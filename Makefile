@@ -72,6 +72,11 @@ bench: setup-dev ## measure (ARGS go to the benchmark)
 asan: setup-dev ## run the kernels' tests under AddressSanitizer
 	@$(BIN)/python scripts/asan.py $(ARGS)
 
+.PHONY: soak
+soak: setup-dev ## a million mixed collectives, and 50 ranks killed in the middle of some
+	@$(BIN)/python -m tests.support.collective_program mixed --count 1000000
+	@$(BIN)/python -m tests.support.collective_program kills --count 50
+
 .PHONY: compose-test
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
 	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)
