@@ -198,11 +198,15 @@ def damage(worker: WorkerProcess, url: str | None, key: str) -> None:
     """Change a byte in the store, whichever it is."""
     graph = DiskStore(worker.home / "store").open(key).graph_path if url is None else None
     if graph:
-        graph.write_bytes(graph.read_bytes()[:-1] + b"?")
+        graph.write_bytes(_last_bit_flipped(graph.read_bytes()))
         return
     bucket = Bucket(str(url))
     [name] = [meta["path"] for meta in bucket.listing(key) if meta["path"].endswith(".pt2")]
-    bucket.write(name, bucket.read(name, MIB)[:-1] + b"?")
+    bucket.write(name, _last_bit_flipped(bucket.read(name, MIB)))
+
+
+def _last_bit_flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
