@@ -55,8 +55,8 @@ def capture(factors: Mapping[str, str], folders: Folders) -> dict[str, float]:
     check_versions(factors)
     shape, batch_size = shape_from(factors), int(factors["batch_size"])
     build = Build(isa=factors["isa"], folder=folders.kept / "objects", work=folders.out)
-    build.prepare()
     with stand_ins(shape, batch_size, layers_to_verify(shape), VERIFY_STEPS) as group:
+        build.prepare()
         return _capture(factors, shape, group, build, folders)
 
 

@@ -6,6 +6,7 @@ same values, and what is compared is this rank's computation and the calls' orde
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,12 @@ class Group:
 def stand_ins(shape: Shape, batch: int, layers: int, steps: int) -> Iterator[Group]:
     """Forks the other ranks of a group of ``shape.tp_size``, ready for ``steps`` steps.
 
-    Call it before Inductor has started threads: a child forked later hung in its first operator.
+    Only while there are no threads. A child forked beside Inductor's hung in its first operator;
+    one forked beside the build's kept the pipe open on which ``subprocess`` waits for a compiler
+    to start.
     """
+    if shape.tp_size > 1 and threading.active_count() > 1:
+        raise RuntimeError("ranks can't be forked beside threads")
     parent = os.getpid()
     group = Group(
         name=new_segment_name(),
