@@ -10,6 +10,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from precast.ops import numa
+
 KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 SCALE_BYTES: Final = 4
 
@@ -32,7 +34,8 @@ def new_cache(
     head_dim: int,
     token_major: bool = False,
 ) -> LayerCache:
-    """A cache of zeros. They are mapped lazily: a block costs memory when it is first written.
+    """A cache of zeros near the compute threads. They are mapped lazily: a block costs memory when
+    it is first written.
 
     ``token_major``: the same shapes over memory in which a token's heads lie side by side, for
     kernel providers that want it.
@@ -40,12 +43,18 @@ def new_cache(
     dtype = KV_DTYPES[kv_dtype]
     width = head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
     if token_major:
-        k, v = (torch.zeros((blocks, block_size, kv_heads, width), dtype=dtype) for _ in "kv")
+        k, v = (_zeros((blocks, block_size, kv_heads, width), dtype) for _ in "kv")
         return LayerCache(k.permute(0, 2, 3, 1), v.transpose(1, 2))
     return LayerCache(
-        torch.zeros((blocks, kv_heads, width, block_size), dtype=dtype),
-        torch.zeros((blocks, kv_heads, block_size, width), dtype=dtype),
+        _zeros((blocks, kv_heads, width, block_size), dtype),
+        _zeros((blocks, kv_heads, block_size, width), dtype),
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(shape, dtype=dtype)
+    numa.place(zeros)
+    return zeros
 
 
 def fill_cache(cache: LayerCache, k: Tensor, v: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""Memory for packed weights: contiguous and on huge pages where the kernel gives them.
+"""Memory for packed weights: contiguous, near the compute threads' cores, and on huge pages where
+the kernel gives them.
 
 A decode step reads every weight once, more pages than the TLB holds, and on a virtual machine each
 miss is a walk through two tables. See docs/decisions.md for what huge pages gained.
@@ -10,6 +11,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
+
+from precast.ops import numa
 
 HUGE_PAGE: Final = 2 << 20
 CHUNK: Final = 32 << 20
@@ -44,5 +47,6 @@ def _map(size: int) -> Tensor:
     mapping = mmap.mmap(-1, rounded + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_HUGEPAGE)  # before the first touch, which decides
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    numa.place(memory)
     skip = -memory.data_ptr() % HUGE_PAGE
     return memory[skip : skip + rounded]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precast.errors import ConfigError
+from precast.ops import numa
 
 LIBRARY = Path(__file__).parent / "_native.so"
 ABI_VERSION = 3
@@ -101,7 +102,9 @@ def _broadcast(x: Tensor, root: int) -> Tensor:
 
 
 def start_threads(cores: tuple[int, ...]) -> None:
-    """One compute thread on each core; the caller is the first. Replaces torch's own threads."""
+    """One compute thread on each core; the caller is the first. Replaces torch's own threads.
+    Weights and caches that are allocated from now on lie near these cores."""
+    numa.set_home(cores)
     torch.set_num_threads(1)
     torch.ops.precast.start_threads(list(cores))
 
