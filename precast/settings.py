@@ -182,6 +182,9 @@ class DecodeWorkerSettings(CommonSettings):
         default_factory=lambda data: data["home"] / "keys" / "trusted"
     )
     """Public keys whose artifacts may be loaded."""
+    allow_unsigned_graphs: bool = False
+    """For development: load graphs that no trusted key has signed. Whoever can reach this worker's
+    compile worker or cache can then have any code run."""
     cache_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "graphs")
     packed_dir: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "cache" / "weights"

@@ -1,4 +1,5 @@
-"""``precast graphs gc`` and ``scrub``: the store's size, and whether it holds what was signed."""
+"""``precast graphs gc``, ``scrub`` and ``resign``: the store's size, whether it holds what was
+signed, and by whom."""
 
 import json
 import sys
@@ -50,6 +51,30 @@ def scrub(
     else:
         Console(file=sys.stdout).print(store_tables.scrubbed_table(answer))
     if answer.damaged:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@reported
+def resign(
+    signer: Annotated[
+        list[str] | None, typer.Argument(help="Only what these have signed; none: all trusted.")
+    ] = None,
+    as_json: JsonOption = False,
+    address: AddressOption = None,
+    redis_url: RedisOption = None,
+) -> None:
+    """Sign artifacts with the present key, so that another can be revoked; exit code 1 if any is
+    left."""
+    from precast.admin.v1 import admin_service_pb2 as admin
+    from precast.cli import store_tables
+
+    request = admin.ResignGraphsRequest(signers=signer or [])
+    answer = _call("ResignGraphs", request, address, redis_url)
+    if as_json:
+        typer.echo(json.dumps(store_tables.resigned(answer), indent=2))
+    else:
+        Console(file=sys.stdout).print(store_tables.resigned_table(answer))
+    if answer.refused:
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -23,7 +23,7 @@ from precast.cli.graph_generations import (
     rollback,
     unpin_generation,
 )
-from precast.cli.graph_store import gc, scrub
+from precast.cli.graph_store import gc, resign, scrub
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ app.command()(export)
 app.command("import")(import_)
 app.command()(gc)
 app.command()(scrub)
+app.command()(resign)
 
 RECOMPILE_TIMEOUT_S: Final = 3600.0
 

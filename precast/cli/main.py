@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from precast import __version__
-from precast.cli import doctor, evaluate, graphs, models, serve, services
+from precast.cli import doctor, evaluate, graphs, keys, models, serve, services
 from precast.cli.options import settings_command
 from precast.settings import (
     CompileWorkerSettings,
@@ -40,6 +40,7 @@ app.command("decode-worker")(
 app.command("doctor")(doctor.doctor)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(graphs.app, name="graphs")
+app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 
 

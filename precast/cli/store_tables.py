@@ -1,5 +1,7 @@
 """What was removed from a store, or put aside in it, as tables and JSON."""
 
+from collections.abc import Iterable
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -47,20 +49,45 @@ def collected_table(answer: admin.CollectGarbageResponse, *, dry_run: bool) -> R
 def scrubbed(answer: admin.ScrubStoreResponse) -> dict[str, object]:
     return {
         "checked": answer.checked,
-        "damaged": [
-            {"key": artifact.key, "generation": artifact.generation, "reason": artifact.reason}
-            for artifact in answer.damaged
-        ],
+        "damaged": _damaged(answer.damaged),
     }
 
 
 def scrubbed_table(answer: admin.ScrubStoreResponse) -> RenderableType:
     """One line a damaged artifact, and the sums."""
-    rows = Table("key", "gen", "put aside because")
-    for artifact in answer.damaged:
-        rows.add_row(artifact.key[:SHOWN_KEY], str(artifact.generation), artifact.reason)
     sums = f"{answer.checked} artifacts read, {len(answer.damaged)} put aside"
-    return Group(rows, sums) if answer.damaged else sums
+    return _damage_table("put aside because", answer.damaged, sums)
+
+
+def resigned(answer: admin.ResignGraphsResponse) -> dict[str, object]:
+    return {
+        "signer": answer.signer,
+        "signed": answer.signed,
+        "unchanged": answer.unchanged,
+        "refused": _damaged(answer.refused),
+    }
+
+
+def resigned_table(answer: admin.ResignGraphsResponse) -> RenderableType:
+    """One line an artifact that was left, and the sums."""
+    sums = (
+        f"{answer.signed} artifacts signed by {answer.signer}, {answer.unchanged} unchanged, "
+        f"{len(answer.refused)} refused"
+    )
+    return _damage_table("refused because", answer.refused, sums)
+
+
+def _damaged(artifacts: Iterable[admin.DamagedArtifact]) -> list[dict[str, object]]:
+    return [{"key": a.key, "generation": a.generation, "reason": a.reason} for a in artifacts]
+
+
+def _damage_table(
+    why: str, artifacts: Iterable[admin.DamagedArtifact], sums: str
+) -> RenderableType:
+    rows = Table("key", "gen", why)
+    for artifact in artifacts:
+        rows.add_row(artifact.key[:SHOWN_KEY], str(artifact.generation), artifact.reason)
+    return Group(rows, sums) if rows.row_count else sums
 
 
 def _mib(size: int) -> str:

@@ -29,8 +29,9 @@ from precast.graphs.artifact import (
     decode_manifest,
 )
 from precast.graphs.key import is_key
-from precast.graphs.signing import MAX_SIGNATURE_FILE_BYTES, Signature, TrustedKeys
+from precast.graphs.signing import MAX_SIGNATURE_FILE_BYTES, Signature
 from precast.graphs.store import StoredArtifact
+from precast.graphs.trust import Trust
 
 FORMAT: Final = 1
 CONTENTS_FILE: Final = "contents.json"
@@ -83,7 +84,7 @@ def write_bundle(file: BinaryIO, artifacts: Sequence[StoredArtifact]) -> None:
     file.write(bytes(2 * _BLOCK))
 
 
-def unpack_bundle(file: BinaryIO, folder: Path, trusted: TrustedKeys) -> list[Unpacked]:
+def unpack_bundle(file: BinaryIO, folder: Path, trusted: Trust) -> list[Unpacked]:
     """Read a bundle and put its graphs into ``folder``, an empty one, once all are verified.
 
     A graph's bytes are read only after its manifest's signature and signed size have been checked.
@@ -120,7 +121,7 @@ def _read_contents(file: BinaryIO) -> Contents:
     return contents
 
 
-def _unpack_one(file: BinaryIO, entry: Entry, path: Path, trusted: TrustedKeys) -> Unpacked:
+def _unpack_one(file: BinaryIO, entry: Entry, path: Path, trusted: Trust) -> Unpacked:
     name = f"{entry.key}/{entry.generation}"
     raw = _read(file, f"{name}/{MANIFEST_FILE}", MAX_MANIFEST_BYTES)
     signature_file = _read(file, f"{name}/{SIGNATURE_FILE}", MAX_SIGNATURE_FILE_BYTES)

@@ -100,6 +100,18 @@ class DiskStore(ArtifactStore):
         artifact = self.open(key, generation)
         return artifact.manifest_bytes, artifact.signature
 
+    def resign(self, key: str, generation: int, signature: Signature) -> None:
+        folder = self._folder(key, generation)
+        if not _is_inside(folder, self.root):
+            raise GraphNotFound(f"no artifact of graph {key}, generation {generation}")
+        used = folder.stat()
+        with scratch_folder(self.temporary, key) as scratch:
+            (scratch / SIGNATURE_FILE).write_bytes(signature.encode())
+            _sync(scratch / SIGNATURE_FILE)
+            (scratch / SIGNATURE_FILE).replace(folder / SIGNATURE_FILE)
+        os.utime(folder, ns=(used.st_atime_ns, used.st_mtime_ns))  # this was no use of it
+        _sync(folder)
+
     def generations(self, key: str) -> list[int]:
         return sorted(filter(None, map(number_of, _names(self._key_folder(key)))))
 

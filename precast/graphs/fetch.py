@@ -19,8 +19,9 @@ from precast.graphs.artifact import GRAPH_FILE, MANIFEST_FILE, Manifest, decode_
 from precast.graphs.disk_store import TEMPORARY, DiskStore
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.scratch import scratch_folder
-from precast.graphs.signing import Signature, TrustedKeys
+from precast.graphs.signing import Signature
 from precast.graphs.store import GenerationExists, StoredArtifact
+from precast.graphs.trust import Trust
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.log import get_logger
 from precast.rpc import error_of
@@ -38,9 +39,7 @@ class GraphCache:
     Methods read and hash files: call them in a thread where an event loop must not wait.
     """
 
-    def __init__(
-        self, root: Path, trusted: TrustedKeys, *, max_bytes: int = MAX_CACHE_BYTES
-    ) -> None:
+    def __init__(self, root: Path, trusted: Trust, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
         self._store = DiskStore(root)
         self._store.sweep()
         self._trusted = trusted
@@ -80,6 +79,30 @@ class GraphCache:
             for generation, reason in self._store.put_aside(key).items()
         }
 
+    def is_signed(self, artifact: StoredArtifact) -> bool:
+        """Whether a trusted key signed an artifact that was verified, or nothing but the switch for
+        unsigned ones let it through."""
+        return artifact.signature.signer in self._trusted.keys
+
+    def knows_signer(self, signer: str) -> bool:
+        return signer in self._trusted.keys
+
+    def distrust(self) -> set[tuple[str, int]]:
+        """Remove what no key that is trusted now has signed: (key, generation) of each."""
+        removed = set()
+        for key in self._store.published_keys():
+            for generation in self._store.generations(key):
+                try:
+                    artifact = self._store.open(key, generation)
+                    self._trusted.verify(artifact.manifest_bytes, artifact.signature)
+                except GraphNotFound:
+                    continue
+                except ArtifactRejected as error:
+                    log.warning("cached graph removed", key=key, reason=str(error))
+                    self._store.remove(key, generation)
+                    removed.add((key, generation))
+        return removed
+
     def open(self, key: str, generation: int, spec: Mapping[str, str]) -> StoredArtifact:
         """A cached artifact, verified. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
         artifact = self._store.open(key, generation)
@@ -102,7 +125,9 @@ class GraphCache:
     def add(self, manifest: bytes, signature: Signature, graph: Path) -> StoredArtifact:
         """Keep a file whose manifest ``check`` has accepted, if its bytes are what that says."""
         parsed = decode_manifest(manifest)
-        if not self._holds(parsed):
+        if self._holds(parsed):
+            self._store.resign(parsed.key, parsed.generation, signature)
+        else:
             try:
                 self._store.publish(manifest, signature, graph)
             except GenerationExists:

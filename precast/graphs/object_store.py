@@ -129,6 +129,17 @@ class ObjectStore(ArtifactStore):
             self._download(manifest, scratch / GRAPH_FILE)
         return raw, signature
 
+    def resign(self, key: str, generation: int, signature: Signature) -> None:
+        name = _name(key, generation, ARTIFACT)
+        for _ in range(NOTE_TRIES):
+            content, tag = self._bucket.read_tagged(name, MAX_ARTIFACT_OBJECT_BYTES)
+            if content is None or tag is None:
+                raise GraphNotFound(f"no artifact of graph {key}, generation {generation}")
+            raw = content.partition(b"\n")[2]
+            if self._bucket.replace(name, signature.encode() + raw, tag):
+                return
+        raise StoreUnavailable(f"{self.location}: others change {name} all the time")
+
     def generations(self, key: str) -> list[int]:
         return _published(self._list(key))
 

@@ -1,8 +1,9 @@
 """Where published artifacts are kept, by key and generation.
 
 ``ArtifactStore`` is the contract; ``disk_store`` keeps it in a folder, ``object_store`` in an S3
-bucket. A generation is published once and never changed: it appears whole, and a second publisher
-of the same generation is told so. Numbers are not reused, not even after a quarantine.
+bucket. A generation is published once and never changed but for its signature: it appears whole,
+and a second publisher of the same generation is told so. Numbers are not reused, not even after a
+quarantine.
 """
 
 from abc import ABC, abstractmethod
@@ -93,6 +94,11 @@ class ArtifactStore(ABC):
     def read_back(self, key: str, generation: int) -> tuple[bytes, Signature]:
         """Manifest and signature of an artifact, after its digest was compared with every byte
         that the store has: not with a copy. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
+
+    @abstractmethod
+    def resign(self, key: str, generation: int, signature: Signature) -> None:
+        """Put another signature of the same manifest in the place of the present one, whole and
+        durably. Raises ``GraphNotFound``."""
 
     @abstractmethod
     def generations(self, key: str) -> list[int]:

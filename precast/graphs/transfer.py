@@ -19,8 +19,8 @@ from precast.graphs.fetch import GraphCache
 from precast.graphs.key import spec_part
 from precast.graphs.lifecycle import Lifecycle, Verdict, decode_lifecycle
 from precast.graphs.scratch import scratch_folder
-from precast.graphs.signing import TrustedKeys
 from precast.graphs.store import ArtifactStore, GenerationExists, StoredArtifact
+from precast.graphs.trust import Trust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Imported:
 
 def serving_artifacts(
     store: ArtifactStore,
-    trusted: TrustedKeys,
+    trusted: Trust,
     *,
     model: str = "",
     batch_sizes: Collection[int] = (),
@@ -57,7 +57,7 @@ def serving_artifacts(
     return sorted(found, key=lambda artifact: (_batch_size(artifact), artifact.manifest.key))
 
 
-def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: TrustedKeys) -> Imported:
+def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: Trust) -> Imported:
     """Publish a bundle's graphs in a compile worker's store. Raises ``ArtifactRejected`` or
     ``ConfigError``."""
     store.require_writable()
@@ -84,7 +84,7 @@ def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: TrustedKeys
     return _import(file, store.temporary, trusted, is_present, publish)
 
 
-def import_into_cache(file: BinaryIO, cache: GraphCache, trusted: TrustedKeys) -> Imported:
+def import_into_cache(file: BinaryIO, cache: GraphCache, trusted: Trust) -> Imported:
     """Put a bundle's graphs into a decode worker's cache. Raises ``ArtifactRejected``."""
 
     def is_present(graph: Unpacked) -> bool:
@@ -105,7 +105,7 @@ def import_into_cache(file: BinaryIO, cache: GraphCache, trusted: TrustedKeys) -
 def _import(
     file: BinaryIO,
     scratch: Path,
-    trusted: TrustedKeys,
+    trusted: Trust,
     is_present: Callable[[Unpacked], bool],
     add: Callable[[Unpacked], None],
 ) -> Imported:

@@ -1,7 +1,7 @@
 """Between this service's types and those of its protocols."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from precast.admin.v1 import admin_service_pb2 as admin_pb
@@ -14,7 +14,8 @@ from services.compile_worker.explain import Explanation
 from services.compile_worker.generations import Generation
 from services.compile_worker.recompile import After
 from services.compile_worker.record import GraphRecord, Phase, Trial
-from services.compile_worker.upkeep import Collected, Scrubbed
+from services.compile_worker.resign import Resigned
+from services.compile_worker.upkeep import Collected, Damage, Scrubbed
 
 PHASES: Final = {
     Phase.QUEUED: graphs_pb.GRAPH_PHASE_QUEUED,
@@ -49,6 +50,7 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
         key=record.key,
         phase=PHASES[record.phase],
         generation=record.generation,
+        signer=record.signer,
         factors=record.factors,
         models=record.models,
         error=record.error,
@@ -165,15 +167,23 @@ def collected_message(found: Collected, bound: int) -> admin_pb.CollectGarbageRe
 
 
 def scrubbed_message(found: Scrubbed) -> admin_pb.ScrubStoreResponse:
-    return admin_pb.ScrubStoreResponse(
-        checked=found.checked,
-        damaged=[
-            admin_pb.DamagedArtifact(
-                key=damage.key, generation=damage.generation, reason=damage.reason
-            )
-            for damage in found.damages
-        ],
+    return admin_pb.ScrubStoreResponse(checked=found.checked, damaged=_damaged(found.damages))
+
+
+def resigned_message(found: Resigned) -> admin_pb.ResignGraphsResponse:
+    return admin_pb.ResignGraphsResponse(
+        signer=found.signer,
+        signed=found.signed,
+        unchanged=found.unchanged,
+        refused=_damaged(found.refused),
     )
+
+
+def _damaged(damages: Iterable[Damage]) -> list[admin_pb.DamagedArtifact]:
+    return [
+        admin_pb.DamagedArtifact(key=d.key, generation=d.generation, reason=d.reason)
+        for d in damages
+    ]
 
 
 def explanation(found: Explanation) -> graphs_pb.ExplainGraphResponse:

@@ -19,8 +19,9 @@ from precast.graphs.lifecycle import (
     encode_lifecycle,
     previous,
 )
-from precast.graphs.signing import Signature, TrustedKeys
+from precast.graphs.signing import Signature
 from precast.graphs.store import ArtifactStore, StoredArtifact
+from precast.graphs.trust import Trust
 from precast.log import get_logger
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.record import (
@@ -67,7 +68,7 @@ class Generations:
 
     store: ArtifactStore
     index: GraphIndex
-    trusted: TrustedKeys
+    trusted: Trust
 
     def look(self, key: str) -> Standing:
         """What store and index know of a key. Reads the store: not for an event loop."""
@@ -227,7 +228,8 @@ class Generations:
                 await asyncio.to_thread(self.store.quarantine, key, number, str(error))
                 continue
             aside = await asyncio.to_thread(self.store.put_aside, key)
-            return changed(published_record(artifact.manifest, record, lifecycle), aside=aside)
+            found = published_record(artifact.manifest, record, lifecycle)
+            return changed(found, aside=aside, signer=artifact.signature.signer)
         return None
 
     async def barred(self, key: str) -> GraphRecord | None:

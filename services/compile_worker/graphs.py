@@ -5,7 +5,7 @@ The store on disk is the authority on what is published; the index is what is to
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -51,7 +51,8 @@ class Graphs:
     index: GraphIndex
     queue: CaptureQueue
     generations: Generations
-    signer: Signer
+    signing: Callable[[], Signer]
+    """The key that signs now: it may be replaced at any time."""
     build: Mapping[str, str]
     """This worker's build factors."""
     isa_targets: tuple[str, ...] = ()
@@ -285,7 +286,7 @@ class Graphs:
         if self.canary and self.generations.look(job.key).serving:
             self.generations.nominate(job.key, job.generation)
         try:
-            self.store.publish(manifest, self.signer.sign(manifest), graph)
+            self.store.publish(manifest, self.signing().sign(manifest), graph)
         except GenerationExists:
             log.warning("published by another process first", key=job.key)
         for number in surplus(self.generations.look(job.key)):

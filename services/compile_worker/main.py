@@ -17,8 +17,8 @@ from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
 from precast.graphs import targets
 from precast.graphs.key import build_digest
 from precast.graphs.scratch import sweep
-from precast.graphs.signing import TrustedKeys, load_or_create_signer
 from precast.graphs.store import open_store
+from precast.graphs.trust import SigningKey, TrustFolder
 from precast.jobs import CaptureQueue
 from precast.registry import CompileLease, Heartbeat, Registry
 from precast.rpc import Server, start_server
@@ -91,7 +91,7 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
         "compile worker ready",
         port=server.port,
         graphs=len(graphs.index.records()),
-        signer=graphs.signer.id,
+        signer=graphs.signing().id,
         start_s=round(time.monotonic() - started, 2),
     )
     try:
@@ -105,7 +105,10 @@ async def _open_graphs(
     settings: CompileWorkerSettings, program: CaptureProgram, registry: Registry
 ) -> Graphs:
     """Keys, store, index and queue, cleaned of what a killed predecessor left."""
-    signer = load_or_create_signer(settings.signing_key, settings.trusted_keys_dir)
+    signing = SigningKey(path=settings.signing_key, trusted_dir=settings.trusted_keys_dir)
+    signing.now()
+    trusted = TrustFolder(folder=settings.trusted_keys_dir)
+    trusted.require_valid()
     try:
         build = dict(await asyncio.to_thread(program.build_factors))
     except CaptureFailed as error:
@@ -118,10 +121,8 @@ async def _open_graphs(
         store=store,
         index=index,
         queue=queue,
-        generations=Generations(
-            store=store, index=index, trusted=TrustedKeys.load(settings.trusted_keys_dir)
-        ),
-        signer=signer,
+        generations=Generations(store=store, index=index, trusted=trusted),
+        signing=signing.now,
         build=build,
         isa_targets=tuple(settings.isa_targets),
         canary=settings.canary_steps > 0,

@@ -51,6 +51,8 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     generation: int = 0
     """The one that serves; 0: none."""
+    signer: str = ""
+    """Whose key has signed it."""
     error: str = ""
     """Why the last capture failed, if it did."""
     failures: int = 0

@@ -24,6 +24,7 @@ from services.compile_worker.convert import (
     generation_message,
     graph_state,
     job_message,
+    resigned_message,
     scrubbed_message,
     trial_of,
 )
@@ -40,6 +41,7 @@ from services.compile_worker.recompile import (
     select,
 )
 from services.compile_worker.record import GraphRecord
+from services.compile_worker.resign import resign
 from services.compile_worker.upkeep import Upkeep
 
 CHUNK_BYTES: Final = 256 << 10
@@ -214,6 +216,11 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
         self, request: admin_pb.ScrubStoreRequest, context: Any
     ) -> admin_pb.ScrubStoreResponse:
         return scrubbed_message(await self._upkeep.scrub())
+
+    async def ResignGraphs(
+        self, request: admin_pb.ResignGraphsRequest, context: Any
+    ) -> admin_pb.ResignGraphsResponse:
+        return resigned_message(await resign(self._graphs, set(request.signers)))
 
     async def _until_ended(self, job: Job) -> Job:
         """The job once its capture has been killed, or as it is when that takes too long."""

@@ -42,6 +42,8 @@ class Offer:
     paths: tuple[Path, ...]
     keys: tuple[str, ...]
     generations: tuple[int, ...]
+    signed: bool = True
+    """False where only the switch for unsigned graphs lets one of them through."""
 
     @property
     def identity(self) -> Identity:
@@ -142,6 +144,18 @@ class GraphSet:
             if self._is_bad(offer) and size not in self._pending
         }
 
+    def forget_removed(self) -> None:
+        """Drop graphs before the next step whose artifacts are gone: nobody vouches for them any
+        more. They may be offered again."""
+        self._pending = {s: offer for s, offer in self._pending.items() if _is_there(offer)}
+        self._dropping |= {
+            size
+            for size, offer in self._loaded.items()
+            if not _is_there(offer) and size not in self._pending
+        }
+        for tried in self._tried.values():
+            tried[:] = [trial for trial in tried if _is_there(trial.offer)]
+
     def group_started(self, ready: Sequence[Ready]) -> None:
         """A new group has no graphs: what the last one had is loaded again."""
         self.factors = tuple(r.graph_factors for r in ready)
@@ -170,6 +184,10 @@ class GraphSet:
             await self.canary.apply(group, lambda size: size in self._loaded)
             return
         offer = self._pending.pop(min(self._pending))
+        if not offer.signed:
+            log.warning(
+                "LOADING UNSIGNED NATIVE CODE", batch_size=offer.batch_size, keys=offer.keys
+            )
         self._suspect = offer
         answers = await group.load_graph(
             LoadGraph(
@@ -280,3 +298,7 @@ class GraphSet:
         for trial in reversed(self._tried.get(size, [])):
             if trial.replays and not self._is_bad(trial.offer):
                 self._pending.setdefault(size, trial.offer)
+
+
+def _is_there(offer: Offer) -> bool:
+    return all(path.exists() for path in offer.paths)

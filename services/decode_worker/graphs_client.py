@@ -7,6 +7,7 @@ may have been rolled back or quarantined while this worker was down.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from precast.errors import (
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.store import StoredArtifact
+from precast.graphs.trust import Trust
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
 from precast.log import get_logger
@@ -42,6 +44,8 @@ RETRY_S: Final = 1.0
 ASK_FIRST_S: Final = 2.0
 """How long a start waits for a compile worker before it trusts its cache alone."""
 CANARY_REPORT_S: Final = 0.25
+TRUST_POLL_S: Final = 0.5
+"""How often the trusted keys are looked at; each verification looks at them too."""
 
 Spec = dict[str, str]
 
@@ -55,22 +59,29 @@ class GraphsClient:
         graphs: GraphSet,
         cache: GraphCache,
         candidates: GraphCache,
+        trusted: Trust,
         registry: Registry,
         compile_address: str | None,
         on_offer: Callable[[], None],
     ) -> None:
         """``candidates`` keeps graphs that this worker tries, out of the sight of others that
-        share ``cache``. ``on_offer`` is called when a graph is ready to be loaded."""
+        share ``cache``; ``trusted`` is whom both believe. ``on_offer`` is called when a graph is
+        ready to be loaded."""
         self._worker_id = worker_id
         self._model = model
         self._graphs = graphs
         self._cache = cache
         self._candidates = candidates
+        self._trusted = trusted
         self._registry = registry
         self._compile_address = compile_address
         self._on_offer = on_offer
         self._artifacts: dict[str, StoredArtifact] = {}
         """Newest verified artifact by spec digest."""
+        self._asked_again: set[tuple[str, int, str]] = set()
+        """Key, generation and signer of what was fetched for its new signature."""
+        self._distrusted = asyncio.Event()
+        """Set when a loaded graph is gone because nobody vouches for it any more."""
         self._reported = ""
         self._explained: set[str] = set()
         """Keys whose absence has been explained in the log."""
@@ -84,6 +95,7 @@ class GraphsClient:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_following())
             tasks.create_task(self._keep_condemning())
+            tasks.create_task(self._keep_distrusting())
 
     def _load_cached(self) -> None:
         """Offers what the cache holds. Reads and hashes files."""
@@ -111,6 +123,27 @@ class GraphsClient:
             for cache in (self._cache, self._candidates):
                 await asyncio.to_thread(cache.condemn, crash.key, crash.generation, crash.signal)
             self._condemned.set()
+
+    async def _keep_distrusting(self) -> None:
+        """Gets rid of graphs whose key was revoked, and asks anew once trust has changed."""
+        known = self._trusted.keys
+        while True:
+            await asyncio.sleep(TRUST_POLL_S)
+            if self._trusted.keys != known:
+                known = self._trusted.keys
+                await asyncio.to_thread(self._distrust)
+                self._graphs.forget_removed()
+                self._asked_again.clear()
+                self._distrusted.set()
+                self._on_offer()
+
+    def _distrust(self) -> None:
+        for key, _ in self._candidates.distrust():
+            self._graphs.canary.withdraw(key)
+        self._cache.distrust()
+        for digest, artifact in list(self._artifacts.items()):
+            if not artifact.graph_path.exists():
+                del self._artifacts[digest]
 
     async def _keep_following(self) -> None:
         while True:
@@ -233,8 +266,11 @@ class GraphsClient:
         """Repeats the request, so that a compile worker or a Redis that lost it captures after
         all."""
         while True:
-            await asyncio.sleep(REQUEST_INTERVAL_S)
-            if self._graphs.missing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REQUEST_INTERVAL_S):
+                    await self._distrusted.wait()
+            if self._graphs.missing or self._distrusted.is_set():
+                self._distrusted.clear()
                 await self._request(stub)
 
     async def _request(self, stub: Any) -> dict[str, Spec]:
@@ -273,6 +309,7 @@ class GraphsClient:
         if state.generation == 0 or (
             present is not None
             and (present.manifest.key, present.manifest.generation) == (state.key, state.generation)
+            and not self._signed_anew(present, state)
         ):
             return
         try:
@@ -286,6 +323,16 @@ class GraphsClient:
             return
         self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
+
+    def _signed_anew(self, present: StoredArtifact, state: pb.GraphState) -> bool:
+        """Whether another trusted key has signed what we have since, so that the one that we know
+        may be revoked soon. Says so once."""
+        signature = (state.key, state.generation, state.signer)
+        anew = present.signature.signer != state.signer and signature not in self._asked_again
+        if not anew or not self._cache.knows_signer(state.signer):
+            return False
+        self._asked_again.add(signature)
+        return True
 
     async def _retire(self, state: pb.GraphState) -> None:
         """Forgets generations that must not be loaded any more."""
@@ -322,6 +369,7 @@ class GraphsClient:
             paths=tuple(artifact.graph_path for artifact in artifacts),
             keys=tuple(artifact.manifest.key for artifact in artifacts),
             generations=tuple(artifact.manifest.generation for artifact in artifacts),
+            signed=all(map(self._cache.is_signed, artifacts)),
         )
         current = self._graphs.current(batch_size)
         if current is None or current.identity != offer.identity:

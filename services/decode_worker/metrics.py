@@ -22,6 +22,11 @@ class Metrics:
         self.kv_free = Gauge(
             "decode_worker_kv_free_blocks", "Free blocks of the KV cache", registry=self.registry
         )
+        self.unsigned = Gauge(
+            "decode_worker_unsigned_graphs_allowed",
+            "1 while graphs are loaded that no trusted key has signed",
+            registry=self.registry,
+        )
         self._steps = Counter(
             "decode_worker_decode_steps",
             "Decode steps by the captured size that ran, 0 for eager",

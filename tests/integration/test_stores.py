@@ -71,6 +71,21 @@ def test_graph_of_several_parts(store: ArtifactStore, tmp_path: Path) -> None:
     assert store.open(manifest.key).graph_path.read_bytes() == path.read_bytes()
 
 
+def test_signature_alone_can_be_replaced(opener: Opener, tmp_path: Path) -> None:
+    store, other = opener(), new_signer()
+    key = publish(store, tmp_path)
+    before, [holding] = store.open(key), store.holdings()
+    store.resign(key, 1, other.sign(before.manifest_bytes))
+    after = opener().open(key)
+    assert after.signature.signer == other.id
+    assert after.manifest_bytes == before.manifest_bytes
+    assert [(h.key, h.generation, h.size) for h in store.holdings()] == [(key, 1, holding.size)]
+    for missing in ((key, 2), (KEY, 1), ("../x", 1)):
+        with pytest.raises(GraphNotFound):
+            store.resign(*missing, before.signature)
+    assert store.generations(KEY) == []
+
+
 def test_generation_is_published_once(opener: Opener, tmp_path: Path) -> None:
     store = opener()
     key = publish(store, tmp_path)

@@ -50,7 +50,7 @@ async def graphs_over(store: DiskStore, registry: Registry) -> Graphs:
         index=index,
         queue=CaptureQueue(registry.redis, "test", max_queued=100),
         generations=Generations(store=store, index=index, trusted=trust(SIGNER)),
-        signer=SIGNER,
+        signing=lambda: SIGNER,
         build=BUILD,
     )
     await graphs.restore()

@@ -46,8 +46,10 @@ class Fleet:
 
     def cli(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
         """``precast graphs ...`` against the compile worker."""
-        command = [sys.executable, "-m", "precast", "graphs", *map(str, arguments)]
-        command += ["--address", self.compiler.address]
+        return self.precast("graphs", *arguments, "--address", self.compiler.address)
+
+    def precast(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "precast", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def key(self) -> str:

@@ -188,6 +188,33 @@ def test_graphs_go_through_a_pipe(tmp_path: Path) -> None:
     assert cached.graph_path.read_bytes() == path.read_bytes()
 
 
+def test_keys_are_rotated_trusted_and_revoked(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    old = load_or_create_signer(home / "keys" / "signing.key", home / "keys" / "trusted").id
+    rotated = precast("keys", "rotate")
+    assert rotated.returncode == 0, rotated.stderr
+    rows = json.loads(precast("keys", "list", "--json").stdout)
+    [new] = [row["signer"] for row in rows if row["signs_here"]]
+    assert {row["signer"] for row in rows} == {old, new}
+    assert f"signs from now on: {new} (before: {old})" in rotated.stdout
+    other = str(tmp_path / "other")
+    done = precast("keys", "trust", f"home/keys/trusted/{new}.pub", "--trusted-keys-dir", other)
+    assert done.stdout == f"trusted: {new}\n"
+    assert [path.name for path in Path(other).iterdir()] == [f"{new}.pub"]
+    for arguments, reason in (
+        (("revoke", new), "rotate first"),
+        (("revoke", "none"), "0 trusted keys"),
+        (("trust", "home/keys/signing.key"), "trusted key"),
+        (("rotate", "--home", "nowhere"), "none to replace"),
+    ):
+        done = precast("keys", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert reason in done.stderr
+    assert precast("keys", "revoke", old).stdout == f"revoked: {old}\n"
+    listed = precast("keys", "list").stdout
+    assert (new in listed, old in listed) == (True, False)
+
+
 def test_serve_names_the_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -90,8 +90,9 @@ def test_refusals_say_why() -> None:
 
 
 def test_signature_file_round_trips() -> None:
-    signature = new_signer().sign(b"message")
-    assert Signature.decode(signature.encode()) == signature
+    for signature in (new_signer().sign(b"message"), Signature(signer="", signature=b"")):
+        assert Signature.decode(signature.encode()) == signature
+    assert Signature.decode(b"unsigned").signature == b""
 
 
 @pytest.mark.parametrize(

@@ -665,3 +665,58 @@ class DamagedArtifact(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DamagedArtifact: _TypeAlias = DamagedArtifact  # noqa: Y015
+
+@_typing.final
+class ResignGraphsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only what these keys have signed; empty: what any trusted key has."""
+
+    def __init__(
+        self,
+        *,
+        signers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signers", b"signers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResignGraphsRequest: _TypeAlias = ResignGraphsRequest  # noqa: Y015
+
+@_typing.final
+class ResignGraphsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNER_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    signer: _builtins.str
+    """Whose key signs now."""
+    signed: _builtins.int
+    unchanged: _builtins.int
+    """Had its signature already, or one of a key that was not named."""
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___DamagedArtifact]:
+        """Left as they are: damaged, or not signed by a trusted key."""
+
+    def __init__(
+        self,
+        *,
+        signer: _builtins.str = ...,
+        signed: _builtins.int = ...,
+        unchanged: _builtins.int = ...,
+        refused: _abc.Iterable[Global___DamagedArtifact] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused", "signed", b"signed", "signer", b"signer", "unchanged", b"unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResignGraphsResponse: _TypeAlias = ResignGraphsResponse  # noqa: Y015

@@ -80,6 +80,11 @@ class AdminServiceStub:
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreRequest.SerializeToString,
                 response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreResponse.FromString,
                 _registered_method=True)
+        self.ResignGraphs = channel.unary_unary(
+                '/precast.admin.v1.AdminService/ResignGraphs',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ResignGraphsRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ResignGraphsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -150,6 +155,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResignGraphs(self, request, context):
+        """ResignGraphs signs what another trusted key has signed with the worker's present key, so that the
+        other key can be revoked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -197,6 +210,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ScrubStore,
                     request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreRequest.FromString,
                     response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreResponse.SerializeToString,
+            ),
+            'ResignGraphs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResignGraphs,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ResignGraphsRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ResignGraphsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -443,6 +461,33 @@ class AdminService:
             '/precast.admin.v1.AdminService/ScrubStore',
             precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreRequest.SerializeToString,
             precast_dot_admin_dot_v1_dot_admin__service__pb2.ScrubStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResignGraphs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/ResignGraphs',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ResignGraphsRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ResignGraphsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,10 @@ class AdminServiceStub:
     """
     ScrubStore: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ScrubStoreRequest, _admin_service_pb2.ScrubStoreResponse]
     """ScrubStore reads every artifact back and puts aside what isn't what was signed."""
+    ResignGraphs: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResignGraphsRequest, _admin_service_pb2.ResignGraphsResponse]
+    """ResignGraphs signs what another trusted key has signed with the worker's present key, so that the
+    other key can be revoked.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -81,6 +85,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
     ScrubStore: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ScrubStoreRequest, _admin_service_pb2.ScrubStoreResponse]  # type: ignore[assignment]
     """ScrubStore reads every artifact back and puts aside what isn't what was signed."""
+    ResignGraphs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResignGraphsRequest, _admin_service_pb2.ResignGraphsResponse]  # type: ignore[assignment]
+    """ResignGraphs signs what another trusted key has signed with the worker's present key, so that the
+    other key can be revoked.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService runs a fleet's graphs. A compile worker serves it."""
@@ -159,5 +167,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ScrubStoreResponse, _abc.Awaitable[_admin_service_pb2.ScrubStoreResponse]]:
         """ScrubStore reads every artifact back and puts aside what isn't what was signed."""
+
+    @_abc_1.abstractmethod
+    def ResignGraphs(
+        self,
+        request: _admin_service_pb2.ResignGraphsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ResignGraphsResponse, _abc.Awaitable[_admin_service_pb2.ResignGraphsResponse]]:
+        """ResignGraphs signs what another trusted key has signed with the worker's present key, so that the
+        other key can be revoked.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

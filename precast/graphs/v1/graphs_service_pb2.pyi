@@ -173,6 +173,7 @@ class GraphState(_message.Message):
     QUARANTINED_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
     PUT_ASIDE_FIELD_NUMBER: _builtins.int
+    SIGNER_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
     generation: _builtins.int
@@ -190,6 +191,8 @@ class GraphState(_message.Message):
     """Median time of the two-layer step that verification replays, microseconds. It compares
     generations of one graph; a model's own step has more layers.
     """
+    signer: _builtins.str
+    """Whose key has signed the generation that serves."""
     @_builtins.property
     def factors(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -223,10 +226,11 @@ class GraphState(_message.Message):
         quarantined: _abc.Iterable[_builtins.int] | None = ...,
         canary: Global___CanaryAssignment | None = ...,
         put_aside: _abc.Iterable[_builtins.str] | None = ...,
+        signer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
