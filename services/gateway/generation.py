@@ -71,9 +71,9 @@ async def generate(
 ) -> AsyncGenerator[Event, None]:
     """One generation: deltas, then finished.
 
-    Until its first event came, a request whose worker is full or lost goes to another worker.
-    Raises the last ``Overloaded`` or ``WorkerUnavailable`` when none is left, or whatever else the
-    worker answers.
+    Until it has given any text, a request whose worker is full or lost goes to another worker:
+    tokens that are no whole character yet are held back. Raises the last ``Overloaded`` or
+    ``WorkerUnavailable`` when none is left, or whatever else the worker answers.
     """
     tokens = len(start.prompt_token_ids) + start.stop.max_tokens
     tried: set[str] = set()
@@ -81,11 +81,14 @@ async def generate(
     while True:
         worker = _next_worker(pool, start.model, tokens, tried, failure)
         begun = False
+        held: list[Event] = []
         try:
             async with aclosing(_attempt(pool, worker, start)) as events:
                 async for event in events:
-                    begun = True
-                    yield event
+                    held.append(event)
+                    begun = begun or not _is_silent(event)
+                    while begun and held:
+                        yield held.pop(0)
             return
         except (Overloaded, WorkerUnavailable) as error:
             if begun or len(tried) + 1 >= MAX_ATTEMPTS:
@@ -94,6 +97,10 @@ async def generate(
             tried.add(worker.lease.worker_id)
             metrics.retries.labels(start.model).inc()
             log.info("request retried", worker_id=worker.lease.worker_id, reason=str(error))
+
+
+def _is_silent(event: Event) -> bool:
+    return isinstance(event, pb.TokenDelta) and not event.text
 
 
 def _next_worker(

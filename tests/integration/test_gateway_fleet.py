@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tokenizers import Tokenizer
 
 from precast.redis_server import RedisServer, start_redis
 from precast.registry import DecodeLease, Registry
@@ -122,6 +123,27 @@ def test_a_request_without_a_token_yet_moves_to_another_worker(stack: Stack) -> 
     victim.kill()
     thread.join(5)
     assert answers[0].status_code == 200
+
+
+def test_a_request_without_text_yet_moves_to_another_worker(stack: Stack) -> None:
+    """Tokens that are no whole character yet are none that a client has seen."""
+    tokenizer = Tokenizer.from_file(str(stack.models_dir / "tiny" / "tokenizer.json"))
+    begins_an_emoji = tokenizer.token_to_id("ð")
+    victim = stack.worker(worker_id="a-victim", step_ms=50)
+    gateway = stack.gateway()
+    answers: list[httpx.Response] = []
+    changes = {"prompt": [begins_an_emoji], "max_tokens": 200, "stream": True}
+    thread = threading.Thread(target=lambda: answers.append(complete(gateway, **changes)))
+    thread.start()
+    eventually(lambda: victim.running() == 1)
+    survivor = stack.worker(worker_id="b-survivor")
+    eventually(lambda: gateway.workers() == 2)  # tokens have come meanwhile
+    assert victim.running() == 1
+    victim.kill()
+    thread.join(10)
+    assert answers[0].status_code == 200
+    assert "error" not in answers[0].text
+    assert survivor.served() == 1
 
 
 def test_the_last_worker_killed_and_back(stack: Stack) -> None:

@@ -1,0 +1,59 @@
+"""A decode worker whose model folder is damaged ends with one line that names what is wrong."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import config, write_model
+
+
+def start(home: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "precast", "decode-worker", f"--home={home}", "--model=tiny"]
+    command += ["--redis-url=redis://127.0.0.1:1/0", "--listen=127.0.0.1:0"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def damage_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+def ask_for_more_layers(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config(num_hidden_layers=3)))
+
+
+def change_shape(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config(intermediate_size=96)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (cut_weights, "weights can't be read"),
+        (damage_header, "weights can't be read"),
+        (ask_for_more_layers, "model.layers.2."),
+        (change_shape, "has shape"),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(
+    tmp_path: Path, damage: Callable[[Path], object], named: str
+) -> None:
+    damage(write_model(tmp_path / "models" / "tiny"))
+    done = start(tmp_path)
+    assert done.returncode in (1, 2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("precast: ")]
+    assert len(said) == 1 and named in said[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
