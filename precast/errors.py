@@ -20,6 +20,7 @@
     │   ├── RegistryUnavailable   Redis
     │   ├── StoreUnavailable      the store of artifacts
     │   ├── WorkerUnavailable     no live worker, or the worker went away
+    │   │   └── WorkerUnreachable the request has not been sent
     │   └── CompilerUnavailable   no live compile worker, or none in reach
     └── DeadlineExceeded          something took longer than it may
 
@@ -99,6 +100,10 @@ class StoreUnavailable(Unavailable):
 
 class WorkerUnavailable(Unavailable):
     """No live decode worker for the model, or the worker went away."""
+
+
+class WorkerUnreachable(WorkerUnavailable):
+    """No connection to the worker: it has not got the request."""
 
 
 class CompilerUnavailable(Unavailable):

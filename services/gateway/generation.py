@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Final
 
 from precast.decode.v1 import decode_service_pb2 as pb
-from precast.errors import Overloaded, PrecastError, WorkerUnavailable
+from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUnreachable
 from precast.log import get_logger
 from services.gateway.inbox import Event
 from services.gateway.metrics import Metrics
@@ -16,6 +16,8 @@ from services.gateway.workers import Worker, WorkerPool
 log = get_logger(__name__)
 
 MAX_ATTEMPTS: Final = 3
+"""Workers that may get a request before it fails: it might be what ends them. Those that can't be
+reached don't count, for after some crashes most of the known workers may be dead ones."""
 _EVENTS_PER_CHOICE: Final = 4
 
 
@@ -77,6 +79,7 @@ async def generate(
     """
     tokens = len(start.prompt_token_ids) + start.stop.max_tokens
     tried: set[str] = set()
+    attempts = 0
     failure: PrecastError | None = None
     while True:
         worker = _next_worker(pool, start.model, tokens, tried, failure)
@@ -91,7 +94,8 @@ async def generate(
                         yield held.pop(0)
             return
         except (Overloaded, WorkerUnavailable) as error:
-            if begun or len(tried) + 1 >= MAX_ATTEMPTS:
+            attempts += not isinstance(error, WorkerUnreachable)
+            if begun or attempts >= MAX_ATTEMPTS:
                 raise
             failure = error
             tried.add(worker.lease.worker_id)

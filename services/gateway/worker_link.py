@@ -9,7 +9,7 @@ from typing import Final
 import grpc.aio
 
 from precast.decode.v1.decode_service_pb2 import StartGeneration
-from precast.errors import WorkerUnavailable
+from precast.errors import WorkerUnreachable
 from services.gateway.inbox import Inbox
 from services.gateway.worker_stream import WorkerStream, connect
 
@@ -43,7 +43,7 @@ class WorkerLink:
     async def running(self, request_id: str, start: StartGeneration) -> AsyncIterator[Inbox]:
         """Start the request; on leaving, abort it if it hasn't ended.
 
-        Raises ``WorkerUnavailable`` if the worker can't be reached, ``Overloaded`` if it doesn't
+        Raises ``WorkerUnreachable`` if the worker can't be reached, ``Overloaded`` if it doesn't
         read.
         """
         self._running += 1
@@ -68,9 +68,9 @@ class WorkerLink:
         asked_at = time.monotonic()
         async with self._opening:
             if self._closed:
-                raise WorkerUnavailable(f"Worker {self._worker_id} is gone.")
+                raise WorkerUnreachable(f"Worker {self._worker_id} is gone.")
             if self._failed_at > asked_at:  # else all who wait here would try one after the other
-                raise WorkerUnavailable(f"Worker {self._worker_id} can't be reached.")
+                raise WorkerUnreachable(f"Worker {self._worker_id} can't be reached.")
             if self._stream is None or self._stream.broken:
                 await self._drop()
                 self._stream = await self._connect()
@@ -79,7 +79,7 @@ class WorkerLink:
     async def _connect(self) -> WorkerStream:
         try:
             self._channel = await connect(self._address)
-        except WorkerUnavailable:
+        except WorkerUnreachable:
             self._on_failure()
             raise
         return WorkerStream(self._channel, self._worker_id, self._on_failure)

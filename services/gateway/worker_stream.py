@@ -10,7 +10,7 @@ import grpc.aio
 from precast import errors
 from precast.decode.v1 import decode_service_pb2 as pb
 from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.errors import Overloaded, PrecastError, WorkerUnavailable
+from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUnreachable
 from precast.log import get_logger
 from precast.rpc import open_channel
 from services.gateway.inbox import Inbox
@@ -48,9 +48,9 @@ class WorkerStream:
         ]
 
     def start(self, request_id: str, start: pb.StartGeneration) -> Inbox:
-        """Send a request. Raises ``WorkerUnavailable`` or ``Overloaded``."""
+        """Send a request. Raises ``WorkerUnreachable`` or ``Overloaded``."""
         if self.broken:
-            raise WorkerUnavailable(f"The connection to worker {self._name} is broken.")
+            raise WorkerUnreachable(f"The connection to worker {self._name} is broken.")
         self._send(pb.GenerateRequest(request_id=request_id, start=start))
         inbox = self._inboxes[request_id] = Inbox()
         return inbox
@@ -132,7 +132,7 @@ def _deliver(inbox: Inbox, response: pb.GenerateResponse) -> None:
 
 
 async def connect(address: str) -> grpc.aio.Channel:
-    """A connected channel. Raises ``WorkerUnavailable`` after 2 s, or at once if refused."""
+    """A connected channel. Raises ``WorkerUnreachable`` after 2 s, or at once if refused."""
     channel = open_channel(address)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -140,7 +140,7 @@ async def connect(address: str) -> grpc.aio.Channel:
     except BaseException as error:
         await channel.close(None)
         if isinstance(error, TimeoutError):
-            raise WorkerUnavailable(f"The worker at {address} doesn't answer.") from None
+            raise WorkerUnreachable(f"The worker at {address} doesn't answer.") from None
         raise
     return channel
 
@@ -148,5 +148,5 @@ async def connect(address: str) -> grpc.aio.Channel:
 async def _until_connected(channel: grpc.aio.Channel, address: str) -> None:
     while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-            raise WorkerUnavailable(f"The worker at {address} can't be reached.")
+            raise WorkerUnreachable(f"The worker at {address} can't be reached.")
         await channel.wait_for_state_change(state)

@@ -146,6 +146,18 @@ def test_a_request_without_text_yet_moves_to_another_worker(stack: Stack) -> Non
     assert survivor.served() == 1
 
 
+def test_dead_workers_that_are_still_known_cost_no_request(stack: Stack) -> None:
+    """More of them than attempts that a request has."""
+    victims = [stack.worker(worker_id=f"a-{number}") for number in range(4)]
+    gateway = stack.gateway(wait_for=4)
+    stack.worker(worker_id="b-survivor")
+    eventually(lambda: gateway.workers() == 5)
+    for victim in victims:
+        victim.kill()
+    for _ in range(3):
+        assert complete(gateway).status_code == 200
+
+
 def test_the_last_worker_killed_and_back(stack: Stack) -> None:
     worker = stack.worker()
     gateway = stack.gateway()

@@ -16,7 +16,10 @@ import httpx
 import psutil
 
 from tests.support.capture import BUILD_DIR
+from tests.support.http_load import Load
 
+MODEL = "smollm2-135m-instruct"
+RANK = "services.decode_worker.rank"
 STOP_DEADLINE_S = 30.0
 
 
@@ -76,7 +79,7 @@ class Serve:
         return str(answer.json()["choices"][0]["text"])
 
     def ask(self, prompt: str, max_tokens: int, timeout_s: float = 60.0) -> httpx.Response:
-        body = {"model": "smollm2-135m-instruct", "prompt": prompt, "temperature": 0}
+        body = {"model": MODEL, "prompt": prompt, "temperature": 0}
         body |= {"max_tokens": max_tokens}
         url = f"http://127.0.0.1:{self.port}/v1/completions"
         return httpx.post(url, json=body, timeout=timeout_s, trust_env=False)
@@ -84,11 +87,21 @@ class Serve:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def load(self, max_tokens: int) -> Load:
+        """Completions that go on while in the ``with`` block."""
+        url = f"http://127.0.0.1:{self.port}"
+        prompt = "The capital of France is"
+        return Load(
+            url=url, model=MODEL, prompt=prompt, max_tokens=max_tokens, clients=3, pause_s=0.05
+        )
+
     def service(self, word: str) -> psutil.Process:
-        """The child whose command line has this word in it; the outermost where several do."""
-        for child in psutil.Process(self.process.pid).children():
-            if any(word in part for part in child.cmdline()):
-                return child
+        """The service whose command line has this word in it, or one of the ``rank`` processes."""
+        for process in self.descendants():
+            command = " ".join(process.cmdline())
+            nested = process.ppid() != self.process.pid
+            if (RANK in command) if word == "rank" else (word in command and not nested):
+                return process
         raise AssertionError(f"no process of {word}")
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
