@@ -46,8 +46,12 @@ class DiskStore(ArtifactStore):
     """Artifacts in a folder of a local or shared file system with atomic renames."""
 
     def __init__(self, root: Path) -> None:
+        """Raises ``ConfigError`` if a folder in it is a link that leads elsewhere."""
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
+        for name in (TEMPORARY, QUARANTINE):
+            if (root / name).is_symlink():
+                raise ConfigError(f"store {root}: {name} is a symbolic link")
 
     @property
     def location(self) -> str:
@@ -119,7 +123,9 @@ class DiskStore(ArtifactStore):
         return max([*self.generations(key), *self.put_aside(key)], default=0)
 
     def published_keys(self) -> list[str]:
-        return sorted(name for name in _names(self.root) if is_key(name) and self.generations(name))
+        names = [name for name in _names(self.root) if is_key(name)]
+        folders = [name for name in names if not (self.root / name).is_symlink()]
+        return sorted(name for name in folders if self.generations(name))
 
     def holdings(self) -> list[Holding]:
         return [
@@ -156,7 +162,8 @@ class DiskStore(ArtifactStore):
         folder = self.root / QUARANTINE
         wanted = f"{self._key_folder(key).name}."
         names = [name for name in _names(folder) if name.startswith(wanted)]
-        return {int(name.split(".")[1]): _reason(folder / name) for name in names}
+        numbers = {name: number_of(name.split(".")[1]) for name in names}
+        return {number: _reason(folder / name) for name, number in numbers.items() if number}
 
     def keys_put_aside(self) -> set[str]:
         """Keys of which ``put_aside`` knows a generation."""
@@ -170,6 +177,9 @@ class DiskStore(ArtifactStore):
             self._folder(key, generation).rename(target)
         except FileNotFoundError:
             return
+        if target.is_symlink():  # what it leads to is not ours to write into
+            target.unlink()
+            target.mkdir()
         (target / REASON_FILE).write_text(reason[:MAX_REASON_BYTES] + "\n")
         _drop_oldest(aside, MAX_PUT_ASIDE)
 
@@ -182,7 +192,10 @@ class DiskStore(ArtifactStore):
         _sync(folder)
 
     def _key_folder(self, key: str) -> Path:
-        return self.root / check_key(key)
+        folder = self.root / check_key(key)
+        if folder.is_symlink():
+            raise GraphNotFound(f"graph {key} is a link out of the store")
+        return folder
 
     def _folder(self, key: str, generation: int) -> Path:
         return self._key_folder(key) / str(generation)

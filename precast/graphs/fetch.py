@@ -177,18 +177,14 @@ class GraphCache:
 
     def _evict(self, kept: str) -> None:
         """Remove the least recently used artifacts until the cache fits its bound."""
-        folders = [
-            (folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder)
-            for key in self._store.published_keys()
-            for folder in (self._store.root / key).iterdir()
-        ]
-        total = sum(size for _, size, _ in folders)
-        for _, size, folder in sorted(folders):
+        holdings = self._store.holdings()
+        total = sum(holding.size for holding in holdings)
+        for holding in sorted(holdings, key=lambda holding: holding.used_at):
             if total <= self._max_bytes:
                 return
-            if folder.parent.name != kept:
-                self._store.remove(folder.parent.name, int(folder.name))
-                total -= size
+            if holding.key != kept:
+                self._store.remove(holding.key, holding.generation)
+                total -= holding.size
 
 
 async def fetch_graph(
