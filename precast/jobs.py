@@ -4,7 +4,8 @@ A key has at most one active job, and whoever captures it holds the key's lease,
 compiled once however many workers ask for it and however many compile workers listen. A compile
 worker that dies stops renewing: the lease expires and another one claims the job's idle stream
 entry. Jobs travel in one stream per tool chain, so that nobody claims what it would compile
-differently.
+differently. What traffic needs comes first, by how often it was needed; the rest in the order of
+requests.
 
 Redis may lose everything at any moment: holders put their job back when they renew, and workers
 ask again for what they miss. A job names the generation that it will publish; publishing it a
@@ -23,13 +24,14 @@ from redis.exceptions import ResponseError
 
 from precast.errors import JobNotFound, Overloaded
 from precast.job import Job, Stage, decode_job, encode_job, replace_job
-from precast.job_scripts import DROP, ENQUEUE, FINISH, RENEW
+from precast.job_scripts import CLAIM_URGENT, DROP, ENQUEUE, FINISH, RENEW
 from precast.registry import bounded
 
 GROUP: Final = "compile"
 LEASE_TTL_S: Final = 5.0
 RENEW_INTERVAL_S: Final = 1.0
 HISTORY: Final = 200
+MAX_URGENCY: Final = 1 << 31
 _GROUP_ERRORS: Final = ("NOGROUP", "BUSYGROUP", "no such key")
 _BLOCK_MS: Final = 500
 _FORGET_CONSUMER_MS: Final = 3_600_000
@@ -76,16 +78,20 @@ class CaptureQueue:
     ) -> None:
         self._client = client
         self._stream = f"precast:jobs:{build_id}"
+        self._urgent = f"{self._stream}:urgent"
+        self._entries = f"{self._stream}:entries"
         self._max_queued = max_queued
         self._ttl_ms = int(lease_ttl_s * 1000)
 
-    async def enqueue(self, job: Job) -> Job:
-        """Queue a job, or return the key's active one. Raises ``Overloaded`` if the queue is
-        full."""
+    async def enqueue(self, job: Job, *, urgency: int = 0) -> Job:
+        """Queue a job, or return the key's active one, which becomes as urgent if it still waits.
+
+        Raises ``Overloaded`` if the queue is full.
+        """
         verdict, record = await self._eval(
             ENQUEUE,
-            [self._stream, _RECORDS, _ACTIVE],
-            [job.key, job.id, encode_job(job), self._max_queued],
+            [self._stream, _RECORDS, _ACTIVE, self._urgent, self._entries],
+            [job.key, job.id, encode_job(job), self._max_queued, min(urgency, MAX_URGENCY)],
         )
         if verdict == b"full":
             raise Overloaded(f"capture queue is full ({self._max_queued} jobs)")
@@ -94,10 +100,15 @@ class CaptureQueue:
     async def claim(self, consumer: str) -> Claim | None:
         """The next job to capture; ``None`` after half a second without one.
 
-        Jobs of dead workers come first, then new ones in the order of their requests.
+        Jobs of dead workers come first, then urgent ones, most urgent first, then others in the
+        order of their requests.
         """
         try:
-            entry = await self._stale_entry(consumer) or await self._new_entry(consumer)
+            entry = (
+                await self._stale_entry(consumer)
+                or await self._urgent_entry(consumer)
+                or await self._new_entry(consumer)
+            )
         except ResponseError:
             await self._create_group()
             return None
@@ -107,6 +118,7 @@ class CaptureQueue:
         """Keep the claim for another lease time and store the job's present state."""
         job = claim.job
         keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key)]
+        keys += [self._urgent, self._entries]
         arguments = [claim.token, self._ttl_ms, GROUP, consumer, claim.entry]
         found = await self._eval(RENEW, keys, [*arguments, job.id, job.key, encode_job(job)])
         return Hold(found.decode())
@@ -116,6 +128,7 @@ class CaptureQueue:
         now."""
         job = claim.job
         keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key), _ENDED]
+        keys += [self._urgent, self._entries]
         arguments = [claim.token, GROUP, claim.entry, job.id, job.key, encode_job(job), HISTORY]
         return bool(await self._eval(FINISH, keys, arguments))
 
@@ -168,6 +181,11 @@ class CaptureQueue:
             "XAUTOCLAIM", self._stream, GROUP, consumer, self._ttl_ms, "0-0", "COUNT", 1
         )
         return _first_entry(reply[1])
+
+    async def _urgent_entry(self, consumer: str) -> tuple[str, str] | None:
+        keys = [self._stream, self._urgent, self._entries]
+        found = await self._eval(CLAIM_URGENT, keys, [GROUP, consumer])
+        return (found[0].decode(), found[1].decode()) if found else None
 
     async def _new_entry(self, consumer: str) -> tuple[str, str] | None:
         reply = await self._command(

@@ -126,7 +126,13 @@ class CompileWorkerSettings(CommonSettings):
     build_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "build")
     """What captures share: headers and compiled parts. To be trusted like the signing key."""
     capture_timeout_s: Seconds = 300.0
+    """Longest that one capture may take before it is killed."""
     capture_memory_mb: Count = 4096
+    """Resident memory of one capture, its compilers included."""
+    capture_nice: int = Field(default=10, ge=0, le=19)
+    """Added to a capture's niceness: decode workers on the same machine come first."""
+    capture_cpus: Cores = ()
+    """CPU ids that captures may use; empty: all that the process may."""
     parallel_captures: Count = 1
     max_queued: Count = 1024
     canary_steps: int = Field(default=32, ge=0, le=10_000)

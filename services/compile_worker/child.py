@@ -43,6 +43,8 @@ class CaptureLimits:
     """Resident memory of all its processes together."""
     nice: int = 10
     """Added to the niceness, so that decode workers on the same machine come first."""
+    cpus: tuple[int, ...] = ()
+    """CPUs on which it may run; none: wherever this process may."""
 
 
 class CaptureReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +85,7 @@ async def _run(
     limits: CaptureLimits,
     on_stage: OnStage,
 ) -> CaptureReport:
-    async with _started([*command, "--out", str(folder)], folder, limits.nice) as started:
+    async with _started([*command, "--out", str(folder)], folder, limits) as started:
         process, status = started
         watchdog = asyncio.create_task(_watch_memory(process.pid, limits.memory_bytes))
         talk = asyncio.create_task(_talk(process, spec, on_stage))
@@ -102,7 +104,7 @@ async def _run(
 
 @asynccontextmanager
 async def _started(
-    command: Sequence[str], folder: Path, nice: int
+    command: Sequence[str], folder: Path, limits: CaptureLimits
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
     """The capture's processes in a group of their own, and a pipe that gets the exit code.
 
@@ -113,7 +115,7 @@ async def _started(
     try:
         try:
             process = await asyncio.create_subprocess_exec(
-                *(*launcher, str(nice), *command),
+                *(*launcher, str(limits.nice), ",".join(map(str, limits.cpus)), *command),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

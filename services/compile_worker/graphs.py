@@ -72,10 +72,14 @@ class Graphs:
                 self.index.restore(record)
 
     async def request(
-        self, specs: Iterable[Mapping[str, str]], model: str = ""
+        self,
+        specs: Iterable[Mapping[str, str]],
+        model: str = "",
+        urgencies: Sequence[int] = (),
     ) -> list[GraphRecord]:
         """Make sure that each graph is published or queued, smallest batch first.
 
+        ``urgencies``: for each spec, how often it was missed; those are captured first.
         Returns their states in the order of the request. All factors are checked before anything
         is queued. Raises ``UnsupportedSpec``, ``InvalidRequest`` or ``Overloaded``.
         """
@@ -84,7 +88,10 @@ class Graphs:
         wanted = [self._check(factors) for factors in specs]
         order = sorted(range(len(wanted)), key=lambda i: int(wanted[i]["batch_size"]))
         known = await self._looked_up([graph_key(spec, self.build) for spec in wanted])
-        states = {i: await self._request(wanted[i], known[i], model) for i in order}
+        urgency = dict(enumerate(urgencies))
+        states = {
+            i: await self._request(wanted[i], known[i], model, urgency.get(i, 0)) for i in order
+        }
         return [states[i] for i in range(len(wanted))]
 
     async def recapture(self, record: GraphRecord) -> Job:
@@ -215,7 +222,7 @@ class Graphs:
         return list(await asyncio.gather(*map(look_up, keys)))
 
     async def _request(
-        self, spec: dict[str, str], known: GraphRecord | None, model: str
+        self, spec: dict[str, str], known: GraphRecord | None, model: str, urgency: int
     ) -> GraphRecord:
         key = graph_key(spec, self.build)
         known = known or await self.generations.record(key)  # it may have been published since
@@ -227,11 +234,11 @@ class Graphs:
         record = record.with_model(model)
         if record.phase is Phase.FAILED and time.time() < record.retry_at:
             return record
-        return await self._queue_missing(record)
+        return await self._queue_missing(record, urgency)
 
-    async def _queue_missing(self, record: GraphRecord) -> GraphRecord:
+    async def _queue_missing(self, record: GraphRecord, urgency: int) -> GraphRecord:
         try:
-            job = await self._enqueue(record)
+            job = await self._enqueue(record, urgency)
         except RegistryUnavailable as error:
             reason = f"not queued for capture, ask again: {error}"
             return changed(record, phase=Phase.FAILED, generation=0, error=reason)
@@ -241,7 +248,7 @@ class Graphs:
         await self.index.put(record)
         return record
 
-    async def _enqueue(self, record: GraphRecord) -> Job:
+    async def _enqueue(self, record: GraphRecord, urgency: int = 0) -> Job:
         noted = (await self.generations.standing(record.key)).lifecycle
         marked = max({*noted.marks, *record.lifecycle.marks}, default=0)
         last = max(await self.last_generation(record.key), record.generation, marked)
@@ -252,7 +259,7 @@ class Graphs:
             generation=last + 1,
             models=record.models,
         )
-        return await self.queue.enqueue(job)
+        return await self.queue.enqueue(job, urgency=urgency)
 
     async def _unsuccessful(
         self, record: GraphRecord, error: str, failures: int, wait_s: float

@@ -1,4 +1,6 @@
-"""Runs a capture that ends whole: ``python launch.py LIFELINE_FD STATUS_FD NICE COMMAND...``.
+"""Runs a capture that ends whole: ``python launch.py LIFELINE_FD STATUS_FD NICE CPUS COMMAND...``.
+
+CPUS are the ids of those that it may use, with commas between; "" means all.
 
 A capture starts compilers, which start more processes. All of them share this process's group,
 which is killed, this process included, when the command has ended (its exit code is written to
@@ -22,8 +24,10 @@ OOM_SCORE = "800"
 
 def main(arguments: Sequence[str]) -> None:
     """Start the command as a child in our group. Does not return."""
-    lifeline, status, nice, *command = arguments
+    lifeline, status, nice, cpus, *command = arguments
     os.nice(int(nice))
+    if cpus:
+        os.sched_setaffinity(0, map(int, cpus.split(",")))
     with suppress(OSError):  # some sandboxes have a read-only /proc
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -20,6 +20,7 @@ from precast.graphs.scratch import sweep
 from precast.graphs.store import open_store
 from precast.graphs.trust import SigningKey, TrustFolder
 from precast.jobs import CaptureQueue
+from precast.process import available_cpus
 from precast.registry import CompileLease, Heartbeat, Registry
 from precast.rpc import Server, start_server
 from precast.settings import CompileWorkerSettings
@@ -63,6 +64,7 @@ def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) 
 
 async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> None:
     started = time.monotonic()
+    _check_cpus(settings)
     registry = Registry.connect(settings.redis_url)
     metrics = Metrics()
     graphs = await _open_graphs(settings, program, registry)
@@ -99,6 +101,12 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
     finally:
         await server.stop(STOP_GRACE_S)
         await registry.close()
+
+
+def _check_cpus(settings: CompileWorkerSettings) -> None:
+    missing = sorted(set(settings.capture_cpus) - set(available_cpus()))
+    if missing:
+        raise ConfigError(f"capture_cpus: {missing[0]} is not a CPU that this process may use")
 
 
 async def _open_graphs(
@@ -156,6 +164,8 @@ async def _work_until_stopped(
             limits=CaptureLimits(
                 timeout_s=settings.capture_timeout_s,
                 memory_bytes=settings.capture_memory_mb << 20,
+                nice=settings.capture_nice,
+                cpus=settings.capture_cpus,
             ),
             scratch=settings.home / CAPTURES,
             metrics=metrics,

@@ -64,7 +64,8 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         if len(request.specs) > MAX_SPECS:
             raise InvalidRequest(f"{len(request.specs)} specs in one request; {MAX_SPECS} may be")
         specs = [dict(spec.factors) for spec in request.specs]
-        records = await self._graphs.request(specs, request.model)
+        urgencies = [spec.urgency for spec in request.specs]
+        records = await self._graphs.request(specs, request.model, urgencies)
         return graphs_pb.RequestGraphsResponse(states=map(self._state, records))
 
     async def FetchGraph(

@@ -89,6 +89,8 @@ class GraphSet:
         self._bad: set[Identity] = set()
         self._quarantined: set[tuple[str, int]] = set()
         """Keys and generations that must not be in any offer."""
+        self._missed: Counter[int] = Counter()
+        """Decode steps that would have replayed a size whose graph is missing."""
         self._dropping: set[int] = set()
         self.canary = Canary()
         self.crashes: asyncio.Queue[Crash] = asyncio.Queue()
@@ -116,6 +118,10 @@ class GraphSet:
             )
             for size in self.batch_sizes
         )
+
+    def urgency(self, spec: Mapping[str, str]) -> int:
+        """How often a graph was missed since there was none."""
+        return self._missed[int(spec["batch_size"])]
 
     def records(self) -> tuple[LoadedGraphRecord, ...]:
         return tuple(
@@ -205,6 +211,7 @@ class GraphSet:
             self._condemn(offer)
         else:
             self._loaded[offer.batch_size] = offer
+            self._missed.pop(offer.batch_size, None)
             self._dropping.discard(offer.batch_size)
             log.info(
                 "graph loaded",
@@ -223,7 +230,11 @@ class GraphSet:
         self._suspect = None
         if step.message.prefill:
             return False
-        size = min((size for size in self._loaded if size >= len(step.sequences)), default=0)
+        rows = len(step.sequences)
+        size = min((size for size in self._loaded if size >= rows), default=0)
+        best = min((size for size in self.batch_sizes if size >= rows), default=0)
+        if best != size:
+            self._missed[best] += 1
         offer = self._loaded.get(size)
         if offer and self._trial(offer).replays < FIRST_REPLAYS:
             self._suspect = offer

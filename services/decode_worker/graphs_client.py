@@ -289,7 +289,10 @@ class GraphsClient:
         specs = self._specs()
         response = await stub.RequestGraphs(
             pb.RequestGraphsRequest(
-                specs=[pb.GraphSpec(factors=spec) for spec in specs], model=self._model
+                specs=[
+                    pb.GraphSpec(factors=spec, urgency=self._graphs.urgency(spec)) for spec in specs
+                ],
+                model=self._model,
             ),
             timeout=RPC_TIMEOUT_S,
         )

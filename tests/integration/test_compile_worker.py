@@ -75,6 +75,36 @@ async def test_captures_each_graph_once_and_hands_it_out(tmp_path: Path, redis_u
     assert not list((worker.home / "captures").iterdir())
 
 
+async def test_what_traffic_misses_is_captured_first(tmp_path: Path, redis_url: str) -> None:
+    ledger = tmp_path / "ledger"
+    ledger.mkdir()
+    (ledger / "closed").touch()
+    missed = {1: 0, 2: 5, 4: 0, 8: 900, 16: 5}
+    with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
+        async with connect(worker) as client:
+            await client.request(spec(batch_size=32))
+            await asyncio.to_thread(wait_until, lambda: starts(ledger))
+            await client.request(*[spec(batch_size=size) for size in missed])
+            specs = [
+                pb.GraphSpec(factors=spec(batch_size=size), urgency=count)
+                for size, count in missed.items()
+            ]
+            answer = await client.graphs.RequestGraphs(
+                pb.RequestGraphsRequest(specs=specs), timeout=10
+            )
+            (ledger / "open").touch()
+            await client.until([state.key for state in answer.states], PUBLISHED)
+    assert [int(size) for _, _, size in starts(ledger)] == [32, 8, 2, 16, 1, 4]
+
+
+async def test_limits_that_cannot_be_kept_stop_a_start(tmp_path: Path, redis_url: str) -> None:
+    with (
+        pytest.raises(AssertionError, match="capture_cpus: 4000 is not a CPU"),
+        compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger", capture_cpus="4000"),
+    ):
+        pass
+
+
 async def test_restarted_worker_captures_nothing_twice(tmp_path: Path, redis_url: str) -> None:
     ledger = tmp_path / "ledger"
     with compile_worker(tmp_path / "home", redis_url, ledger) as worker:

@@ -70,6 +70,70 @@ async def test_jobs_come_in_the_order_of_their_requests(queue: CaptureQueue) -> 
     assert [(await claimed(queue)).job.id for _ in made] == [each.id for each in made]
 
 
+async def test_what_is_missed_most_comes_first(queue: CaptureQueue) -> None:
+    urgencies = {"a": 0, "b": 3, "c": 70, "d": 3, "e": 0}
+    made = {k: await queue.enqueue(job(k * 32), urgency=n) for k, n in urgencies.items()}
+    again = await queue.enqueue(job("e" * 32), urgency=5)
+    assert again.id == made["e"].id, "it waits already, and becomes urgent"
+    await queue.enqueue(job("c" * 32), urgency=1)  # somebody who misses it less
+    claims = [await claimed(queue) for _ in made]
+    assert [claim.job.key[0] for claim in claims] == ["c", "e", "b", "d", "a"]
+    assert [claim.job.attempts for claim in claims] == [1] * 5
+    for claim in claims:
+        assert await queue.renew(claim, "one") is Hold.HELD
+        await queue.finish(ended(claim))
+    assert await unclaimed(queue)
+    assert await queue.length() == 0
+
+
+async def test_urgent_job_of_a_dead_worker_is_taken_over_once(
+    queue: CaptureQueue, registry: Registry
+) -> None:
+    await queue.enqueue(job("b" * 32))
+    made = await queue.enqueue(job(), urgency=9)
+    lost = await claimed(queue, "dead")
+    assert lost.job.id == made.id
+    await queue.enqueue(job(), urgency=99)  # missed all the same while it is captured
+    first = await claimed(queue, "two")
+    assert first.job.key == "b" * 32, "what is being captured is not claimed again"
+    assert await unclaimed(queue, tries=1)
+    await queue.finish(ended(first))
+    taken = await claimed(queue, "two")
+    assert (taken.job.id, taken.job.attempts) == (made.id, 1)
+    assert not await queue.finish(ended(lost))
+    assert await queue.finish(ended(taken))
+    assert await unclaimed(queue)
+    rows = await registry.redis.keys("precast:jobs:build*")
+    left = [await registry.redis.type(row) for row in rows]
+    assert left == [b"stream"], "no set or hash is left behind"
+
+
+async def test_urgent_job_is_cancelled_like_any_other(queue: CaptureQueue) -> None:
+    made = await queue.enqueue(job(), urgency=4)
+    assert (await queue.cancel(made.id)).stage is Stage.CANCELLED
+    assert await unclaimed(queue)
+    assert (await queue.enqueue(job(), urgency=1)).id != made.id
+
+
+async def test_two_workers_share_urgent_jobs(queue: CaptureQueue) -> None:
+    for number, letter in enumerate("abcde"):
+        await queue.enqueue(job(letter * 32), urgency=number)
+    taken: list[str] = []
+
+    async def work(consumer: str) -> None:
+        while len(taken) < 5:
+            claim = await queue.claim(consumer)
+            if claim:
+                taken.append(claim.job.key)
+                await asyncio.sleep(0.05)
+                assert await queue.renew(claim, consumer) is Hold.HELD
+                assert await queue.finish(ended(claim))
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(work("one"), work("two"), work("three"))
+    assert sorted(taken) == [letter * 32 for letter in "abcde"]
+
+
 async def test_full_queue_says_so(queue: CaptureQueue) -> None:
     for letter in "abcde":
         await queue.enqueue(job(letter * 32))

@@ -54,9 +54,9 @@ async def settle(graphs: GraphSet, ranks: Ranks) -> None:
         await graphs.apply(cast(RankGroup, ranks))
 
 
-def begin(graphs: GraphSet, *, prefill: bool = False) -> None:
+def begin(graphs: GraphSet, *, rows: int = 1, prefill: bool = False) -> None:
     """A step is sent to the ranks."""
-    step: Any = SimpleNamespace(sequences=(None,), message=SimpleNamespace(prefill=prefill))
+    step: Any = SimpleNamespace(sequences=(None,) * rows, message=SimpleNamespace(prefill=prefill))
     graphs.about_to_run(cast(ScheduledStep, step))
 
 
@@ -80,6 +80,30 @@ async def test_an_offer_is_loaded_and_recorded(graphs: GraphSet) -> None:
     assert ranks.loaded == {1: 1}
     assert graphs.missing == (2,)
     assert [(r.batch_size, r.generations) for r in graphs.records()] == [(1, (1,))]
+
+
+async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -> None:
+    ranks, specs = Ranks(), [{"batch_size": "1"}, {"batch_size": "2"}]
+
+    def urgencies() -> list[int]:
+        return [graphs.urgency(spec) for spec in specs]
+
+    decode(graphs, 0)
+    decode(graphs, 0)
+    begin(graphs, rows=2)
+    begin(graphs, prefill=True)
+    begin(graphs, rows=3)  # larger than any
+    assert urgencies() == [2, 1]
+    graphs.offer(offer(1, batch_size=2))
+    await settle(graphs, ranks)
+    assert urgencies() == [2, 0]
+    decode(graphs, 2)  # padded to what is there, but size 1 would do
+    begin(graphs, rows=2)
+    assert urgencies() == [3, 0]
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    decode(graphs)
+    assert urgencies() == [0, 0]
 
 
 async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphSet) -> None:

@@ -74,16 +74,22 @@ class GraphSpec(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     FACTORS_FIELD_NUMBER: _builtins.int
+    URGENCY_FIELD_NUMBER: _builtins.int
+    urgency: _builtins.int
+    """How many steps would have used the graph since the worker has missed it. The most urgent one is
+    captured first; those of equal urgency in the order of requests.
+    """
     @_builtins.property
     def factors(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
         factors: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        urgency: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["factors", b"factors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["factors", b"factors", "urgency", b"urgency"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
