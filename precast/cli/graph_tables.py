@@ -48,12 +48,29 @@ def detail(graph: pb.GraphState) -> RenderableType:
     """Every field of one graph, and its key's factors."""
     table = Table(show_header=False)
     for name, value in _dict(graph).items():
-        if name != "factors":
+        if name not in ("factors", "failed_capture"):
             table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    if graph.HasField("failed_capture"):
+        _add_failure(table, graph.failed_capture)
     factors = Table("factor", "value")
     for name, value in sorted(graph.factors.items()):
         factors.add_row(name, value)
     return Group(table, factors)
+
+
+def _add_failure(table: Table, failure: pb.FailedCapture) -> None:
+    """Where a failed verification went wrong, where its files are, how to do it again."""
+    if failure.HasField("mismatch"):
+        found = failure.mismatch
+        table.add_row("differs in", f"{found.output} {list(found.index)}, case {found.case}")
+        expected = found.expected if found.HasField("expected") else "not finite"
+        actual = found.actual if found.HasField("actual") else "not finite"
+        table.add_row("expected, actual", f"{expected}, {actual} (bound {found.bound:.0e})")
+        for output, difference in sorted(found.differences.items()):
+            table.add_row(f"difference of {output}", f"{difference:.2e}")
+        table.add_row("contexts", ", ".join(map(str, found.context_lens)))
+    table.add_row("files", f"{failure.host}:{failure.folder}: {', '.join(failure.files)}")
+    table.add_row("again", failure.command)
 
 
 def is_failure(event: admin.RecompileResponse) -> bool:

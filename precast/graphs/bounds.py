@@ -1,9 +1,34 @@
-"""How far a graph may be from eager."""
+"""How far a graph may be from eager, by the types that its factors name."""
 
-EXACT_BOUND = 1e-4
-QUANTIZED_BOUND = 3e-2
-"""Largest |graph - eager| / max |eager| of logits and cache entries.
+from collections.abc import Mapping
+from typing import Final
 
-fp32 sums come out in another order: about 1e-6 was seen. With quantised activations or a
-quantised cache such a difference can move a value across a rounding step, 1/127 of a row's largest:
-up to 6e-3 was seen."""
+LINEAR_BOUNDS: Final = {
+    "fp32": 1e-4,
+    "bf16": 1e-4,
+    "fp16": 1e-4,
+    "int8": 3e-2,
+    "q8_0": 3e-2,
+    "q4_0": 3e-2,
+    "q4_1": 3e-2,
+}
+KV_BOUNDS: Final = {"fp32": 1e-4, "bf16": 1e-2, "int8": 3e-2}
+ROUNDING_BOUND: Final = 3e-2
+ROUNDING_PROVIDERS: Final = ("sgl_kernel",)
+"""Their kernels take activations in less than float32."""
+
+
+def bound_of(factors: Mapping[str, str]) -> float:
+    """Largest |graph - eager| / max |eager| of logits and cache entries: that of the loosest type
+    in the step."""
+    return max(
+        _linear(factors, "quantization"),
+        _linear(factors, "head_quantization"),
+        KV_BOUNDS[factors["kv_dtype"]],
+        ROUNDING_BOUND if factors["provider"] in ROUNDING_PROVIDERS else 0.0,
+    )
+
+
+def _linear(factors: Mapping[str, str], name: str) -> float:
+    quantization = factors[name]
+    return LINEAR_BOUNDS[factors["weight_dtype"] if quantization == "none" else quantization]

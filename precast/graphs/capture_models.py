@@ -37,6 +37,11 @@ class StepInputs:
     positions: Tensor
     paging: Paging
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        paging = self.paging._asdict()
+        return {"token_ids": self.token_ids, "positions": self.positions, **paging}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:

@@ -39,15 +39,6 @@ class ModelShape(Generic[O_co]):
         return len(self.vocab_widths)
 
     @property
-    def exact(self) -> bool:
-        """Whether nothing is rounded to less than float32 between a step's operators."""
-        return (
-            self.linear_format <= Format.FP16
-            and self.head_format <= Format.FP16
-            and (self.kv_dtype == "fp32")
-        )
-
-    @property
     def linear_format(self) -> Format:
         return self.format_of(self.quantization)
 

@@ -18,7 +18,7 @@ from precast.errors import (
     PrecastError,
     RegistryUnavailable,
 )
-from precast.graphs.bounds import EXACT_BOUND, QUANTIZED_BOUND
+from precast.graphs.bounds import bound_of
 from precast.graphs.lifecycle import Verdict
 from precast.log import get_logger
 from precast.registry import DecodeLease, Registry, generation_of
@@ -50,11 +50,7 @@ class CanaryPolicy:
 
 def bound(record: GraphRecord) -> float:
     """Largest difference of two graphs that each agree with eager."""
-    exact = all(
-        record.factors.get(name, "none") in ("none", "fp32")
-        for name in ("quantization", "head_quantization", "kv_dtype")
-    )
-    return 2 * (EXACT_BOUND if exact else QUANTIZED_BOUND)
+    return 2 * bound_of(record.factors)
 
 
 def objection(record: GraphRecord, trial: Trial, policy: CanaryPolicy) -> str:

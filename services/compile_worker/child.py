@@ -21,6 +21,7 @@ import psutil
 from precast.errors import CaptureFailed
 from precast.graphs.artifact import GRAPH_FILE
 from services.compile_worker import launch
+from services.compile_worker.failures import STDERR_FILE
 
 REPORT_FILE: Final = "report.json"
 MAX_REPORT_BYTES: Final = 64 << 10
@@ -98,6 +99,7 @@ async def _run(
             watchdog.cancel()
             talk.cancel()
             await asyncio.gather(watchdog, talk, return_exceptions=True)
+        (folder / STDERR_FILE).write_bytes(stderr)
         _check_exit(os.read(status, 16), stderr)
     return _read_report(folder)
 

@@ -7,10 +7,12 @@ from typing import Final
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.errors import InvalidRequest
 from precast.graphs.artifact import Manifest
+from precast.graphs.failure import Mismatch
 from precast.graphs.lifecycle import CRASH_SIGNALS, MAX_REASON, Verdict
 from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.job import Job, Stage
 from services.compile_worker.explain import Explanation
+from services.compile_worker.failures import Failure
 from services.compile_worker.generations import Generation
 from services.compile_worker.recompile import After
 from services.compile_worker.record import GraphRecord, Phase, Trial
@@ -61,7 +63,35 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
         step_us=record.step_us,
         quarantined=record.lifecycle.having(Verdict.QUARANTINED),
         canary=_assignment(record, live_s),
+        failed_capture=_failed_capture(record.failure),
         put_aside=[f"generation {number}: {why}" for number, why in sorted(record.aside.items())],
+    )
+
+
+def _failed_capture(failure: Failure | None) -> graphs_pb.FailedCapture | None:
+    if failure is None:
+        return None
+    return graphs_pb.FailedCapture(
+        host=failure.host,
+        folder=failure.folder,
+        files=failure.files,
+        failed_at_s=failure.at,
+        command=failure.command,
+        mismatch=_mismatch(failure.mismatch) if failure.mismatch else None,
+    )
+
+
+def _mismatch(found: Mismatch) -> graphs_pb.Mismatch:
+    return graphs_pb.Mismatch(
+        case=found.case,
+        seed=found.seed,
+        context_lens=found.context_lens,
+        bound=found.bound,
+        differences=found.differences,
+        output=found.output,
+        index=found.index,
+        expected=found.expected,
+        actual=found.actual,
     )
 
 

@@ -27,6 +27,7 @@ from precast.job import Job, Stage, new_job
 from precast.jobs import CaptureQueue
 from precast.log import get_logger
 from services.compile_worker.child import CaptureReport
+from services.compile_worker.failures import Failure
 from services.compile_worker.generations import Generations
 from services.compile_worker.index import GraphIndex
 from services.compile_worker.record import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
@@ -140,9 +141,9 @@ class Graphs:
         if record.phase is not Phase.PUBLISHED:
             await self.index.put(changed(record, phase=Phase.CAPTURING))
 
-    async def failed(self, job: Job, error: str) -> None:
+    async def failed(self, job: Job, error: str, failure: Failure | None = None) -> None:
         """A capture has failed; what was published before stays in service."""
-        record = self._record(job)
+        record = changed(self._record(job), failure=failure)
         failures = record.failures + 1
         wait = self.backoff_s * 2.0 ** (failures - 1) if failures < MAX_FAILURES else NEVER_S
         await self._unsuccessful(record, error, failures, wait)

@@ -26,6 +26,7 @@ from precast.rpc import Server, start_server
 from precast.settings import CompileWorkerSettings
 from services.compile_worker.canary import Canaries, CanaryPolicy
 from services.compile_worker.child import CaptureLimits
+from services.compile_worker.failures import Failures
 from services.compile_worker.generations import Generations
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.index import GraphIndex
@@ -39,6 +40,8 @@ log = logging.get_logger(__name__)
 STOP_GRACE_S: Final = 1.0
 CAPTURES: Final = "captures"
 """Folder in ``home`` where captures work; what is left in it by the dead is removed."""
+FAILURES: Final = "failures"
+"""Folder in ``home`` where captures that failed leave what they were about."""
 _COUNT_INTERVAL_S: Final = 1.0
 
 
@@ -168,6 +171,7 @@ async def _work_until_stopped(
                 cpus=settings.capture_cpus,
             ),
             scratch=settings.home / CAPTURES,
+            failures=Failures(folder=settings.home / FAILURES),
             metrics=metrics,
         )
         for number in range(settings.parallel_captures)

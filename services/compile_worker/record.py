@@ -8,6 +8,7 @@ import msgspec
 
 from precast.graphs.artifact import Manifest
 from precast.graphs.lifecycle import Lifecycle, Verdict
+from services.compile_worker.failures import Failure
 
 MAX_FAILURES: Final = 5
 NEVER_S: Final = 1.0e9
@@ -55,6 +56,8 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Whose key has signed it."""
     error: str = ""
     """Why the last capture failed, if it did."""
+    failure: Failure | None = None
+    """What is left of it."""
     failures: int = 0
     """In a row."""
     retry_at: float = 0.0
@@ -106,6 +109,7 @@ def published_record(
         models=tuple(sorted(models)),
         generation=manifest.generation,
         error="",
+        failure=None,
         failures=0,
         retry_at=0.0,
         size_bytes=manifest.size,

@@ -20,6 +20,7 @@ from precast.job import Stage, replace_job
 from precast.jobs import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold
 from precast.log import get_logger
 from services.compile_worker.child import CaptureLimits, run_capture
+from services.compile_worker.failures import Failure, Failures
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.metrics import Metrics
 
@@ -36,6 +37,8 @@ class Held:
     def __init__(self, claim: Claim, queue: CaptureQueue, consumer: str) -> None:
         self.claim = claim
         self.hold = Hold.HELD
+        self.failure: Failure | None = None
+        """What was kept of a capture that failed."""
         self.publishing = False
         """Past this point neither a cancellation nor a lost claim stops the job: the store
         decides."""
@@ -80,6 +83,7 @@ class Worker:
     """The capture program (``precast.graphs.capture``); ``--out DIR`` is appended."""
     limits: CaptureLimits
     scratch: Path
+    failures: Failures
     metrics: Metrics
 
     async def run(self) -> None:
@@ -152,7 +156,7 @@ class Worker:
             await self._end(held, Stage.CANCELLED, "cancelled")
         elif held.hold is Hold.HELD:
             reason = str(result) if isinstance(result, PrecastError) else f"{result!r}"
-            await self.graphs.failed(job, reason)
+            await self.graphs.failed(job, reason, held.failure)
             await self._end(held, Stage.FAILED, reason)
 
     async def _capture(self, held: Held) -> None:
@@ -166,7 +170,11 @@ class Worker:
 
         with scratch_folder(self.scratch, job.key) as folder:
             spec = spec_part(job.factors)
-            report = await run_capture(self.command, spec, folder, self.limits, on_stage)
+            try:
+                report = await run_capture(self.command, spec, folder, self.limits, on_stage)
+            except CaptureFailed:
+                held.failure = await asyncio.to_thread(self.failures.keep, job, folder)
+                raise
             held.update(Stage.VERIFIED, f"largest relative error {report.max_relative_error:.2e}")
             if await held.renew() is not Hold.HELD:
                 raise CaptureFailed("no longer this worker's job")

@@ -1,6 +1,7 @@
 """A compile worker over gRPC: requests, captures, fetches, recompiles, errors."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import urllib.request
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from safetensors.torch import load_file
 
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.errors import ArtifactRejected
@@ -172,6 +174,35 @@ async def test_bad_requests_get_their_status_and_the_service_stays_up(
         assert "Traceback" not in worker.log.read_text()
 
 
+def kept_of_failure(worker: WorkerProcess, state: pb.GraphState) -> None:
+    """Where a graph differs from eager is told, and the files to look at are there."""
+    failure = state.failed_capture
+    found = failure.mismatch
+    assert (found.case, found.output, list(found.index)) == ("block edges", "logits", [1, 3])
+    assert (found.expected, found.actual) == (1.0, 3.0)
+    assert dict(found.differences) == {"keys of layer 0": 0.0, "logits": 2.0}
+    assert list(found.context_lens) == [7, 32]
+    folder = Path(failure.folder)
+    assert folder.parent == worker.home / "failures"
+    assert sorted(failure.files) == sorted(path.name for path in folder.iterdir())
+    assert {"layer.kernels.cpp", "stderr.txt"} <= set(failure.files)
+    assert json.loads((folder / "factors.json").read_text())["architecture"] == "differ"
+    tensors = load_file(folder / "tensors.safetensors")
+    assert tensors["actual"].tolist() == [1, 1, 1, 3, 1]
+    assert tensors["context_lens"].tolist() == [7, 32]
+    assert f"--out {folder}/again < {folder}/factors.json" in failure.command
+    shown = subprocess.run(
+        [sys.executable, "-m", "precast", "graphs", "show", state.key, "--address", worker.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    said = " ".join(shown.split())
+    for part in ("logits [1, 3], case block edges", "1.0, 3.0 (bound 1e-04)", "7, 32"):
+        assert part in said
+
+
 async def test_failed_captures_fail_alone(tmp_path: Path, redis_url: str) -> None:
     ways = {
         "hang": "longer than 4 s",
@@ -192,6 +223,10 @@ async def test_failed_captures_fail_alone(tmp_path: Path, redis_url: str) -> Non
                 assert done[key].phase == FAILED
                 assert reason in done[key].error
             assert done[keys[-1]].phase == PUBLISHED
+            kept_of_failure(worker, done[keys[list(ways).index("differ")]])
+            crashed = done[keys[list(ways).index("crash")]].failed_capture
+            assert not crashed.HasField("mismatch")
+            assert {"factors.json", "stderr.txt"} <= set(crashed.files)
             # a further request, within the backoff, begins nothing
             again = await client.request(*(spec(how) for how in ways))
             assert {state.phase for state in again} == {FAILED}

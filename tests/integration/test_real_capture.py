@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from precast.graphs.factors import needs_of, rank_factors
+from precast.graphs.failure import read_mismatch
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.ops import providers
-from tests.support.capture import run_capture
+from tests.support.capture import BUILD_DIR, run_capture
 from tests.support.compile_worker import compile_worker, connect
 
 SHAPE = ModelShape(
@@ -93,6 +95,49 @@ os.kill(os.getpid(), 9)
     run = subprocess.run([sys.executable, "-c", program], env=environment, timeout=120)
     assert run.returncode == -9
     assert list(folder.iterdir()) == []
+
+
+WRONG = """
+import sys
+from precast.graphs import capture, capture_models
+right, calls = capture_models.eager_step, []
+
+def wrong(*arguments, **named):
+    out = right(*arguments, **named)
+    calls.append(1)
+    if len(calls) == 2:
+        out[0, 9] += 10 * out.abs().max()
+    return out
+
+capture_models.eager_step = wrong
+sys.exit(capture.main())
+"""
+
+
+@pytest.mark.timeout(400)
+def test_graph_that_differs_from_eager_is_kept_with_its_inputs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG, "--out", str(tmp_path), "--kept", str(BUILD_DIR)],
+        input=json.dumps(tiny_spec()),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert not (tmp_path / "report.json").exists()
+    found = read_mismatch(tmp_path)
+    assert found
+    assert (found.output, found.index) == ("logits", (0, 9))
+    assert found.text in done.stderr
+    assert found.expected is not None
+    assert found.actual is not None
+    assert found.differences["logits"] > 0.5 > found.bound > found.differences["keys of layer 0"]
+    tensors = load_file(tmp_path / "failure" / "tensors.safetensors")
+    assert tensors["expected"][9] == found.expected
+    assert tensors["actual"][9] == found.actual
+    assert tuple(tensors["context_lens"].tolist()) == found.context_lens
+    assert {"token_ids", "positions", "slots", "block_tables"} <= tensors.keys()
 
 
 @pytest.mark.timeout(400)

@@ -97,7 +97,31 @@ def refuse(_: Path) -> int:
 
 
 def differ(_: Path) -> int:
-    print("graph differs from eager by 1.00e+00", file=sys.stderr)
+    """The graph's logits are wrong in one place, and kept as verification does it."""
+    import msgspec
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from precast.graphs.failure import FAILURE_FILE, FOLDER, TENSORS_FILE, Mismatch
+
+    mismatch = Mismatch(
+        case="block edges",
+        seed=1,
+        context_lens=(7, 32),
+        bound=1e-4,
+        differences={"keys of layer 0": 0.0, "logits": 2.0},
+        output="logits",
+        index=(1, 3),
+        expected=1.0,
+        actual=3.0,
+    )
+    folder = Path(sys.argv[3]) / FOLDER
+    folder.mkdir()
+    tensors = {"actual": np.array([1, 1, 1, 3, 1]), "context_lens": np.array([7, 32])}
+    save_file(tensors, folder / TENSORS_FILE)
+    (folder / FAILURE_FILE).write_bytes(msgspec.json.encode(mismatch))
+    (folder.parent / "layer.kernels.cpp").write_text("// generated")
+    print(mismatch.text, file=sys.stderr)
     return 3
 
 

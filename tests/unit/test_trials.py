@@ -11,6 +11,7 @@ from services.decode_worker.canary import Assignment, Canary
 from services.decode_worker.graph_set import Crash, GraphSet
 from services.decode_worker.rank_group import RankGroup
 from services.decode_worker.rank_protocol import Shadow
+from tests.support.compile_worker import FACTORS
 from tests.unit.test_graph_set import Ranks, begin, offer, ready, settle
 
 SAME = Shadow(difference=0.0, current_us=100.0, candidate_us=110.0)
@@ -123,7 +124,7 @@ async def test_two_deaths_without_a_crash_end_a_trial() -> None:
     ],
 )
 def test_what_speaks_against_a_candidate(trial: dict[str, float], said: str) -> None:
-    factors = {"quantization": "int8", "kv_dtype": "fp32"}
+    factors = {**FACTORS, "quantization": "int8"}
     record = GraphRecord(key="k", phase=Phase.PUBLISHED, factors=factors, generation=1)
     finished = Trial(generation=2, worker_id="w", wanted=1, finished=True, **trial)  # type: ignore[arg-type]
     reason = objection(record, finished, CanaryPolicy(steps=1, live_s=1.0, max_slowdown=0.25))

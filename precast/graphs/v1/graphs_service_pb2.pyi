@@ -180,6 +180,7 @@ class GraphState(_message.Message):
     CANARY_FIELD_NUMBER: _builtins.int
     PUT_ASIDE_FIELD_NUMBER: _builtins.int
     SIGNER_FIELD_NUMBER: _builtins.int
+    FAILED_CAPTURE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
     generation: _builtins.int
@@ -215,6 +216,10 @@ class GraphState(_message.Message):
     def put_aside(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generations that were found damaged in the store, with the reasons."""
 
+    @_builtins.property
+    def failed_capture(self) -> Global___FailedCapture:
+        """What is left of the last capture, if it failed."""
+
     def __init__(
         self,
         *,
@@ -233,14 +238,138 @@ class GraphState(_message.Message):
         canary: Global___CanaryAssignment | None = ...,
         put_aside: _abc.Iterable[_builtins.str] | None = ...,
         signer: _builtins.str = ...,
+        failed_capture: Global___FailedCapture | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "failed_capture", b"failed_capture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GraphState: _TypeAlias = GraphState  # noqa: Y015
+
+@_typing.final
+class FailedCapture(_message.Message):
+    """FailedCapture says where a failed capture's files are, and how its graph differs from eager."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    FAILED_AT_S_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    MISMATCH_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """Of the compile worker."""
+    folder: _builtins.str
+    failed_at_s: _builtins.float
+    """Unix seconds."""
+    command: _builtins.str
+    """Captures and verifies the graph again, on that host."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def mismatch(self) -> Global___Mismatch:
+        """Absent if there was no graph to verify."""
+
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        folder: _builtins.str = ...,
+        files: _abc.Iterable[_builtins.str] | None = ...,
+        failed_at_s: _builtins.float = ...,
+        command: _builtins.str = ...,
+        mismatch: Global___Mismatch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mismatch", b"mismatch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "failed_at_s", b"failed_at_s", "files", b"files", "folder", b"folder", "host", b"host", "mismatch", b"mismatch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedCapture: _TypeAlias = FailedCapture  # noqa: Y015
+
+@_typing.final
+class Mismatch(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DifferencesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CASE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENS_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    ACTUAL_FIELD_NUMBER: _builtins.int
+    case: _builtins.str
+    """Of the verification: which kind of step it was, and what its random numbers begin with."""
+    seed: _builtins.int
+    bound: _builtins.float
+    output: _builtins.str
+    """The output that differs most, and its element that does."""
+    expected: _builtins.float
+    """Absent where they are not finite."""
+    actual: _builtins.float
+    @_builtins.property
+    def context_lens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the step's sequences; at most 64."""
+
+    @_builtins.property
+    def differences(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By output: largest difference to eager, relative to the largest value there; -1: not finite."""
+
+    @_builtins.property
+    def index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        case: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        context_lens: _abc.Iterable[_builtins.int] | None = ...,
+        bound: _builtins.float = ...,
+        differences: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        output: _builtins.str = ...,
+        index: _abc.Iterable[_builtins.int] | None = ...,
+        expected: _builtins.float | None = ...,
+        actual: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actual", b"_actual", "_expected", b"_expected", "actual", b"actual", "expected", b"expected"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual", b"_actual", "_expected", b"_expected", "actual", b"actual", "bound", b"bound", "case", b"case", "context_lens", b"context_lens", "differences", b"differences", "expected", b"expected", "index", b"index", "output", b"output", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actual: _TypeAlias = _typing.Literal["actual"]  # noqa: Y015
+    _WhichOneofArgType__actual: _TypeAlias = _typing.Literal["_actual", b"_actual"]  # noqa: Y015
+    _WhichOneofReturnType__expected: _TypeAlias = _typing.Literal["expected"]  # noqa: Y015
+    _WhichOneofArgType__expected: _TypeAlias = _typing.Literal["_expected", b"_expected"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual) -> _WhichOneofReturnType__actual | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected) -> _WhichOneofReturnType__expected | None: ...
+
+Global___Mismatch: _TypeAlias = Mismatch  # noqa: Y015
 
 @_typing.final
 class CanaryAssignment(_message.Message):
