@@ -70,6 +70,8 @@ class DecodeLease(_Lease):
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     tensor_parallel_size: int = 1
+    isa: str = ""
+    """Best target of graphs that its CPU runs; empty until its ranks have started."""
     weight_dtype: str
     quantization: str
     graphs: tuple[LoadedGraphRecord, ...] = ()

@@ -48,6 +48,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     capture_s: float
     step_us: float
     compiler: str
+    verified: bool = True
+    """False for a graph of a CPU that its compile worker hasn't: one that has tries it first."""
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

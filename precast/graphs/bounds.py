@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Final
 
 LINEAR_BOUNDS: Final = {
-    "fp32": 1e-4,
-    "bf16": 1e-4,
-    "fp16": 1e-4,
+    "fp32": 3e-5,
+    "bf16": 3e-5,
+    "fp16": 3e-5,
     "int8": 3e-2,
     "q8_0": 3e-2,
     "q4_0": 3e-2,
     "q4_1": 3e-2,
 }
-KV_BOUNDS: Final = {"fp32": 1e-4, "bf16": 1e-2, "int8": 3e-2}
+KV_BOUNDS: Final = {"fp32": 3e-5, "bf16": 1e-2, "int8": 2e-2}
 ROUNDING_BOUND: Final = 3e-2
 ROUNDING_PROVIDERS: Final = ("sgl_kernel",)
 """Their kernels take activations in less than float32."""

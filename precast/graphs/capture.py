@@ -2,8 +2,8 @@
 
 Runs as a child process of the compile worker, so that a crash, a hang or a compile that eats the
 memory takes down nothing else. Writes ``graph.pt2`` and ``report.json`` into DIR and a JSON line on
-stdout for each stage. Exit codes: 0 captured and verified, 2 the factors were refused, 3 the graph
-differs from eager; 2 and 3 with one line on stderr.
+stdout for each stage. Exit codes: 0 captured, and verified if this CPU runs it; 2 the factors were
+refused; 3 the graph differs from eager; 2 and 3 with one line on stderr.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from precast.errors import CaptureFailed, InvalidRequest
 from precast.graphs import code_build
 from precast.graphs.code_build import Build
 from precast.graphs.part_cache import PartCache, part_key
-from precast.graphs.targets import build_factors
+from precast.graphs.targets import build_factors, runs
 
 if TYPE_CHECKING:
     from precast.graphs.capture_models import Part
@@ -45,8 +45,8 @@ def progress(stage: str) -> None:
 
 
 def capture(factors: Mapping[str, str], folders: Folders) -> dict[str, float]:
-    """Exports, compiles, packages and verifies; returns the report. Raises InvalidRequest,
-    CaptureFailed."""
+    """Exports, compiles, packages and verifies; returns the report. What this CPU can't run is not
+    verified: a worker that can run it has to try it first. Raises InvalidRequest, CaptureFailed."""
     from precast.graphs.factors import check_versions, shape_from, start_provider
     from precast.graphs.verify import VERIFY_STEPS, layers_to_verify
     from precast.graphs.verify_peers import stand_ins
@@ -63,12 +63,16 @@ def capture(factors: Mapping[str, str], folders: Folders) -> dict[str, float]:
 def _capture(
     factors: Mapping[str, str], shape: "Shape", group: "Group", build: Build, folders: Folders
 ) -> dict[str, float]:
+    from precast.graphs.factors import ISA_LEVELS
     from precast.graphs.verify import verify
+    from precast.ops.native import native_isa
 
     progress("compiling")
     started = time.monotonic()
     _compile(factors, _parts(factors, shape), build, folders)
     compiled = time.monotonic()
+    if not runs(ISA_LEVELS[native_isa()], factors["isa"]):
+        return {"compile_s": compiled - started, "verified": False}
     progress("verifying")
     error, step_us = verify(factors, folders.out / "graph.pt2", group)
     return {

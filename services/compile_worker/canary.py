@@ -19,7 +19,9 @@ from precast.errors import (
     RegistryUnavailable,
 )
 from precast.graphs.bounds import bound_of
+from precast.graphs.key import explain
 from precast.graphs.lifecycle import Verdict
+from precast.graphs.targets import runs
 from precast.log import get_logger
 from precast.registry import DecodeLease, Registry, generation_of
 from services.compile_worker.generations import Generations
@@ -28,6 +30,8 @@ from services.compile_worker.record import GraphRecord, Trial, changed
 log = get_logger(__name__)
 
 POLL_S: Final = 0.2
+UNVERIFIED_STEPS: Final = 32
+"""Of the trial of a graph that the compile worker couldn't run, where others have none."""
 NO_WORKER_S: Final = 3.5
 """How long no worker may be seen before a candidate is promoted untried: longer than a lease, for
 leases are gone for a moment when Redis comes back empty."""
@@ -41,11 +45,20 @@ class CanaryPolicy:
     """How a candidate is tried."""
 
     steps: int
-    """Steps to compare; 0: candidates are promoted untried."""
+    """Steps to compare; 0: candidates that were verified are promoted untried."""
     live_s: float
     """Seconds in which they should be live steps; what is missing then is made up."""
     max_slowdown: float
     """Most that it may be slower than the serving generation: 0.25 is a quarter."""
+
+    @property
+    def trial_steps(self) -> int:
+        """Of a trial that takes place."""
+        return self.steps or UNVERIFIED_STEPS
+
+
+def _differs_in_isa(a: GraphRecord, b: GraphRecord) -> bool:
+    return a.factors.keys() == b.factors.keys() and explain(a.factors, b.factors).keys() == {"isa"}
 
 
 def bound(record: GraphRecord) -> float:
@@ -88,6 +101,7 @@ class Canaries:
     registry: Registry
     policy: CanaryPolicy
     clock: Callable[[], float] = time.monotonic
+    _verified: dict[tuple[str, int], bool] = field(default_factory=dict)
     _watches: dict[tuple[str, int, str], _Watch] = field(default_factory=dict)
     """By key, generation and worker."""
 
@@ -131,7 +145,8 @@ class Canaries:
         for generation in older:
             await self._mark(record.key, generation, Verdict.WITHDRAWN, "a newer one was captured")
         serving = (await self.generations.standing(record.key)).serving
-        if not self.policy.steps or not serving:
+        verified = await self._is_verified(record.key, candidate)
+        if verified and (not self.policy.steps or not serving):
             await self._promote(
                 record.key, candidate, "verified; there was nothing to try it against"
             )
@@ -144,7 +159,7 @@ class Canaries:
         if trial is not None and trial.generation == candidate and trial.finished:
             await self._decide(record, trial)
         else:
-            await self._choose(record, candidate, leases)
+            await self._choose(record, candidate, self._able(record, leases, verified), verified)
 
     async def _decide(self, record: GraphRecord, trial: Trial) -> None:
         reason = objection(record, trial, self.policy)
@@ -154,19 +169,44 @@ class Canaries:
             told = f"agreed with generation {record.generation} in {trial.steps} steps"
             await self._promote(record.key, trial.generation, told)
 
-    async def _choose(self, record: GraphRecord, candidate: int, leases: list[DecodeLease]) -> None:
+    async def _is_verified(self, key: str, generation: int) -> bool:
+        """Whether a compile worker has compared a candidate with eager."""
+        known = self._verified.get((key, generation))
+        if known is None:
+            manifest = await asyncio.to_thread(self.generations.manifest, key, generation)
+            known = self._verified[key, generation] = manifest is None or manifest.verified
+        return known
+
+    def _able(
+        self, record: GraphRecord, leases: list[DecodeLease], verified: bool
+    ) -> list[DecodeLease]:
+        """Workers that have something to compare a candidate with: another generation, or, of a
+        graph that only their CPU runs, one for a lesser instruction set."""
+        running = [lease for lease in leases if generation_of(lease, record.key) is not None]
+        if running or verified:
+            return running
+        keys = [r.key for r in self.generations.index.records() if _differs_in_isa(record, r)]
+        return [
+            lease
+            for lease in leases
+            if runs(lease.isa, record.factors["isa"])
+            and any(generation_of(lease, key) is not None for key in keys)
+        ]
+
+    async def _choose(
+        self, record: GraphRecord, candidate: int, running: list[DecodeLease], verified: bool
+    ) -> None:
         """Keep the chosen worker while it lives and has time left, else choose another one."""
         key, now = record.key, self.clock()
         watch = self._watches.setdefault((key, candidate, ""), _Watch(since=now))
         trial = record.trial
         if trial is not None and trial.generation == candidate:
-            alive = any(lease.worker_id == trial.worker_id for lease in leases)
+            alive = any(lease.worker_id == trial.worker_id for lease in running)
             mine = self._watches.setdefault((key, candidate, trial.worker_id), _Watch(since=now))
             late = now - mine.since > self.policy.live_s + ANSWER_S
             if alive and not late:
                 return
             watch.tried |= {trial.worker_id} if late else set()
-        running = [lease for lease in leases if generation_of(lease, key) is not None]
         ready = [lease for lease in running if lease.worker_id not in watch.tried]
         ready = [lease for lease in ready if lease.state == "ready"]
         if ready:
@@ -175,14 +215,16 @@ class Canaries:
         elif running and watch.tried:
             reason = f"{len(watch.tried)} workers did not finish its canary in time"
             await self.generations.quarantine(key, candidate, reason)
-        elif not running:
+        elif not running and verified:
             watch.unseen_since = watch.unseen_since or now
             if now - watch.unseen_since > NO_WORKER_S:
                 await self._promote(key, candidate, "verified; no worker was there to try it")
 
     async def _assign(self, record: GraphRecord, candidate: int, lease: DecodeLease) -> None:
         log.info("canary begins", key=record.key, generation=candidate, worker=lease.worker_id)
-        trial = Trial(generation=candidate, worker_id=lease.worker_id, wanted=self.policy.steps)
+        trial = Trial(
+            generation=candidate, worker_id=lease.worker_id, wanted=self.policy.trial_steps
+        )
         await self.generations.index.put(changed(record, trial=trial))
 
     async def _promote(self, key: str, generation: int, reason: str) -> None:

@@ -51,10 +51,12 @@ class CaptureLimits:
 class CaptureReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the capture says of itself in ``report.json``. Times are seconds but for ``step_us``."""
 
-    max_relative_error: Seconds
-    step_us: Seconds
+    max_relative_error: Seconds = 0.0
+    step_us: Seconds = 0.0
     compile_s: Seconds
-    verify_s: Seconds
+    verify_s: Seconds = 0.0
+    verified: bool = True
+    """False for a graph that the compile worker's CPU can't run."""
 
     @property
     def capture_s(self) -> float:

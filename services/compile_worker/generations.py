@@ -93,11 +93,11 @@ class Generations:
         except (GraphNotFound, ArtifactRejected):
             return None
 
-    def nominate(self, key: str, generation: int) -> None:
+    def nominate(self, key: str, generation: int, *, known: bool = False) -> None:
         """Make a generation a candidate before it is published, unless another process has
-        published and judged it already."""
+        published and judged it already. ``known``: published, and nobody has judged it."""
         now = self.look(key)
-        if generation not in now.lifecycle.marks and generation not in now.there:
+        if generation not in now.lifecycle.marks and (known or generation not in now.there):
             self.persist(key, now.lifecycle.marked(generation, Verdict.CANDIDATE))
 
     def persist(self, key: str, lifecycle: Lifecycle) -> None:
@@ -193,6 +193,11 @@ class Generations:
             log.error("graph quarantined", key=key, generation=generation, reason=reason)
             await self.decide(key, lifecycle.marked(generation, Verdict.QUARANTINED, reason))
 
+    async def untried(self, key: str) -> bool:
+        """Whether nothing serves but there is a candidate, which waits for a worker to try it."""
+        now = await self.standing(key)
+        return not now.serving and bool({*now.lifecycle.having(Verdict.CANDIDATE)} & {*now.there})
+
     async def crashed(self, key: str, generation: int, reason: str) -> None:
         """Quarantine a generation that crashed a worker. Raises ``GraphNotFound``."""
         known = self.index.get(key) is not None or generation in (await self.standing(key)).there
@@ -226,6 +231,9 @@ class Generations:
             except ArtifactRejected as error:
                 log.error("artifact put aside", key=key, generation=number, reason=str(error))
                 await asyncio.to_thread(self.store.quarantine, key, number, str(error))
+                continue
+            if not artifact.manifest.verified and number not in lifecycle.marks:
+                await asyncio.to_thread(self.nominate, key, number, known=True)
                 continue
             aside = await asyncio.to_thread(self.store.put_aside, key)
             found = published_record(artifact.manifest, record, lifecycle)

@@ -16,7 +16,6 @@ from precast.errors import (
     InvalidRequest,
     Overloaded,
     RegistryUnavailable,
-    UnsupportedSpec,
 )
 from precast.graphs.artifact import Manifest, encode_manifest, file_digest
 from precast.graphs.key import graph_key, parse_spec, spec_part
@@ -63,6 +62,10 @@ class Graphs:
     """Whether a further generation has to pass a canary before it serves."""
     published: asyncio.Event = field(default_factory=asyncio.Event)
     """Set after each publication."""
+
+    @property
+    def _targets(self) -> str:
+        return ", ".join(self.isa_targets)
 
     async def restore(self) -> None:
         """Fill the index from the store; damaged artifacts are put aside."""
@@ -119,6 +122,8 @@ class Graphs:
         now = await self.generations.standing(key)
         number = generation or now.serving
         lifecycle = now.lifecycle
+        if not number:
+            raise GraphNotFound(f"no artifact of graph {key} serves")
         if lifecycle.verdict(number) is Verdict.QUARANTINED:
             raise GraphNotFound(
                 f"generation {number} of graph {key} is quarantined: {lifecycle.reason(number)}"
@@ -206,10 +211,7 @@ class Graphs:
         return graph_key(spec_part(record.factors), self.build) == record.key
 
     def _check(self, factors: Mapping[str, str]) -> dict[str, str]:
-        spec = parse_spec(factors)
-        if self.isa_targets and spec.isa not in self.isa_targets:
-            targets = ", ".join(self.isa_targets)
-            raise UnsupportedSpec(f"isa {spec.isa!r}: this compile worker builds for {targets}")
+        parse_spec(factors)
         return dict(factors)
 
     async def _looked_up(self, keys: Sequence[str]) -> list[GraphRecord | None]:
@@ -235,7 +237,20 @@ class Graphs:
         record = record.with_model(model)
         if record.phase is Phase.FAILED and time.time() < record.retry_at:
             return record
+        if await self.generations.untried(key):
+            return record
+        if self.isa_targets and spec["isa"] not in self.isa_targets:
+            return await self._not_built(record)
         return await self._queue_missing(record, urgency)
+
+    async def _not_built(self, record: GraphRecord) -> GraphRecord:
+        """Another compile worker of the fleet may build for this instruction set."""
+        if record.phase in (Phase.QUEUED, Phase.CAPTURING) and self.index.get(record.key):
+            return record
+        reason = f"{record.factors['isa']}: this compile worker builds for {self._targets}"
+        record = changed(record, phase=Phase.FAILED, generation=0, error=reason)
+        await self.index.put(record)
+        return record
 
     async def _queue_missing(self, record: GraphRecord, urgency: int) -> GraphRecord:
         try:
@@ -289,9 +304,11 @@ class Graphs:
                 capture_s=report.capture_s,
                 step_us=report.step_us,
                 compiler=self.build.get("compiler", ""),
+                verified=report.verified,
             )
         )
-        if self.canary and self.generations.look(job.key).serving:
+        tried = self.canary and self.generations.look(job.key).serving
+        if tried or not report.verified:
             self.generations.nominate(job.key, job.generation)
         try:
             self.store.publish(manifest, self.signing().sign(manifest), graph)

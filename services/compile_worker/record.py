@@ -122,9 +122,16 @@ def published_record(
 
 
 def barred_record(record: GraphRecord, lifecycle: Lifecycle) -> GraphRecord:
-    """The record of a graph of which no generation may serve: a recompile by hand ends that."""
+    """The record of a graph of which no generation may serve: a recompile by hand ends that, or a
+    worker that can try what this compile worker's CPU can't run."""
     quarantined = lifecycle.having(Verdict.QUARANTINED)
     newest = max(quarantined, default=0)
+    waiting = max(lifecycle.having(Verdict.CANDIDATE), default=0)
+    if waiting > newest:
+        error = f"generation {waiting} waits for a worker of {record.factors['isa']} to try it"
+        return changed(
+            record, phase=Phase.CAPTURING, generation=0, error=error, lifecycle=lifecycle
+        )
     if not newest:
         return changed(record, lifecycle=lifecycle)
     return changed(

@@ -128,7 +128,9 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     async def ReportCanary(
         self, request: graphs_pb.ReportCanaryRequest, context: Any
     ) -> graphs_pb.ReportCanaryResponse:
-        await self._canaries.report(request.key, trial_of(request, self._canaries.policy.steps))
+        await self._canaries.report(
+            request.key, trial_of(request, self._canaries.policy.trial_steps)
+        )
         return graphs_pb.ReportCanaryResponse()
 
     def _state(self, record: GraphRecord) -> graphs_pb.GraphState:

@@ -119,6 +119,11 @@ class GraphSet:
             for size in self.batch_sizes
         )
 
+    @property
+    def isa(self) -> str:
+        """The best target that the ranks' CPU runs; empty until a group has started."""
+        return self.factors[0].get("isa", "") if self.factors else ""
+
     def urgency(self, spec: Mapping[str, str]) -> int:
         """How often a graph was missed since there was none."""
         return self._missed[int(spec["batch_size"])]

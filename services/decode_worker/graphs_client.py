@@ -22,6 +22,7 @@ from precast.errors import (
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.store import StoredArtifact
+from precast.graphs.targets import lesser
 from precast.graphs.trust import Trust
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
@@ -101,7 +102,8 @@ class GraphsClient:
         """Offers what the cache holds. Reads and hashes files."""
         for wanted in self._graphs.wanted:
             for spec in wanted.specs:
-                artifact = self._cache.find(spec)
+                found = map(self._cache.find, [spec, *lesser_specs(spec)])
+                artifact = next(filter(None, found), None)
                 if artifact is not None:
                     self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
@@ -269,7 +271,8 @@ class GraphsClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REQUEST_INTERVAL_S):
                     await self._distrusted.wait()
-            if self._graphs.missing or self._distrusted.is_set():
+            borrows = any(map(self._borrows, self._specs()))
+            if self._graphs.missing or borrows or self._distrusted.is_set():
                 self._distrusted.clear()
                 await self._request(stub)
 
@@ -279,6 +282,8 @@ class GraphsClient:
         for spec, state in await self._states(stub):
             keys[state.key] = spec
             await self._update(stub, spec, state)
+            if state.generation == 0:
+                await self._borrow(stub, spec)
             if state.generation == 0 and state.key not in self._explained:
                 self._explained.add(state.key)
                 await explain_missing(stub, state)
@@ -308,6 +313,13 @@ class GraphsClient:
         """Fetches a generation that is not the one we have, and offers what is complete."""
         await self._retire(state)
         await self._follow_canary(stub, spec, state)
+        await self._fetch(stub, spec, spec, state)
+
+    async def _fetch(self, stub: Any, spec: Spec, captured: Spec, state: pb.GraphState) -> None:
+        """Fetches the generation that serves, if it is another one than what is used for ``spec``.
+
+        ``captured``: what it was captured for.
+        """
         present = self._artifacts.get(spec_digest(spec))
         if state.generation == 0 or (
             present is not None
@@ -317,7 +329,7 @@ class GraphsClient:
             return
         try:
             artifact = await fetch_graph(
-                stub, self._cache, state.key, spec=spec, generation=state.generation
+                stub, self._cache, state.key, spec=captured, generation=state.generation
             )
         except ArtifactRejected as error:
             log.error(
@@ -326,6 +338,22 @@ class GraphsClient:
             return
         self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
+
+    def _borrows(self, spec: Spec) -> bool:
+        """Whether what is used for a spec was captured for a lesser instruction set."""
+        present = self._artifacts.get(spec_digest(spec))
+        return present is not None and present.manifest.factors["isa"] != spec["isa"]
+
+    async def _borrow(self, stub: Any, spec: Spec) -> None:
+        """Takes the best graph for a lesser instruction set, until there is the right one."""
+        for lesser_spec in lesser_specs(spec):
+            request = pb.ExplainGraphRequest(spec=pb.GraphSpec(factors=lesser_spec), limit=1)
+            state = (await stub.ExplainGraph(request, timeout=RPC_TIMEOUT_S)).state
+            if state.key:
+                await self._retire(state)
+            if state.generation:
+                await self._fetch(stub, spec, lesser_spec, state)
+                return
 
     def _signed_anew(self, present: StoredArtifact, state: pb.GraphState) -> bool:
         """Whether another trusted key has signed what we have since, so that the one that we know
@@ -378,3 +406,8 @@ class GraphsClient:
         if current is None or current.identity != offer.identity:
             self._graphs.offer(offer)
             self._on_offer()
+
+
+def lesser_specs(spec: Spec) -> list[Spec]:
+    """The same graph for the instruction sets below, best first."""
+    return [{**spec, "isa": isa} for isa in lesser(spec["isa"])]

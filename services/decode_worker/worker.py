@@ -138,6 +138,7 @@ class Worker:
             kv_blocks_total=self._scheduler.blocks.total,
             kv_blocks_free=self._scheduler.blocks.free_blocks,
             tensor_parallel_size=self._settings.tp,
+            isa=self._graphs.isa,
             weight_dtype=self._settings.weight_dtype,
             quantization=self._settings.quantization,
             graphs=self._graphs.records(),

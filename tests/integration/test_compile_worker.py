@@ -359,12 +359,63 @@ async def test_damaged_artifact_is_refused_put_aside_and_captured_again(
     assert len(starts(ledger)) == 2
 
 
+async def test_graph_that_could_not_be_run_serves_nobody_untried(
+    tmp_path: Path, redis_url: str
+) -> None:
+    """It is captured once and waits, over a restart too; a hand may still decide."""
+    home, ledger = tmp_path / "home", tmp_path / "ledger"
+    with compile_worker(home, redis_url, ledger, canary_steps=0) as worker:
+        async with connect(worker) as client:
+            [state] = await client.request(spec("foreign"))
+            await asyncio.to_thread(wait_until, lambda: DiskStore(home / "store").published_keys())
+            await waits_untried(client, state.key)
+    for empty in (False, True):
+        if empty:
+            (home / "store" / state.key / "lifecycle.json").unlink()
+            await flush(redis_url)
+        with compile_worker(home, redis_url, ledger, canary_steps=0) as worker:
+            async with connect(worker) as client:
+                await waits_untried(client, state.key)
+                if empty:
+                    await client.admin.RollBackGraph(
+                        admin_pb.RollBackGraphRequest(key=state.key, generation=1), timeout=10
+                    )
+                    done = await client.until([state.key], PUBLISHED)
+                    assert done[state.key].generation == 1
+    assert len(starts(ledger)) == 1
+
+
+async def flush(redis_url: str) -> None:
+    registry = Registry.connect(redis_url)
+    await registry.redis.flushall()
+    await registry.close()
+
+
+async def waits_untried(client: Client, key: str) -> None:
+    for _ in range(3):
+        [state] = await client.request(spec("foreign"))
+        assert (state.key, state.generation) == (key, 0)
+        if "waits for a worker of x86-64-v3" in state.error:
+            break
+        await asyncio.sleep(1)
+    assert state.phase == pb.GRAPH_PHASE_CAPTURING
+    assert "waits for a worker of x86-64-v3 to try it" in state.error
+    for generation in (0, 1):
+        call: Any = client.graphs.FetchGraph(pb.FetchGraphRequest(key=key, generation=generation))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+
+
 async def test_isa_that_is_not_a_target_is_refused(tmp_path: Path, redis_url: str) -> None:
     targets = {"isa_targets": ["x86-64-v2"]}
     with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger", **targets) as worker:
         async with connect(worker) as client:
-            with pytest.raises(grpc.aio.AioRpcError, match="builds for x86-64-v2"):
-                await client.request(spec())
+            [state] = await client.request(spec())
+            assert state.phase == FAILED
+            assert "x86-64-v3: this compile worker builds for x86-64-v2" in state.error
+            [other] = await client.request({**spec(), "isa": "x86-64-v2"})
+            await client.until([other.key], PUBLISHED)
+            assert len(starts(tmp_path / "ledger")) == 1
 
 
 @pytest.mark.parametrize("broken", ["store", "keys/signing.key"])
