@@ -77,6 +77,10 @@ soak: setup-dev ## a million mixed collectives, and 50 ranks killed in the middl
 	@$(BIN)/python -m tests.support.collective_program mixed --count 1000000
 	@$(BIN)/python -m tests.support.collective_program kills --count 50
 
+.PHONY: chaos
+chaos: setup-dev ## kill services at random 200 times under load (ARGS="--kills 50 --seed 7")
+	@$(BIN)/python -m tests.support.chaos $(ARGS)
+
 .PHONY: compose-test
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
 	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)

@@ -314,5 +314,7 @@ class Graphs:
             self.store.publish(manifest, self.signing().sign(manifest), graph)
         except GenerationExists:
             log.warning("published by another process first", key=job.key)
+        else:
+            log.info("graph published", key=job.key, generation=job.generation)
         for number in surplus(self.generations.look(job.key)):
             self.store.remove(job.key, number)

@@ -70,9 +70,10 @@ class GraphIndex:
         shared = {record.key: record for record in _parse_all(await self._command("HVALS", HASH))}
         for record in shared.values():
             self._merge(record)
-        for key, record in self._records.items():
-            if key not in shared or shared[key] != record:
-                await self._share(record)
+        for key in list(self._records):  # more may come, and some change, while Redis answers
+            present = self._records.get(key)
+            if present and shared.get(key) != present:
+                await self._share(present)
 
     async def run(self) -> None:
         """Listen for changes and reconcile, until cancelled."""

@@ -9,6 +9,9 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -30,12 +33,21 @@ from services.decode_worker.rank_protocol import (
 )
 
 VOCABULARY = 256
+Load = Callable[[Path], str | None]
+"""What becomes of a graph that is to be loaded: why it is refused, or None."""
 
 
-def reply_to(command: Command, init: Init, step_s: float) -> Reply | None:
+def accept(_: Path) -> str | None:
+    return None
+
+
+def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply | None:
     """What a rank answers, or None. Tokens are the sequences' context lengths, wrapped."""
     if isinstance(command, LoadGraph):
-        return GraphLoaded(tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=0.0)
+        error = load(Path(command.paths[init.tp_rank]))
+        return GraphLoaded(
+            tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=0.0, error=error
+        )
     if isinstance(command, Step):
         time.sleep(step_s)
         return _draw(command, step_s) if init.tp_rank == 0 else None
@@ -65,7 +77,9 @@ def _receive(connection: socket.socket) -> Command:
     return decode_command(body) if len(body) == size else Shutdown()
 
 
-def serve(connection: socket.socket, step_s: float) -> None:
+def serve(
+    connection: socket.socket, step_s: float, graph_factors: Mapping[str, str], load: Load
+) -> None:
     init = _receive(connection)
     if not isinstance(init, Init):
         return
@@ -75,22 +89,25 @@ def serve(connection: socket.socket, step_s: float) -> None:
         weight_bytes=0,
         kernels={},
         vocab_size=VOCABULARY,
-        graph_factors={},
+        graph_factors=dict(graph_factors),
     )
     connection.sendall(frame(ready))
     while not isinstance(command := _receive(connection), Shutdown):
-        if (reply := reply_to(command, init, step_s)) is not None:
+        if (reply := reply_to(command, init, step_s, load)) is not None:
             connection.sendall(frame(reply))
 
 
-def main() -> None:
+def main(graph_factors: Mapping[str, str], load: Load = accept) -> None:
+    """Serve as a rank that wants graphs of these factors; none: it wants no graphs."""
     parser = argparse.ArgumentParser(prog="services.decode_worker.simulated_rank")
     parser.add_argument("--fd", type=int, required=True)
     connection = socket.socket(fileno=parser.parse_args().fd)
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(connection, float(os.environ.get("PRECAST_SIMULATED_STEP_MS", "0")) / 1e3)
+    step_s = float(os.environ.get("PRECAST_SIMULATED_STEP_MS", "0")) / 1e3
+    with suppress(ConnectionError):  # the leader is gone
+        serve(connection, step_s, graph_factors, load)
 
 
 if __name__ == "__main__":
-    main()
+    main({})

@@ -14,7 +14,9 @@ from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
 from precast.graphs.v1 import graphs_service_pb2 as pb
-from services.compile_worker.index import CHANNEL, HASH
+from precast.registry import connect_redis
+from services.compile_worker.index import CHANNEL, HASH, GraphIndex
+from services.compile_worker.record import GraphRecord, Phase
 from tests.support.compile_worker import (
     FACTORS,
     Client,
@@ -208,3 +210,22 @@ async def precast(environment: dict[str, str], *arguments: str) -> None:
     await asyncio.to_thread(
         subprocess.run, command, check=True, timeout=60, env={**os.environ, **environment}
     )
+
+
+async def test_index_may_grow_while_it_is_reconciled(redis_url: str) -> None:
+    """Publications come in while what Redis has lost is put back."""
+    records = [
+        GraphRecord(key=f"{n:032x}", phase=Phase.PUBLISHED, factors={}, generation=1, updated_at=1)
+        for n in range(60)
+    ]
+    async with connect_redis(redis_url) as client:
+        index = GraphIndex(client)
+        for record in records[:30]:
+            index.restore(record)
+        reconciling = asyncio.create_task(index.reconcile())
+        for record in records[30:]:
+            await index.put(record)
+        await reconciling
+        other = GraphIndex(client)
+        await other.reconcile()
+        assert other.records() == index.records() == records

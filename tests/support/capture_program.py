@@ -6,7 +6,8 @@ file ``LEDGER/open``, as all do while there is a file ``LEDGER/closed``; "foreig
 CPU that isn't there; "hang", "crash", "exit",
 "eat", "refuse", "differ", "silent", "noisy", "orphan" are the ways in which a capture can go wrong;
 anything else is captured at once. The graph is the file ``LEDGER/package`` if there is one, else
-bytes that stand for it.
+bytes that stand for it: the factors, and bytes that follow from them. The file
+``LEDGER/pace`` holds how many seconds each capture takes longer.
 """
 
 import json
@@ -31,6 +32,8 @@ def main() -> int:
     say("exporting")
     if (ledger / "closed").exists():
         wait_for_gate(ledger)
+    if (ledger / "pace").exists():
+        time.sleep(float((ledger / "pace").read_text()))
     code = misbehave(factors["architecture"], ledger)
     if code:
         return code
@@ -38,13 +41,23 @@ def main() -> int:
     if (ledger / "package").exists():
         shutil.copyfile(ledger / "package", out / "graph.pt2")
     else:
-        made = blake3(json.dumps(factors).encode()).digest(GRAPH_BYTES)
-        (out / "graph.pt2").write_bytes(made)
+        (out / "graph.pt2").write_bytes(_package(json.dumps(factors).encode()))
     say("verifying")
     if factors["architecture"] != "silent":
         foreign = factors["architecture"] == "foreign"
         (out / "report.json").write_text(json.dumps(UNVERIFIED if foreign else REPORT))
     return 0
+
+
+def _package(factors: bytes) -> bytes:
+    return factors + b"\n" + blake3(factors).digest(GRAPH_BYTES)
+
+
+def factors_of(graph: Path) -> dict[str, str] | None:
+    """What a graph was captured for; None if one byte of it is not what a capture has written."""
+    raw = graph.read_bytes()
+    factors = raw.partition(b"\n")[0]
+    return json.loads(factors) if raw == _package(factors) else None
 
 
 UNVERIFIED = {"compile_s": 1.0, "verified": False}
