@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
@@ -25,12 +26,21 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL, parent: int | None 
     ``parent`` is the pid that the parent had when it started us: if it died before this call, the
     signal is sent now. Raises ``OSError`` where the kernel refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    _prctl(_PR_SET_PDEATHSIG, int(signum))
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signum)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies, so that they can be waited for."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def bound_to_parent(

@@ -1,16 +1,19 @@
 """Captures one decode graph: ``python -m precast.graphs.capture --out DIR < factors.json``.
 
-Runs as a child process of the compile worker, so that a crash, a hang or a compile that eats the
-memory takes down nothing else. Writes ``graph.pt2`` and ``report.json`` into DIR and a JSON line on
-stdout for each stage. Exit codes: 0 captured, and verified if this CPU runs it; 2 the factors were
-refused; 3 the graph differs from eager; 2 and 3 with one line on stderr.
+The compile worker forks it off a process that has called ``preload``. It is a process of its own,
+so that a crash, a hang or a compile that eats the memory takes down nothing else. Writes
+``graph.pt2`` and ``report.json`` into DIR and a JSON line on stdout for each stage. Exit codes: 0
+captured, and verified if this CPU runs it; 2 the factors were refused; 3 the graph differs from
+eager; 2 and 3 with one line on stderr.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -130,6 +133,32 @@ def _package(names: Sequence[str], folder: Path) -> None:
     package_aoti(str(folder / "graph.pt2"), files)  # type: ignore[arg-type]
 
 
+def preload() -> None:
+    """Does what any capture would do first, so that forks of this process need not: imports, and
+    what Inductor puts off until it is first used. Leaves no threads."""
+    from precast.graphs.factors import graph_source
+    from precast.models.options import OPTIONS
+
+    for name in OPTIONS:
+        graph_source(name)  # of what is imported here, whatever is installed over it later
+    with tempfile.TemporaryDirectory() as scratch:
+        _set_environment(Path(scratch))
+
+        from precast.graphs import code_gen
+        from precast.graphs import verify as verify
+
+        code_gen.warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy what it looks at
+
+
+def _set_environment(cache: Path) -> None:
+    """For Inductor: a private cache, so that nothing that another process left behind can get into
+    an artifact, and no compilers of its own."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="precast.graphs.capture")
     parser.add_argument("--out", type=Path, required=True)
@@ -138,10 +167,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     folders = Folders(out=arguments.out, kept=arguments.kept or arguments.out / "kept")
-    # A private cache: nothing that another process left behind can get into an artifact.
     scratch = folders.out / "inductor"
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    _set_environment(scratch)
     try:
         report = capture(json.load(sys.stdin), folders)
     except (InvalidRequest, KeyError, ValueError) as error:

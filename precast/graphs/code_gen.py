@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from precast.errors import CaptureFailed
 from precast.graphs.capture_models import Part
@@ -55,6 +56,31 @@ def generate(part: Part, isa: str) -> Code:
     return made[0]
 
 
+def warm_up() -> None:
+    """Generates code for next to nothing, for the sake of all that Inductor does only once: it
+    takes 1.2 s, three times what a layer takes afterwards."""
+    hub: Any = torch.hub
+    hub.tqdm.monitor_interval = 0  # else its first progress bar starts a thread
+    rows = torch.randn(4, 64)
+    part = Part(
+        name="warm-up",
+        module=_Nothing(),
+        inputs=(rows, torch.randn(64)),
+        dynamic=({0: torch.export.Dim.DYNAMIC}, None),
+        shared=False,
+    )
+    isa = "x86-64-v3"
+    _select_target(isa)
+    generate(part, isa)
+
+
+class _Nothing(torch.nn.Module):
+    def forward(self, *flat: Tensor) -> Tensor:
+        rows, weight = flat
+        normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5) * weight
+        return torch.cat([torch.ops.precast.all_reduce(normed), torch.sigmoid(normed)], -1)
+
+
 def _export(part: Part) -> Any:
     with torch.no_grad():
         # One entry for the module's *args, which holds one for each tensor.
@@ -79,8 +105,9 @@ def _select_target(isa: str) -> None:
 def _see_through() -> None:
     """Gives Inductor the definitions of the small operators, so that it fuses them with their
     neighbours; others are called."""
-    from torch._inductor.decomposition import decompositions
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
 
+    fast_random_decomps.cache_clear()  # a copy of the table, with a selection before this one
     for name, function in providers.seen_through().items():
         decompositions[getattr(torch.ops.precast, name).default] = function
 

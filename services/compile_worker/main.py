@@ -5,7 +5,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from precast.settings import CompileWorkerSettings
 from services.compile_worker.canary import Canaries, CanaryPolicy
 from services.compile_worker.child import CaptureLimits
 from services.compile_worker.failures import Failures
+from services.compile_worker.fork_client import ForkServer
 from services.compile_worker.generations import Generations
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.index import GraphIndex
@@ -49,13 +49,15 @@ _COUNT_INTERVAL_S: Final = 1.0
 class CaptureProgram:
     """What captures a graph, and what it adds to the graph's key."""
 
-    command: Sequence[str]
+    module: str
+    """See ``fork_server``."""
+    arguments: Sequence[str]
     build_factors: Callable[[], Mapping[str, str]] = targets.build_factors
 
 
 def capture_program(settings: CompileWorkerSettings) -> CaptureProgram:
     kept = str(settings.build_dir)
-    return CaptureProgram(command=(sys.executable, "-m", "precast.graphs.capture", "--kept", kept))
+    return CaptureProgram(module="precast.graphs.capture", arguments=("--kept", kept))
 
 
 def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) -> int:
@@ -158,17 +160,21 @@ async def _work_until_stopped(
 ) -> None:
     graphs, metrics = upkeep.graphs, upkeep.metrics
     worker_id = f"compile-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    forks = ForkServer(
+        program.module,
+        program.arguments,
+        nice=settings.capture_nice,
+        cpus=settings.capture_cpus,
+    )
     workers = [
         Worker(
             consumer=f"{worker_id}.{number}",
             graphs=graphs,
             queue=graphs.queue,
-            command=program.command,
+            server=forks,
             limits=CaptureLimits(
                 timeout_s=settings.capture_timeout_s,
                 memory_bytes=settings.capture_memory_mb << 20,
-                nice=settings.capture_nice,
-                cpus=settings.capture_cpus,
             ),
             scratch=settings.home / CAPTURES,
             failures=Failures(folder=settings.home / FAILURES),
@@ -195,7 +201,10 @@ async def _work_until_stopped(
             asyncio.create_task(upkeep.run()),
             asyncio.create_task(_count_jobs(graphs.queue, metrics)),
         ]
-        await _until_stopped(tasks)
+        try:
+            await _until_stopped(tasks)
+        finally:
+            await forks.stop()
 
 
 async def _until_stopped(tasks: Sequence["asyncio.Task[None]"]) -> None:

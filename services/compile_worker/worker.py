@@ -7,7 +7,6 @@ should somebody else capture the same graph meanwhile, the store takes only the 
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,7 @@ from precast.jobs import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold
 from precast.log import get_logger
 from services.compile_worker.child import CaptureLimits, run_capture
 from services.compile_worker.failures import Failure, Failures
+from services.compile_worker.fork_client import ForkServer
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.metrics import Metrics
 
@@ -79,8 +79,8 @@ class Worker:
     """Unique in the fleet."""
     graphs: Graphs
     queue: CaptureQueue
-    command: Sequence[str]
-    """The capture program (``precast.graphs.capture``); ``--out DIR`` is appended."""
+    server: ForkServer
+    """Runs captures."""
     limits: CaptureLimits
     scratch: Path
     failures: Failures
@@ -171,7 +171,7 @@ class Worker:
         with scratch_folder(self.scratch, job.key) as folder:
             spec = spec_part(job.factors)
             try:
-                report = await run_capture(self.command, spec, folder, self.limits, on_stage)
+                report = await run_capture(self.server, spec, folder, self.limits, on_stage)
             except CaptureFailed:
                 held.failure = await asyncio.to_thread(self.failures.keep, job, folder)
                 raise

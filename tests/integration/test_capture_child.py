@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from precast.errors import CaptureFailed
 from services.compile_worker.child import CaptureLimits, run_capture
+from services.compile_worker.fork_client import ForkServer
 from tests.support.compile_worker import FACTORS, ROOT, program, starts, wait_until
 
 LIMITS = CaptureLimits(timeout_s=20, memory_bytes=1 << 30)
@@ -21,10 +24,27 @@ LIMITS = CaptureLimits(timeout_s=20, memory_bytes=1 << 30)
 pytestmark = pytest.mark.asyncio
 
 
+@asynccontextmanager
+async def fork_server(tmp_path: Path, **options: Any) -> AsyncIterator[ForkServer]:
+    captures = program(tmp_path / "ledger")
+    server = ForkServer(captures.module, captures.arguments, **options)
+    try:
+        yield server
+    finally:
+        await server.stop()
+        assert descendants() == []
+
+
 async def capture(
-    tmp_path: Path, how: str = "llama", limits: CaptureLimits = LIMITS
+    tmp_path: Path,
+    how: str = "llama",
+    limits: CaptureLimits = LIMITS,
+    server: ForkServer | None = None,
 ) -> tuple[list[str], float]:
     """(stages, relative error) of one capture."""
+    if server is None:
+        async with fork_server(tmp_path) as server:
+            return await capture(tmp_path, how, limits, server)
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     stages: list[str] = []
@@ -33,13 +53,23 @@ async def capture(
         stages.append(stage)
 
     spec = {**FACTORS, "architecture": how}
-    command = program(tmp_path / "ledger").command
-    report = await run_capture(command, spec, out, limits, on_stage)
+    try:
+        report = await run_capture(server, spec, out, limits, on_stage)
+    finally:
+        assert descendants(server.pid) == []
     return stages, report.max_relative_error
 
 
+def descendants(pid: int | None = None) -> list[psutil.Process]:
+    """Processes that come from this one, or from a server."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 def running(tmp_path: Path) -> list[psutil.Process]:
-    """Processes that work for this test: their command line or working set names its folder."""
+    """Processes that work for this test: their command line names its folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -48,6 +78,18 @@ def running(tmp_path: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Dead; whether it was reaped is up to whom it came to when its parent died."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+async def started(tmp_path: Path, count: int = 1) -> psutil.Process:
+    """The capture that has started as the ``count``-th."""
+    ledger = tmp_path / "ledger"
+    await asyncio.to_thread(wait_until, lambda: len(starts(ledger)) >= count)
+    return psutil.Process(int(starts(ledger)[count - 1][0]))
 
 
 async def test_reports_stages_and_result(tmp_path: Path) -> None:
@@ -76,7 +118,6 @@ async def test_failure_is_one_line(tmp_path: Path, how: str, reason: str) -> Non
     with pytest.raises(CaptureFailed, match=reason) as failure:
         await capture(tmp_path, how)
     assert "\n" not in str(failure.value)
-    assert running(tmp_path) == []
 
 
 async def test_hang_is_killed_at_its_time_limit(tmp_path: Path) -> None:
@@ -85,14 +126,12 @@ async def test_hang_is_killed_at_its_time_limit(tmp_path: Path) -> None:
     with pytest.raises(CaptureFailed, match="longer than 1 s"):
         await capture(tmp_path, "hang", limits)
     assert time.monotonic() - started < 6
-    assert running(tmp_path) == []
 
 
 async def test_memory_limit_holds(tmp_path: Path) -> None:
     limits = CaptureLimits(timeout_s=20, memory_bytes=200 << 20)
     with pytest.raises(CaptureFailed, match="more than 200 MB"):
         await capture(tmp_path, "eat", limits)
-    assert running(tmp_path) == []
 
 
 async def test_processes_that_a_capture_leaves_behind_go_too(tmp_path: Path) -> None:
@@ -111,30 +150,84 @@ def orphans(tmp_path: Path) -> list[int]:
 
 
 async def test_cancellation_kills_the_capture(tmp_path: Path) -> None:
-    task = asyncio.create_task(capture(tmp_path, "hang"))
-    await asyncio.to_thread(wait_until, lambda: starts(tmp_path / "ledger"))
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert running(tmp_path) == []
+    async with fork_server(tmp_path) as server:
+        task = asyncio.create_task(capture(tmp_path, "hang", server=server))
+        process = await started(tmp_path)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert is_over(process)
 
 
 async def test_runs_with_less_priority_where_it_may(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
-    limits = replace(LIMITS, nice=7, cpus=(cpu,))
-    task = asyncio.create_task(capture(tmp_path, "hang", limits))
-    await asyncio.to_thread(wait_until, lambda: starts(tmp_path / "ledger"))
-    child = psutil.Process(int(starts(tmp_path / "ledger")[0][0]))
-    assert child.nice() == min(os.nice(0) + 7, 19)
-    assert child.cpu_affinity() == [cpu]
-    assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == 800
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    async with fork_server(tmp_path, nice=7, cpus=(cpu,)) as server:
+        task = asyncio.create_task(capture(tmp_path, "hang", server=server))
+        child = await started(tmp_path)
+        assert child.nice() == min(os.nice(0) + 7, 19)
+        assert child.cpu_affinity() == [cpu]
+        assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == 800
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_captures_share_a_server_and_fail_alone(tmp_path: Path) -> None:
+    async with fork_server(tmp_path) as server:
+        hanging = asyncio.create_task(capture(tmp_path, "hang", server=server))
+        other = tmp_path / "other"
+        other.mkdir()
+
+        async def on_stage(_: str) -> None:
+            pass
+
+        async def beside(how: str) -> None:
+            await run_capture(server, {**FACTORS, "architecture": how}, other, LIMITS, on_stage)
+
+        process, pid = await started(tmp_path), server.pid
+        with pytest.raises(CaptureFailed, match="signal 11"):
+            await beside("crash")
+        await beside("llama")
+        assert process.is_running()
+        assert server.pid == pid
+        hanging.cancel()
+        await asyncio.gather(hanging, return_exceptions=True)
+
+
+async def test_capture_killed_from_outside_says_so(tmp_path: Path) -> None:
+    async with fork_server(tmp_path) as server:
+        task = asyncio.create_task(capture(tmp_path, "hang", server=server))
+        (await started(tmp_path)).kill()
+        with pytest.raises(CaptureFailed, match=r"signal 9 \(Killed\)"):
+            await task
+        assert await capture(tmp_path, server=server)
+
+
+async def test_capture_whose_server_dies_is_done_by_another(tmp_path: Path) -> None:
+    async with fork_server(tmp_path) as server:
+        task = asyncio.create_task(capture(tmp_path, "gated", server=server))
+        first, pid = await started(tmp_path), server.pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        second = await started(tmp_path, 2)
+        assert is_over(first)
+        assert server.pid != pid
+        assert second.ppid() == server.pid
+        (tmp_path / "ledger" / "open").touch()
+        stages, _ = await task
+        assert stages == ["exporting", "exporting", "compiling", "verifying"]
+
+
+async def test_server_that_cant_start_is_a_failed_capture(tmp_path: Path) -> None:
+    server = ForkServer("no.such.program", ())
+    with pytest.raises(CaptureFailed, match="capture server has ended"):
+        await capture(tmp_path, server=server)
+    await server.stop()
 
 
 HOST = """
 import asyncio, sys
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from tests.integration.test_capture_child import capture
 asyncio.run(capture(Path(sys.argv[1]), "hang"))
@@ -143,7 +236,8 @@ asyncio.run(capture(Path(sys.argv[1]), "hang"))
 
 async def test_capture_dies_with_a_killed_worker(tmp_path: Path) -> None:
     host = subprocess.Popen([sys.executable, "-c", HOST, str(tmp_path)], cwd=ROOT)
-    await asyncio.to_thread(wait_until, lambda: starts(tmp_path / "ledger"))
+    process = await started(tmp_path)
     host.send_signal(signal.SIGKILL)
     host.wait()
     await asyncio.to_thread(wait_until, lambda: running(tmp_path) == [], 5)
+    assert is_over(process)

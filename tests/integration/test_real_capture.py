@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,8 +20,9 @@ from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.ops import providers
-from tests.support.capture import BUILD_DIR, run_capture
-from tests.support.compile_worker import compile_worker, connect
+from services.compile_worker import fork_server
+from tests.support.capture import BUILD_DIR
+from tests.support.compile_worker import WorkerProcess, compile_worker, connect
 
 SHAPE = ModelShape(
     architecture="llama",
@@ -59,6 +61,8 @@ async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
             good, refused = (done[state.key] for state in states)
             assert good.phase == pb.GRAPH_PHASE_PUBLISHED, good.error
             assert "graph_source is 0123456789abcdef" in refused.error
+            server = fork_server_of(worker)
+            assert server.num_threads() == 1  # a fork beside threads may hang
             trusted = TrustedKeys.load(worker.home / "keys" / "trusted")
             cache = GraphCache(tmp_path / "cache", trusted)
             graph = await fetch_graph(client.graphs, cache, good.key, spec=spec)
@@ -70,6 +74,11 @@ async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
     assert "g++" in graph.manifest.compiler
     assert not list((worker.home / "captures").iterdir())
     leaves_no_files_behind(graph.graph_path, tmp_path / "temporary")
+
+
+def fork_server_of(worker: WorkerProcess) -> psutil.Process:
+    children = psutil.Process(worker.process.pid).children()
+    return next(child for child in children if fork_server.__name__ in child.cmdline())
 
 
 def leaves_no_files_behind(package: Path, folder: Path) -> None:
@@ -140,20 +149,25 @@ def test_graph_that_differs_from_eager_is_kept_with_its_inputs(tmp_path: Path) -
     assert {"token_ids", "positions", "slots", "block_tables"} <= tensors.keys()
 
 
+@pytest.mark.asyncio
 @pytest.mark.timeout(400)
-def test_graph_that_calls_another_provider(tmp_path: Path) -> None:
-    """Its operators are called through the dispatcher, where the provider's kernels are."""
+async def test_graphs_of_several_providers(tmp_path: Path, redis_url: str) -> None:
+    """Forks of one server. Another provider's operators are called through the dispatcher, where
+    its kernels are."""
     providers.start(providers.select("reference", needs_of(SHAPE)))
     try:
-        spec = tiny_spec()
+        other = tiny_spec()
     finally:
         providers.start(providers.select("native", needs_of(SHAPE)))
-    assert (spec["provider"], tiny_spec()["provider"]) == ("reference", "native")
-    done = run_capture(spec, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert 0 <= report["max_relative_error"] < 3e-2
-    mixed = {**spec, "provider_abi": "1:linear"}
-    refused = run_capture(mixed, tmp_path)
-    assert refused.returncode == 2
-    assert "provider_abi is 1:linear, but " in refused.stderr
+    native = tiny_spec()
+    assert (other["provider"], native["provider"]) == ("reference", "native")
+    mixed = {**other, "provider_abi": "1:linear"}
+    with compile_worker(tmp_path / "home", redis_url) as worker:
+        async with connect(worker) as client:
+            states = await client.request(other, native, mixed)
+            phases = (pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED)
+            done = await client.until([state.key for state in states], *phases, deadline_s=360)
+    called, direct, refused = (done[state.key] for state in states)
+    assert 0 <= called.max_relative_error < 3e-2, called.error
+    assert called.phase == direct.phase == pb.GRAPH_PHASE_PUBLISHED, called.error + direct.error
+    assert "provider_abi is 1:linear, but " in refused.error

@@ -1,6 +1,6 @@
-"""A capture program with the command line of ``precast.graphs.capture``, and no compiler in it.
+"""A capture program for ``fork_server``, and no compiler in it.
 
-``python capture_program.py LEDGER --out DIR`` reads factors on stdin and notes each start as a
+``capture_program LEDGER --out DIR`` reads factors on stdin and notes each start as a
 line in ``LEDGER/started``. The factor ``architecture`` chooses what happens: "gated" waits for the
 file ``LEDGER/open``, as all do while there is a file ``LEDGER/closed``; "foreign" is captured for a
 CPU that isn't there; "hang", "crash", "exit",
@@ -168,5 +168,5 @@ def misbehave(how: str, ledger: Path) -> int:
     return BEHAVIOURS[how](ledger) if how in BEHAVIOURS else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def preload() -> None:
+    """There is nothing to import."""

@@ -29,7 +29,6 @@ from services.compile_worker.main import CaptureProgram, run
 from tests.support.capture import BUILD_DIR
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("capture_program.py")
 BUILD = {"compiler": "test 1.0", "flags": "-O2"}
 FACTORS = {
     "architecture": "llama",
@@ -78,7 +77,9 @@ def program(ledger: Path) -> CaptureProgram:
     """The test's capture program, which notes its starts in a folder."""
     ledger.mkdir(parents=True, exist_ok=True)
     return CaptureProgram(
-        command=(sys.executable, str(PROGRAM), str(ledger)), build_factors=lambda: BUILD
+        module="tests.support.capture_program",
+        arguments=(str(ledger),),
+        build_factors=lambda: BUILD,
     )
 
 
