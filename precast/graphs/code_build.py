@@ -160,7 +160,8 @@ class Build:
         source, target = self.work / f"{name}.cpp", self.work / f"{name}.o"
         source.write_text(code)
         pch = self._precompiled(header, flags)
-        self._run([*self._flags(flags), "-include", str(pch), "-c", str(source), "-o", str(target)])
+        # By its name alone: __FILE__ is in the code.
+        self._run([*self._flags(flags), "-include", str(pch), "-c", source.name, "-o", str(target)])
         return target
 
     def _shared_object(self, code: str) -> Path:
@@ -168,7 +169,7 @@ class Build:
             if partial:
                 source = partial.with_suffix(".cpp")
                 source.write_text(CALLS_HEADER + code)
-                self._run([*self._flags(CALLS_FLAGS), "-c", str(source), "-o", str(partial)])
+                self._run([*self._flags(CALLS_FLAGS), "-c", source.name, "-o", str(partial)])
         return target
 
     def _precompiled(self, header: str, flags: Sequence[str]) -> Path:
@@ -225,6 +226,7 @@ class Build:
             *TARGET_FLAGS[self.isa],
             *flags,
             *(f"-I{path}" for path in includes),
+            f"-ffile-prefix-map={includes[0]}=torch",  # else where torch lies is in the code
         ]
 
     def _run(self, arguments: Sequence[str]) -> None:

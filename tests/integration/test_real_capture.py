@@ -21,7 +21,7 @@ from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.ops import providers
 from services.compile_worker import fork_server
-from tests.support.capture import BUILD_DIR
+from tests.support.capture import BUILD_DIR, run_capture
 from tests.support.compile_worker import WorkerProcess, compile_worker, connect
 
 SHAPE = ModelShape(
@@ -152,8 +152,8 @@ def test_graph_that_differs_from_eager_is_kept_with_its_inputs(tmp_path: Path) -
 @pytest.mark.asyncio
 @pytest.mark.timeout(400)
 async def test_graphs_of_several_providers(tmp_path: Path, redis_url: str) -> None:
-    """Forks of one server. Another provider's operators are called through the dispatcher, where
-    its kernels are."""
+    """Another provider's operators are called through the dispatcher, where its kernels are. What a
+    fork after another provider's makes is to the byte what a process of its own makes."""
     providers.start(providers.select("reference", needs_of(SHAPE)))
     try:
         other = tiny_spec()
@@ -171,3 +171,15 @@ async def test_graphs_of_several_providers(tmp_path: Path, redis_url: str) -> No
     assert 0 <= called.max_relative_error < 3e-2, called.error
     assert called.phase == direct.phase == pb.GRAPH_PHASE_PUBLISHED, called.error + direct.error
     assert "provider_abi is 1:linear, but " in refused.error
+    published = worker.home / "store" / direct.key / "1" / "graph.pt2"
+    assert published.read_bytes() == captured_by_hand(native, tmp_path / "hand").read_bytes()
+
+
+def captured_by_hand(spec: dict[str, str], folder: Path) -> Path:
+    """In another folder, by a process that has done nothing before, without parts of others."""
+    folder.mkdir()
+    (folder / "kept").mkdir()
+    (folder / "kept" / "objects").symlink_to(BUILD_DIR / "objects")
+    done = run_capture(spec, folder, folder / "kept")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "graph.pt2"
