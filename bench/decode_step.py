@@ -1,10 +1,11 @@
-"""Decode step time, captured graph against eager, in one process and alternating.
+"""Decode step time, captured graph against eager steps, in one process and alternating.
 
     python -m bench.decode_step [--quantization q4_0,int8] [--batch-sizes 1,4,16]
 
 Captures what is missing (into a temporary folder), loads SmolLM2-135M's shapes with random weights
-and prints a table: median step of each, their ratio, and the share of the memory bandwidth that
-this machine showed in the same run.
+and prints a table: median step of each, their ratios, and the share of the memory bandwidth that
+this machine showed in the same run. *eager* is the same step with the same operators, *torch* the
+step with those that torch has (``torch_eager.py``).
 """
 
 import argparse
@@ -16,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.torch_eager import TorchOperators
 from precast.graphs import capture_models as models
 from precast.graphs.factors import rank_factors
 from precast.graphs.replay import Graph
@@ -30,14 +33,16 @@ from precast.models.blocks import Shape
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.models.weights import random_weights
-from precast.ops import native
+from precast.ops import native, providers
 from precast.ops.memory import Arena
-from precast.process import available_cpus
+from precast.process import available_cpus, pin
 
 LAYERS = 30
 BLOCK_SIZE = 32
 CONTEXT = 128
 ROUNDS = 60
+CORES = available_cpus()
+THREADS = len(CORES)
 
 
 def smollm2(quantization: str, head_quantization: str | None = None) -> Shape:
@@ -83,11 +88,23 @@ def capture(shape: Shape, batch_size: int, folder: Path) -> Path:
     return out / "graph.pt2"
 
 
-def alternate(functions: list[Callable[[], object]]) -> list[float]:
-    """Median seconds of each function, called in turn so that noise meets all alike."""
+Timed = Callable[[], object]
+
+
+def nothing() -> None:
+    pass
+
+
+def alternate(functions: Sequence[Timed], before: Sequence[Timed] = ()) -> list[float]:
+    """Median seconds of each function, called in turn so that noise meets all alike.
+
+    ``before``: what is called first for each function, untimed.
+    """
     times: list[list[float]] = [[] for _ in functions]
+    before = before or [nothing] * len(functions)
     for _ in range(ROUNDS):
-        for function, samples in zip(functions, times, strict=True):
+        for prepare, function, samples in zip(before, functions, times, strict=True):
+            prepare()
             function()  # the other one's data is in the caches
             start = time.perf_counter()
             function()
@@ -107,35 +124,64 @@ def read_bandwidth() -> float:
     return data.nbytes / min(times)
 
 
-def measure(shape: Shape, batch_size: int, package: Path) -> tuple[float, float, int]:
-    """Seconds of a graph step and an eager step, and the bytes of weights they read."""
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Seconds of a step each way, and the bytes of weights that it reads."""
+
+    graph_s: float
+    eager_s: float
+    torch_s: float
+    read: int
+
+
+def measure(shape: Shape, batch_size: int, package: Path) -> Steps:
     generator = torch.Generator().manual_seed(0)
     plan = models.verification_plan(shape, LAYERS)
     weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
     caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
     inputs = models.step_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator)
     graph = Graph(package, batch_size, shape, weights, caches)
-    graph_s, eager_s = alternate(
+    ours, torchs = providers.active(), TorchOperators().selection()
+    graph_s, eager_s, torch_s = alternate(
         [
             lambda: graph.replay(inputs.token_ids, inputs.positions, inputs.paging),
             lambda: models.eager_step(shape, inputs, weights, caches),
-        ]
+            lambda: models.eager_step(shape, inputs, weights, caches),
+        ],
+        before=[lambda: use(ours, 1), lambda: use(ours, 1), lambda: use(torchs, THREADS)],
     )
+    use(ours, 1)
     _embedding, layers, head = models.runner_weights(weights, caches)
     read = [*head, *(tensor for layer in layers for tensor in layer[2:])]
-    return graph_s, eager_s, sum(tensor.nbytes for tensor in read)
+    return Steps(
+        graph_s=graph_s,
+        eager_s=eager_s,
+        torch_s=torch_s,
+        read=sum(tensor.nbytes for tensor in read),
+    )
+
+
+def use(selection: providers.Selection, threads: int) -> None:
+    """Who serves the operators from now on, and how many threads torch's own take.
+
+    Threads that torch starts run where this one may: on all cores then, not on its own alone.
+    """
+    pin(CORES if threads > 1 else CORES[:1])
+    torch.set_num_threads(threads)
+    if providers.active() != selection:
+        providers.start(selection)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quantization", default="q4_0,q4_1,int8,none")
+    parser.add_argument("--quantization", default="q4_0,q4_1,q8_0,int8,none")
     parser.add_argument("--batch-sizes", default="1")
     parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
     arguments = parser.parse_args()
-    cores = available_cpus()
-    native.start_threads(cores)
+    native.start_threads(CORES)
     bandwidth = read_bandwidth()
-    table = Table("weights", "batch", "graph ms", "eager ms", "eager / graph", "GB/s", "of read")
+    columns = ("graph ms", "eager ms", "torch ms", "eager / graph", "torch / graph")
+    table = Table("weights", "batch", *columns, "GB/s", "of read")
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = arguments.graphs or Path(scratch)
         for quantization in arguments.quantization.split(","):
@@ -143,17 +189,19 @@ def main() -> None:
             for batch_size in map(int, arguments.batch_sizes.split(",")):
                 gc.collect()
                 package = capture(shape, batch_size, folder)
-                graph_s, eager_s, size = measure(shape, batch_size, package)
+                steps = measure(shape, batch_size, package)
                 table.add_row(
                     "fp32" if quantization == "none" else quantization,
                     str(batch_size),
-                    f"{graph_s * 1e3:.2f}",
-                    f"{eager_s * 1e3:.2f}",
-                    f"{eager_s / graph_s:.2f}",
-                    f"{size / graph_s / 1e9:.1f}",
-                    f"{size / graph_s / bandwidth:.0%}",
+                    f"{steps.graph_s * 1e3:.2f}",
+                    f"{steps.eager_s * 1e3:.2f}",
+                    f"{steps.torch_s * 1e3:.2f}",
+                    f"{steps.eager_s / steps.graph_s:.2f}",
+                    f"{steps.torch_s / steps.graph_s:.2f}",
+                    f"{steps.read / steps.graph_s / 1e9:.1f}",
+                    f"{steps.read / steps.graph_s / bandwidth:.0%}",
                 )
-    title = f"SmolLM2-135M shapes, {len(cores)} threads, {native.native_isa()}, "
+    title = f"SmolLM2-135M shapes, {THREADS} threads, {native.native_isa()}, "
     Console().print(
         title + f"memory read {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}"
     )

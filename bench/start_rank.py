@@ -1,0 +1,7 @@
+"""A simulated rank that wants graphs, for ``start_together.py``."""
+
+from services.decode_worker import simulated_rank
+from tests.support.compile_worker import FACTORS
+
+if __name__ == "__main__":
+    simulated_rank.main({name: value for name, value in FACTORS.items() if name != "batch_size"})

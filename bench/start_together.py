@@ -1,0 +1,231 @@
+"""Decode workers that start at once on a warm store, against one alone.
+
+    python -m bench.start_together [--workers 8] [--rounds 3] [--real]
+
+One compile worker has eight graphs of a layer's size; the decode workers' caches are empty, so that
+each fetches all of them, and each is ready once it has loaded them. Prints
+
+* *start*: process start to readiness of one worker, and of the last of several, on this machine's
+  cores. Their ranks are simulated; with --real they are ranks with torch and SmolLM2-135M.
+* *processor*: what one start takes of it. So many starts can't be quicker than the sum over cores.
+* *fetch*: what they share whatever cores they have: the compile worker's answers. A client takes
+  the whole set (ask, stream, verify, keep), alone and several at once.
+* *own cores*: the start of the last one if each worker had a machine of its own: one start, and
+  what fetching together takes longer than fetching alone.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.graphs.fetch import GraphCache, fetch_graph
+from precast.graphs.signing import TrustedKeys
+from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
+from precast.models.importer import import_model
+from precast.redis_server import free_port, start_redis
+from tests.support.compile_worker import FACTORS, ROOT, WorkerProcess, compile_worker, connect
+from tests.support.decode_worker import DecodeWorker, eventually
+from tests.support.models import write_model
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
+GRAPH_BYTES = 1_250_000
+"""As large as a graph of SmolLM2-135M."""
+REAL_MODEL = "smollm2-135m-instruct"
+READY_S = 180.0
+LEADER = (
+    "import sys, json; from precast.settings import DecodeWorkerSettings, load_settings;"
+    "from services.decode_worker.main import run;"
+    "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
+    "sys.exit(run(settings, sys.argv[2]))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """Where workers find everything."""
+
+    home: Path
+    redis_url: str
+    compiler: WorkerProcess
+    real: bool
+
+    @property
+    def model(self) -> str:
+        return REAL_MODEL if self.real else "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Of some workers at once."""
+
+    wall_s: float
+    """Until the last one was ready."""
+    processor_s: float
+    """Of all of them, ranks included."""
+    compiler_s: float
+    """Processor time of the compile worker meanwhile."""
+
+
+@contextmanager
+def launched(fleet: Fleet) -> Iterator[DecodeWorker]:
+    """A worker with an empty cache, just started."""
+    address = f"127.0.0.1:{free_port()}"
+    scratch = fleet.home / f"worker-{secrets.token_hex(4)}"
+    given: dict[str, Any] = {"home": str(fleet.home), "redis_url": fleet.redis_url}
+    given |= {"listen": address, "model": fleet.model, "cache_dir": str(scratch)}
+    given |= {"batch_sizes": ",".join(map(str, SIZES)), "wait_for_graphs": True}
+    if fleet.real:
+        given |= {"quantization": "int8", "max_context_length": 512}
+    rank = "services.decode_worker.rank" if fleet.real else "bench.start_rank"
+    log = scratch.with_suffix(".log")
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LEADER, json.dumps(given), rank],
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        yield DecodeWorker(process=process, address=address, log=log, model=fleet.model)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def start(fleet: Fleet, count: int) -> Start:
+    """Start so many workers at once and wait for all."""
+    before, begun = processor_s(fleet.compiler.process.pid), time.perf_counter()
+    with ExitStack() as stack:
+        workers = [stack.enter_context(launched(fleet)) for _ in range(count)]
+        for worker in workers:
+            eventually(worker.is_ready, READY_S)
+        wall_s = time.perf_counter() - begun
+        for worker in workers:
+            status = worker.stub().GetStatus(pb.GetStatusRequest(), timeout=5)
+            assert len(status.graphs) == len(SIZES)
+        return Start(
+            wall_s=wall_s,
+            processor_s=sum(processor_s(worker.process.pid) for worker in workers),
+            compiler_s=processor_s(fleet.compiler.process.pid) - before,
+        )
+
+
+def processor_s(pid: int) -> float:
+    """Of a process and its children so far."""
+    root = psutil.Process(pid)
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
+
+
+async def fetch(fleet: Fleet, clients: int) -> float:
+    """Seconds until each of some clients has the whole set in an empty cache of its own.
+
+    They share one process, so this is no less than what the compile worker takes.
+    """
+    trusted = TrustedKeys.load(fleet.compiler.home / "keys" / "trusted")
+    specs = [{**FACTORS, "batch_size": str(size)} for size in SIZES]
+
+    async def take_all(folder: Path) -> None:
+        cache = GraphCache(folder, trusted)
+        async with connect(fleet.compiler) as client:
+            states = await client.request(*specs)
+            for spec, state in zip(specs, states, strict=True):
+                await fetch_graph(client.graphs, cache, state.key, spec=spec)
+
+    with tempfile.TemporaryDirectory(dir=fleet.home) as scratch:
+        begun = time.perf_counter()
+        await asyncio.gather(*(take_all(Path(scratch) / str(n)) for n in range(clients)))
+        return time.perf_counter() - begun
+
+
+async def capture_all(fleet: Fleet) -> None:
+    """Fill the store with the graphs of ``FACTORS``."""
+    async with connect(fleet.compiler) as client:
+        states = await client.request(*({**FACTORS, "batch_size": str(size)} for size in SIZES))
+        await client.until([s.key for s in states], graphs_pb.GRAPH_PHASE_PUBLISHED, deadline_s=60)
+
+
+@contextmanager
+def warm_fleet(real: bool) -> Iterator[Fleet]:
+    """A compile worker whose store has every graph that the workers want."""
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="precast-start-")))
+        ledger = home / "ledger"
+        if real:
+            kept = os.environ.get("PRECAST_HOME") or ROOT / ".precast"
+            (home / "models").mkdir()
+            model = import_model(REAL_MODEL, Path(kept) / "models", report=print).path
+            (home / "models" / REAL_MODEL).symlink_to(model)
+        else:
+            write_model(home / "models" / "tiny")
+            ledger.mkdir()
+            (ledger / "package").write_bytes(secrets.token_bytes(GRAPH_BYTES))
+        redis_url = stack.enter_context(start_redis(home / "redis")).url
+        compiler = stack.enter_context(compile_worker(home, redis_url, None if real else ledger))
+        fleet = Fleet(home=home, redis_url=redis_url, compiler=compiler, real=real)
+        if not real:
+            asyncio.run(capture_all(fleet))
+        else:
+            with launched(fleet) as worker:  # captures, and packs the weights
+                eventually(worker.is_ready, 1200)
+        yield fleet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.start_together")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--real", action="store_true", help="ranks with torch and a model")
+    arguments = parser.parse_args()
+    counts = (1, arguments.workers)
+    starts: dict[int, list[Start]] = {count: [] for count in counts}
+    fetches: dict[int, list[float]] = {count: [] for count in counts}
+    with warm_fleet(arguments.real) as fleet:
+        for _ in range(arguments.rounds):
+            for count in counts:
+                starts[count].append(start(fleet, count))
+                if not arguments.real:
+                    fetches[count].append(asyncio.run(fetch(fleet, count)))
+    report(starts, fetches)
+
+
+def report(starts: dict[int, list[Start]], fetches: dict[int, list[float]]) -> None:
+    table = Table("workers", "start s", "processor s", "of that compile worker s", "fetch s")
+    for count, found in starts.items():
+        fetched = fetches[count]
+        table.add_row(
+            str(count),
+            f"{statistics.median(each.wall_s for each in found):.2f}",
+            f"{statistics.median(each.processor_s + each.compiler_s for each in found):.2f}",
+            f"{statistics.median(each.compiler_s for each in found):.2f}",
+            f"{statistics.median(fetched):.3f}" if fetched else "",
+        )
+    Console().print(table)
+    one, all_ = (statistics.median(each.wall_s for each in found) for found in starts.values())
+    print(f"start of the last of all {all_ / one:.2f} x one's, on {os.cpu_count()} cores")
+    if all(fetches.values()):
+        alone, together = (statistics.median(each) for each in fetches.values())
+        print(f"own cores: {(one + together - alone) / one:.2f} x")
+
+
+if __name__ == "__main__":
+    if not (Path.cwd() / "tests" / "support").is_dir():
+        sys.exit("run it from the clone's root")
+    main()
