@@ -5,7 +5,6 @@ replays; SmolLM2's three KV heads are split unevenly over two ranks.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from precast.decode.v1 import decode_service_pb2 as pb
 from precast.redis_server import start_redis
 from tests.support.compile_worker import compile_worker
-from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker
+from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker, eventually
 
 PROMPTS = [
     "The capital of France is",
@@ -128,12 +127,11 @@ def test_eager_then_graphs(
     }
     with decode_worker(**settings) as worker:
         check_all_sizes(worker, prompts, reference)
-        status = worker.status()
-        assert (status.graph_steps, status.eager_steps > 0) == (0, True)
-    with ExitStack() as stack:
-        stack.enter_context(compile_worker(home, redis_url, capture_timeout_s=400))
-        worker = stack.enter_context(decode_worker(**settings, wait_for_graphs=True, ready_s=500))
+        eager = worker.status()
+        assert (eager.graph_steps, eager.eager_steps > 0) == (0, True)
+        with compile_worker(home, redis_url, capture_timeout_s=400, parallel_captures=2):
+            eventually(lambda: len(worker.status().graphs) == 2, 400)
         check_all_sizes(worker, prompts, reference)
         status = worker.status()
-        assert (status.eager_steps, status.graph_steps > 0) == (0, True)
+        assert (status.eager_steps, status.graph_steps > 0) == (eager.eager_steps, True)
         assert [graph.batch_size for graph in status.graphs] == [1, 8]

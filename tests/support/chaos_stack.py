@@ -30,7 +30,7 @@ from precast.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
 from precast.redis_server import start_redis
 from tests.support.capture import BUILD_DIR
 from tests.support.chaos_rank import set_factors
-from tests.support.compile_worker import ROOT, program, wait_until
+from tests.support.compile_worker import ROOT, program, starts, wait_until
 from tests.support.gateway_stack import Gateway, Stack
 from tests.support.models import write_model
 
@@ -38,11 +38,14 @@ MODEL = "tiny"
 SIZES = (1, 2, 3, 4)
 KILLS_PER_SET = 5
 """Decode workers that start after as many kills want graphs of the next set."""
-CAPTURE_S = 0.3
+CAPTURE_S = 0.5
 STEP_MS = 5
 TOKENS = 24
-PAUSE_S = (0.2, 0.9)
-"""Between two kills."""
+PAUSE_S = 0.6
+"""Longest wait for a kill once a capture has begun: a little longer than a capture takes."""
+IDLE_S = 1.0
+"""Longest wait for a capture to begin."""
+WEIGHTS = {"redis": 1.0, "compile": 1.0, "decode": 0.7}
 REVIVED = 0.8
 """How likely a dead process is started again at each kill."""
 EMPTIED = 0.3
@@ -122,7 +125,7 @@ class Chaos:
         return start_redis(folder, int(self.redis_url.rpartition(":")[2].partition("/")[0])).process
 
     def start_compile_worker(self, address: str) -> "subprocess.Popen[bytes]":
-        given = self.common(address) | {"build_dir": str(BUILD_DIR)}
+        given = self.common(address) | {"build_dir": str(BUILD_DIR), "parallel_captures": 2}
         arguments = ["-m", "tests.support.compile_worker", json.dumps(given), str(self.ledger)]
         return self.spawn("compile", arguments)
 
@@ -154,13 +157,16 @@ class Chaos:
         return self.front.gateway(wait_for=len(self.decode_addresses))
 
     def kill_one(self) -> None:
-        """Start some of the dead again and kill one of the living."""
-        time.sleep(self.random.uniform(*PAUSE_S))
+        """Start some of the dead again and kill one of the living, often amid a capture."""
         self.revive(REVIVED)
+        begun, end = len(starts(self.ledger)), time.monotonic() + IDLE_S
+        while len(starts(self.ledger)) == begun and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(self.random.uniform(0, PAUSE_S))
         alive = [part for part in self.parts if part.process.returncode is None]
-        kind = self.random.choice(sorted({part.kind for part in alive}))
-        self.random.choice([part for part in alive if part.kind == kind]).kill()
-        self.kills[kind] += 1
+        victim = self.random.choices(alive, [WEIGHTS[part.kind] for part in alive])[0]
+        victim.kill()
+        self.kills[victim.kind] += 1
         self.request(timeout_s=0.3)  # in the way of decode workers that are started and killed
 
     def revive(self, share: float) -> None:
