@@ -66,20 +66,17 @@ def smollm2(quantization: str, head_quantization: str | None = None) -> Shape:
 
 def capture(shape: Shape, batch_size: int, folder: Path) -> Path:
     """The package for one batch size; captured if the folder lacks it."""
-    out = folder / f"{shape.quantization}-{batch_size}"
+    factors = rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__))
+    return capture_factors(factors, batch_size, folder / f"{shape.quantization}-{batch_size}")
+
+
+def capture_factors(factors: dict[str, str], batch_size: int, out: Path) -> Path:
+    """The same for a rank's graph factors, in a folder of their own."""
     if not (out / "graph.pt2").exists():
         out.mkdir(parents=True, exist_ok=True)
-        factors = rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__))
+        program = [sys.executable, "-m", "precast.graphs.capture"]
         subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "precast.graphs.capture",
-                "--out",
-                str(out),
-                "--kept",
-                str(folder / "kept"),
-            ],
+            [*program, "--out", str(out), "--kept", str(out.parent / "kept")],
             input=json.dumps({**factors, "batch_size": str(batch_size)}).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -11,7 +11,7 @@ run), and billions of operations a second. fp32 is ``torch.nn.functional.linear`
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from bench.decode_step import read_bandwidth
 from precast.ops import native
 from precast.ops.memory import Arena
 from precast.ops.packing import Format, pack
-from precast.process import available_cpus
+from precast.process import available_cpus, pin
 
 WORKING_SET = 192 << 20
 ROUNDS = 9
@@ -68,20 +68,26 @@ def fbgemm_run(weight: Tensor, x: Tensor) -> tuple[Run, int, int]:
     return run, count, weight.numel()
 
 
-def candidates(n: int, k: int, rows: int) -> Iterator[tuple[str, Run, int, int, bool]]:
+def candidates(
+    n: int, k: int, rows: int, formats: Sequence[Format]
+) -> Iterator[tuple[str, Run, int, int, bool]]:
     """Name, run, copies, bytes of one, and whether the run uses torch's threads."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=generator) / k**0.5
     x = torch.randn(rows, k, generator=generator)
-    for fmt in Format:
+    for fmt in formats:
         yield (f"native {fmt.name.lower()}", *native_run(weight, x, fmt), False)
-    yield ("torch fp32", *fp32_run(weight, x), True)
+    if Format.FP32 in formats:
+        yield ("torch fp32", *fp32_run(weight, x), True)
     torch.backends.quantized.engine = "fbgemm"
     yield ("torch fbgemm int8", *fbgemm_run(weight, x), True)
 
 
-def timed(run: Run, threads: int, torch_threads: bool) -> float:
-    torch.set_num_threads(threads if torch_threads else 1)
+def timed(run: Run, cores: tuple[int, ...], torch_threads: bool) -> float:
+    # Torch's threads inherit the caller's cores when they are made: pinned like ours, both of them
+    # would share one, and fbgemm took eight times as long.
+    pin(cores if torch_threads else cores[:1])
+    torch.set_num_threads(len(cores) if torch_threads else 1)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -91,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", default="2048x8192,576x1536", help="inputs x outputs")
     parser.add_argument("--rows", default="1,16,64")
+    parser.add_argument("--formats", default=",".join(f.name.lower() for f in Format))
     arguments = parser.parse_args()
+    formats = [Format[name.upper()] for name in arguments.formats.split(",")]
     cores = available_cpus()
     native.start_threads(cores)
     bandwidth = read_bandwidth()
@@ -100,8 +108,8 @@ def main() -> None:
         for shape in arguments.shapes.split(","):
             k, n = map(int, shape.split("x"))
             for rows in map(int, arguments.rows.split(",")):
-                entries = list(candidates(n, k, rows))
-                runs = [partial(timed, run, len(cores), mine) for _, run, _, _, mine in entries]
+                entries = list(candidates(n, k, rows, formats))
+                runs = [partial(timed, run, cores, mine) for _, run, _, _, mine in entries]
                 samples = [[run() for run in runs] for _ in range(ROUNDS + 1)][1:]
                 for index, (name, _, copies, size, _) in enumerate(entries):
                     seconds = statistics.median(sample[index] for sample in samples)

@@ -1,6 +1,6 @@
 """llama.cpp as a peer: one process that measures what it is told, so that runs can alternate.
 
-    python llama_peer.py MODEL.gguf --threads 2 --context 128
+    python llama_peer.py MODEL.gguf --cpus 0,1 --context 128
 
 Reads one JSON object a line from stdin, {"decode": width, "steps": n} or {"prefill": tokens}, and
 answers with {"seconds": [...]}. {"quantize": type, "to": path} makes another GGUF of the model.
@@ -10,6 +10,7 @@ Needs llama-cpp-python.
 import argparse
 import ctypes
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -18,18 +19,23 @@ import llama_cpp as api
 
 
 class Peer:
-    def __init__(self, path: str, threads: int, context: int, width: int) -> None:
+    def __init__(
+        self, path: str, *, threads: int, context: int, width: int, flash: bool, repack: bool
+    ) -> None:
         self._context = context
         api.llama_backend_init()
         api.llama_log_set(_SILENT, ctypes.c_void_p(0))
-        self._model = api.llama_model_load_from_file(
-            path.encode(), api.llama_model_default_params()
-        )
+        model_params = api.llama_model_default_params()
+        model_params.use_extra_bufts = repack  # weights in the layout of the CPU's fastest kernels
+        self._model = api.llama_model_load_from_file(path.encode(), model_params)
         params = api.llama_context_default_params()
         # each sequence has its share of the context
         params.n_ctx, params.n_seq_max = width * max(context + 64, 640), width
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = (
+            api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         self._state: Any = api.llama_init_from_model(self._model, params)
         self._memory = api.llama_get_memory(self._state)
 
@@ -52,8 +58,9 @@ class Peer:
     def decode(self, width: int, steps: int) -> list[float]:
         """Seconds of each step of ``width`` sequences whose contexts begin at the given length."""
         api.llama_memory_clear(self._memory, True)
-        for sequence in range(width):
-            self._run([(i % 1000 + 10, i, sequence) for i in range(self._context)], set())
+        self._run([(i % 1000 + 10, i, 0) for i in range(self._context)], set())
+        for sequence in range(1, width):
+            api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         return [
             self._run([(100 + s, self._context + step, s) for s in range(width)], set(range(width)))
             for step in range(steps)
@@ -81,10 +88,14 @@ def _SILENT(level: int, text: bytes, data: object) -> None:  # noqa: N802
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpus", required=True, help="cores, one thread each: 0,1")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--flash", action="store_true", help="flash attention")
+    parser.add_argument("--repack", action="store_true", help="repack weights for this CPU")
     arguments = parser.parse_args()
+    cpus = [int(cpu) for cpu in arguments.cpus.split(",")]
+    os.sched_setaffinity(0, cpus)
     peer: Peer | None = None
     for line in sys.stdin:
         order = json.loads(line)
@@ -92,7 +103,14 @@ def main() -> None:
             quantize(arguments.model, order["quantize"], order["to"])
             print(json.dumps({"seconds": []}), flush=True)
             continue
-        peer = peer or Peer(arguments.model, arguments.threads, arguments.context, arguments.width)
+        peer = peer or Peer(
+            arguments.model,
+            threads=len(cpus),
+            context=arguments.context,
+            width=arguments.width,
+            flash=arguments.flash,
+            repack=arguments.repack,
+        )
         if "decode" in order:
             seconds = peer.decode(order["decode"], order["steps"])
         else:

@@ -4,8 +4,10 @@
 
 ``--peer-python`` is a Python that has llama-cpp-python, best built with
 CMAKE_ARGS="-DGGML_NATIVE=ON". Both sides compute one step's logits from token ids; nothing else is
-in the times. Prints medians and their ratio for 4-bit (Q4_0) and 8-bit (Q8_0 against per-channel
-int8) weights, and the share of the memory bandwidth that the decode step's weights take at width 1.
+in the times. The peer runs with and without flash attention and repacked weights; its best counts,
+chosen anew for each row. Prints medians and their ratio for 4-bit (Q4_0) and 8-bit (Q8_0 against
+per-channel int8) weights, and the share of the memory bandwidth that the decode step's weights take
+at width 1.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,22 +38,27 @@ from precast.models.weights import Weights, load_weights
 from precast.ops import native
 from precast.process import available_cpus
 
+Cores = tuple[int, ...]
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 128
 STEPS = 16
 ROUNDS = 5
 PAIRS = (("q4_0", "q4_0"), ("int8", "q8_0"))
 """Our weights against the peer's."""
+VARIANTS = ((), ("--flash",), ("--repack",), ("--flash", "--repack"))
+"""Ways of running the peer."""
 
 
 class Peer:
     """llama.cpp in a process of its own (``llama_peer.py``)."""
 
-    def __init__(self, python: str, model: Path, threads: int) -> None:
+    def __init__(self, python: str, model: Path, cores: Cores, variant: Sequence[str] = ()) -> None:
+        self.variant = " ".join(variant).replace("--", "") or "plain"
         script = Path(__file__).with_name("llama_peer.py")
-        command = [python, str(script), str(model), f"--threads={threads}", f"--context={CONTEXT}"]
+        cpus = ",".join(map(str, cores))  # this thread is pinned to one, and children inherit that
+        command = [python, str(script), str(model), f"--cpus={cpus}", f"--context={CONTEXT}"]
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, *variant], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, order: dict[str, object]) -> list[float]:
@@ -143,26 +150,36 @@ def compare(
     return statistics.median(samples[0]), statistics.median(samples[1])
 
 
+def best(peers: list[Peer], order: dict[str, object]) -> Peer:
+    """The one that does it fastest, after a first time that warms it up."""
+    for peer in peers:
+        peer.ask(order)
+    return min(peers, key=lambda peer: statistics.median(peer.ask(order)))
+
+
 def rows(
-    ours: Precast, peer: Peer, graphs: Path, widths: list[int], prefill: int, bandwidth: float
-) -> Iterator[tuple[str, float, float, str]]:
-    """What was done, tokens a second of ours and the peer's, and the share of the bandwidth."""
+    ours: Precast, peers: list[Peer], graphs: Path, widths: list[int], prefill: int
+) -> Iterator[tuple[str, float, float, float, str]]:
+    """What was done, tokens a second of ours and of the peer's best, bytes a second of our weights,
+    and the peer's variant."""
     for width in widths:
         package = capture(ours.shape, width, graphs)
         graph = Graph(package, width, ours.shape, ours.weights, ours.caches)
-        mine, theirs = compare(
-            partial(ours.decode, graph, width), partial(peer.ask, {"decode": width, "steps": STEPS})
-        )
-        share = f"{ours.weight_bytes() / mine / bandwidth:.0%}" if width == 1 else ""
-        yield f"decode {width}", width / mine, width / theirs, share
-    mine, theirs = compare(partial(ours.prefill, prefill), partial(peer.ask, {"prefill": prefill}))
-    yield f"prefill {prefill}", prefill / mine, prefill / theirs, ""
+        order: dict[str, object] = {"decode": width, "steps": STEPS}
+        peer = best(peers, order)
+        mine, theirs = compare(partial(ours.decode, graph, width), partial(peer.ask, order))
+        rate = ours.weight_bytes() / mine
+        yield f"decode {width}", width / mine, width / theirs, rate, peer.variant
+    order = {"prefill": prefill}
+    peer = best(peers, order)
+    mine, theirs = compare(partial(ours.prefill, prefill), partial(peer.ask, order))
+    yield f"prefill {prefill}", prefill / mine, prefill / theirs, 0.0, peer.variant
 
 
-def quantized(python: str, name: str, folder: Path, threads: int) -> Path:
+def quantized(python: str, name: str, folder: Path, cores: Cores) -> Path:
     """The demo model's GGUF in another of llama.cpp's types."""
     target = folder / f"{name}.gguf"
-    maker = Peer(python, find_built_in(MODEL), threads)
+    maker = Peer(python, find_built_in(MODEL), cores)
     maker.ask({"quantize": name, "to": str(target)})
     maker.close()
     return target
@@ -173,6 +190,7 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--widths", default="1,4,16,32")
     parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--only", choices=[ours for ours, _ in PAIRS], help="these weights alone")
     parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
     parser.add_argument("--home", type=Path, default=Path(".precast"))
     arguments = parser.parse_args()
@@ -180,18 +198,23 @@ def main() -> None:
     cores = available_cpus()
     native.start_threads(cores)
     bandwidth = read_bandwidth()
-    table = Table("weights", "what", "Precast tok/s", "llama.cpp tok/s", "ratio", "of read")
+    columns = ("weights", "what", "Precast tok/s", "llama.cpp tok/s", "ratio", "of read", "peer")
+    table = Table(*columns)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = import_model(MODEL, arguments.home / "models", report=print).path
         graphs = arguments.graphs or Path(scratch)
         for quantization, theirs in PAIRS:
-            gguf = quantized(arguments.peer_python, theirs, Path(scratch), len(cores))
-            peer = Peer(arguments.peer_python, gguf, len(cores))
+            if arguments.only not in (None, quantization):
+                continue
+            gguf = quantized(arguments.peer_python, theirs, Path(scratch), cores)
+            peers = [Peer(arguments.peer_python, gguf, cores, v) for v in VARIANTS]
             ours = Precast(folder, quantization, max(widths))
-            for what, a, b, share in rows(ours, peer, graphs, widths, arguments.prefill, bandwidth):
+            for what, a, b, rate, variant in rows(ours, peers, graphs, widths, arguments.prefill):
                 name = f"{quantization} : {theirs}"
-                table.add_row(name, what, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}", share)
-            peer.close()
+                share = f"{rate / bandwidth:.0%}" if what == "decode 1" else ""
+                table.add_row(name, what, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}", share, variant)
+            for peer in peers:
+                peer.close()
     console = Console()
     console.print(
         f"SmolLM2-135M, {len(cores)} threads, {native.native_isa()}, contexts from {CONTEXT}, "

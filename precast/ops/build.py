@@ -32,7 +32,7 @@ ISA_FLAGS = {
 }
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # g++ 12 takes its own AVX-512 intrinsics for uses of uninitialised values.
-KERNEL_FLAGS = ["-O3", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = ["-O3", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def compiler() -> str:

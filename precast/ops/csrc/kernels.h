@@ -55,6 +55,27 @@ inline int64_t panel_bytes(Format f, int64_t k) {
   return (values * (f == Format::kFloat32 ? 4 : 2) + 63) / 64 * 64;
 }
 
+// Inputs that were quantised for a linear (quantize_rows). Rows lie in blocks of kRowBlock, within a
+// block by group and then by row, so that a tile of rows finds its inputs at constant distances. An
+// entry is a group of a row: see input_at.
+struct QuantizedInputs {
+  int8_t* values;   // [entries, kGroup]; zeros past K
+  float* scales;    // [entries]; value = scale * q
+  int32_t* starts;  // what sums of integer products begin at, to make up for the weights' offset
+  float* sums;      // scale * sum of q
+};
+
+constexpr int64_t kRowBlock = 16;
+
+inline int64_t rows_of_block(int64_t m, int64_t first) {
+  return m - first < kRowBlock ? m - first : kRowBlock;
+}
+// The entry of a row's group; the next group's is rows_of_block(m, its block's first row) further.
+inline int64_t input_at(int64_t m, int64_t groups, int64_t row, int64_t group) {
+  const int64_t first = row / kRowBlock * kRowBlock;
+  return first * groups + group * rows_of_block(m, first) + row - first;
+}
+
 struct LinearArgs {
   Format format;
   int64_t m, n, k;
@@ -63,12 +84,7 @@ struct LinearArgs {
   const uint8_t* weight;
   const float* bias;  // [N] or null
   float* y;           // [M, N]
-  // Quantised inputs (quantize_rows), for the formats that need them: int8 [M, padded_k], a scale for
-  // each of a row's input_groups, and for each group its scale times the sum of its quantised values;
-  // for kInt8, whose weights have no groups, these are summed over the row: [M].
-  const int8_t* xq;
-  const float* x_scales;
-  const float* x_sums;
+  QuantizedInputs inputs;  // for the formats that need them
 };
 
 enum class CacheType : int64_t { kFloat32, kBFloat16, kInt8 };
@@ -109,7 +125,7 @@ struct Kernels {
   const char* isa;
 
   // Symmetric quantisation of rows [begin, end) of args.x: q = round(x / scale), scale = max|x| / 127
-  // over the group. Writes what args.xq, x_scales and x_sums point to.
+  // over the group. Writes args.inputs.
   void (*quantize_rows)(const LinearArgs& args, int64_t begin, int64_t end);
 
   // y = x w^T + bias for the panels [panel_begin, panel_end).

@@ -37,14 +37,13 @@ Format format_of(int64_t format) {
 void quantize_inputs(LinearArgs& args) {
   thread_local std::vector<int8_t> values;
   thread_local std::vector<float> scales, sums;
-  const int64_t k = padded_k(args.format, args.k);
-  const int64_t scales_a_row = input_groups(args.format, args.k);
-  values.resize(args.m * k);
-  scales.resize(args.m * scales_a_row);
-  sums.resize(args.m * scales_a_row);
-  args.xq = values.data();
-  args.x_scales = scales.data();
-  args.x_sums = sums.data();
+  thread_local std::vector<int32_t> starts;
+  const int64_t entries = args.m * input_groups(args.format, args.k);
+  values.resize(entries * kGroup);
+  scales.resize(entries);
+  sums.resize(entries);
+  starts.resize(entries);
+  args.inputs = {values.data(), scales.data(), starts.data(), sums.data()};
   if (args.m < 4) {
     kernels().quantize_rows(args, 0, args.m);
     return;

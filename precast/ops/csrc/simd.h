@@ -92,6 +92,11 @@ inline vfloat load(const int8_t* p) {
 }
 inline float to_float(int8_t x) { return static_cast<float>(x); }
 
+#if defined(__AVX512F__)
+inline float reduce_add(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float reduce_max(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int32_t reduce_add(vint v) { return _mm512_reduce_add_epi32((__m512i)v); }
+#else
 inline float reduce_add(vfloat v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
@@ -102,6 +107,12 @@ inline float reduce_max(vfloat v) {
   for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
   return largest;
 }
+inline int32_t reduce_add(vint v) {
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+#endif
 inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // e^x for x <= 0, relative error below 2e-7; 0 below -87. Range reduction by powers of two and the

@@ -1,0 +1,148 @@
+// Integer dot products of a group of inputs with a panel's columns.
+#pragma once
+
+#include "quantize.h"
+#include "unpack.h"
+
+namespace precast {
+namespace {
+
+inline int32_t load4(const int8_t* x) { return load_as<int32_t>(x); }
+
+// group_dots calls use(row, panel, vector, dots) for MR rows, each 32 inputs at x + 32 row, and each
+// vector of the columns of NP panels, `stride` bytes apart. Weights are those of `steps` times four
+// inputs: 8, and less in kInt8's last group. A row's dots begin at its entry of `starts`, which takes
+// back the weights' offset.
+
+#if defined(__AVX512VNNI__)
+template <Format F>
+inline __m512i load_weights(const uint8_t* w, int step) {
+  if constexpr (F == Format::kQ4_0 || F == Format::kQ4_1) {
+    const __m512i both = _mm512_loadu_si512(w + step % 4 * kStepBytes);
+    return _mm512_and_si512(step < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+  } else {
+    return _mm512_xor_si512(_mm512_loadu_si512(w + step * kStepBytes), _mm512_set1_epi8(-128));
+  }
+}
+
+template <Format F, int MR, int NP, typename Use>
+inline void group_dots(const uint8_t* w, int64_t stride, int steps, const int8_t* x,
+                       const int32_t* starts, Use&& use) {
+  constexpr int U = MR * NP < 4 ? 2 : 1;  // few sums: the instruction takes several cycles
+  __m512i dots[U][MR][NP] = {};
+  for (int r = 0; r < MR; ++r) {
+    for (int p = 0; p < NP; ++p) dots[0][r][p] = _mm512_set1_epi32(starts[r]);
+  }
+  const auto step = [&](int s) {
+    __m512i weights[NP];
+    for (int p = 0; p < NP; ++p) weights[p] = load_weights<F>(w + p * stride, s);
+    for (int r = 0; r < MR; ++r) {
+      const __m512i inputs = _mm512_set1_epi32(load4(x + r * kGroup + s * 4));
+      for (int p = 0; p < NP; ++p) {
+        __m512i& sum = dots[s % U][r][p];
+        sum = _mm512_dpbusd_epi32(sum, weights[p], inputs);
+      }
+    }
+  };
+  if (F != Format::kInt8 || steps == kGroup / 4) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kGroup / 4; ++s) step(s);
+  } else {
+    for (int s = 0; s < steps; ++s) step(s);
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int p = 0; p < NP; ++p) {
+      if constexpr (U == 2) dots[0][r][p] = _mm512_add_epi32(dots[0][r][p], dots[1][r][p]);
+      use(r, p, 0, (vint)dots[0][r][p]);
+    }
+  }
+}
+#else
+#if defined(__AVX2__)
+// acc[c] += sum over j < 4 of x[j] * w[4 c + j]. |x| and |w| are at most 127: the 16-bit sums of pairs
+// (127 * 127 * 2 < 32768) can't saturate.
+inline vint dot4(vint acc, vint w, const int8_t* x4) {
+  const __m256i x = _mm256_set1_epi32(load4(x4));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8((__m256i)w, x));
+  return acc + (vint)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+template <int MR, typename Use>
+inline void group_dots_of_halves(const uint8_t* w, const int8_t* x, const int32_t* starts,
+                                 Use&& use) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int v = 0; v < kVectors; ++v) {
+    // Eight sums of pairs fit 16 bits: 8 * 2 * 15 * 127 < 32768.
+    __m256i sums[MR];
+    for (int r = 0; r < MR; ++r) sums[r] = _mm256_setzero_si256();
+    for (int s = 0; s < 4; ++s) {
+      const __m256i both =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + s * kStepBytes + v * 32));
+      const __m256i low = _mm256_and_si256(both, mask);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+      for (int r = 0; r < MR; ++r) {
+        const int8_t* at = x + r * kGroup + s * 4;
+        sums[r] = _mm256_add_epi16(
+            sums[r], _mm256_maddubs_epi16(low, _mm256_set1_epi32(load4(at))));
+        sums[r] = _mm256_add_epi16(
+            sums[r], _mm256_maddubs_epi16(high, _mm256_set1_epi32(load4(at + 16))));
+      }
+    }
+    for (int r = 0; r < MR; ++r) {
+      use(r, 0, v, (vint)_mm256_madd_epi16(sums[r], _mm256_set1_epi16(1)) + starts[r]);
+    }
+  }
+}
+#else
+inline vint dot4(vint acc, vint w, const int8_t* x) {
+  int8_t bytes[kLanes * 4];
+  std::memcpy(bytes, &w, sizeof(bytes));
+  for (int c = 0; c < kLanes; ++c) {
+    for (int j = 0; j < 4; ++j) acc[c] += static_cast<int32_t>(x[j]) * bytes[c * 4 + j];
+  }
+  return acc;
+}
+
+template <int MR, typename Use>
+inline void group_dots_of_halves(const uint8_t* w, const int8_t* x, const int32_t* starts,
+                                 Use&& use) {
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      vint dots = vint{} + starts[r];
+      for (int c = 0; c < kLanes; ++c) {
+        for (int i = 0; i < 16; ++i) {
+          const uint8_t both = w[i / 4 * kStepBytes + (v * kLanes + c) * 4 + i % 4];
+          dots[c] += x[r * kGroup + i] * (both & 15) + x[r * kGroup + i + 16] * (both >> 4);
+        }
+      }
+      use(r, 0, v, dots);
+    }
+  }
+}
+#endif
+
+template <Format F, int MR, int NP, typename Use>
+inline void group_dots(const uint8_t* w, int64_t, int steps, const int8_t* x,
+                       const int32_t* starts, Use&& use) {
+  static_assert(NP == 1);
+  if constexpr (F == Format::kQ4_0 || F == Format::kQ4_1) {
+    group_dots_of_halves<MR>(w, x, starts, use);
+  } else {
+    vint dots[MR][kVectors] = {};  // these weights have no offset here
+    for (int s = 0; s < steps; ++s) {
+      for (int v = 0; v < kVectors; ++v) {
+        const vint weights = load_as<vint>(w + s * kStepBytes + v * kLanes * 4);
+        for (int r = 0; r < MR; ++r) {
+          dots[r][v] = dot4(dots[r][v], weights, x + r * kGroup + s * 4);
+        }
+      }
+    }
+    for (int r = 0; r < MR; ++r) {
+      for (int v = 0; v < kVectors; ++v) use(r, 0, v, dots[r][v]);
+    }
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace precast

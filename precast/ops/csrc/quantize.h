@@ -1,0 +1,73 @@
+// Inputs of the linears with quantised weights: 8 bits, a scale for each group of 32 of a row.
+#pragma once
+
+#include "simd.h"
+
+namespace precast {
+namespace {
+
+// What a byte of weight has too much when the integer products are made of it.
+#if defined(__AVX512VNNI__)
+constexpr int32_t kOffset = 128;  // vpdpbusd takes unsigned weights
+#else
+constexpr int32_t kOffset = 0;
+#endif
+
+constexpr int32_t weight_offset(Format f) {
+  return f == Format::kQ4_0 ? 8 : f == Format::kQ4_1 ? 0 : kOffset;
+}
+
+inline float largest_magnitude(const float* x, int64_t n) {
+  vfloat largest = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vfloat v = load(x + i);
+    largest = maximum(largest, maximum(v, -v));
+  }
+  float result = reduce_max(largest);
+  for (; i < n; ++i) result = std::fabs(x[i]) > result ? std::fabs(x[i]) : result;
+  return result;
+}
+
+// Returns the sum of the quantised values. Rounds halves to even.
+inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
+  vint sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+    const vfloat shifted = load(x + i) * inverse + 12582912.0f;
+    const vint value = (vint)shifted - 0x4b400000;
+    sums += value;
+    const vbyte bytes = __builtin_convertvector(value, vbyte);
+    std::memcpy(q + i, &bytes, sizeof(bytes));
+  }
+  int32_t sum = reduce_add(sums);
+  for (; i < n; ++i) {
+    q[i] = static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
+    sum += q[i];
+  }
+  return sum;
+}
+
+void quantize_rows(const LinearArgs& a, int64_t begin, int64_t end) {
+  const int64_t groups = input_groups(a.format, a.k);
+  const int32_t offset = weight_offset(a.format);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = a.x + row * a.x_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g * kGroup, left = a.k - first;
+      const int64_t count = left < 0 ? 0 : left < kGroup ? left : kGroup;
+      const int64_t at = input_at(a.m, groups, row, g);
+      int8_t* q = a.inputs.values + at * kGroup;
+      const float largest = largest_magnitude(x + first, count);
+      const int32_t sum = quantize(x + first, q, count, largest > 0 ? 127.0f / largest : 0.0f);
+      for (int64_t i = count; i < kGroup; ++i) q[i] = 0;
+      a.inputs.scales[at] = largest / 127.0f;
+      a.inputs.starts[at] = -offset * sum;
+      a.inputs.sums[at] = static_cast<float>(sum) * a.inputs.scales[at];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace precast
