@@ -202,7 +202,7 @@ def main() -> None:
     Console().print(
         title + f"memory read {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}"
     )
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

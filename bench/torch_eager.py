@@ -5,6 +5,7 @@ weights that are packed once as they want them: mkldnn's float32, bfloat16, fbge
 ``_weight_int4pack_mm_for_cpu`` for four bits. ``q8_0`` has none, int8's is used.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -65,7 +66,9 @@ def torch_linear(weight: Tensor, fmt: Format) -> Linear:
 def _int8(weight: Tensor) -> Linear:
     scales = weight.abs().amax(1).clamp_min(1e-8) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
-    quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but torch's fastest
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed, False)
 

@@ -90,7 +90,7 @@ class WorkerStream:
                 status=error.code().name,
                 reason=error.details(),
             )
-        except grpc.aio.UsageError:
+        except (grpc.aio.UsageError, asyncio.InvalidStateError):
             pass  # written to after it ended: the reader says why
         except Exception:
             log.exception("worker stream failed", worker_id=self._name)
