@@ -67,7 +67,7 @@ def load_costs(folder: Path) -> list[tuple[int, float, float]]:
     rows, graphs = [], []
     for size in SIZES:
         package = capture(shape, size, folder)
-        inputs = models.step_inputs(shape, BLOCK_SIZE, [64] * size, generator)
+        inputs = models.decode_inputs(shape, BLOCK_SIZE, [64] * size, generator)
         models.eager_step(shape, inputs, weights, caches)
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         graph = Graph(package, size, shape, weights, caches)

@@ -1,6 +1,6 @@
-"""Decode step time, captured graph against eager steps, in one process and alternating.
+"""Step time, captured graph against eager steps, in one process and alternating.
 
-    python -m bench.decode_step [--quantization q4_0,int8] [--batch-sizes 1,4,16]
+    python -m bench.decode_step [--quantization q4_0,int8] [--batch-sizes 1,4,16] [--prompts 64,256]
 
 Captures what is missing (into a temporary folder), loads SmolLM2-135M's shapes with random weights
 and prints a table: median step of each, their ratios, and the share of the memory bandwidth that
@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.torch_eager import TorchOperators
 from precast.graphs import capture_models as models
+from precast.graphs.capture_models import Span
 from precast.graphs.factors import rank_factors
 from precast.graphs.replay import Graph
 from precast.models.blocks import Shape
@@ -92,14 +93,16 @@ def nothing() -> None:
     pass
 
 
-def alternate(functions: Sequence[Timed], before: Sequence[Timed] = ()) -> list[float]:
+def alternate(
+    functions: Sequence[Timed], before: Sequence[Timed] = (), rounds: int = ROUNDS
+) -> list[float]:
     """Median seconds of each function, called in turn so that noise meets all alike.
 
     ``before``: what is called first for each function, untimed.
     """
     times: list[list[float]] = [[] for _ in functions]
     before = before or [nothing] * len(functions)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for prepare, function, samples in zip(before, functions, times, strict=True):
             prepare()
             function()  # the other one's data is in the caches
@@ -131,21 +134,25 @@ class Steps:
     read: int
 
 
-def measure(shape: Shape, batch_size: int, package: Path) -> Steps:
+def measure(shape: Shape, spans: list[Span], package: Path) -> Steps:
+    """Logits are those of each sequence's last token."""
     generator = torch.Generator().manual_seed(0)
     plan = models.verification_plan(shape, LAYERS)
     weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
     caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
-    inputs = models.step_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator)
-    graph = Graph(package, batch_size, shape, weights, caches)
+    inputs = models.step_inputs(shape, BLOCK_SIZE, spans, generator)
+    tokens = len(inputs.token_ids)
+    graph = Graph(package, tokens, shape, weights, caches)
+    rows = None if tokens == len(spans) else inputs.paging.query_starts[1:].long() - 1
     ours, torchs = providers.active(), TorchOperators().selection()
     graph_s, eager_s, torch_s = alternate(
         [
-            lambda: graph.replay(inputs.token_ids, inputs.positions, inputs.paging),
-            lambda: models.eager_step(shape, inputs, weights, caches),
-            lambda: models.eager_step(shape, inputs, weights, caches),
+            lambda: graph.replay(inputs.token_ids, inputs.positions, inputs.paging, rows),
+            lambda: models.eager_step(shape, inputs, weights, caches, rows),
+            lambda: models.eager_step(shape, inputs, weights, caches, rows),
         ],
-        before=[lambda: use(ours, 1), lambda: use(ours, 1), lambda: use(torchs, THREADS)],
+        [lambda: use(ours, 1), lambda: use(ours, 1), lambda: use(torchs, THREADS)],
+        ROUNDS if tokens < 64 else ROUNDS // 4,
     )
     use(ours, 1)
     _embedding, layers, head = models.runner_weights(weights, caches)
@@ -169,34 +176,42 @@ def use(selection: providers.Selection, threads: int) -> None:
         providers.start(selection)
 
 
+def sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quantization", default="q4_0,q4_1,q8_0,int8,none")
     parser.add_argument("--batch-sizes", default="1")
+    parser.add_argument("--prompts", default="", help="steps of one prompt with so many tokens")
     parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
     arguments = parser.parse_args()
     native.start_threads(CORES)
     bandwidth = read_bandwidth()
     columns = ("graph ms", "eager ms", "torch ms", "eager / graph", "torch / graph")
-    table = Table("weights", "batch", *columns, "GB/s", "of read")
+    table = Table("weights", "step", *columns, "GB/s", "of read")
+    steps = [("decode", size) for size in sizes(arguments.batch_sizes)]
+    steps += [("prompt", size) for size in sizes(arguments.prompts)]
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = arguments.graphs or Path(scratch)
         for quantization in arguments.quantization.split(","):
             shape = smollm2(quantization)
-            for batch_size in map(int, arguments.batch_sizes.split(",")):
+            for kind, size in steps:
                 gc.collect()
-                package = capture(shape, batch_size, folder)
-                steps = measure(shape, batch_size, package)
+                package = capture(shape, size, folder)
+                one, whole = Span(new=1, context=CONTEXT), Span(new=size, context=size)
+                seen = measure(shape, [one] * size if kind == "decode" else [whole], package)
                 table.add_row(
                     "fp32" if quantization == "none" else quantization,
-                    str(batch_size),
-                    f"{steps.graph_s * 1e3:.2f}",
-                    f"{steps.eager_s * 1e3:.2f}",
-                    f"{steps.torch_s * 1e3:.2f}",
-                    f"{steps.eager_s / steps.graph_s:.2f}",
-                    f"{steps.torch_s / steps.graph_s:.2f}",
-                    f"{steps.read / steps.graph_s / 1e9:.1f}",
-                    f"{steps.read / steps.graph_s / bandwidth:.0%}",
+                    f"{kind} {size}",
+                    f"{seen.graph_s * 1e3:.2f}",
+                    f"{seen.eager_s * 1e3:.2f}",
+                    f"{seen.torch_s * 1e3:.2f}",
+                    f"{seen.eager_s / seen.graph_s:.2f}",
+                    f"{seen.torch_s / seen.graph_s:.2f}",
+                    f"{seen.read / seen.graph_s / 1e9:.1f}",
+                    f"{seen.read / seen.graph_s / bandwidth:.0%}",
                 )
     title = f"SmolLM2-135M shapes, {THREADS} threads, {native.native_isa()}, "
     Console().print(

@@ -159,10 +159,10 @@ def peak_bytes() -> int:
 def measure(model: RankModel, package: Path | None) -> dict[str, float]:
     """In the process that loaded the model and did nothing else."""
     batch = one_token()
-    found = {"load_s": model.load_s, "eager_s": median_s(lambda: model.decode(batch))}
+    found = {"load_s": model.load_s, "eager_s": median_s(lambda: model.step(batch, [0], 0))}
     if package is not None:
         model.load_graph(1, package)
-        found["graph_s"] = median_s(lambda: model.decode(batch))
+        found["graph_s"] = median_s(lambda: model.step(batch, [0], 1))
     _embedding, layers, head = runner_weights(model.weights, model.caches)
     read = [*head, *(tensor for layer in layers for tensor in layer[2:])]
     return {

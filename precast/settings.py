@@ -33,6 +33,7 @@ from precast.settings_types import (
     AbsolutePath,
     Address,
     BatchSizes,
+    Buckets,
     Cores,
     Count,
     Names,
@@ -171,8 +172,18 @@ class DecodeWorkerSettings(CommonSettings):
     """Tensor-parallel ranks."""
     cores: Cores = ()
     """CPU ids, dealt out to the ranks in order; empty: all that the process may use."""
-    batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
-    """Batch sizes to have graphs for."""
+    batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
+    """Sequences in a decode step to have graphs for."""
+    prefill_buckets: Buckets = (16, 64, 256)
+    """Tokens in a step with prompts in it to have graphs for; empty: such steps run eagerly where
+    no batch size fits them."""
+    adapt_graphs: bool = True
+    """Have graphs for further sizes of decode steps where traffic shows that they pay, and drop
+    those that it never uses."""
+    max_graphs: Count = 16
+    """Most sizes to have graphs for after adaptation."""
+    adapt_interval_s: Seconds = 60.0
+    """How often traffic is looked at; what has fewer than 500 steps is added to the next look."""
     max_batch_size: Count = Field(default_factory=lambda data: max(data["batch_sizes"]))
     max_context_length: Count | None = None
     """Tokens of a sequence; none: the model's own."""
@@ -183,7 +194,7 @@ class DecodeWorkerSettings(CommonSettings):
     max_waiting: Count = 256
     """Requests in the queue; more are refused as overloaded."""
     prefill_chunk: Count = 256
-    """Prompt tokens of one prefill step."""
+    """Most tokens of a step with prompts in it."""
     trusted_keys_dir: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "keys" / "trusted"
     )
@@ -217,6 +228,11 @@ class DecodeWorkerSettings(CommonSettings):
         return self
 
     @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Tokens of a step to have graphs for."""
+        return tuple(sorted({*self.batch_sizes, *self.prefill_buckets}))
+
+    @property
     def precision(self) -> Precision:
         return Precision(
             weight_dtype=self.weight_dtype,
@@ -246,7 +262,8 @@ class ServeSettings(CommonSettings):
     kv_dtype: KvDtype = "fp32"
     tp: int = Field(default=1, ge=1, le=64)
     cores: Cores = ()
-    batch_sizes: BatchSizes = (1, 2, 4, 8, 16, 32)
+    batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
+    prefill_buckets: Buckets = (16, 64, 256)
     max_context_length: Count | None = None
     compile_port: Port = 7100
     decode_port: Port = 7200

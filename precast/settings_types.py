@@ -32,9 +32,20 @@ def _cores(value: object) -> object:
     return parse_cpus(value) if isinstance(value, str) and value.strip() else _split(value)
 
 
+MAX_BUCKET = 8192
+
+
 def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
+    if not sizes:
         raise ValueError("must be different sizes of at least 1")
+    return _buckets(sizes)
+
+
+def _buckets(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if sizes and (min(sizes) < 1 or len(set(sizes)) != len(sizes)):
+        raise ValueError("must be different sizes of at least 1")
+    if sizes and max(sizes) > MAX_BUCKET:
+        raise ValueError(f"must be sizes of at most {MAX_BUCKET}")
     return tuple(sorted(sizes))
 
 
@@ -69,6 +80,8 @@ def _store_url(value: str) -> str:
 BatchSizes = Annotated[
     tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_ascending)
 ]
+Buckets = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_buckets)]
+"""Like ``BatchSizes``, but there may be none."""
 Cores = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_cores)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Address = Annotated[str, AfterValidator(_address)]

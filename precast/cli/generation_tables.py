@@ -22,7 +22,7 @@ def to_json(generations: Sequence[admin.Generation]) -> list[dict[str, object]]:
             "published_at_s": generation.published_at_s,
             "size_bytes": generation.size_bytes,
             "max_relative_error": generation.max_relative_error,
-            "step_us": generation.step_us,
+            "layer_us": generation.layer_us,
         }
         for generation in generations
     ]
@@ -30,13 +30,13 @@ def to_json(generations: Sequence[admin.Generation]) -> list[dict[str, object]]:
 
 def table(generations: Sequence[admin.Generation]) -> RenderableType:
     """One line a generation, newest first."""
-    rows = Table("gen", "state", "age", "2-layer step", "error", "reason")
+    rows = Table("gen", "state", "age", "layer", "error", "reason")
     for generation in generations:
         rows.add_row(
             str(generation.generation),
             _state(generation) + (", pinned" if generation.pinned else ""),
             age(generation.published_at_s),
-            f"{generation.step_us / 1000:.2f} ms" if generation.step_us else "",
+            f"{generation.layer_us:.0f} µs" if generation.layer_us else "",
             f"{generation.max_relative_error:.1e}" if generation.published_at_s else "",
             generation.reason,
         )

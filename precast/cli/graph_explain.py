@@ -17,9 +17,9 @@ from precast.cli.compile_link import (
     list_graphs,
     run,
 )
+from precast.cli.decode_link import ask_worker
 from precast.cli.failures import reported
-from precast.errors import ConfigError, PrecastError, WorkerUnavailable
-from precast.settings import CommonSettings, load_settings
+from precast.errors import ConfigError
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -95,39 +95,8 @@ async def _worker_specs(
     worker: str, batch_size: int, redis_url: str | None
 ) -> list[dict[str, str]]:
     """Factors of the graphs that a decode worker wants. Raises ``WorkerUnavailable``."""
-    import grpc.aio
-
     from precast.decode.v1 import decode_service_pb2 as pb
-    from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-    from precast.rpc import error_of, open_channel
 
-    address = worker if ":" in worker else await _worker_address(worker, redis_url)
-    async with open_channel(address) as channel:
-        stub: Any = DecodeServiceStub(channel)
-        request = pb.GetGraphSpecsRequest(batch_size=batch_size)
-        try:
-            answer = await stub.GetGraphSpecs(request, timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as failure:
-            error: PrecastError = error_of(failure)
-            if failure.code() is grpc.StatusCode.UNAVAILABLE:
-                error = WorkerUnavailable(f"decode worker at {address}: {error}")
-            raise error from None
+    request = pb.GetGraphSpecsRequest(batch_size=batch_size)
+    answer = await ask_worker(worker, redis_url, lambda stub: stub.GetGraphSpecs, request)
     return [dict(wanted.factors) for wanted in answer.wanted]
-
-
-async def _worker_address(worker: str, redis_url: str | None) -> str:
-    from precast.registry import Registry
-
-    registry = Registry.connect(load_settings(CommonSettings, redis_url=redis_url).redis_url)
-    try:
-        leases = await registry.decode_workers()
-    finally:
-        await registry.close()
-    found = [lease for lease in leases if lease.worker_id.startswith(worker)]
-    if len(found) != 1:
-        known = ", ".join(lease.worker_id for lease in leases) or "none"
-        raise WorkerUnavailable(
-            f"{len(found)} live decode workers have an id that begins with {worker!r} "
-            f"(live: {known})"
-        )
-    return found[0].address

@@ -28,14 +28,14 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
     if not graphs:
         return "no graphs"
     key = Column("key", no_wrap=True, min_width=SHOWN_KEY)
-    table = Table(key, "batch", "phase", "gen", "2-layer step", "capture", "size", "age", "models")
+    table = Table(key, "batch", "phase", "gen", "layer", "capture", "size", "age", "models")
     for graph in sorted(graphs, key=_order):
         table.add_row(
             graph.key[:SHOWN_KEY],
             graph.factors.get("batch_size", ""),
             phase(graph) + (f", {len(graph.put_aside)} put aside" if graph.put_aside else ""),
             str(graph.generation or ""),
-            f"{graph.step_us / 1000:.2f} ms" if graph.step_us else "",
+            f"{graph.layer_us:.0f} µs" if graph.layer_us else "",
             f"{graph.capture_s:.1f} s" if graph.capture_s else "",
             f"{graph.size_bytes / 2**20:.1f} MiB" if graph.size_bytes else "",
             age(graph.published_at_s),

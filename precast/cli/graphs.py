@@ -24,6 +24,7 @@ from precast.cli.graph_generations import (
     unpin_generation,
 )
 from precast.cli.graph_store import gc, resign, scrub
+from precast.cli.graph_traffic import traffic
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ app.command("import")(import_)
 app.command()(gc)
 app.command()(scrub)
 app.command()(resign)
+app.command()(traffic)
 
 RECOMPILE_TIMEOUT_S: Final = 3600.0
 

@@ -30,6 +30,7 @@ _PASSED_ON: Final = (
     "tp",
     "cores",
     "batch_sizes",
+    "prefill_buckets",
     "max_context_length",
 )
 """Settings of ``serve`` that are the decode worker's."""
@@ -93,7 +94,7 @@ def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
     decode = {
         name.replace("_", "-"): _text(getattr(settings, name))
         for name in _PASSED_ON
-        if getattr(settings, name) not in (None, ())
+        if getattr(settings, name) is not None
     }
     return {
         COMPILE_WORKER: {"listen": f"{LOOPBACK}:{settings.compile_port}"},

@@ -46,7 +46,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_relative_error: float
     """Largest difference to eager in verification, relative to the largest reference value."""
     capture_s: float
-    step_us: float
+    layer_us: float
+    """Median time of one layer on one thread, microseconds; 0: not measured."""
     compiler: str
     verified: bool = True
     """False for a graph of a CPU that its compile worker hasn't: one that has tries it first."""

@@ -1,4 +1,4 @@
-"""Captures one decode graph: ``python -m precast.graphs.capture --out DIR < factors.json``.
+"""Captures one graph: ``python -m precast.graphs.capture --out DIR < factors.json``.
 
 The compile worker forks it off a process that has called ``preload``. It is a process of its own,
 so that a crash, a hang or a compile that eats the memory takes down nothing else. Writes
@@ -51,14 +51,15 @@ def capture(factors: Mapping[str, str], folders: Folders) -> dict[str, float]:
     """Exports, compiles, packages and verifies; returns the report. What this CPU can't run is not
     verified: a worker that can run it has to try it first. Raises InvalidRequest, CaptureFailed."""
     from precast.graphs.factors import check_versions, shape_from, start_provider
-    from precast.graphs.verify import VERIFY_STEPS, layers_to_verify
     from precast.graphs.verify_peers import stand_ins
+    from precast.graphs.verify_plan import planned
 
     start_provider(factors)
     check_versions(factors)
-    shape, batch_size = shape_from(factors), int(factors["batch_size"])
+    shape = shape_from(factors)
+    steps = planned(shape, int(factors["batch_size"]), int(factors["block_size"]))
     build = Build(isa=factors["isa"], folder=folders.kept / "objects", work=folders.out)
-    with stand_ins(shape, batch_size, layers_to_verify(shape), VERIFY_STEPS) as group:
+    with stand_ins(shape, steps) as group:
         build.prepare()
         return _capture(factors, shape, group, build, folders)
 
@@ -77,10 +78,10 @@ def _capture(
     if not runs(ISA_LEVELS[native_isa()], factors["isa"]):
         return {"compile_s": compiled - started, "verified": False}
     progress("verifying")
-    error, step_us = verify(factors, folders.out / "graph.pt2", group)
+    error, layer_us = verify(factors, folders.out / "graph.pt2", group)
     return {
         "max_relative_error": error,
-        "step_us": step_us,
+        "layer_us": layer_us,
         "compile_s": compiled - started,
         "verify_s": time.monotonic() - compiled,
     }

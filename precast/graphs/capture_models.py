@@ -1,12 +1,13 @@
-"""What is captured: a decode step's parts as modules, with example inputs of the right
-shapes.
+"""What is captured: a step's parts as modules, with example inputs of the right shapes.
 
-A package holds ``embed``, ``head`` and a ``layer.<kind>`` for each kind of layer of the model. A
-kind is captured once and replayed for every such layer with that layer's weights
-(``csrc/step_runner.cpp``), so capture time and artifact size don't grow with depth.
+A graph is made for a number of tokens, whoever they belong to: one each of decoding sequences, many
+of a prompt, or both. The number of sequences is dynamic. A package holds ``embed``, ``head`` and a
+``layer.<kind>`` for each kind of layer of the model. A kind is captured once and replayed for every
+such layer with that layer's weights (``csrc/step_runner.cpp``), so capture time and artifact size
+don't grow with depth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +24,30 @@ from precast.models.weights import Weights, random_weights
 from precast.ops import providers
 
 CAPTURE_POSITIONS = 256
-CAPTURE_BLOCKS = 64
-"""Sizes of the example tables; the graph is dynamic in them."""
+CAPTURE_BLOCKS = 128
+CAPTURE_SEQUENCES = 3
+"""Sizes of the examples; the graph is dynamic in them."""
 SHARED_ROWS = 6
 """Rows of the examples of parts that serve every number of rows."""
+FUSED_TOKENS = 16
+"""Most tokens of a step whose small operators Inductor fuses; above, they are called, because a
+graph's own code runs on one thread. A step of SmolLM2-135M (q4_1, two threads) in ms, fused and
+called: 8 tokens 10.9 and 10.6, 16: 18.0 and 18.1, 32: 47.6 and 40.7, 64: 55.9 and 49.5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One sequence's part of a step."""
+
+    new: int
+    """Its tokens in the step."""
+    context: int
+    """Its tokens in the cache once these are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """One decode step's inputs; rows past the live ones are padding."""
+    """One step's inputs, without padding."""
 
     token_ids: Tensor
     positions: Tensor
@@ -53,7 +69,9 @@ class Part:
     dynamic: tuple[dict[int, Any] | None, ...]
     """For each input: dimensions that may vary between calls."""
     shared: bool
-    """Whether it is the same for every batch size."""
+    """Whether it is the same for every number of tokens."""
+    fused: bool
+    """Whether Inductor sees through the small operators in it."""
 
 
 class _Flat(nn.Module):
@@ -75,10 +93,17 @@ def verification_plan(shape: Shape, layers: int) -> list[LayerPlan]:
     ]
 
 
-def random_cache(shape: Shape, block_size: int, generator: torch.Generator) -> LayerCache:
+def blocks_for(tokens: int, block_size: int) -> int:
+    """KV blocks of the caches that a graph of ``tokens`` tokens is verified with."""
+    return max(CAPTURE_BLOCKS, 2 * -(-tokens // block_size))
+
+
+def random_cache(
+    shape: Shape, block_size: int, generator: torch.Generator, blocks: int = CAPTURE_BLOCKS
+) -> LayerCache:
     cache = new_cache(
         shape.kv_dtype,
-        blocks=CAPTURE_BLOCKS,
+        blocks=blocks,
         kv_heads=shape.kv_heads,
         block_size=block_size,
         head_dim=shape.head_dim,
@@ -86,7 +111,7 @@ def random_cache(shape: Shape, block_size: int, generator: torch.Generator) -> L
     )
     if shape.kv_heads == 0:
         return cache
-    size = (CAPTURE_BLOCKS * block_size, shape.kv_heads, shape.head_dim)
+    size = (blocks * block_size, shape.kv_heads, shape.head_dim)
     fill_cache(
         cache, torch.randn(size, generator=generator), torch.randn(size, generator=generator)
     )
@@ -94,49 +119,71 @@ def random_cache(shape: Shape, block_size: int, generator: torch.Generator) -> L
 
 
 def step_inputs(
-    shape: Shape, block_size: int, contexts: list[int], generator: torch.Generator
+    shape: Shape,
+    block_size: int,
+    spans: Sequence[Span],
+    generator: torch.Generator,
+    blocks: int = CAPTURE_BLOCKS,
 ) -> StepInputs:
-    """A decode step whose rows have the given context lengths, each counting the new token; 0
-    pads."""
-    width = max(1, -(-max(contexts) // block_size))
-    tables = torch.stack(
-        [torch.randperm(CAPTURE_BLOCKS, generator=generator)[:width] for _ in contexts]
-    ).to(torch.int32)
-    last = [max(length - 1, 0) for length in contexts]
+    """A step of these sequences, each with blocks of its own. Raises ValueError if there are not
+    enough."""
+    width = max(1, -(-max(span.context for span in spans) // block_size))
+    if width * len(spans) > blocks:
+        raise ValueError(f"{len(spans)} sequences of {width} blocks don't fit in {blocks}")
+    shuffled = torch.randperm(blocks, generator=generator)[: width * len(spans)]
+    tables = shuffled.view(len(spans), width).to(torch.int32)
+    positions = [range(span.context - span.new, span.context) for span in spans]
     slots = [
-        int(tables[row, at // block_size]) * block_size + at % block_size if length else -1
-        for row, (length, at) in enumerate(zip(contexts, last, strict=True))
+        int(tables[row, at // block_size]) * block_size + at % block_size
+        for row, own in enumerate(positions)
+        for at in own
     ]
-    rows = len(contexts)
+    at = torch.tensor([at for own in positions for at in own])
+    starts = torch.tensor([0, *(span.new for span in spans)]).cumsum(0)
     return StepInputs(
-        token_ids=torch.randint(sum(shape.vocab_widths), (rows,), generator=generator),
-        positions=torch.tensor(last) % CAPTURE_POSITIONS,
+        token_ids=torch.randint(sum(shape.vocab_widths), (len(slots),), generator=generator),
+        positions=at % CAPTURE_POSITIONS,
         paging=Paging(
             slots=torch.tensor(slots, dtype=torch.int32),
-            query_starts=torch.arange(rows + 1, dtype=torch.int32),
-            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            query_starts=starts.to(torch.int32),
+            context_lens=torch.tensor([span.context for span in spans], dtype=torch.int32),
             block_tables=tables,
         ),
     )
 
 
+def decode_inputs(
+    shape: Shape,
+    block_size: int,
+    contexts: Sequence[int],
+    generator: torch.Generator,
+    blocks: int = CAPTURE_BLOCKS,
+) -> StepInputs:
+    """A decode step of sequences whose contexts, the new token counted, are these."""
+    spans = [Span(new=1, context=context) for context in contexts]
+    return step_inputs(shape, block_size, spans, generator, blocks)
+
+
 def eager_step(
-    shape: Shape, inputs: StepInputs, weights: Weights, caches: list[LayerCache]
+    shape: Shape,
+    inputs: StepInputs,
+    weights: Weights,
+    caches: list[LayerCache],
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """The step as plain function calls: what a graph must agree with. Returns logits [B, V]."""
+    """The step as plain function calls: what a graph must agree with. Returns logits [R, V] of the
+    tokens ``rows``; of all without it."""
     hidden = hidden_states(
         shape, weights, caches, inputs.token_ids, inputs.positions, inputs.paging
     )
-    return logits(shape, weights, hidden)
+    return logits(shape, weights, hidden if rows is None else hidden[rows])
 
 
-def parts(shape: Shape, batch_size: int, block_size: int, generator: torch.Generator) -> list[Part]:
-    """The parts to capture for ``batch_size``: every kind of layer, head, embedding."""
+def parts(shape: Shape, tokens: int, block_size: int, generator: torch.Generator) -> list[Part]:
+    """The parts to capture for steps of ``tokens`` tokens: every kind of layer, head, embedding."""
     module = architecture_of(shape)
     plan = verification_plan(shape, len(shape.kinds))
     weights = random_weights(shape, plan, CAPTURE_POSITIONS, generator)
-    # Two blocks a row, so that no dimension that must stay dynamic has the special size one.
-    inputs = step_inputs(shape, block_size, [block_size + 1] * batch_size, generator)
 
     def head(hidden: Tensor, weights: HeadWeights) -> Tensor:
         return module.head(shape, hidden, weights)
@@ -145,14 +192,13 @@ def parts(shape: Shape, batch_size: int, block_size: int, generator: torch.Gener
         return module.embed(shape, *arguments)
 
     grows = {0: torch.export.Dim.DYNAMIC}
-    hidden = torch.randn(batch_size, shape.hidden_size, generator=generator)
     # Head and embedding are next to nothing beside the layers: one compilation serves every number
     # of rows, where the layers' are made for theirs.
-    some = step_inputs(shape, block_size, [1] * SHARED_ROWS, generator)
+    some = decode_inputs(shape, block_size, [1] * SHARED_ROWS, generator)
     some_hidden = torch.randn(SHARED_ROWS, shape.hidden_size, generator=generator)
     return [
         *(
-            _layer_part(shape, kind, layer, hidden, inputs, block_size, generator)
+            _layer_part(shape, kind, layer, tokens, block_size, generator)
             for kind, layer in zip(shape.kinds, weights.layers, strict=False)
         ),
         _part("head", head, (some_hidden, weights.head), {id(some_hidden): grows}, shared=True),
@@ -166,17 +212,29 @@ def parts(shape: Shape, batch_size: int, block_size: int, generator: torch.Gener
     ]
 
 
+def _example_paging(tokens: int) -> Paging:
+    """Of the right shapes; what is in it is never looked at. No dimension that must stay dynamic
+    has the special size one."""
+    return Paging(
+        slots=torch.zeros(tokens, dtype=torch.int32),
+        query_starts=torch.zeros(CAPTURE_SEQUENCES + 1, dtype=torch.int32),
+        context_lens=torch.zeros(CAPTURE_SEQUENCES, dtype=torch.int32),
+        block_tables=torch.zeros(CAPTURE_SEQUENCES, 2, dtype=torch.int32),
+    )
+
+
 def _layer_part(
     shape: Shape,
     kind: Kind,
     weights: Any,
-    hidden: Tensor,
-    inputs: StepInputs,
+    tokens: int,
     block_size: int,
     generator: torch.Generator,
 ) -> Part:
     cache = random_cache(shape, block_size, generator)
-    angles = torch.rand(hidden.shape[0], shape.rotary_dim // 2, generator=generator)
+    hidden = torch.randn(tokens, shape.hidden_size, generator=generator)
+    angles = torch.rand(tokens, shape.rotary_dim // 2, generator=generator)
+    paging = _example_paging(tokens)
 
     def layer(*arguments: Any) -> Tensor:
         return architecture_of(shape).layer(shape, kind, *arguments)
@@ -185,12 +243,15 @@ def _layer_part(
     return _part(
         f"layer.{kind}",
         layer,
-        (hidden, Rope(angles.cos(), angles.sin()), inputs.paging, cache, weights),
+        (hidden, Rope(angles.cos(), angles.sin()), paging, cache, weights),
         {
-            id(inputs.paging.block_tables): {1: dynamic},
+            id(paging.query_starts): {0: dynamic},
+            id(paging.context_lens): {0: dynamic},
+            id(paging.block_tables): {0: dynamic, 1: dynamic},
             id(cache.k): {0: dynamic},
             id(cache.v): {0: dynamic},
         },
+        fused=tokens <= FUSED_TOKENS,
     )
 
 
@@ -199,12 +260,15 @@ def _part(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     dynamic: dict[int, dict[int, Any]],
+    *,
     shared: bool = False,
+    fused: bool = True,
 ) -> Part:
     flat, spec = tree_flatten(arguments)
     return Part(
         name=name,
         shared=shared,
+        fused=fused,
         module=_Flat(function, spec),
         inputs=tuple(flat),
         dynamic=tuple(dynamic.get(id(tensor)) for tensor in flat),

@@ -28,9 +28,8 @@ class Code:
 
 
 def prepare(isa: str) -> None:
-    """Has Inductor generate for ``isa``, see through small operators, and build nothing."""
+    """Has Inductor generate for ``isa`` and build nothing."""
     _select_target(isa)
-    _see_through()
     _skip_checks()
 
 
@@ -48,6 +47,7 @@ def generate(part: Part, isa: str) -> Code:
         return [part.name]
 
     codecache.AotCodeCompiler.compile = keep  # type: ignore[method-assign,assignment]
+    _see_through(part.fused)
     exported = _export(part)
     with torch.no_grad():
         torch._inductor.aot_compile(
@@ -68,6 +68,7 @@ def warm_up() -> None:
         inputs=(rows, torch.randn(64)),
         dynamic=({0: torch.export.Dim.DYNAMIC}, None),
         shared=False,
+        fused=True,
     )
     isa = "x86-64-v3"
     _select_target(isa)
@@ -102,14 +103,18 @@ def _select_target(isa: str) -> None:
     cpu_vec_isa.valid_vec_isa_list = lambda: chosen  # type: ignore[assignment]
 
 
-def _see_through() -> None:
+def _see_through(fused: bool) -> None:
     """Gives Inductor the definitions of the small operators, so that it fuses them with their
-    neighbours; others are called."""
+    neighbours, or takes them away, so that they are called as others are."""
     from torch._inductor.decomposition import decompositions, fast_random_decomps
 
     fast_random_decomps.cache_clear()  # a copy of the table, with a selection before this one
     for name, function in providers.seen_through().items():
-        decompositions[getattr(torch.ops.precast, name).default] = function
+        operator = getattr(torch.ops.precast, name).default
+        if fused:
+            decompositions[operator] = function
+        else:
+            decompositions.pop(operator, None)
 
 
 def _skip_checks() -> None:
@@ -150,6 +155,9 @@ def _direct_calls() -> dict[str, Any]:
             "fused_experts",
             tensors("x experts weights gate_up down") + ", int64_t expert_size, int64_t format",
         ),
+        ops.rms_norm.default: shim("rms_norm", tensors("x weight") + ", double eps"),
+        ops.rotary.default: shim("rotary", tensors("x cos sin")),
+        ops.silu_and_mul.default: shim("silu_and_mul", tensors("gate_up")),
         ops.all_reduce.default: shim("all_reduce", tensors("x")),
         ops.all_gather.default: shim(
             "all_gather", tensors("x") + ", const int64_t* widths, int64_t widths_len"

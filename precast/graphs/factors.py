@@ -55,7 +55,6 @@ def rank_factors(shape: Shape, *, block_size: int, torch_version: str) -> dict[s
         "quantization": shape.quantization,
         "head_quantization": shape.head_quantization,
         "packing_version": str(PACKING_VERSION),
-        "phase": "decode",
         "block_size": str(block_size),
         "kv_dtype": shape.kv_dtype,
         "provider": providers.active().provider,
@@ -92,7 +91,6 @@ def check_versions(factors: Mapping[str, str]) -> None:
     check_architecture(factors["architecture"])
     ours = {
         "packing_version": str(PACKING_VERSION),
-        "phase": "decode",
         "provider": providers.active().provider,
         "provider_abi": providers.active().abi,
         "torch": version("torch"),

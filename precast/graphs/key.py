@@ -62,9 +62,8 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Format of the output projection."""
     packing_version: Name
     """Layout of packed weights that the kernels expect."""
-    phase: Name
-    """"decode": one new token a sequence."""
     batch_size: Count
+    """Tokens of a step: one each of decoding sequences, more of a prompt."""
     block_size: Count
     """Tokens in one block of the KV cache."""
     kv_dtype: KvDtype

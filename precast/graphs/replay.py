@@ -24,31 +24,35 @@ from precast.ops import native as native  # registers the operators that graphs 
 
 
 class Graph:
-    """One batch size's captured decode step, bound to a rank's weights and KV cache."""
+    """A captured step of up to ``tokens`` tokens, bound to a rank's weights and KV cache."""
 
     def __init__(
         self,
         package: Path,
-        batch_size: int,
+        tokens: int,
         shape: Shape,
         weights: Weights,
         caches: list[LayerCache],
     ) -> None:
         """Raises ArtifactRejected if the package can't be loaded."""
-        self.batch_size = batch_size
+        self.tokens = tokens
         try:
             with _unpacking_folder():
                 self._runner: Any = torch.classes.precast.StepRunner(
-                    str(package), layer_models(shape)
+                    str(package), layer_models(shape), tokens
                 )
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ArtifactRejected(f"{package}: not a loadable graph: {reason}") from error
         self._runner.bind(*runner_weights(weights, caches), *runner_plan(shape, weights))
 
-    def replay(self, token_ids: Tensor, positions: Tensor, paging: Paging) -> Tensor:
-        """int64 [batch_size] ids and positions to float32 logits [batch_size, vocabulary]."""
-        logits: Tensor = self._runner.run(token_ids, positions, list(paging))
+    def replay(
+        self, token_ids: Tensor, positions: Tensor, paging: Paging, rows: Tensor | None = None
+    ) -> Tensor:
+        """int64 [T] ids and positions, T at most ``tokens``, to float32 logits [R, vocabulary] of
+        the tokens that ``rows``, int64 [R], names; of all T without it. For R = 0 the head is left
+        out, and what is returned is empty."""
+        logits: Tensor = self._runner.run(token_ids, positions, list(paging), rows)
         return logits
 
 

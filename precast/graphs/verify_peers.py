@@ -7,12 +7,13 @@ same values, and what is compared is this rank's computation and the calls' orde
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from precast.graphs.verify_plan import PlannedStep
 from precast.models.blocks import Shape
 from precast.ops.native import join_group
 from precast.process import die_with_parent
@@ -35,8 +36,8 @@ class Group:
 
 
 @contextmanager
-def stand_ins(shape: Shape, batch: int, layers: int, steps: int) -> Iterator[Group]:
-    """Forks the other ranks of a group of ``shape.tp_size``, ready for ``steps`` steps.
+def stand_ins(shape: Shape, steps: Sequence[PlannedStep]) -> Iterator[Group]:
+    """Forks the other ranks of a group of ``shape.tp_size``, ready for ``steps``.
 
     Only while there are no threads. A child forked beside Inductor's hung in its first operator;
     one forked beside the build's kept the pipe open on which ``subprocess`` waits for a compiler
@@ -55,7 +56,7 @@ def stand_ins(shape: Shape, batch: int, layers: int, steps: int) -> Iterator[Gro
         child = os.fork()
         if child == 0:
             die_with_parent(signal.SIGKILL, parent)
-            _stand_in(shape, other, batch, layers, steps, group)
+            _stand_in(shape, other, steps, group)
         children.append(child)
     try:
         yield group
@@ -65,15 +66,16 @@ def stand_ins(shape: Shape, batch: int, layers: int, steps: int) -> Iterator[Gro
             os.waitpid(child, 0)
 
 
-def _stand_in(shape: Shape, rank: int, batch: int, layers: int, steps: int, group: Group) -> None:
+def _stand_in(shape: Shape, rank: int, steps: Sequence[PlannedStep], group: Group) -> None:
     try:
         join_group(group.name, rank, group.size, CAPTURE_TIMEOUT_S)
-        partial = torch.zeros(batch, shape.hidden_size)
-        logits = torch.zeros(batch, shape.vocab_widths[rank])
-        for _ in range(steps):
-            for _ in range(2 * layers):
+        for step in steps:
+            partial = torch.zeros(step.tokens, shape.hidden_size)
+            for _ in range(2 * step.layers):
                 torch.ops.precast.all_reduce(partial)
-            torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
+            if step.rows:
+                logits = torch.zeros(step.rows, shape.vocab_widths[rank])
+                torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
         signal.pause()  # until the parent has checked that nobody is missing, and kills us
     finally:
         os._exit(1)

@@ -42,10 +42,10 @@ class CaptureLimits:
 
 
 class CaptureReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What the capture says of itself in ``report.json``. Times are seconds but for ``step_us``."""
+    """What the capture says of itself in ``report.json``. Times are seconds, or as named."""
 
     max_relative_error: Seconds = 0.0
-    step_us: Seconds = 0.0
+    layer_us: Seconds = 0.0
     compile_s: Seconds
     verify_s: Seconds = 0.0
     verified: bool = True

@@ -60,7 +60,7 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
         published_at_s=record.published_at,
         max_relative_error=record.max_relative_error,
         capture_s=record.capture_s,
-        step_us=record.step_us,
+        layer_us=record.layer_us,
         quarantined=record.lifecycle.having(Verdict.QUARANTINED),
         canary=_assignment(record, live_s),
         failed_capture=_failed_capture(record.failure),
@@ -166,7 +166,7 @@ def generation_message(generation: Generation, manifest: Manifest | None) -> adm
         message.published_at_s = manifest.created_at
         message.size_bytes = manifest.size
         message.max_relative_error = manifest.max_relative_error
-        message.step_us = manifest.step_us
+        message.layer_us = manifest.layer_us
     return message
 
 

@@ -302,7 +302,7 @@ class Graphs:
                 created_at=time.time(),
                 max_relative_error=report.max_relative_error,
                 capture_s=report.capture_s,
-                step_us=report.step_us,
+                layer_us=report.layer_us,
                 compiler=self.build.get("compiler", ""),
                 verified=report.verified,
             )

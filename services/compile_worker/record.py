@@ -66,7 +66,7 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     published_at: float = 0.0
     max_relative_error: float = 0.0
     capture_s: float = 0.0
-    step_us: float = 0.0
+    layer_us: float = 0.0
     lifecycle: Lifecycle = Lifecycle()
     """What was decided of the generations; merged where two versions of a record meet."""
     trial: Trial | None = None
@@ -116,7 +116,7 @@ def published_record(
         published_at=manifest.created_at,
         max_relative_error=manifest.max_relative_error,
         capture_s=manifest.capture_s,
-        step_us=manifest.step_us,
+        layer_us=manifest.layer_us,
         lifecycle=lifecycle,
     )
 

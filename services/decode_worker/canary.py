@@ -206,7 +206,6 @@ def probe_step(step_id: int, rows: int) -> Step:
 
     return Step(
         step_id=step_id,
-        prefill=False,
         token_ids=ints(np.arange(rows) % 16),
         positions=ints(np.full(rows, PROBE_CONTEXT - 1)),
         slots=ints(np.full(rows, -1)),
@@ -215,6 +214,7 @@ def probe_step(step_id: int, rows: int) -> Step:
         block_tables=ints(np.zeros(rows)),
         block_table_width=1,
         sample=(None,) * rows,
+        graph_batch_size=rows,
         shadow=True,
     )
 

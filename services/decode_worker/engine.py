@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 from precast.decode.v1 import decode_service_pb2 as pb
@@ -24,6 +23,7 @@ from services.decode_worker.rank_group import GroupFailed, RankGroup
 from services.decode_worker.rank_protocol import Init, Logprobs, Ready
 from services.decode_worker.requests import Request
 from services.decode_worker.scheduler import ScheduledStep, Scheduler
+from services.decode_worker.traffic import Traffic
 
 log = get_logger(__name__)
 
@@ -77,8 +77,13 @@ class Engine:
         self.restarts = 0
         self._crashed: Mapping[int, str] = {}
         """Ranks of the last group that died of their own native code, and the signal."""
+        self.traffic = Traffic()
         self.graph_steps = 0
         self.eager_steps = 0
+        """Steps that only decoded."""
+        self.graph_prompt_steps = 0
+        self.eager_prompt_steps = 0
+        """Steps with tokens of prompts."""
 
     @property
     def running(self) -> int:
@@ -188,8 +193,8 @@ class Engine:
             step = self._scheduler.schedule(self._next_step_id)
             if step is not None:
                 self._next_step_id += 1
-                shadow = self._graphs.about_to_run(step)
-                group.send_step(msgspec.structs.replace(step.message, shadow=shadow))
+                message = self._graphs.assigned(step)
+                group.send_step(message)
             self._emit(outcomes)
             outcomes = []
             if step is None:
@@ -197,8 +202,8 @@ class Engine:
                     await self._idle(group)
                 continue
             done = await group.step_done(self._step_timeout_s)
-            self._count(step, done.graph_batch_size, done.step_us)
-            self._graphs.ran(done.graph_batch_size, done.shadow)
+            self._count(step, message.graph_batch_size, done.step_us)
+            self._graphs.ran(message, done.shadow)
             tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
             outcomes = self._apply(step, tokens, done.logprobs)
             # Streams get their turn even when every step is ready at once.
@@ -266,12 +271,11 @@ class Engine:
                 request.finish(_REASONS[outcome.finished], flush=True)
 
     def _count(self, step: ScheduledStep, graph_batch_size: int, step_us: int) -> None:
-        rows = len(step.sequences)
-        if step.message.prefill:
-            self._metrics.prefill(len(step.message.token_ids) // 4, step_us)
-            return
-        if graph_batch_size:
-            self.graph_steps += 1
+        if step.prompt_tokens:
+            self.graph_prompt_steps += graph_batch_size > 0
+            self.eager_prompt_steps += graph_batch_size == 0
         else:
-            self.eager_steps += 1
-        self._metrics.decode(rows, graph_batch_size, step_us)
+            self.graph_steps += graph_batch_size > 0
+            self.eager_steps += graph_batch_size == 0
+        self.traffic.count(step.tokens, graph_batch_size, decoding=not step.prompt_tokens)
+        self._metrics.step(step.decoding, step.prompt_tokens, graph_batch_size, step_us)

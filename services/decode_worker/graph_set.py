@@ -1,4 +1,4 @@
-"""Which graphs the group replays, and which it must not.
+"""Which graphs the group replays, which of them in a step, and which it must not.
 
 Offers come from the graphs client at any time; they are applied between two steps. A graph whose
 native code crashes a rank while it is loaded or in its first replays is condemned at once, and the
@@ -13,15 +13,18 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from precast.log import get_logger
 from precast.registry import LoadedGraphRecord
 from services.decode_worker.canary import Canary
+from services.decode_worker.offers import Crash, Identity, Offer, Wanted
 from services.decode_worker.rank_group import RankGroup
-from services.decode_worker.rank_protocol import LoadGraph, Ready, Shadow
+from services.decode_worker.rank_protocol import LoadGraph, Ready, Shadow, Step
 from services.decode_worker.scheduler import ScheduledStep
+from services.decode_worker.step_cost import graph_for
 
 log = get_logger(__name__)
 
@@ -30,32 +33,6 @@ MAX_DEATHS: Final = 2
 MAX_TRIED: Final = 4
 FIRST_REPLAYS: Final = 16
 """A crash in as many replays of a new graph is laid at its door."""
-Identity = tuple[tuple[str, int], ...]
-"""Key and generation of each rank's artifact."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """Verified artifacts for one batch size, one for each rank."""
-
-    batch_size: int
-    paths: tuple[Path, ...]
-    keys: tuple[str, ...]
-    generations: tuple[int, ...]
-    signed: bool = True
-    """False where only the switch for unsigned graphs lets one of them through."""
-
-    @property
-    def identity(self) -> Identity:
-        return tuple(zip(self.keys, self.generations, strict=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """One batch size's graph specs, one for each rank."""
-
-    batch_size: int
-    specs: tuple[dict[str, str], ...]
 
 
 @dataclass(kw_only=True)
@@ -64,15 +41,6 @@ class _Tried:
 
     offer: Offer
     replays: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crash:
-    """An artifact whose native code ended a rank."""
-
-    key: str
-    generation: int
-    signal: str
 
 
 class GraphSet:
@@ -90,8 +58,10 @@ class GraphSet:
         self._quarantined: set[tuple[str, int]] = set()
         """Keys and generations that must not be in any offer."""
         self._missed: Counter[int] = Counter()
-        """Decode steps that would have replayed a size whose graph is missing."""
+        """Steps that would have replayed a size whose graph is missing."""
         self._dropping: set[int] = set()
+        self.resized = asyncio.Event()
+        """Set when other sizes are wanted than before."""
         self.canary = Canary()
         self.crashes: asyncio.Queue[Crash] = asyncio.Queue()
         """To be reported; each artifact at most once."""
@@ -128,6 +98,19 @@ class GraphSet:
         """How often a graph was missed since there was none."""
         return self._missed[int(spec["batch_size"])]
 
+    @property
+    def layer_us(self) -> dict[int, float]:
+        """Loaded sizes and what a layer takes with each; 0: not known."""
+        return {size: offer.layer_us for size, offer in self._loaded.items()}
+
+    def resize(self, sizes: Collection[int]) -> None:
+        """Have graphs for these sizes from now on; others are dropped before the next step."""
+        self.batch_sizes = tuple(sorted(sizes))
+        self._pending = {s: offer for s, offer in self._pending.items() if s in self.batch_sizes}
+        self._dropping |= self._loaded.keys() - set(self.batch_sizes)
+        self.resized.set()
+        self._on_change()
+
     def records(self) -> tuple[LoadedGraphRecord, ...]:
         return tuple(
             LoadedGraphRecord(batch_size=size, keys=offer.keys, generations=offer.generations)
@@ -139,8 +122,8 @@ class GraphSet:
         return self._pending.get(batch_size) or self._loaded.get(batch_size)
 
     def offer(self, offer: Offer) -> None:
-        """To be loaded before the next step, unless it is known to be bad."""
-        if not self._is_bad(offer):
+        """To be loaded before the next step, unless it is known to be bad or no longer wanted."""
+        if not self._is_bad(offer) and offer.batch_size in self.batch_sizes:
             self._pending[offer.batch_size] = offer
             self._dropping.discard(offer.batch_size)
 
@@ -158,19 +141,23 @@ class GraphSet:
     def forget_removed(self) -> None:
         """Drop graphs before the next step whose artifacts are gone: nobody vouches for them any
         more. They may be offered again."""
-        self._pending = {s: offer for s, offer in self._pending.items() if _is_there(offer)}
+        self._pending = {s: offer for s, offer in self._pending.items() if offer.is_there()}
         self._dropping |= {
             size
             for size, offer in self._loaded.items()
-            if not _is_there(offer) and size not in self._pending
+            if not offer.is_there() and size not in self._pending
         }
         for tried in self._tried.values():
-            tried[:] = [trial for trial in tried if _is_there(trial.offer)]
+            tried[:] = [trial for trial in tried if trial.offer.is_there()]
 
     def group_started(self, ready: Sequence[Ready]) -> None:
         """A new group has no graphs: what the last one had is loaded again."""
         self.factors = tuple(r.graph_factors for r in ready)
-        kept = {size: offer for size, offer in self._loaded.items() if not self._is_bad(offer)}
+        kept = {
+            size: offer
+            for size, offer in self._loaded.items()
+            if size in self.batch_sizes and not self._is_bad(offer)
+        }
         self._pending = {**kept, **self._pending}
         self._loaded = {}
         self._dropping.clear()
@@ -227,29 +214,27 @@ class GraphSet:
             )
         self._on_change()
 
-    def about_to_run(self, step: ScheduledStep) -> bool:
-        """Notes which graph is to blame if the ranks die in one of its first replays.
+    def assigned(self, step: ScheduledStep) -> Step:
+        """The step's message with the graph that replays it, and whether a candidate is tried.
 
-        Returns whether a candidate is to be tried in the step.
+        Notes which graph is to blame if the ranks die in one of its first replays.
         """
-        self._suspect = None
-        if step.message.prefill:
-            return False
-        rows = len(step.sequences)
-        size = min((size for size in self._loaded if size >= rows), default=0)
-        best = min((size for size in self.batch_sizes if size >= rows), default=0)
-        if best != size:
+        size = graph_for(self.layer_us, step.tokens, decoding=not step.prompt_tokens)
+        best = min((other for other in self.batch_sizes if other >= step.tokens), default=0)
+        if best and best not in self._loaded:
             self._missed[best] += 1
         offer = self._loaded.get(size)
-        if offer and self._trial(offer).replays < FIRST_REPLAYS:
-            self._suspect = offer
-        return self.canary.shadows(size)
+        trying = offer is not None and self._trial(offer).replays < FIRST_REPLAYS
+        self._suspect = offer if trying else None
+        return msgspec.structs.replace(
+            step.message, graph_batch_size=size, shadow=self.canary.shadows(size)
+        )
 
-    def ran(self, graph_batch_size: int, shadow: Shadow | None = None) -> None:
-        """The ranks have survived a step; ``graph_batch_size``: what was replayed, 0: nothing."""
+    def ran(self, step: Step, shadow: Shadow | None = None) -> None:
+        """The ranks have survived a step."""
         self._suspect = None
         self.canary.observe(shadow)
-        offer = self._loaded.get(graph_batch_size)
+        offer = self._loaded.get(step.graph_batch_size)
         if offer:
             self._trial(offer).replays += 1
 
@@ -269,7 +254,7 @@ class GraphSet:
     def _drop(self, group: RankGroup) -> None:
         for size in self._dropping:
             dropped = self._loaded.pop(size)
-            log.warning("graph dropped", batch_size=size, generations=dropped.generations)
+            log.info("graph dropped", batch_size=size, generations=dropped.generations)
             group.drop_graph(size)
         if self._dropping:
             self._dropping.clear()
@@ -314,7 +299,3 @@ class GraphSet:
         for trial in reversed(self._tried.get(size, [])):
             if trial.replays and not self._is_bad(trial.offer):
                 self._pending.setdefault(size, trial.offer)
-
-
-def _is_there(offer: Offer) -> bool:
-    return all(path.exists() for path in offer.paths)

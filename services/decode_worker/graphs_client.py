@@ -8,7 +8,7 @@ may have been rolled back or quarantined while this worker was down.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc.aio
@@ -19,24 +19,22 @@ from precast.errors import (
     NotFound,
     PrecastError,
 )
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.key import spec_digest, spec_part
+from precast.graphs.fetch import fetch_graph
 from precast.graphs.store import StoredArtifact
-from precast.graphs.targets import lesser
 from precast.graphs.trust import Trust
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
 from precast.log import get_logger
 from precast.registry import Registry
 from precast.rpc import error_of, open_channel
-from services.decode_worker.canary import Assignment, Report
+from services.decode_worker.canary import Report
 from services.decode_worker.graph_reports import (
     RPC_TIMEOUT_S,
     explain_missing,
     report_canary,
     report_crash,
 )
-from services.decode_worker.graph_set import GraphSet, Offer
+from services.decode_worker.graph_shelf import GraphShelf, Spec, lesser_specs
 
 log = get_logger(__name__)
 
@@ -48,8 +46,6 @@ CANARY_REPORT_S: Final = 0.25
 TRUST_POLL_S: Final = 0.5
 """How often the trusted keys are looked at; each verification looks at them too."""
 
-Spec = dict[str, str]
-
 
 class GraphsClient:
     def __init__(
@@ -57,28 +53,22 @@ class GraphsClient:
         *,
         worker_id: str,
         model: str,
-        graphs: GraphSet,
-        cache: GraphCache,
-        candidates: GraphCache,
+        shelf: GraphShelf,
         trusted: Trust,
         registry: Registry,
         compile_address: str | None,
         on_offer: Callable[[], None],
     ) -> None:
-        """``candidates`` keeps graphs that this worker tries, out of the sight of others that
-        share ``cache``; ``trusted`` is whom both believe. ``on_offer`` is called when a graph is
-        ready to be loaded."""
+        """``trusted`` is whom the shelf's caches believe. ``on_offer`` is called when there is
+        something to do between two steps."""
         self._worker_id = worker_id
         self._model = model
-        self._graphs = graphs
-        self._cache = cache
-        self._candidates = candidates
+        self._shelf = shelf
+        self._graphs = shelf.graphs
         self._trusted = trusted
         self._registry = registry
         self._compile_address = compile_address
         self._on_offer = on_offer
-        self._artifacts: dict[str, StoredArtifact] = {}
-        """Newest verified artifact by spec digest."""
         self._asked_again: set[tuple[str, int, str]] = set()
         """Key, generation and signer of what was fetched for its new signature."""
         self._distrusted = asyncio.Event()
@@ -92,21 +82,11 @@ class GraphsClient:
     async def run(self) -> None:
         """Loads what is cached, then asks, watches, fetches and reports until cancelled."""
         await self._ask_first()
-        await asyncio.to_thread(self._load_cached)
+        await asyncio.to_thread(self._shelf.load_cached)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_following())
             tasks.create_task(self._keep_condemning())
             tasks.create_task(self._keep_distrusting())
-
-    def _load_cached(self) -> None:
-        """Offers what the cache holds. Reads and hashes files."""
-        for wanted in self._graphs.wanted:
-            for spec in wanted.specs:
-                found = map(self._cache.find, [spec, *lesser_specs(spec)])
-                artifact = next(filter(None, found), None)
-                if artifact is not None:
-                    self._artifacts[spec_digest(spec)] = artifact
-        self._offer_complete()
 
     async def _ask_first(self) -> None:
         """Removes from the cache what must not be loaded any more, if that can be learnt soon."""
@@ -114,7 +94,7 @@ class GraphsClient:
             async with asyncio.timeout(ASK_FIRST_S):
                 async with open_channel(await self._compile_worker()) as channel:
                     for _, state in await self._states(pb_grpc.GraphsServiceStub(channel)):
-                        await self._retire(state)
+                        await self._shelf.retire(state)
         except (TimeoutError, PrecastError, grpc.aio.AioRpcError) as error:
             log.info("loading cached graphs without asking", reason=str(error) or "no answer")
 
@@ -122,7 +102,7 @@ class GraphsClient:
         """Puts graphs that have crashed a rank out of reach, also for this worker's next start."""
         while True:
             crash = await self._graphs.crashes.get()
-            for cache in (self._cache, self._candidates):
+            for cache in (self._shelf.cache, self._shelf.candidates):
                 await asyncio.to_thread(cache.condemn, crash.key, crash.generation, crash.signal)
             self._condemned.set()
 
@@ -133,22 +113,17 @@ class GraphsClient:
             await asyncio.sleep(TRUST_POLL_S)
             if self._trusted.keys != known:
                 known = self._trusted.keys
-                await asyncio.to_thread(self._distrust)
+                await asyncio.to_thread(self._shelf.distrust)
                 self._graphs.forget_removed()
                 self._asked_again.clear()
                 self._distrusted.set()
                 self._on_offer()
 
-    def _distrust(self) -> None:
-        for key, _ in self._candidates.distrust():
-            self._graphs.canary.withdraw(key)
-        self._cache.distrust()
-        for digest, artifact in list(self._artifacts.items()):
-            if not artifact.graph_path.exists():
-                del self._artifacts[digest]
-
     async def _keep_following(self) -> None:
         while True:
+            if self._graphs.resized.is_set():
+                self._graphs.resized.clear()
+                await asyncio.to_thread(self._shelf.load_cached)
             try:
                 await self._follow(await self._compile_worker())
             except (PrecastError, grpc.aio.AioRpcError) as error:
@@ -175,7 +150,7 @@ class GraphsClient:
         ).address
 
     async def _follow(self, address: str) -> None:
-        """Works with one compile worker until it fails."""
+        """Works with one compile worker until it fails, or other graphs are wanted."""
         async with open_channel(address) as channel:
             stub: Any = pb_grpc.GraphsServiceStub(channel)
             keys = await self._request(stub)
@@ -185,6 +160,7 @@ class GraphsClient:
                 asyncio.ensure_future(self._keep_asking(stub)),
                 asyncio.ensure_future(self._keep_reporting(stub)),
                 asyncio.ensure_future(self._keep_reporting_canaries(stub)),
+                asyncio.ensure_future(self._graphs.resized.wait()),
             ]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -206,7 +182,7 @@ class GraphsClient:
             await self._condemned.wait()
 
     def _all_condemned(self) -> set[tuple[str, int, str]]:
-        return self._cache.condemned() | self._candidates.condemned()
+        return self._shelf.cache.condemned() | self._shelf.candidates.condemned()
 
     async def _keep_reporting_canaries(self, stub: Any) -> None:
         """Tells the compile worker whenever a trial has come on."""
@@ -229,7 +205,7 @@ class GraphsClient:
         try:
             candidate = await fetch_graph(
                 stub,
-                self._candidates,
+                self._shelf.candidates,
                 state.key,
                 spec=spec,
                 generation=wanted.generation,
@@ -238,31 +214,7 @@ class GraphsClient:
         except (ArtifactRejected, NotFound) as error:
             log.error("candidate rejected", key=state.key, reason=str(error))
             return
-        self._assign(wanted, candidate)
-
-    def _assign(self, wanted: pb.CanaryAssignment, candidate: StoredArtifact) -> None:
-        """Has the ranks of the candidate's key try it, beside the others' present graphs."""
-        digest = spec_digest(spec_part(candidate.manifest.factors))
-        size = int(candidate.manifest.factors["batch_size"])
-        specs = [w.specs for w in self._graphs.wanted if w.batch_size == size]
-        digests = [spec_digest(spec) for spec in (specs[0] if specs else ())]
-        found = [candidate if d == digest else self._artifacts.get(d) for d in digests]
-        artifacts = [artifact for artifact in found if artifact is not None]
-        if len(artifacts) < len(found):
-            return
-        self._graphs.canary.assign(
-            Assignment(
-                key=candidate.manifest.key,
-                generation=wanted.generation,
-                batch_size=size,
-                paths=tuple(str(artifact.graph_path) for artifact in artifacts),
-                keys=tuple(artifact.manifest.key for artifact in artifacts),
-                generations=tuple(artifact.manifest.generation for artifact in artifacts),
-                steps=wanted.steps,
-                live_s=wanted.live_s,
-            )
-        )
-        self._on_offer()
+        self._shelf.assign(wanted, candidate)
 
     async def _keep_asking(self, stub: Any) -> None:
         """Repeats the request, so that a compile worker or a Redis that lost it captures after
@@ -271,7 +223,7 @@ class GraphsClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REQUEST_INTERVAL_S):
                     await self._distrusted.wait()
-            borrows = any(map(self._borrows, self._specs()))
+            borrows = any(map(self._shelf.borrows, self._shelf.specs()))
             if self._graphs.missing or borrows or self._distrusted.is_set():
                 self._distrusted.clear()
                 await self._request(stub)
@@ -291,7 +243,7 @@ class GraphsClient:
 
     async def _states(self, stub: Any) -> list[tuple[Spec, pb.GraphState]]:
         """Asks for every wanted spec."""
-        specs = self._specs()
+        specs = self._shelf.specs()
         response = await stub.RequestGraphs(
             pb.RequestGraphsRequest(
                 specs=[
@@ -311,7 +263,7 @@ class GraphsClient:
 
     async def _update(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Fetches a generation that is not the one we have, and offers what is complete."""
-        await self._retire(state)
+        await self._shelf.retire(state)
         await self._follow_canary(stub, spec, state)
         await self._fetch(stub, spec, spec, state)
 
@@ -320,7 +272,7 @@ class GraphsClient:
 
         ``captured``: what it was captured for.
         """
-        present = self._artifacts.get(spec_digest(spec))
+        present = self._shelf.get(spec)
         if state.generation == 0 or (
             present is not None
             and (present.manifest.key, present.manifest.generation) == (state.key, state.generation)
@@ -329,20 +281,14 @@ class GraphsClient:
             return
         try:
             artifact = await fetch_graph(
-                stub, self._cache, state.key, spec=captured, generation=state.generation
+                stub, self._shelf.cache, state.key, spec=captured, generation=state.generation
             )
         except ArtifactRejected as error:
             log.error(
                 "artifact rejected", key=state.key, generation=state.generation, reason=str(error)
             )
             return
-        self._artifacts[spec_digest(spec)] = artifact
-        self._offer_complete()
-
-    def _borrows(self, spec: Spec) -> bool:
-        """Whether what is used for a spec was captured for a lesser instruction set."""
-        present = self._artifacts.get(spec_digest(spec))
-        return present is not None and present.manifest.factors["isa"] != spec["isa"]
+        self._shelf.put(spec, artifact)
 
     async def _borrow(self, stub: Any, spec: Spec) -> None:
         """Takes the best graph for a lesser instruction set, until there is the right one."""
@@ -350,7 +296,7 @@ class GraphsClient:
             request = pb.ExplainGraphRequest(spec=pb.GraphSpec(factors=lesser_spec), limit=1)
             state = (await stub.ExplainGraph(request, timeout=RPC_TIMEOUT_S)).state
             if state.key:
-                await self._retire(state)
+                await self._shelf.retire(state)
             if state.generation:
                 await self._fetch(stub, spec, lesser_spec, state)
                 return
@@ -360,54 +306,7 @@ class GraphsClient:
         may be revoked soon. Says so once."""
         signature = (state.key, state.generation, state.signer)
         anew = present.signature.signer != state.signer and signature not in self._asked_again
-        if not anew or not self._cache.knows_signer(state.signer):
+        if not anew or not self._shelf.cache.knows_signer(state.signer):
             return False
         self._asked_again.add(signature)
         return True
-
-    async def _retire(self, state: pb.GraphState) -> None:
-        """Forgets generations that must not be loaded any more."""
-        quarantined = frozenset(state.quarantined)
-        for cache, serving in ((self._cache, state.generation), (self._candidates, 0)):
-            await asyncio.to_thread(cache.retire, state.key, serving, quarantined)
-        self._graphs.quarantine(state.key, quarantined)
-        self._artifacts = {
-            digest: artifact
-            for digest, artifact in self._artifacts.items()
-            if artifact.manifest.key != state.key or artifact.manifest.generation not in quarantined
-        }
-        if self._graphs.pending:
-            self._on_offer()
-
-    def _specs(self) -> list[Spec]:
-        """Each distinct spec once, smallest batch first: ranks with equal shards share a graph."""
-        unique = {
-            spec_digest(spec): spec for wanted in self._graphs.wanted for spec in wanted.specs
-        }
-        return list(unique.values())
-
-    def _offer_complete(self) -> None:
-        """Offers every batch size for which all ranks' artifacts are here and not loaded yet."""
-        for wanted in self._graphs.wanted:
-            artifacts = [self._artifacts.get(spec_digest(spec)) for spec in wanted.specs]
-            complete = [artifact for artifact in artifacts if artifact is not None]
-            if len(complete) == len(artifacts):
-                self._offer(wanted.batch_size, complete)
-
-    def _offer(self, batch_size: int, artifacts: Sequence[StoredArtifact]) -> None:
-        offer = Offer(
-            batch_size=batch_size,
-            paths=tuple(artifact.graph_path for artifact in artifacts),
-            keys=tuple(artifact.manifest.key for artifact in artifacts),
-            generations=tuple(artifact.manifest.generation for artifact in artifacts),
-            signed=all(map(self._cache.is_signed, artifacts)),
-        )
-        current = self._graphs.current(batch_size)
-        if current is None or current.identity != offer.identity:
-            self._graphs.offer(offer)
-            self._on_offer()
-
-
-def lesser_specs(spec: Spec) -> list[Spec]:
-    """The same graph for the instruction sets below, best first."""
-    return [{**spec, "isa": isa} for isa in lesser(spec["isa"])]

@@ -24,8 +24,11 @@ from precast.rpc import Server, start_server
 from precast.settings import DecodeWorkerSettings
 from precast.shared_memory import new_segment_name, sweep_segments
 from services.decode_worker import server as grpc_server
+from services.decode_worker.adaptation import keep_adapting
+from services.decode_worker.capture_set import CaptureSet, kept_sizes
 from services.decode_worker.engine import Engine
 from services.decode_worker.graph_set import GraphSet
+from services.decode_worker.graph_shelf import GraphShelf
 from services.decode_worker.graphs_client import GraphsClient
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.rank_group import RANK_MODULE, GroupFailed
@@ -73,7 +76,7 @@ async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
         prefill_chunk=settings.prefill_chunk,
     )
     changed = asyncio.Event()
-    graphs = GraphSet(settings.batch_sizes, changed.set)
+    graphs = GraphSet(settings.graph_sizes, changed.set)
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,
@@ -107,6 +110,7 @@ async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
                     asyncio.create_task(_follow_changes(changed, heartbeat)),
                     asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
                     asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
+                    asyncio.create_task(_adapt(settings, engine, graphs)),
                 ],
                 before_stop=lambda: _drain(worker, heartbeat),
             )
@@ -201,15 +205,28 @@ async def _get_graphs(
     client = GraphsClient(
         worker_id=worker_id,
         model=settings.model,
-        graphs=graphs,
-        cache=GraphCache(settings.cache_dir, trusted),
-        candidates=GraphCache(settings.cache_dir / CANDIDATES, trusted),
+        shelf=GraphShelf(
+            graphs=graphs,
+            cache=GraphCache(settings.cache_dir, trusted),
+            candidates=GraphCache(settings.cache_dir / CANDIDATES, trusted),
+            on_offer=engine.nudge,
+        ),
         trusted=trusted,
         registry=registry,
         compile_address=settings.compile_address,
         on_offer=engine.nudge,
     )
     await client.run()
+
+
+async def _adapt(settings: DecodeWorkerSettings, engine: Engine, graphs: GraphSet) -> None:
+    if not settings.adapt_graphs:
+        await asyncio.Event().wait()
+    policy = CaptureSet(
+        max_graphs=settings.max_graphs,
+        keep=kept_sizes(settings.batch_sizes, settings.prefill_buckets),
+    )
+    await keep_adapting(policy, graphs, engine.traffic, settings.adapt_interval_s)
 
 
 async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:

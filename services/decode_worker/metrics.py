@@ -5,6 +5,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 _STEP_BUCKETS: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0)
+_TOKEN_BUCKETS: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 
 
 class Metrics:
@@ -28,22 +29,32 @@ class Metrics:
             registry=self.registry,
         )
         self._steps = Counter(
-            "decode_worker_decode_steps",
-            "Decode steps by the captured size that ran, 0 for eager",
+            "decode_worker_steps",
+            "Steps by the captured size that ran, 0 for eager",
             ["graph_batch_size"],
             registry=self.registry,
         )
         self._tokens = Counter(
-            "decode_worker_tokens", "Tokens computed", ["phase"], registry=self.registry
+            "decode_worker_tokens",
+            "Tokens computed: of prompts (prefill), or drawn before (decode)",
+            ["phase"],
+            registry=self.registry,
         )
         self._padding = Counter(
-            "decode_worker_padding_rows",
-            "Rows computed only to fill a graph",
+            "decode_worker_padding_tokens",
+            "Tokens computed only to fill a graph",
+            registry=self.registry,
+        )
+        self._sizes = Histogram(
+            "decode_worker_step_tokens",
+            "Tokens of a step; prefill: with tokens of prompts in it",
+            ["phase"],
+            buckets=_TOKEN_BUCKETS,
             registry=self.registry,
         )
         self._seconds = Histogram(
             "decode_worker_step_seconds",
-            "Time of a step in rank 0",
+            "Time of a step in rank 0; prefill: with tokens of prompts in it",
             ["phase"],
             buckets=_STEP_BUCKETS,
             registry=self.registry,
@@ -52,12 +63,13 @@ class Metrics:
     def serve(self, port: int) -> None:
         start_http_server(port, registry=self.registry)
 
-    def prefill(self, tokens: int, step_us: int) -> None:
-        self._tokens.labels("prefill").inc(tokens)
-        self._seconds.labels("prefill").observe(step_us / 1e6)
-
-    def decode(self, rows: int, graph_batch_size: int, step_us: int) -> None:
-        self._tokens.labels("decode").inc(rows)
+    def step(
+        self, decode_tokens: int, prompt_tokens: int, graph_batch_size: int, step_us: int
+    ) -> None:
+        self._tokens.labels("decode").inc(decode_tokens)
+        self._tokens.labels("prefill").inc(prompt_tokens)
         self._steps.labels(str(graph_batch_size)).inc()
-        self._padding.inc(max(0, graph_batch_size - rows))
-        self._seconds.labels("decode").observe(step_us / 1e6)
+        self._padding.inc(max(0, graph_batch_size - decode_tokens - prompt_tokens))
+        phase = "prefill" if prompt_tokens else "decode"
+        self._sizes.labels(phase).observe(decode_tokens + prompt_tokens)
+        self._seconds.labels(phase).observe(step_us / 1e6)

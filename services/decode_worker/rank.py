@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from services.decode_worker.rank_protocol import (
     RankFailed,
     Ready,
     Reply,
+    Sampling,
     Shutdown,
     Step,
     StepDone,
@@ -123,24 +125,32 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
 def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
     started = time.perf_counter()
     batch = _batch(step)
-    graph_batch_size, shadow = 0, None
-    if step.prefill:
-        logits = model.prefill(batch)
-    elif step.shadow:
-        logits, graph_batch_size, shadow = model.shadow(batch)
+    drawing = [index for index, request in enumerate(step.sample) if request is not None]
+    shadow = None
+    if step.shadow:
+        logits, shadow = model.shadow(batch, drawing, step.graph_batch_size)
     else:
-        logits, graph_batch_size = model.decode(batch)
+        logits = model.step(batch, drawing, step.graph_batch_size)
     if init.tp_rank != 0:
         return None
-    tokens, logprobs = sample(logits, step.sample)
+    tokens, logprobs = _draw(step.sample, logits)
     return StepDone(
         step_id=step.step_id,
         token_ids=np.array(tokens, dtype=np.int32).tobytes(),
         logprobs=_reported(logprobs),
-        graph_batch_size=graph_batch_size,
         step_us=int((time.perf_counter() - started) * 1e6),
         shadow=shadow,
     )
+
+
+def _draw(
+    requests: Sequence[Sampling | None], logits: Tensor
+) -> tuple[list[int], list[Logprobs | None]]:
+    """Each sequence's token, -1 where none is drawn, and its log probabilities. ``logits`` has a
+    row for each that draws."""
+    drawn = zip(*sample(logits, [request for request in requests if request]), strict=True)
+    pairs = [next(drawn) if request else (-1, None) for request in requests]
+    return [token for token, _ in pairs], [logprobs for _, logprobs in pairs]
 
 
 def _reported(logprobs: list[Logprobs | None]) -> tuple[Logprobs | None, ...]:

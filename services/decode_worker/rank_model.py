@@ -1,6 +1,7 @@
 """A rank's model: its shard of the weights, its KV cache, and the graphs it can replay."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,45 +50,45 @@ class RankModel:
     candidates: dict[int, Graph] = field(default_factory=dict)
     """Graphs on trial (``canary.py``), by batch size."""
 
-    def prefill(self, batch: Batch) -> Tensor:
-        """Eager ragged forward pass; returns logits [S, V] of each sequence's last token."""
-        hidden = self._hidden(batch)
-        last = batch.paging.query_starts[1:].long() - 1
-        return logits(self.shape, self.weights, hidden[last])
+    def step(self, batch: Batch, drawing: Sequence[int], graph_batch_size: int) -> Tensor:
+        """Runs a step with the graph of a captured size, eagerly for 0. Returns logits
+        [len(drawing), V] of the last token of each sequence that draws."""
+        rows = _rows(batch, drawing)
+        if graph_batch_size:
+            return _replay(self.graphs[graph_batch_size], batch, rows)
+        hidden = hidden_states(
+            self.shape, self.weights, self.caches, batch.token_ids, batch.positions, batch.paging
+        )
+        if not drawing:
+            return hidden.new_empty(0, 0)
+        return logits(self.shape, self.weights, hidden if rows is None else hidden[rows])
 
-    def decode(self, batch: Batch) -> tuple[Tensor, int]:
-        """One token a sequence; returns logits [S, V] and the captured size that ran, 0 if
-        eager."""
-        graph = self._graph_for(batch.sequences)
-        if graph is None:
-            return logits(self.shape, self.weights, self._hidden(batch)), 0
-        padded = pad(batch, graph.batch_size)
-        out = graph.replay(padded.token_ids, padded.positions, padded.paging)
-        return out[: batch.sequences], graph.batch_size
-
-    def shadow(self, batch: Batch) -> tuple[Tensor, int, Shadow | None]:
-        """``decode`` with the candidate tried between two replays of the graph that serves.
+    def shadow(
+        self, batch: Batch, drawing: Sequence[int], graph_batch_size: int
+    ) -> tuple[Tensor, Shadow | None]:
+        """``step`` with the candidate tried between two replays of the graph that serves.
 
         The last replay writes over what the candidate has written, so the cache ends up as if there
         were no candidate.
         """
-        logits, size = self.decode(batch)
-        candidate = self.candidates.get(size)
+        candidate = self.candidates.get(graph_batch_size)
         if candidate is None:
-            return logits, size, None
-        padded = pad(batch, size)
+            return self.step(batch, drawing, graph_batch_size), None
+        current = self.graphs[graph_batch_size]
+        compared = drawing or range(batch.sequences)
+        rows = _rows(batch, compared)
+        _replay(current, batch, rows)
         started = time.perf_counter()
-        tried = candidate.replay(padded.token_ids, padded.positions, padded.paging)
+        tried = _replay(candidate, batch, rows)
         between = time.perf_counter()
-        again = self.graphs[size].replay(padded.token_ids, padded.positions, padded.paging)
+        again = _replay(current, batch, rows)
         ended = time.perf_counter()
-        difference = relative_difference(tried[: batch.sequences], again[: batch.sequences])
         shadow = Shadow(
-            difference=min(difference, MAX_DIFFERENCE),
+            difference=min(relative_difference(tried, again), MAX_DIFFERENCE),
             candidate_us=(between - started) * 1e6,
             current_us=(ended - between) * 1e6,
         )
-        return again[: batch.sequences], size, shadow
+        return again[: len(drawing)], shadow
 
     def load_graph(self, batch_size: int, package: Path, *, candidate: bool = False) -> float:
         """Loads a verified package and swaps it in; returns milliseconds. Raises
@@ -96,21 +97,6 @@ class RankModel:
         graph = Graph(package, batch_size, self.shape, self.weights, self.caches)
         (self.candidates if candidate else self.graphs)[batch_size] = graph
         return (time.perf_counter() - started) * 1e3
-
-    def _graph_for(self, sequences: int) -> Graph | None:
-        """The smallest captured size that holds the batch."""
-        sizes = [size for size in self.graphs if size >= sequences]
-        return self.graphs[min(sizes)] if sizes else None
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        return hidden_states(
-            self.shape,
-            self.weights,
-            self.caches,
-            batch.token_ids,
-            batch.positions,
-            batch.paging,
-        )
 
 
 def load(init: Init) -> RankModel:
@@ -155,24 +141,12 @@ def load(init: Init) -> RankModel:
     )
 
 
-def pad(batch: Batch, rows: int) -> Batch:
-    """The decode batch with rows added that write nothing and attend to nothing."""
-    extra = rows - batch.sequences
-    if extra == 0:
-        return batch
-    paging = batch.paging
-    starts = torch.arange(rows + 1, dtype=torch.int32)
-    return Batch(
-        token_ids=_append(batch.token_ids, extra, 0),
-        positions=_append(batch.positions, extra, 0),
-        paging=Paging(
-            slots=_append(paging.slots, extra, -1),
-            query_starts=starts,
-            context_lens=_append(paging.context_lens, extra, 0),
-            block_tables=_append(paging.block_tables, extra, 0),
-        ),
-    )
+def _replay(graph: Graph, batch: Batch, rows: Tensor | None) -> Tensor:
+    return graph.replay(batch.token_ids, batch.positions, batch.paging, rows)
 
 
-def _append(tensor: Tensor, rows: int, value: int) -> Tensor:
-    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), value)])
+def _rows(batch: Batch, sequences: Sequence[int]) -> Tensor | None:
+    """int64 rows of the sequences' last tokens; None where these are all rows there are."""
+    if len(sequences) == batch.sequences == len(batch.token_ids):
+        return None
+    return batch.paging.query_starts[1:].long()[torch.tensor(sequences, dtype=torch.int64)] - 1

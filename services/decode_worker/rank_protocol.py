@@ -98,13 +98,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """One forward pass over S sequences with T new tokens in all (T == S in a decode step).
+    """One forward pass over S sequences with T new tokens in all: one each of those that decode,
+    more of a prompt.
 
     Arrays are little-endian int32 bytes. ``context_lens[s]`` counts the tokens of sequence s in the
     cache once this step's are written. ``block_tables`` is [S, width], unused entries are 0."""
 
     step_id: int
-    prefill: bool
     token_ids: bytes
     positions: bytes
     slots: bytes
@@ -116,6 +116,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     block_table_width: int
     sample: tuple[Sampling | None, ...]
     """For each sequence: how to draw, or None where the prompt goes on in a later step."""
+    graph_batch_size: int = 0
+    """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
     """Try the candidate of the captured size that runs, and compare (``canary.py``)."""
 
@@ -141,8 +143,6 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """int32 [S]; -1 where nothing was drawn."""
     logprobs: tuple[Logprobs | None, ...]
     """[S], or empty when no sequence asked for them."""
-    graph_batch_size: int
-    """Captured size that was replayed; 0 for an eager step."""
     step_us: int
     shadow: Shadow | None = None
 

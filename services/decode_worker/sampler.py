@@ -4,6 +4,8 @@ A draw depends on the sequence's (seed, step) alone, never on its place in a bat
 with a seed gives the same tokens whatever else is running.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +13,8 @@ from torch import Tensor
 from services.decode_worker.rank_protocol import Logprobs, Sampling
 
 
-def sample(
-    logits: Tensor, requests: tuple[Sampling | None, ...]
-) -> tuple[list[int], list[Logprobs | None]]:
-    """float32 [S, V] logits to token ids [S] (-1 where a request is None) and logprobs [S].
+def sample(logits: Tensor, requests: Sequence[Sampling]) -> tuple[list[int], list[Logprobs | None]]:
+    """float32 [S, V] logits to token ids [S] and logprobs [S].
 
     Logits are changed in place. Logprobs are of the distribution that penalties and bias leave,
     before temperature and cuts, as OpenAI reports them.
@@ -23,10 +23,6 @@ def sample(
     tokens: list[int] = []
     logprobs: list[Logprobs | None] = []
     for row, request in enumerate(requests):
-        if request is None:
-            tokens.append(-1)
-            logprobs.append(None)
-            continue
         if _plain(request):
             token = greedy[row]
         else:
@@ -37,8 +33,8 @@ def sample(
     return tokens, logprobs
 
 
-def _plain(request: Sampling | None) -> bool:
-    return request is not None and request.temperature == 0 and not _adjusts(request)
+def _plain(request: Sampling) -> bool:
+    return request.temperature == 0 and not _adjusts(request)
 
 
 def _adjusts(request: Sampling) -> bool:

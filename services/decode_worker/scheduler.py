@@ -1,7 +1,8 @@
 """Continuous batching: which sequences run in the next step, and where their tokens live.
 
 Pure bookkeeping, without IO or clock. A sequence waits until it has blocks for its prompt, is
-prefilled in chunks, then decodes one token a step together with all the others. When blocks run
+prefilled in chunks, then decodes one token a step together with all the others. A step has a token
+of every decoding sequence, and chunks of prompts in what is left of its budget. When blocks run
 out, the youngest running sequence gives up its own and waits again; it is prefilled anew with what
 it had generated, so nothing is lost but time.
 """
@@ -67,7 +68,17 @@ class ScheduledStep:
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
     """New tokens of each sequence."""
+    decoding: int
+    """Sequences that decode, first among them; the others' tokens are of prompts."""
     message: Step
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.tokens - self.decoding
 
 
 class Scheduler:
@@ -89,7 +100,6 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
-        self._prefilled_last = False
 
     @property
     def running(self) -> int:
@@ -135,15 +145,13 @@ class Scheduler:
     def schedule(self, step_id: int) -> ScheduledStep | None:
         """The next step, or None if there is nothing to do.
 
-        Prefill and decode steps alternate while both are possible, so that a long prompt holds up
-        running requests by one chunk at a time.
+        A step has up to ``prefill_chunk`` tokens: a long prompt holds up the sequences that decode
+        beside it by a chunk at a time. However many decode, half of it is left to prompts.
         """
-        if not self._prefilled_last:
-            step = self._schedule_prefill(step_id) or self._schedule_decode(step_id)
-        else:
-            step = self._schedule_decode(step_id) or self._schedule_prefill(step_id)
-        self._prefilled_last = step is not None and step.message.prefill
-        return step
+        decoding = self._decoding()
+        budget = max(self._prefill_chunk - len(decoding), self._prefill_chunk // 2, 1)
+        chosen = [(sequence, 1) for sequence in decoding] + self._prompt_chunks(budget)
+        return self._step(step_id, chosen, len(decoding)) if chosen else None
 
     def apply(
         self, step: ScheduledStep, token_ids: list[int]
@@ -175,8 +183,8 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _schedule_prefill(self, step_id: int) -> ScheduledStep | None:
-        budget = self._prefill_chunk
+    def _prompt_chunks(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Prompts that are under way, then waiting ones, and how many tokens of each."""
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._running:
             left = _to_prefill(sequence)
@@ -197,9 +205,10 @@ class Scheduler:
             self._running.append(sequence)
             chosen.append((sequence, min(sequence.length, budget)))
             budget -= chosen[-1][1]
-        return self._step(step_id, chosen, prefill=True) if chosen else None
+        return chosen
 
-    def _schedule_decode(self, step_id: int) -> ScheduledStep | None:
+    def _decoding(self) -> list[Sequence]:
+        """Sequences whose prompt is computed, each with a block for its next token."""
         # A copy: growing a sequence may put a younger one, chosen already or not, back in the
         # queue.
         grown = [
@@ -207,8 +216,7 @@ class Scheduler:
             for sequence in list(self._running)
             if sequence.blocks and _to_prefill(sequence) == 0 and self._grow(sequence)
         ]
-        chosen = [(sequence, 1) for sequence in grown if sequence.blocks]
-        return self._step(step_id, chosen, prefill=False) if chosen else None
+        return [sequence for sequence in grown if sequence.blocks]
 
     def _grow(self, sequence: Sequence) -> bool:
         """A block for the sequence's next token, taken from the youngest if none is free."""
@@ -235,7 +243,7 @@ class Scheduler:
         sequence.alive = False
 
     def _step(
-        self, step_id: int, chosen: list[tuple[Sequence, int]], *, prefill: bool
+        self, step_id: int, chosen: list[tuple[Sequence, int]], decoding: int
     ) -> ScheduledStep:
         size = self.blocks.block_size
         token_ids: list[int] = []
@@ -254,7 +262,6 @@ class Scheduler:
             tables[row, : len(sequence.blocks)] = sequence.blocks
         message = Step(
             step_id=step_id,
-            prefill=prefill,
             token_ids=_ints(token_ids),
             positions=_ints(positions),
             slots=_ints(slots),
@@ -269,6 +276,7 @@ class Scheduler:
         return ScheduledStep(
             sequences=tuple(sequence for sequence, _ in chosen),
             counts=tuple(count for _, count in chosen),
+            decoding=decoding,
             message=message,
         )
 

@@ -62,7 +62,6 @@ def _draw(step: Step, step_s: float) -> StepDone:
         step_id=step.step_id,
         token_ids=np.where(drawn, lengths, -1).astype(np.int32).tobytes(),
         logprobs=(),
-        graph_batch_size=0,
         step_us=int(step_s * 1e6),
     )
 

@@ -22,6 +22,7 @@ from services.decode_worker.graph_set import GraphSet
 from services.decode_worker.outbox import Outbox
 from services.decode_worker.requests import Request, error_response
 from services.decode_worker.scheduler import Scheduler
+from services.decode_worker.traffic_report import traffic_report
 
 _STATES = {
     "starting": pb.WORKER_STATE_STARTING,
@@ -59,6 +60,8 @@ class Worker:
         self._graphs = graphs
         self._max_context_length = max_context_length
         self._eos = frozenset(config.eos_token_ids)
+        self._had_graphs = False
+        """Whether all graphs were there once: a size that is added later is no reason to pause."""
 
     def start(
         self,
@@ -121,8 +124,9 @@ class Worker:
             return "starting"
         if not self._engine.up:
             return "restarting"
-        if self._settings.wait_for_graphs and self._graphs.missing:
+        if self._settings.wait_for_graphs and not self._had_graphs and self._graphs.missing:
             return "starting"
+        self._had_graphs = True
         return "ready"
 
     def lease(self, address: str) -> DecodeLease:
@@ -183,5 +187,13 @@ class Worker:
             quantization=lease.quantization,
             graph_steps=self._engine.graph_steps,
             eager_steps=self._engine.eager_steps,
+            graph_prompt_steps=self._engine.graph_prompt_steps,
+            eager_prompt_steps=self._engine.eager_prompt_steps,
+            traffic=traffic_report(
+                self._engine.traffic,
+                self._graphs,
+                self._settings.graph_sizes,
+                adapts=self._settings.adapt_graphs,
+            ),
             restarts=self._engine.restarts,
         )

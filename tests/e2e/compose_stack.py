@@ -37,12 +37,13 @@ def wait_until(check: Callable[[], Any], deadline_s: float, what: str) -> Any:
         time.sleep(0.25)
 
 
-def _environment(batch_sizes: tuple[int, ...]) -> dict[str, str]:
+def _environment(batch_sizes: tuple[int, ...], bucket: int) -> dict[str, str]:
     cpus = available_cpus()
     half = max(1, len(cpus) // 2)
     stack = {
         "PRECAST_PORT": "0",
         "PRECAST_BATCH_SIZES": ",".join(map(str, batch_sizes)),
+        "PRECAST_PREFILL_BUCKETS": str(bucket),
         "PRECAST_CPUS_1": ",".join(map(str, cpus[:half])),
         "PRECAST_CPUS_2": ",".join(map(str, cpus[-half:])),
     }
@@ -55,6 +56,7 @@ class Stack:
     """Runs ``docker compose`` for one project."""
 
     batch_sizes: tuple[int, ...]
+    prefill_bucket: int
     project: str = field(default_factory=lambda: f"precast-test-{uuid.uuid4().hex[:8]}")
 
     def compose(self, *arguments: str, deadline_s: float = 60, check: bool = True) -> str:
@@ -63,7 +65,7 @@ class Stack:
         done = subprocess.run(
             ["docker", "compose", "-p", self.project, *files, *arguments],
             cwd=ROOT,
-            env=_environment(self.batch_sizes),
+            env=_environment(self.batch_sizes, self.prefill_bucket),
             capture_output=True,
             text=True,
             timeout=deadline_s,
@@ -137,7 +139,7 @@ class Stack:
         return {graph.batch_size: tuple(graph.generations) for graph in loaded}
 
     def has_all_graphs(self, worker: str) -> bool:
-        return sorted(self.graphs(worker)) == sorted(self.batch_sizes)
+        return sorted(self.graphs(worker)) == [*self.batch_sizes, self.prefill_bucket]
 
     def admin(self) -> tuple[grpc.Channel, admin_service_pb2_grpc.AdminServiceStub]:
         channel = grpc.insecure_channel(self.address("compile-worker", 7100))

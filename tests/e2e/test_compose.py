@@ -39,7 +39,7 @@ def stack() -> Iterator[Stack]:
     missing = engine_missing()
     if missing:
         pytest.fail(f"no Docker engine with Compose: {missing}", pytrace=False)
-    stack = Stack(batch_sizes=(1, 2))
+    stack = Stack(batch_sizes=(1, 2), prefill_bucket=16)
     try:
         stack.build()
         stack.up()

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 READY_DEADLINE_S = 120.0
 CAPTURE_DEADLINE_S = 300.0
 RECOVERY_DEADLINE_S = 60.0
+FLAGS = ("--batch-sizes=1", "--prefill-buckets=", "--tp=2")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def home(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(home: Path) -> Iterator[Serve]:
-    with serving(home, "--batch-sizes=1", "--tp=2") as running:
+    with serving(home, *FLAGS) as running:
         running.wait_line("Precast serves smollm2-135m-instruct at http://", READY_DEADLINE_S)
         yield running
 
@@ -114,7 +115,7 @@ def test_no_artifact_is_half_written(home: Path, stack: Serve) -> None:
 def test_second_start_is_quick_and_needs_no_capture(home: Path, stack: Serve) -> None:
     assert stack.process.poll() is not None
     begun = time.monotonic()
-    with serving(home, "--batch-sizes=1", "--tp=2") as again:
+    with serving(home, *FLAGS) as again:
         again.wait_line("Precast serves", READY_DEADLINE_S)
         again.wait_line("captures 1 of 1", READY_DEADLINE_S)
         assert "Paris" in again.complete()

@@ -67,7 +67,7 @@ async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
             cache = GraphCache(tmp_path / "cache", trusted)
             graph = await fetch_graph(client.graphs, cache, good.key, spec=spec)
     assert 0 < good.max_relative_error < 3e-2
-    assert good.step_us > 0
+    assert good.layer_us > 0
     assert good.capture_s > 1
     with zipfile.ZipFile(graph.graph_path) as package:
         assert any(name.endswith(".so") for name in package.namelist())
@@ -96,7 +96,7 @@ plan = models.verification_plan(SHAPE, 2)
 weights = random_weights(SHAPE, plan, 64, generator)
 caches = [models.random_cache(SHAPE, 32, generator) for _ in plan]
 graph = Graph(Path({str(package)!r}), 2, SHAPE, weights, caches)
-inputs = models.step_inputs(SHAPE, 32, [3, 4], generator)
+inputs = models.decode_inputs(SHAPE, 32, [3, 4], generator)
 graph.replay(inputs.token_ids, inputs.positions, inputs.paging)
 os.kill(os.getpid(), 9)
 """

@@ -33,7 +33,7 @@ def manifest_for(graph: bytes, *, generation: int = 1, **factors: str) -> Manife
         created_at=1_700_000_000.0 + generation,
         max_relative_error=1e-6,
         capture_s=1.5,
-        step_us=900.0,
+        layer_us=900.0,
         compiler="test 1.0",
     )
 

@@ -65,7 +65,7 @@ UNVERIFIED = {"compile_s": 1.0, "verified": False}
 
 REPORT = {
     "max_relative_error": 1e-6,
-    "step_us": 900.0,
+    "layer_us": 900.0,
     "compile_s": 0.2,
     "verify_s": 0.1,
 }

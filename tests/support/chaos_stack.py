@@ -133,6 +133,7 @@ class Chaos:
         cache = self.home / f"cache-{address.rpartition(':')[2]}"
         given = self.common(address) | {"model": MODEL, "cache_dir": str(cache)}
         given |= {"batch_sizes": ",".join(map(str, SIZES)), "max_batch_size": max(SIZES)}
+        given |= {"prefill_buckets": "", "adapt_graphs": False}
         environment = {"CHAOS_SET": str(self.sets - 1), "PRECAST_SIMULATED_STEP_MS": str(STEP_MS)}
         return self.spawn("decode", ["-c", DECODE_WORKER, json.dumps(given)], environment)
 

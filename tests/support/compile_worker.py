@@ -46,7 +46,6 @@ FACTORS = {
     "quantization": "int8",
     "head_quantization": "int8",
     "packing_version": "1",
-    "phase": "decode",
     "batch_size": "1",
     "block_size": "32",
     "kv_dtype": "fp32",

@@ -150,7 +150,8 @@ def decode_worker(
 ) -> Iterator[DecodeWorker]:
     """``precast decode-worker`` with these settings, ready; stopped at the end."""
     address = f"127.0.0.1:{free_port()}"
-    flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model, **settings}
+    flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model}
+    flags |= {"prefill_buckets": "", **settings}  # tests that need no captures of them ask for none
     log = home / f"decode-{address.rpartition(':')[2]}.log"
     arguments = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")

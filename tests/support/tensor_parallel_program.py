@@ -84,7 +84,6 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
     greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0, logprobs=TOP)
     return Step(
         step_id=step_id,
-        prefill=max(lengths) > 1,
         token_ids=ints(chain(*new)),
         positions=ints(chain(*positions)),
         slots=ints(chain(*slots)),

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
-from services.decode_worker.graph_set import FIRST_REPLAYS, Crash, GraphSet, Offer
+from services.decode_worker import canary
+from services.decode_worker.graph_set import FIRST_REPLAYS, GraphSet
+from services.decode_worker.offers import Crash, Offer
 from services.decode_worker.rank_group import GroupFailed, RankGroup
-from services.decode_worker.rank_protocol import GraphLoaded, LoadGraph, Ready
+from services.decode_worker.rank_protocol import GraphLoaded, LoadGraph, Ready, Step
 from services.decode_worker.scheduler import ScheduledStep
 
 
@@ -54,16 +56,18 @@ async def settle(graphs: GraphSet, ranks: Ranks) -> None:
         await graphs.apply(cast(RankGroup, ranks))
 
 
-def begin(graphs: GraphSet, *, rows: int = 1, prefill: bool = False) -> None:
+def begin(graphs: GraphSet, tokens: int = 1, prompt_tokens: int = 0) -> Step:
     """A step is sent to the ranks."""
-    step: Any = SimpleNamespace(sequences=(None,) * rows, message=SimpleNamespace(prefill=prefill))
-    graphs.about_to_run(cast(ScheduledStep, step))
+    message = canary.probe_step(0, tokens)
+    step = SimpleNamespace(tokens=tokens, prompt_tokens=prompt_tokens, message=message)
+    return graphs.assigned(cast(ScheduledStep, step))
 
 
 def decode(graphs: GraphSet, size: int = 1) -> None:
-    """A decode step that the ranks survive."""
-    begin(graphs)
-    graphs.ran(size)
+    """A decode step of one sequence that the ranks survive, with a graph of that size."""
+    step = begin(graphs)
+    assert step.graph_batch_size == size
+    graphs.ran(step)
 
 
 @pytest.fixture
@@ -90,15 +94,14 @@ async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -
 
     decode(graphs, 0)
     decode(graphs, 0)
-    begin(graphs, rows=2)
-    begin(graphs, prefill=True)
-    begin(graphs, rows=3)  # larger than any
+    begin(graphs, 2, prompt_tokens=2)
+    begin(graphs, 3)  # larger than any
     assert urgencies() == [2, 1]
     graphs.offer(offer(1, batch_size=2))
     await settle(graphs, ranks)
     assert urgencies() == [2, 0]
     decode(graphs, 2)  # padded to what is there, but size 1 would do
-    begin(graphs, rows=2)
+    begin(graphs, 2)
     assert urgencies() == [3, 0]
     graphs.offer(offer(1))
     await settle(graphs, ranks)
@@ -178,10 +181,10 @@ async def test_one_crash_in_the_first_replays_quarantines(graphs: GraphSet, repl
     assert not graphs.pending
 
 
-async def test_a_crash_later_on_or_in_prefill_accuses_no_graph(graphs: GraphSet) -> None:
+async def test_a_crash_later_on_or_in_an_eager_step_accuses_no_graph(graphs: GraphSet) -> None:
     graphs.offer(offer(1))
     await settle(graphs, Ranks())
-    begin(graphs, prefill=True)
+    begin(graphs, 5, prompt_tokens=5)
     graphs.group_failed({0: "SIGSEGV"})
     graphs.group_started(ready())
     await settle(graphs, Ranks())
@@ -222,4 +225,25 @@ async def test_a_quarantined_generation_is_dropped_between_steps(graphs: GraphSe
     graphs.group_failed({})
     graphs.group_started(ready())
     await settle(graphs, ranks)
+    assert graphs.missing == (1,)
+
+
+async def test_other_sizes_are_wanted_from_now_on(graphs: GraphSet) -> None:
+    ranks = Ranks()
+    graphs.offer(offer(1))
+    graphs.offer(offer(1, batch_size=2))
+    await settle(graphs, ranks)
+    graphs.resize([2, 3])
+    assert graphs.resized.is_set()
+    assert graphs.pending
+    await settle(graphs, ranks)
+    assert ranks.loaded == {2: 1}
+    assert graphs.missing == (3,)
+    assert [wanted.batch_size for wanted in graphs.wanted] == [2, 3]
+    graphs.offer(offer(2))  # was on its way
+    assert not graphs.pending
+    graphs.offer(offer(1, batch_size=3))
+    graphs.resize([1, 2])
+    await settle(graphs, ranks)
+    assert ranks.loaded == {2: 1}
     assert graphs.missing == (1,)

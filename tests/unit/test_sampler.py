@@ -26,10 +26,6 @@ def test_greedy_takes_the_largest() -> None:
     assert logprobs == [None, None]
 
 
-def test_none_draws_nothing() -> None:
-    assert sample(torch.zeros(2, 4), (None, request(temperature=0.0)))[0] == [-1, 0]
-
-
 def test_frequencies_follow_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0])
     expected = (logits / 0.7).softmax(-1).numpy()

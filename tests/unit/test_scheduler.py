@@ -70,7 +70,7 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     scheduler = make()
     scheduler.add(sequence("a", prompt=11, max_tokens=2))
     first = scheduler.schedule(0)
-    assert first is not None and first.message.prefill
+    assert first is not None and (first.decoding, first.prompt_tokens) == (0, 8)
     assert ints(first.message.positions) == list(range(8))
     assert first.message.sample == (None,)
     scheduler.apply(first, [-1])
@@ -81,7 +81,7 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     assert second.message.sample[0] is not None
     scheduler.apply(second, [50])
     third = scheduler.schedule(2)
-    assert third is not None and not third.message.prefill
+    assert third is not None and (third.decoding, third.prompt_tokens) == (1, 0)
     assert (ints(third.message.token_ids), ints(third.message.positions)) == ([50], [11])
     (outcome,) = scheduler.apply(third, [51])
     assert outcome[2] is FinishReason.LENGTH
@@ -105,21 +105,36 @@ def test_slots_are_where_the_block_table_says() -> None:
     assert ints(step.message.query_starts) == [0, 6, 8]
 
 
-def test_a_long_prompt_does_not_starve_running_requests() -> None:
+def test_a_long_prompt_runs_beside_what_decodes() -> None:
     scheduler = make(max_context_length=64, blocks=32)
     scheduler.add(sequence("short", prompt=2, max_tokens=20))
     step = scheduler.schedule(0)
     assert step is not None
     scheduler.apply(step, [50])
     scheduler.add(sequence("long", prompt=40, max_tokens=2))
-    kinds = []
-    for step_id in range(1, 9):
+    steps = []
+    for step_id in range(1, 8):
         step = scheduler.schedule(step_id)
         assert step is not None
-        kinds.append(step.message.prefill)
+        steps.append(([s.request_id for s in step.sequences], step.counts, step.decoding))
+        assert ints(step.message.query_starts) == [0, *itertools.accumulate(step.counts)]
         scheduler.apply(step, draw(step))
-    assert True in kinds
-    assert all(not (a and b) for a, b in itertools.pairwise(kinds))
+    both = ["short", "long"]
+    assert steps == [(both, (1, 7), 1)] * 5 + [(both, (1, 5), 1), (both, (1, 1), 2)]
+
+
+def test_prompts_go_on_however_many_decode() -> None:
+    scheduler = make(max_context_length=64, blocks=64, prefill_chunk=2)
+    for name in "abc":
+        scheduler.add(sequence(name, prompt=1, max_tokens=40))
+    for step_id in range(4):
+        step = scheduler.schedule(step_id)
+        assert step is not None
+        scheduler.apply(step, draw(step))
+    scheduler.add(sequence("d", prompt=9))
+    step = scheduler.schedule(5)
+    assert step is not None
+    assert (step.decoding, step.counts) == (3, (1, 1, 1, 1))
 
 
 def test_stop_token_ends_with_stop() -> None:
@@ -156,8 +171,8 @@ def test_a_preempted_sequence_is_prefilled_with_its_output() -> None:
         step = scheduler.schedule(step_id)
         if step is None:
             break
-        if step.message.prefill and step_id > 0:
-            seen.append(ints(step.message.token_ids))
+        if step.prompt_tokens and step_id > 0:
+            seen.append(ints(step.message.token_ids)[step.decoding :])
         scheduler.apply(step, draw(step, 60 + step_id))
     assert any(tokens[:7] == list(range(1, 8)) and tokens[7:] for tokens in seen)
 

@@ -8,7 +8,8 @@ from precast.registry import DecodeLease, LoadedGraphRecord, generation_of
 from services.compile_worker.canary import CanaryPolicy, objection
 from services.compile_worker.record import GraphRecord, Phase, Trial
 from services.decode_worker.canary import Assignment, Canary
-from services.decode_worker.graph_set import Crash, GraphSet
+from services.decode_worker.graph_set import GraphSet
+from services.decode_worker.offers import Crash
 from services.decode_worker.rank_group import RankGroup
 from services.decode_worker.rank_protocol import Shadow
 from tests.support.compile_worker import FACTORS

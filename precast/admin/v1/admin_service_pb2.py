@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$precast/admin/v1/admin_service.proto\x12\x10precast.admin.v1\"n\n\x10RecompileRequest\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\r\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\x12\x1b\n\x13\x61\x64option_deadline_s\x18\x05 \x01(\r\"\xed\x01\n\x11RecompileResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12/\n\x05stage\x18\x03 \x01(\x0e\x32 .precast.admin.v1.RecompileStage\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x0f\n\x07\x61\x64opted\x18\x07 \x01(\r\x12\x0f\n\x07workers\x18\x08 \x01(\r\x12\x30\n\x06\x63\x61nary\x18\t \x01(\x0b\x32 .precast.admin.v1.CanaryProgress\"{\n\x0e\x43\x61naryProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nsteps_done\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x1f\n\x17max_relative_difference\x18\x04 \x01(\x01\x12\x12\n\ntime_ratio\x18\x05 \x01(\x01\"\x11\n\x0fListJobsRequest\"7\n\x10ListJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.precast.admin.v1.Job\"\xb6\x01\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12/\n\x05stage\x18\x04 \x01(\x0e\x32 .precast.admin.v1.RecompileStage\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x13\n\x0bqueued_at_s\x18\x06 \x01(\x01\x12\x14\n\x0cstarted_at_s\x18\x07 \x01(\x01\x12\x12\n\nended_at_s\x18\x08 \x01(\x01\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"7\n\x11\x43\x61ncelJobResponse\x12\"\n\x03job\x18\x01 \x01(\x0b\x32\x15.precast.admin.v1.Job\"%\n\x16ListGenerationsRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"L\n\x17ListGenerationsResponse\x12\x31\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x1c.precast.admin.v1.Generation\"\xcb\x01\n\nGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x30\n\x05state\x18\x02 \x01(\x0e\x32!.precast.admin.v1.GenerationState\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x16\n\x0epublished_at_s\x18\x05 \x01(\x01\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12max_relative_error\x18\x07 \x01(\x01\x12\x0f\n\x07step_us\x18\x08 \x01(\x01\"7\n\x14RollBackGraphRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"+\n\x15RollBackGraphResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"7\n\x14PinGenerationRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x17\n\x15PinGenerationResponse\"%\n\x16UnpinGenerationRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"-\n\x17UnpinGenerationResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"(\n\x15\x43ollectGarbageRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"\x8c\x01\n\x16\x43ollectGarbageResponse\x12\x32\n\x07removed\x18\x01 \x03(\x0b\x32!.precast.admin.v1.RemovedArtifact\x12\x14\n\x0c\x62ytes_before\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_after\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_bound\x18\x04 \x01(\x04\"i\n\x0fRemovedArtifact\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\tused_at_s\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x13\n\x11ScrubStoreRequest\"Y\n\x12ScrubStoreResponse\x12\x0f\n\x07\x63hecked\x18\x01 \x01(\r\x12\x32\n\x07\x64\x61maged\x18\x02 \x03(\x0b\x32!.precast.admin.v1.DamagedArtifact\"B\n\x0f\x44\x61magedArtifact\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"&\n\x13ResignGraphsRequest\x12\x0f\n\x07signers\x18\x01 \x03(\t\"}\n\x14ResignGraphsResponse\x12\x0e\n\x06signer\x18\x01 \x01(\t\x12\x0e\n\x06signed\x18\x02 \x01(\r\x12\x11\n\tunchanged\x18\x03 \x01(\r\x12\x32\n\x07refused\x18\x04 \x03(\x0b\x32!.precast.admin.v1.DamagedArtifact*\xdc\x02\n\x0eRecompileStage\x12\x1f\n\x1bRECOMPILE_STAGE_UNSPECIFIED\x10\x00\x12\x1a\n\x16RECOMPILE_STAGE_QUEUED\x10\x01\x12\x1d\n\x19RECOMPILE_STAGE_CAPTURING\x10\x02\x12\x1c\n\x18RECOMPILE_STAGE_CAPTURED\x10\x03\x12\x1c\n\x18RECOMPILE_STAGE_VERIFIED\x10\x04\x12\x1d\n\x19RECOMPILE_STAGE_PUBLISHED\x10\x05\x12\x1b\n\x17RECOMPILE_STAGE_ADOPTED\x10\x06\x12\x1a\n\x16RECOMPILE_STAGE_FAILED\x10\x07\x12\x1d\n\x19RECOMPILE_STAGE_CANCELLED\x10\x08\x12\x1a\n\x16RECOMPILE_STAGE_CANARY\x10\t\x12\x1f\n\x1bRECOMPILE_STAGE_ROLLED_BACK\x10\n*\xef\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18GENERATION_STATE_SERVING\x10\x01\x12\x1d\n\x19GENERATION_STATE_PREVIOUS\x10\x02\x12\x1c\n\x18GENERATION_STATE_WAITING\x10\x03\x12\x1b\n\x17GENERATION_STATE_CANARY\x10\x04\x12 \n\x1cGENERATION_STATE_ROLLED_BACK\x10\x05\x12 \n\x1cGENERATION_STATE_QUARANTINED\x10\x06\x32\xc0\x07\n\x0c\x41\x64minService\x12V\n\tRecompile\x12\".precast.admin.v1.RecompileRequest\x1a#.precast.admin.v1.RecompileResponse0\x01\x12Q\n\x08ListJobs\x12!.precast.admin.v1.ListJobsRequest\x1a\".precast.admin.v1.ListJobsResponse\x12T\n\tCancelJob\x12\".precast.admin.v1.CancelJobRequest\x1a#.precast.admin.v1.CancelJobResponse\x12\x66\n\x0fListGenerations\x12(.precast.admin.v1.ListGenerationsRequest\x1a).precast.admin.v1.ListGenerationsResponse\x12`\n\rRollBackGraph\x12&.precast.admin.v1.RollBackGraphRequest\x1a\'.precast.admin.v1.RollBackGraphResponse\x12`\n\rPinGeneration\x12&.precast.admin.v1.PinGenerationRequest\x1a\'.precast.admin.v1.PinGenerationResponse\x12\x66\n\x0fUnpinGeneration\x12(.precast.admin.v1.UnpinGenerationRequest\x1a).precast.admin.v1.UnpinGenerationResponse\x12\x63\n\x0e\x43ollectGarbage\x12\'.precast.admin.v1.CollectGarbageRequest\x1a(.precast.admin.v1.CollectGarbageResponse\x12W\n\nScrubStore\x12#.precast.admin.v1.ScrubStoreRequest\x1a$.precast.admin.v1.ScrubStoreResponse\x12]\n\x0cResignGraphs\x12%.precast.admin.v1.ResignGraphsRequest\x1a&.precast.admin.v1.ResignGraphsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$precast/admin/v1/admin_service.proto\x12\x10precast.admin.v1\"n\n\x10RecompileRequest\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x03 \x03(\r\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\x12\x1b\n\x13\x61\x64option_deadline_s\x18\x05 \x01(\r\"\xed\x01\n\x11RecompileResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12/\n\x05stage\x18\x03 \x01(\x0e\x32 .precast.admin.v1.RecompileStage\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x0f\n\x07\x61\x64opted\x18\x07 \x01(\r\x12\x0f\n\x07workers\x18\x08 \x01(\r\x12\x30\n\x06\x63\x61nary\x18\t \x01(\x0b\x32 .precast.admin.v1.CanaryProgress\"{\n\x0e\x43\x61naryProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nsteps_done\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x1f\n\x17max_relative_difference\x18\x04 \x01(\x01\x12\x12\n\ntime_ratio\x18\x05 \x01(\x01\"\x11\n\x0fListJobsRequest\"7\n\x10ListJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.precast.admin.v1.Job\"\xb6\x01\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12/\n\x05stage\x18\x04 \x01(\x0e\x32 .precast.admin.v1.RecompileStage\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x13\n\x0bqueued_at_s\x18\x06 \x01(\x01\x12\x14\n\x0cstarted_at_s\x18\x07 \x01(\x01\x12\x12\n\nended_at_s\x18\x08 \x01(\x01\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"7\n\x11\x43\x61ncelJobResponse\x12\"\n\x03job\x18\x01 \x01(\x0b\x32\x15.precast.admin.v1.Job\"%\n\x16ListGenerationsRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"L\n\x17ListGenerationsResponse\x12\x31\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x1c.precast.admin.v1.Generation\"\xcc\x01\n\nGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x30\n\x05state\x18\x02 \x01(\x0e\x32!.precast.admin.v1.GenerationState\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x16\n\x0epublished_at_s\x18\x05 \x01(\x01\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12max_relative_error\x18\x07 \x01(\x01\x12\x10\n\x08layer_us\x18\x08 \x01(\x01\"7\n\x14RollBackGraphRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"+\n\x15RollBackGraphResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"7\n\x14PinGenerationRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x17\n\x15PinGenerationResponse\"%\n\x16UnpinGenerationRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"-\n\x17UnpinGenerationResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"(\n\x15\x43ollectGarbageRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"\x8c\x01\n\x16\x43ollectGarbageResponse\x12\x32\n\x07removed\x18\x01 \x03(\x0b\x32!.precast.admin.v1.RemovedArtifact\x12\x14\n\x0c\x62ytes_before\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_after\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_bound\x18\x04 \x01(\x04\"i\n\x0fRemovedArtifact\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\tused_at_s\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x13\n\x11ScrubStoreRequest\"Y\n\x12ScrubStoreResponse\x12\x0f\n\x07\x63hecked\x18\x01 \x01(\r\x12\x32\n\x07\x64\x61maged\x18\x02 \x03(\x0b\x32!.precast.admin.v1.DamagedArtifact\"B\n\x0f\x44\x61magedArtifact\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"&\n\x13ResignGraphsRequest\x12\x0f\n\x07signers\x18\x01 \x03(\t\"}\n\x14ResignGraphsResponse\x12\x0e\n\x06signer\x18\x01 \x01(\t\x12\x0e\n\x06signed\x18\x02 \x01(\r\x12\x11\n\tunchanged\x18\x03 \x01(\r\x12\x32\n\x07refused\x18\x04 \x03(\x0b\x32!.precast.admin.v1.DamagedArtifact*\xdc\x02\n\x0eRecompileStage\x12\x1f\n\x1bRECOMPILE_STAGE_UNSPECIFIED\x10\x00\x12\x1a\n\x16RECOMPILE_STAGE_QUEUED\x10\x01\x12\x1d\n\x19RECOMPILE_STAGE_CAPTURING\x10\x02\x12\x1c\n\x18RECOMPILE_STAGE_CAPTURED\x10\x03\x12\x1c\n\x18RECOMPILE_STAGE_VERIFIED\x10\x04\x12\x1d\n\x19RECOMPILE_STAGE_PUBLISHED\x10\x05\x12\x1b\n\x17RECOMPILE_STAGE_ADOPTED\x10\x06\x12\x1a\n\x16RECOMPILE_STAGE_FAILED\x10\x07\x12\x1d\n\x19RECOMPILE_STAGE_CANCELLED\x10\x08\x12\x1a\n\x16RECOMPILE_STAGE_CANARY\x10\t\x12\x1f\n\x1bRECOMPILE_STAGE_ROLLED_BACK\x10\n*\xef\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18GENERATION_STATE_SERVING\x10\x01\x12\x1d\n\x19GENERATION_STATE_PREVIOUS\x10\x02\x12\x1c\n\x18GENERATION_STATE_WAITING\x10\x03\x12\x1b\n\x17GENERATION_STATE_CANARY\x10\x04\x12 \n\x1cGENERATION_STATE_ROLLED_BACK\x10\x05\x12 \n\x1cGENERATION_STATE_QUARANTINED\x10\x06\x32\xc0\x07\n\x0c\x41\x64minService\x12V\n\tRecompile\x12\".precast.admin.v1.RecompileRequest\x1a#.precast.admin.v1.RecompileResponse0\x01\x12Q\n\x08ListJobs\x12!.precast.admin.v1.ListJobsRequest\x1a\".precast.admin.v1.ListJobsResponse\x12T\n\tCancelJob\x12\".precast.admin.v1.CancelJobRequest\x1a#.precast.admin.v1.CancelJobResponse\x12\x66\n\x0fListGenerations\x12(.precast.admin.v1.ListGenerationsRequest\x1a).precast.admin.v1.ListGenerationsResponse\x12`\n\rRollBackGraph\x12&.precast.admin.v1.RollBackGraphRequest\x1a\'.precast.admin.v1.RollBackGraphResponse\x12`\n\rPinGeneration\x12&.precast.admin.v1.PinGenerationRequest\x1a\'.precast.admin.v1.PinGenerationResponse\x12\x66\n\x0fUnpinGeneration\x12(.precast.admin.v1.UnpinGenerationRequest\x1a).precast.admin.v1.UnpinGenerationResponse\x12\x63\n\x0e\x43ollectGarbage\x12\'.precast.admin.v1.CollectGarbageRequest\x1a(.precast.admin.v1.CollectGarbageResponse\x12W\n\nScrubStore\x12#.precast.admin.v1.ScrubStoreRequest\x1a$.precast.admin.v1.ScrubStoreResponse\x12]\n\x0cResignGraphs\x12%.precast.admin.v1.ResignGraphsRequest\x1a&.precast.admin.v1.ResignGraphsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'precast.admin.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECOMPILESTAGE']._serialized_start=2122
-  _globals['_RECOMPILESTAGE']._serialized_end=2470
-  _globals['_GENERATIONSTATE']._serialized_start=2473
-  _globals['_GENERATIONSTATE']._serialized_end=2712
+  _globals['_RECOMPILESTAGE']._serialized_start=2123
+  _globals['_RECOMPILESTAGE']._serialized_end=2471
+  _globals['_GENERATIONSTATE']._serialized_start=2474
+  _globals['_GENERATIONSTATE']._serialized_end=2713
   _globals['_RECOMPILEREQUEST']._serialized_start=58
   _globals['_RECOMPILEREQUEST']._serialized_end=168
   _globals['_RECOMPILERESPONSE']._serialized_start=171
@@ -56,35 +56,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTGENERATIONSRESPONSE']._serialized_start=928
   _globals['_LISTGENERATIONSRESPONSE']._serialized_end=1004
   _globals['_GENERATION']._serialized_start=1007
-  _globals['_GENERATION']._serialized_end=1210
-  _globals['_ROLLBACKGRAPHREQUEST']._serialized_start=1212
-  _globals['_ROLLBACKGRAPHREQUEST']._serialized_end=1267
-  _globals['_ROLLBACKGRAPHRESPONSE']._serialized_start=1269
-  _globals['_ROLLBACKGRAPHRESPONSE']._serialized_end=1312
-  _globals['_PINGENERATIONREQUEST']._serialized_start=1314
-  _globals['_PINGENERATIONREQUEST']._serialized_end=1369
-  _globals['_PINGENERATIONRESPONSE']._serialized_start=1371
-  _globals['_PINGENERATIONRESPONSE']._serialized_end=1394
-  _globals['_UNPINGENERATIONREQUEST']._serialized_start=1396
-  _globals['_UNPINGENERATIONREQUEST']._serialized_end=1433
-  _globals['_UNPINGENERATIONRESPONSE']._serialized_start=1435
-  _globals['_UNPINGENERATIONRESPONSE']._serialized_end=1480
-  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=1482
-  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=1522
-  _globals['_COLLECTGARBAGERESPONSE']._serialized_start=1525
-  _globals['_COLLECTGARBAGERESPONSE']._serialized_end=1665
-  _globals['_REMOVEDARTIFACT']._serialized_start=1667
-  _globals['_REMOVEDARTIFACT']._serialized_end=1772
-  _globals['_SCRUBSTOREREQUEST']._serialized_start=1774
-  _globals['_SCRUBSTOREREQUEST']._serialized_end=1793
-  _globals['_SCRUBSTORERESPONSE']._serialized_start=1795
-  _globals['_SCRUBSTORERESPONSE']._serialized_end=1884
-  _globals['_DAMAGEDARTIFACT']._serialized_start=1886
-  _globals['_DAMAGEDARTIFACT']._serialized_end=1952
-  _globals['_RESIGNGRAPHSREQUEST']._serialized_start=1954
-  _globals['_RESIGNGRAPHSREQUEST']._serialized_end=1992
-  _globals['_RESIGNGRAPHSRESPONSE']._serialized_start=1994
-  _globals['_RESIGNGRAPHSRESPONSE']._serialized_end=2119
-  _globals['_ADMINSERVICE']._serialized_start=2715
-  _globals['_ADMINSERVICE']._serialized_end=3675
+  _globals['_GENERATION']._serialized_end=1211
+  _globals['_ROLLBACKGRAPHREQUEST']._serialized_start=1213
+  _globals['_ROLLBACKGRAPHREQUEST']._serialized_end=1268
+  _globals['_ROLLBACKGRAPHRESPONSE']._serialized_start=1270
+  _globals['_ROLLBACKGRAPHRESPONSE']._serialized_end=1313
+  _globals['_PINGENERATIONREQUEST']._serialized_start=1315
+  _globals['_PINGENERATIONREQUEST']._serialized_end=1370
+  _globals['_PINGENERATIONRESPONSE']._serialized_start=1372
+  _globals['_PINGENERATIONRESPONSE']._serialized_end=1395
+  _globals['_UNPINGENERATIONREQUEST']._serialized_start=1397
+  _globals['_UNPINGENERATIONREQUEST']._serialized_end=1434
+  _globals['_UNPINGENERATIONRESPONSE']._serialized_start=1436
+  _globals['_UNPINGENERATIONRESPONSE']._serialized_end=1481
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=1483
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=1523
+  _globals['_COLLECTGARBAGERESPONSE']._serialized_start=1526
+  _globals['_COLLECTGARBAGERESPONSE']._serialized_end=1666
+  _globals['_REMOVEDARTIFACT']._serialized_start=1668
+  _globals['_REMOVEDARTIFACT']._serialized_end=1773
+  _globals['_SCRUBSTOREREQUEST']._serialized_start=1775
+  _globals['_SCRUBSTOREREQUEST']._serialized_end=1794
+  _globals['_SCRUBSTORERESPONSE']._serialized_start=1796
+  _globals['_SCRUBSTORERESPONSE']._serialized_end=1885
+  _globals['_DAMAGEDARTIFACT']._serialized_start=1887
+  _globals['_DAMAGEDARTIFACT']._serialized_end=1953
+  _globals['_RESIGNGRAPHSREQUEST']._serialized_start=1955
+  _globals['_RESIGNGRAPHSREQUEST']._serialized_end=1993
+  _globals['_RESIGNGRAPHSRESPONSE']._serialized_start=1995
+  _globals['_RESIGNGRAPHSRESPONSE']._serialized_end=2120
+  _globals['_ADMINSERVICE']._serialized_start=2716
+  _globals['_ADMINSERVICE']._serialized_end=3676
 # @@protoc_insertion_point(module_scope)

@@ -371,7 +371,7 @@ class Generation(_message.Message):
     PUBLISHED_AT_S_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
-    STEP_US_FIELD_NUMBER: _builtins.int
+    LAYER_US_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     state: Global___GenerationState.ValueType
     pinned: _builtins.bool
@@ -381,7 +381,8 @@ class Generation(_message.Message):
     """Of what follows, nothing is known of an artifact that was put aside or removed."""
     size_bytes: _builtins.int
     max_relative_error: _builtins.float
-    step_us: _builtins.float
+    layer_us: _builtins.float
+    """As in GraphState."""
     def __init__(
         self,
         *,
@@ -392,11 +393,11 @@ class Generation(_message.Message):
         published_at_s: _builtins.float = ...,
         size_bytes: _builtins.int = ...,
         max_relative_error: _builtins.float = ...,
-        step_us: _builtins.float = ...,
+        layer_us: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "max_relative_error", b"max_relative_error", "pinned", b"pinned", "published_at_s", b"published_at_s", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "pinned", b"pinned", "published_at_s", b"published_at_s", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

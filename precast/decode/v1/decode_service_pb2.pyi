@@ -71,6 +71,27 @@ ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 5
 """The worker failed while the request ran."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
+class _GraphSizeOrigin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GraphSizeOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GraphSizeOrigin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRAPH_SIZE_ORIGIN_UNSPECIFIED: _GraphSizeOrigin.ValueType  # 0
+    GRAPH_SIZE_ORIGIN_CONFIGURED: _GraphSizeOrigin.ValueType  # 1
+    GRAPH_SIZE_ORIGIN_ADDED: _GraphSizeOrigin.ValueType  # 2
+    GRAPH_SIZE_ORIGIN_DROPPED: _GraphSizeOrigin.ValueType  # 3
+    """Configured or added, then dropped."""
+
+class GraphSizeOrigin(_GraphSizeOrigin, metaclass=_GraphSizeOriginEnumTypeWrapper): ...
+
+GRAPH_SIZE_ORIGIN_UNSPECIFIED: GraphSizeOrigin.ValueType  # 0
+GRAPH_SIZE_ORIGIN_CONFIGURED: GraphSizeOrigin.ValueType  # 1
+GRAPH_SIZE_ORIGIN_ADDED: GraphSizeOrigin.ValueType  # 2
+GRAPH_SIZE_ORIGIN_DROPPED: GraphSizeOrigin.ValueType  # 3
+"""Configured or added, then dropped."""
+Global___GraphSizeOrigin: _TypeAlias = GraphSizeOrigin  # noqa: Y015
+
 class _WorkerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -559,6 +580,9 @@ class GetStatusResponse(_message.Message):
     GRAPH_STEPS_FIELD_NUMBER: _builtins.int
     EAGER_STEPS_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    GRAPH_PROMPT_STEPS_FIELD_NUMBER: _builtins.int
+    EAGER_PROMPT_STEPS_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     model: _builtins.str
     state: Global___WorkerState.ValueType
@@ -572,12 +596,17 @@ class GetStatusResponse(_message.Message):
     weight_dtype: _builtins.str
     quantization: _builtins.str
     graph_steps: _builtins.int
-    """Decode steps since start: replayed from a graph, and eager."""
+    """Steps since start that only decoded: replayed from a graph, and eager."""
     eager_steps: _builtins.int
     restarts: _builtins.int
     """Times the group of ranks was restarted."""
+    graph_prompt_steps: _builtins.int
+    """Steps since start with tokens of prompts in them."""
+    eager_prompt_steps: _builtins.int
     @_builtins.property
     def graphs(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadedGraph]: ...
+    @_builtins.property
+    def traffic(self) -> Global___Traffic: ...
     def __init__(
         self,
         *,
@@ -597,14 +626,131 @@ class GetStatusResponse(_message.Message):
         graph_steps: _builtins.int = ...,
         eager_steps: _builtins.int = ...,
         restarts: _builtins.int = ...,
+        graph_prompt_steps: _builtins.int = ...,
+        eager_prompt_steps: _builtins.int = ...,
+        traffic: Global___Traffic | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eager_steps", b"eager_steps", "graph_steps", b"graph_steps", "graphs", b"graphs", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_total", b"kv_blocks_total", "max_batch_size", b"max_batch_size", "max_context_length", b"max_context_length", "model", b"model", "quantization", b"quantization", "restarts", b"restarts", "running", b"running", "state", b"state", "tensor_parallel_size", b"tensor_parallel_size", "waiting", b"waiting", "weight_dtype", b"weight_dtype", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eager_prompt_steps", b"eager_prompt_steps", "eager_steps", b"eager_steps", "graph_prompt_steps", b"graph_prompt_steps", "graph_steps", b"graph_steps", "graphs", b"graphs", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_total", b"kv_blocks_total", "max_batch_size", b"max_batch_size", "max_context_length", b"max_context_length", "model", b"model", "quantization", b"quantization", "restarts", b"restarts", "running", b"running", "state", b"state", "tensor_parallel_size", b"tensor_parallel_size", "traffic", b"traffic", "waiting", b"waiting", "weight_dtype", b"weight_dtype", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Traffic(_message.Message):
+    """What steps since start were like."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DecodeStepsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PromptStepsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DECODE_STEPS_FIELD_NUMBER: _builtins.int
+    PROMPT_STEPS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    LIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    PADDING_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTS_FIELD_NUMBER: _builtins.int
+    live_tokens: _builtins.int
+    """Tokens in replayed steps: of sequences, and added to fill a graph."""
+    padding_tokens: _builtins.int
+    adapts: _builtins.bool
+    """Whether sizes are added and dropped as traffic shows."""
+    @_builtins.property
+    def decode_steps(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """By tokens: steps that only decoded, and steps with tokens of prompts."""
+
+    @_builtins.property
+    def prompt_steps(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___GraphSize]: ...
+    def __init__(
+        self,
+        *,
+        decode_steps: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        prompt_steps: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        sizes: _abc.Iterable[Global___GraphSize] | None = ...,
+        live_tokens: _builtins.int = ...,
+        padding_tokens: _builtins.int = ...,
+        adapts: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapts", b"adapts", "decode_steps", b"decode_steps", "live_tokens", b"live_tokens", "padding_tokens", b"padding_tokens", "prompt_steps", b"prompt_steps", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
+
+@_typing.final
+class GraphSize(_message.Message):
+    """A number of tokens that a worker has, or had, a graph for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    REPLAYS_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    LAYER_US_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    replays: _builtins.int
+    origin: Global___GraphSizeOrigin.ValueType
+    layer_us: _builtins.float
+    """Median time of a layer in verification, microseconds; 0: not known, or not loaded."""
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        replays: _builtins.int = ...,
+        origin: Global___GraphSizeOrigin.ValueType = ...,
+        layer_us: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_us", b"layer_us", "origin", b"origin", "replays", b"replays", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GraphSize: _TypeAlias = GraphSize  # noqa: Y015
 
 @_typing.final
 class LoadedGraph(_message.Message):

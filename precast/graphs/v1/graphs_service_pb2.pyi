@@ -175,7 +175,7 @@ class GraphState(_message.Message):
     PUBLISHED_AT_S_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     CAPTURE_S_FIELD_NUMBER: _builtins.int
-    STEP_US_FIELD_NUMBER: _builtins.int
+    LAYER_US_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
     PUT_ASIDE_FIELD_NUMBER: _builtins.int
@@ -194,9 +194,9 @@ class GraphState(_message.Message):
     """Largest difference to eager in verification, relative to the largest reference value."""
     capture_s: _builtins.float
     """Seconds that export, compilation and verification took."""
-    step_us: _builtins.float
-    """Median time of the two-layer step that verification replays, microseconds. It compares
-    generations of one graph; a model's own step has more layers.
+    layer_us: _builtins.float
+    """Median time of one layer on one thread in verification, microseconds; 0: not measured. It
+    compares generations of a graph, and graphs for different numbers of tokens.
     """
     signer: _builtins.str
     """Whose key has signed the generation that serves."""
@@ -233,7 +233,7 @@ class GraphState(_message.Message):
         published_at_s: _builtins.float = ...,
         max_relative_error: _builtins.float = ...,
         capture_s: _builtins.float = ...,
-        step_us: _builtins.float = ...,
+        layer_us: _builtins.float = ...,
         quarantined: _abc.Iterable[_builtins.int] | None = ...,
         canary: Global___CanaryAssignment | None = ...,
         put_aside: _abc.Iterable[_builtins.str] | None = ...,
@@ -242,7 +242,7 @@ class GraphState(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "failed_capture", b"failed_capture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "generation", b"generation", "key", b"key", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "generation", b"generation", "key", b"key", "layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

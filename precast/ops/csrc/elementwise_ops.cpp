@@ -1,10 +1,12 @@
-// Schemas and CPU implementations of the small operators; fakes are in precast/ops/native.py. Graphs
-// rarely call them: Inductor takes their definition (capture.py) and fuses it with its neighbours.
+// Schemas and CPU implementations of the small operators; fakes are in precast/ops/native.py. Graphs of
+// few tokens don't call them: Inductor takes their definition (code_gen.py) and fuses it with its
+// neighbours. With many tokens threads count for more, and graphs call them.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "kernels.h"
 #include "pool.h"
+#include "shims.h"
 
 namespace precast {
 namespace {
@@ -99,3 +101,19 @@ TORCH_LIBRARY_IMPL(precast, CPU, m) {
 }
 
 }  // namespace precast
+
+using precast::tensor;
+
+PRECAST_SHIM aoti_torch_cpu_rms_norm(AtenTensorHandle x, AtenTensorHandle weight, double eps,
+                                     AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::rms_norm(tensor(x), tensor(weight), eps));
+}
+
+PRECAST_SHIM aoti_torch_cpu_rotary(AtenTensorHandle x, AtenTensorHandle cos, AtenTensorHandle sin,
+                                   AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::rotary(tensor(x), tensor(cos), tensor(sin)));
+}
+
+PRECAST_SHIM aoti_torch_cpu_silu_and_mul(AtenTensorHandle gate_up, AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::silu_and_mul(tensor(gate_up)));
+}

@@ -1,0 +1,48 @@
+"""How ``precast`` commands reach a decode worker."""
+
+from collections.abc import Callable
+from typing import Any
+
+from precast.cli.compile_link import CALL_TIMEOUT_S
+from precast.errors import PrecastError, WorkerUnavailable
+from precast.settings import CommonSettings, load_settings
+
+
+async def ask_worker(
+    worker: str, redis_url: str | None, method: Callable[[Any], Any], request: Any
+) -> Any:
+    """The answer of a decode worker, named by its id, how it begins, or HOST:PORT; ``method``
+    chooses what is called. Raises ``WorkerUnavailable``."""
+    import grpc.aio
+
+    from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+    from precast.rpc import error_of, open_channel
+
+    address = worker if ":" in worker else await _address(worker, redis_url)
+    async with open_channel(address) as channel:
+        stub: Any = DecodeServiceStub(channel)
+        try:
+            return await method(stub)(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            error: PrecastError = error_of(failure)
+            if failure.code() is grpc.StatusCode.UNAVAILABLE:
+                error = WorkerUnavailable(f"decode worker at {address}: {error}")
+            raise error from None
+
+
+async def _address(worker: str, redis_url: str | None) -> str:
+    from precast.registry import Registry
+
+    registry = Registry.connect(load_settings(CommonSettings, redis_url=redis_url).redis_url)
+    try:
+        leases = await registry.decode_workers()
+    finally:
+        await registry.close()
+    found = [lease for lease in leases if lease.worker_id.startswith(worker)]
+    if len(found) != 1:
+        known = ", ".join(lease.worker_id for lease in leases) or "none"
+        raise WorkerUnavailable(
+            f"{len(found)} live decode workers have an id that begins with {worker!r} "
+            f"(live: {known})"
+        )
+    return found[0].address

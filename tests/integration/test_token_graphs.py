@@ -1,0 +1,121 @@
+"""Graphs for any kind of step: prompts beside what decodes, and sizes that traffic asks for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from precast.decode.v1 import decode_service_pb2 as pb
+from precast.redis_server import start_redis
+from tests.support.compile_worker import WorkerProcess, compile_worker
+from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.models import write_model
+
+MODEL = "tiny"
+BUCKET = 16
+PROMPTS = ([5, 9, 2], list(range(1, 1 + BUCKET)), list(range(20, 60)), [7] * 31)
+"""Shorter than the bucket, as long, and of several chunks."""
+SETTINGS = {"batch_sizes": "4", "prefill_chunk": BUCKET, "prefill_buckets": str(BUCKET)}
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "models" / MODEL)
+    return home
+
+
+@pytest.fixture(scope="module")
+def redis_url(home: Path) -> Iterator[str]:
+    with start_redis(home / "redis") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def compiler(home: Path, redis_url: str) -> Iterator[WorkerProcess]:
+    with compile_worker(home, redis_url) as running:
+        yield running
+
+
+def answers(worker: DecodeWorker) -> list[list[int]]:
+    """One after the other, so that prompts run alone, then all at once: later prompts run beside
+    what the first ones decode."""
+    client = worker.client()
+    outputs = []
+    for round_ in range(2):
+        names = [f"{round_}-{index}" for index in range(len(PROMPTS))]
+        for name, prompt in zip(names, PROMPTS, strict=True):
+            client.start(name, worker.request(prompt, 24, stop={"ignore_eos": True}))
+            if round_ == 0:
+                outputs.append(client.finish(name).token_ids)
+        if round_ == 1:
+            outputs += [client.finish(name).token_ids for name in names]
+    client.close()
+    return outputs
+
+
+def test_prompts_and_mixed_steps_replay_graphs(
+    home: Path, redis_url: str, request: pytest.FixtureRequest
+) -> None:
+    with decode_worker(home, redis_url, MODEL, **SETTINGS) as worker:
+        eager = answers(worker)
+        status = worker.status()
+        assert (status.graph_steps, status.graph_prompt_steps) == (0, 0)
+        assert status.eager_prompt_steps > 0
+    assert eager[: len(PROMPTS)] == eager[len(PROMPTS) :]
+    compiler = request.getfixturevalue("compiler")
+    assert compiler.address
+    with decode_worker(
+        home, redis_url, MODEL, **SETTINGS, wait_for_graphs=True, ready_s=300
+    ) as worker:
+        assert [graph.batch_size for graph in worker.status().graphs] == [4, BUCKET]
+        assert answers(worker) == eager
+        status = worker.status()
+        assert status.eager_steps == 0
+        # alone, each whole chunk; at once, all but the last remainder of the prompts
+        assert status.graph_prompt_steps >= 2 * sum(len(p) // BUCKET for p in PROMPTS)
+        assert status.eager_prompt_steps < status.graph_prompt_steps
+        assert status.traffic.live_tokens > status.traffic.padding_tokens > 0
+
+
+def test_a_size_that_traffic_needs_is_captured_and_used(
+    home: Path, redis_url: str, compiler: WorkerProcess
+) -> None:
+    """Three sequences at a time, where there are graphs of one and eight."""
+    del compiler
+    with decode_worker(
+        home,
+        redis_url,
+        MODEL,
+        batch_sizes="1,8",
+        adapt_interval_s=0.2,
+        wait_for_graphs=True,
+        ready_s=300,
+    ) as worker:
+        client = worker.client()
+
+        def three_answers() -> pb.Traffic:
+            for name in "abc":
+                client.start(name, worker.request([5, 9, 2], 60, stop={"ignore_eos": True}))
+            for name in "abc":
+                client.finish(name)
+            return worker.status().traffic
+
+        def added() -> bool:
+            return {s.tokens: s.origin for s in three_answers().sizes}.get(
+                3
+            ) == pb.GRAPH_SIZE_ORIGIN_ADDED
+
+        eventually(added, 60)
+        eventually(lambda: 3 in [graph.batch_size for graph in worker.status().graphs], 240)
+        assert worker.is_ready()
+        padding = worker.status().traffic.padding_tokens
+        seen = three_answers()
+        replays = {size.tokens: size.replays for size in seen.sizes}
+        assert replays[3] >= 50
+        assert seen.padding_tokens - padding < 50
+        assert [size.tokens for size in seen.sizes] == [1, 3, 8]
+        assert [graph.batch_size for graph in worker.status().graphs] == [1, 3, 8]
+        client.close()
