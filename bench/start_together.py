@@ -91,6 +91,7 @@ def launched(fleet: Fleet) -> Iterator[DecodeWorker]:
     given: dict[str, Any] = {"home": str(fleet.home), "redis_url": fleet.redis_url}
     given |= {"listen": address, "model": fleet.model, "cache_dir": str(scratch)}
     given |= {"batch_sizes": ",".join(map(str, SIZES)), "wait_for_graphs": True}
+    given |= {"prefill_buckets": "", "adapt_graphs": False}
     if fleet.real:
         given |= {"quantization": "int8", "max_context_length": 512}
     rank = "services.decode_worker.rank" if fleet.real else "bench.start_rank"
