@@ -27,6 +27,8 @@ from precast.process import available_cpus, pin
 
 WORKING_SET = 192 << 20
 ROUNDS = 9
+SETTLE_S = 0.02
+"""Before each run: torch's threads go on spinning for milliseconds after their last one."""
 
 Run = Callable[[], object]
 
@@ -88,6 +90,7 @@ def timed(run: Run, cores: tuple[int, ...], torch_threads: bool) -> float:
     # would share one, and fbgemm took eight times as long.
     pin(cores if torch_threads else cores[:1])
     torch.set_num_threads(len(cores) if torch_threads else 1)
+    time.sleep(SETTLE_S)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

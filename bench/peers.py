@@ -5,9 +5,9 @@
 ``--peer-python`` is a Python that has llama-cpp-python, best built with
 CMAKE_ARGS="-DGGML_NATIVE=ON". Both sides compute one step's logits from token ids; nothing else is
 in the times. The peer runs with and without flash attention and repacked weights; its best counts,
-chosen anew for each row. Prints medians and their ratio for 4-bit (Q4_0) and 8-bit (Q8_0 against
-per-channel int8) weights, and the share of the memory bandwidth that the decode step's weights take
-at width 1.
+chosen anew for each row. Prints medians, their ratio and that of the fastest steps, for 4-bit
+(Q4_0) and 8-bit (Q8_0 against per-channel int8) weights, and the share of the memory bandwidth that
+the decode step's weights take at width 1.
 """
 
 import argparse
@@ -42,7 +42,9 @@ Cores = tuple[int, ...]
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 128
 STEPS = 16
-ROUNDS = 5
+ROUNDS = 4
+TRIAL_STEPS = 4
+"""Of each of the peer's variants, before one is chosen."""
 PAIRS = (("q4_0", "q4_0"), ("int8", "q8_0"))
 """Our weights against the peer's."""
 VARIANTS = ((), ("--flash",), ("--repack",), ("--flash", "--repack"))
@@ -139,15 +141,15 @@ class Precast:
 
 def compare(
     ours: Callable[[], list[float]], theirs: Callable[[], list[float]]
-) -> tuple[float, float]:
-    """Medians of both, called in turn."""
+) -> tuple[list[float], list[float]]:
+    """Seconds of both, called in turn."""
     samples: tuple[list[float], list[float]] = ([], [])
     for round_ in range(ROUNDS + 1):
         for function, seconds in zip((ours, theirs), samples, strict=True):
             values = function()
             if round_ > 0:  # the first warms up
                 seconds += values
-    return statistics.median(samples[0]), statistics.median(samples[1])
+    return samples
 
 
 def best(peers: list[Peer], order: dict[str, object]) -> Peer:
@@ -158,22 +160,35 @@ def best(peers: list[Peer], order: dict[str, object]) -> Peer:
 
 
 def rows(
-    ours: Precast, peers: list[Peer], graphs: Path, widths: list[int], prefill: int
-) -> Iterator[tuple[str, float, float, float, str]]:
-    """What was done, tokens a second of ours and of the peer's best, bytes a second of our weights,
-    and the peer's variant."""
+    ours: Precast, peers: list[Peer], graphs: Path, widths: list[int], prefill: int, read: float
+) -> Iterator[list[str]]:
+    """What was done, tokens a second of both, ratios, our share of the bandwidth, the variant."""
     for width in widths:
         package = capture(ours.shape, width, graphs)
         graph = Graph(package, width, ours.shape, ours.weights, ours.caches)
+        peer = best(peers, {"decode": width, "steps": TRIAL_STEPS})
         order: dict[str, object] = {"decode": width, "steps": STEPS}
-        peer = best(peers, order)
-        mine, theirs = compare(partial(ours.decode, graph, width), partial(peer.ask, order))
-        rate = ours.weight_bytes() / mine
-        yield f"decode {width}", width / mine, width / theirs, rate, peer.variant
-    order = {"prefill": prefill}
-    peer = best(peers, order)
-    mine, theirs = compare(partial(ours.prefill, prefill), partial(peer.ask, order))
-    yield f"prefill {prefill}", prefill / mine, prefill / theirs, 0.0, peer.variant
+        both = compare(partial(ours.decode, graph, width), partial(peer.ask, order))
+        share = ours.weight_bytes() / statistics.median(both[0]) / read if width == 1 else None
+        yield cells(f"decode {width}", width, both, share, peer)
+    peer = best(peers, {"prefill": prefill})
+    both = compare(partial(ours.prefill, prefill), partial(peer.ask, {"prefill": prefill}))
+    yield cells(f"prefill {prefill}", prefill, both, None, peer)
+
+
+def cells(
+    what: str, tokens: int, both: tuple[list[float], list[float]], share: float | None, peer: Peer
+) -> list[str]:
+    mine, theirs = map(statistics.median, both)
+    return [
+        what,
+        f"{tokens / mine:.0f}",
+        f"{tokens / theirs:.0f}",
+        f"{theirs / mine:.2f}",
+        f"{min(both[1]) / min(both[0]):.2f}",
+        "" if share is None else f"{share:.0%}",
+        peer.variant,
+    ]
 
 
 def quantized(python: str, name: str, folder: Path, cores: Cores) -> Path:
@@ -198,8 +213,7 @@ def main() -> None:
     cores = available_cpus()
     native.start_threads(cores)
     bandwidth = read_bandwidth()
-    columns = ("weights", "what", "Precast tok/s", "llama.cpp tok/s", "ratio", "of read", "peer")
-    table = Table(*columns)
+    table = Table("weights", "what", "tok/s", "llama.cpp", "ratio", "of fastest", "of read", "peer")
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = import_model(MODEL, arguments.home / "models", report=print).path
         graphs = arguments.graphs or Path(scratch)
@@ -209,10 +223,10 @@ def main() -> None:
             gguf = quantized(arguments.peer_python, theirs, Path(scratch), cores)
             peers = [Peer(arguments.peer_python, gguf, cores, v) for v in VARIANTS]
             ours = Precast(folder, quantization, max(widths))
-            for what, a, b, rate, variant in rows(ours, peers, graphs, widths, arguments.prefill):
-                name = f"{quantization} : {theirs}"
-                share = f"{rate / bandwidth:.0%}" if what == "decode 1" else ""
-                table.add_row(name, what, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}", share, variant)
+            name = f"{quantization} : {theirs}"
+            for row in rows(ours, peers, graphs, widths, arguments.prefill, bandwidth):
+                table.add_row(name, *row)
+                print(name, *row, file=sys.stderr, flush=True)  # it takes a minute or two
             for peer in peers:
                 peer.close()
     console = Console()
