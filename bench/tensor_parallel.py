@@ -95,7 +95,7 @@ def step(step_id: int, width: int) -> Step:
     greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0)
     return Step(
         step_id=step_id,
-        prefill=False,
+        graph_batch_size=width,
         token_ids=ints(np.arange(width) + 100),
         positions=ints(np.full(width, CONTEXT)),
         slots=ints(tables[:, CONTEXT // BLOCK_SIZE] * BLOCK_SIZE + CONTEXT % BLOCK_SIZE),
@@ -113,9 +113,8 @@ async def run(group: RankGroup, ids: "count[int]", width: int) -> list[float]:
         command = step(next(ids), width)
         started = time.perf_counter()
         group.send_step(command)
-        done = await group.step_done(TIMEOUT_S)
+        await group.step_done(TIMEOUT_S)
         times.append(time.perf_counter() - started)
-        assert done.graph_batch_size == width
     return times
 
 
