@@ -98,6 +98,8 @@ def _select_target(isa: str) -> None:
     """
     from torch._inductor import cpu_vec_isa
 
+    # AVX-512's would compile and load a program to see whether this CPU has bf16: 0.4 s a capture.
+    cpu_vec_isa.VecAVX512.__bool__ = cpu_vec_isa.VecISA.__bool__  # type: ignore[method-assign,assignment]
     name = TARGETS[isa][0]
     chosen = [getattr(cpu_vec_isa, name)()] if name else []
     cpu_vec_isa.valid_vec_isa_list = lambda: chosen  # type: ignore[assignment]
