@@ -51,9 +51,11 @@ REAL_MODEL = "smollm2-135m-instruct"
 READY_S = 180.0
 LEADER = (
     "import sys, json; from precast.settings import DecodeWorkerSettings, load_settings;"
+    "from services.decode_worker.rank_launch import RankLauncher;"
+    "launcher = RankLauncher(sys.argv[2]); launcher.start_early(1);"
     "from services.decode_worker.main import run;"
     "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
-    "sys.exit(run(settings, sys.argv[2]))"
+    "sys.exit(run(settings, launcher))"
 )
 
 

@@ -30,10 +30,18 @@ def run_compile_worker(settings: CompileWorkerSettings) -> None:
 
 
 def run_decode_worker(settings: DecodeWorkerSettings) -> None:
-    _announce("decode-worker", settings)
-    from services.decode_worker.main import run
+    from services.decode_worker.rank_launch import RankLauncher
 
-    raise typer.Exit(run(settings))
+    launcher = RankLauncher()
+    launcher.start_early(settings.tp)
+    try:
+        _announce("decode-worker", settings)
+        from services.decode_worker.main import run
+
+        code = run(settings, launcher)
+    finally:
+        launcher.close()
+    raise typer.Exit(code)
 
 
 def _announce(service: str, settings: CommonSettings) -> None:

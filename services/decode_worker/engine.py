@@ -20,6 +20,7 @@ from services.decode_worker import scheduler as scheduling
 from services.decode_worker.graph_set import GraphSet
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.rank_group import GroupFailed, RankGroup
+from services.decode_worker.rank_launch import RankLauncher
 from services.decode_worker.rank_protocol import Init, Logprobs, Ready
 from services.decode_worker.requests import Request
 from services.decode_worker.scheduler import ScheduledStep, Scheduler
@@ -54,7 +55,7 @@ class Engine:
         scheduler: Scheduler,
         graphs: GraphSet,
         inits: Callable[[], Sequence[Init]],
-        rank_module: str,
+        launcher: RankLauncher,
         metrics: Metrics,
         step_timeout_s: float = STEP_TIMEOUT_S,
     ) -> None:
@@ -62,7 +63,7 @@ class Engine:
         self._scheduler = scheduler
         self._graphs = graphs
         self._inits = inits
-        self._rank_module = rank_module
+        self._launcher = launcher
         self._metrics = metrics
         self._step_timeout_s = step_timeout_s
         self._requests: dict[str, Request] = {}
@@ -148,7 +149,7 @@ class Engine:
             await asyncio.sleep(pause)
 
     async def _run_group(self) -> None:
-        group = await RankGroup.start(self._inits(), self._rank_module)
+        group = await RankGroup.start(self._inits(), self._launcher)
         try:
             self.ready = group.ready
             self._graphs.group_started(group.ready)

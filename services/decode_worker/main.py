@@ -31,7 +31,8 @@ from services.decode_worker.graph_set import GraphSet
 from services.decode_worker.graph_shelf import GraphShelf
 from services.decode_worker.graphs_client import GraphsClient
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.rank_group import RANK_MODULE, GroupFailed
+from services.decode_worker.rank_group import GroupFailed
+from services.decode_worker.rank_launch import RankLauncher
 from services.decode_worker.rank_protocol import Init
 from services.decode_worker.scheduler import Scheduler
 from services.decode_worker.worker import Worker
@@ -46,14 +47,17 @@ KV_MEMORY_SHARE: Final = 0.3
 _GAUGE_INTERVAL_S: Final = 1.0
 
 
-def run(settings: DecodeWorkerSettings, rank_module: str = RANK_MODULE) -> int:
+def run(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
     """Serves until SIGTERM or SIGINT; the exit code. Raises PrecastError if it can't start."""
     logging.configure("decode-worker", settings)
-    asyncio.run(_serve(settings, rank_module))
+    try:
+        asyncio.run(_serve(settings, launcher))
+    finally:
+        launcher.close()
     return 0
 
 
-async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
+async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None:
     started = time.monotonic()
     config = load_config(settings.model_dir)
     tokenizer = load_tokenizer(settings)
@@ -81,7 +85,7 @@ async def _serve(settings: DecodeWorkerSettings, rank_module: str) -> None:
         scheduler=scheduler,
         graphs=graphs,
         inits=lambda: rank_inits(settings, context, blocks),
-        rank_module=rank_module,
+        launcher=launcher,
         metrics=metrics,
     )
     running = asyncio.create_task(engine.run(), name="engine")

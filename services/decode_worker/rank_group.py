@@ -8,9 +8,7 @@ time-out.
 import asyncio
 import contextlib
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, Final, TypeVar
@@ -18,6 +16,7 @@ from typing import Any, Final, TypeVar
 from precast.graphs.lifecycle import CRASH_SIGNALS
 from precast.log import get_logger
 from precast.shared_memory import remove_segment
+from services.decode_worker.rank_launch import RankLauncher
 from services.decode_worker.rank_protocol import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -41,7 +40,6 @@ log = get_logger(__name__)
 START_TIMEOUT_S: Final = 120.0
 LOAD_GRAPH_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 3.0
-RANK_MODULE: Final = "services.decode_worker.rank"
 
 _R = TypeVar("_R", bound=Reply)
 _T = TypeVar("_T")
@@ -106,13 +104,13 @@ class RankGroup:
         self.ready: tuple[Ready, ...] = ()
 
     @classmethod
-    async def start(cls, inits: Sequence[Init], rank_module: str = RANK_MODULE) -> "RankGroup":
-        """Spawns one process for each Init and waits until all have loaded their shard."""
+    async def start(cls, inits: Sequence[Init], launcher: RankLauncher) -> "RankGroup":
+        """Takes one process for each Init and waits until all have loaded their shard."""
         group = cls()
         group._group_id = inits[0].group_id
         try:
             for index in range(len(inits)):
-                await group._spawn(index, rank_module)
+                await group._connect(index, launcher)
             for rank, init in zip(group._ranks, inits, strict=True):
                 rank.send(frame(init))
             group.ready = tuple(await group._answers(Ready, START_TIMEOUT_S))
@@ -174,17 +172,14 @@ class RankGroup:
         for rank in self._ranks:
             rank.send(data)
 
-    async def _spawn(self, index: int, rank_module: str) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", rank_module, "--fd", str(theirs.fileno())]
-            # Not asyncio's: its child watcher would reap ranks from a thread that may be gone, and
-            # a fork and exec is all that blocks here.
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: ASYNC220
-            self._processes.append(process)
+    async def _connect(self, index: int, launcher: RankLauncher) -> None:
+        # Not asyncio's processes: its child watcher would reap ranks from a thread that may be
+        # gone, and a fork and exec is all that blocks here.
+        process, connection = launcher.take()
+        self._processes.append(process)
         loop = asyncio.get_running_loop()
         rank = _Rank(self, index)
-        await loop.create_unix_connection(lambda: rank, sock=ours)
+        await loop.create_unix_connection(lambda: rank, sock=connection)
         self._ranks.append(rank)
 
     async def _answers(self, kind: type[_R], timeout_s: float) -> list[_R]:

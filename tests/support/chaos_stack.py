@@ -54,8 +54,9 @@ CALM_S = 120.0
 DECODE_WORKER = (
     "import sys, json; from precast.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.main import run;"
+    "from services.decode_worker.rank_launch import RankLauncher;"
     "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
-    "sys.exit(run(settings, 'tests.support.chaos_rank'))"
+    "sys.exit(run(settings, RankLauncher('tests.support.chaos_rank')))"
 )
 
 
