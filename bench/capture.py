@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def llama_1b() -> Shape:
     )
 
 
-MODELS: Final = {
+MODELS: Final[dict[str, tuple[str, int, Callable[[], Shape]]]] = {
     "smollm2": ("SmolLM2-135M", 30, lambda: smollm2("q4_1")),
     "llama-1b": ("Llama 3.2 1B", 16, llama_1b),
 }

@@ -26,6 +26,7 @@ from precast.ops import native
 from precast.process import available_cpus
 from precast.shared_memory import new_segment_name
 from services.decode_worker.rank_group import RankGroup
+from services.decode_worker.rank_launch import RankLauncher
 from services.decode_worker.rank_protocol import Init, LoadGraph, Sampling, Step
 
 MODEL = "smollm2-135m-instruct"
@@ -137,7 +138,8 @@ async def measure(arguments: argparse.Namespace, folder: Path, scratch: Path, ta
         groups = []
         for name, layout in layouts.items():
             group = await RankGroup.start(
-                inits(layout, folder, scratch / "packed", quantization, max(widths))
+                inits(layout, folder, scratch / "packed", quantization, max(widths)),
+                RankLauncher(),
             )
             groups.append(group)
             graphs = arguments.graphs or scratch / "graphs"

@@ -31,7 +31,8 @@ class TorchOperators:
 
     def selection(self) -> Selection:
         known = reference.select()
-        kernels = {**known.kernels, "linear": self._linear, "embedding": self._embedding}
+        kernels: dict[str, Callable[..., Tensor]] = dict(known.kernels)
+        kernels |= {"linear": self._linear, "embedding": self._embedding}
         return replace(known, kernels=kernels)
 
     def _linear(

@@ -70,7 +70,7 @@ def model_of(shape: Shape, batch_size: int) -> Model:
         shape=shape,
         weights=random_weights(shape, plan, models.CAPTURE_POSITIONS, generator),
         caches=[models.random_cache(shape, BLOCK_SIZE, generator) for _ in plan],
-        inputs=models.step_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator),
+        inputs=models.decode_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator),
     )
 
 
@@ -81,6 +81,7 @@ def part(name: str, module: nn.Module, inputs: list[Tensor]) -> Part:
         inputs=tuple(inputs),
         dynamic=(None,) * len(inputs),
         shared=False,
+        fused=True,
     )
 
 
@@ -128,8 +129,8 @@ def compiled(parts: list[Part], folder: Path, kept: Path) -> tuple[Path, float]:
     return folder / "graph.pt2", time.perf_counter() - started
 
 
-def runner(package: Path, layers: list[str]) -> Any:
-    return torch.classes.precast.StepRunner(str(package), layers)
+def runner(package: Path, layers: list[str], tokens: int) -> Any:
+    return torch.classes.precast.StepRunner(str(package), layers, tokens)
 
 
 def measure(shape: Shape, batch_size: int, folder: Path) -> list[str]:
@@ -139,14 +140,14 @@ def measure(shape: Shape, batch_size: int, folder: Path) -> list[str]:
     layered, layered_s = compiled(layered_parts(model), folder / f"layered-{batch_size}", kept)
     parts, bound = unrolled_parts(model)
     unrolled, unrolled_s = compiled(parts, folder / f"unrolled-{batch_size}", kept)
-    by_layer = runner(layered, models.layer_models(shape))
+    by_layer = runner(layered, models.layer_models(shape), batch_size)
     by_layer.bind(
         *models.runner_weights(model.weights, model.caches),
         *models.runner_plan(shape, model.weights),
     )
-    whole = runner(unrolled, [])
+    whole = runner(unrolled, [], batch_size)
     whole.bind(bound, [], [], [], [])
-    step = model.inputs.token_ids, model.inputs.positions, list(model.inputs.paging)
+    step = model.inputs.token_ids, model.inputs.positions, list(model.inputs.paging), None
     layered_step_s, unrolled_step_s = alternate(
         [lambda: by_layer.run(*step), lambda: whole.run(*step)]
     )
