@@ -26,6 +26,10 @@ const float* bias_of(const std::optional<at::Tensor>& bias, int64_t n) {
   return bias->const_data_ptr<float>();
 }
 
+constexpr int64_t kTileRowsFrom = 4, kTilePanels = 3;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 Format format_of(int64_t format) {
@@ -76,9 +80,11 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   args.bias = bias_of(bias, n);
   args.y = y.mutable_data_ptr<float>();
   if (is_quantized(args.format)) quantize_inputs(args);
+  // Many rows are computed in tiles of several panels: threads get whole ones.
+  const int64_t unit = args.m >= kTileRowsFrom ? kTilePanels : 1;
   ThreadPool::instance().run([&](int part, int parts) {
-    const Range panels = share(weight.size(0), part, parts);
-    kernels().linear(args, panels.begin, panels.end);
+    const Range units = share(ceil_div(weight.size(0), unit), part, parts);
+    kernels().linear(args, units.begin * unit, std::min(units.end * unit, weight.size(0)));
   });
   return y;
 }
@@ -322,8 +328,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   float* shared = partials.data();
   pool.run([&](int part, int parts) {
     thread_local std::vector<float> local;
-    // Dealt out one by one: causal rows cost more the later they come.
-    for (size_t i = part; i < items.size(); i += parts) {
+    // Dealt out one by one, neighbours to different threads: causal rows cost more the later they come.
+    const int each = parts / pool.size();
+    for (size_t i = part % each * pool.size() + part / each; i < items.size(); i += parts) {
       const Item& item = items[i];
       const int64_t rows = static_cast<int64_t>(item.tokens) * (args.q_heads / args.kv_heads);
       const int64_t scratch = attention_scratch_floats(args, item.tokens);

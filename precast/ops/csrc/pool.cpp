@@ -18,7 +18,8 @@ namespace {
 constexpr int kSpins = 4000;
 
 // Parts that a job is cut into for each thread: few enough that weights are read in long runs, enough
-// that threads that started late or were interrupted leave the rest to the others.
+// that threads that started late or were interrupted leave the rest to the others. A thread's own
+// follow each other in memory.
 constexpr int kPartsPerThread = 4;
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
@@ -41,25 +42,64 @@ void pin(int64_t core) {
 
 }  // namespace
 
-// The gate holds an epoch, the number of workers inside, and whether the job may be entered. A worker
-// enters by compare-and-swap, so it can't enter a job that was closed, or another one, in between.
+// Each thread has a slot with a run of parts, and takes from the others' once its own is done. A slot's
+// word is the job's number above the next part, and parts are claimed by compare-and-swap: a worker
+// that comes late finds another number or nothing left, and nobody waits for it. That word is also what a
+// worker waits on, in the cache line that says what to run, so that a job costs it one line's way from
+// the caller, and the caller one line's way back.
 struct ThreadPool::State {
-  static constexpr uint64_t kOpen = 1, kOne = 2, kInside = 0xfffe, kEpoch = 1 << 16;
-  alignas(64) std::atomic<uint64_t> gate{0};
-  alignas(64) std::atomic<uint32_t> job{0};  // counts jobs; what sleeping workers wait on
-  alignas(64) std::atomic<int> sleepers{0};
-  alignas(64) std::atomic<int> next{0};  // next part to be taken
-  int parts = 0;
-  void (*fn)(void*, int, int) = nullptr;
-  void* context = nullptr;
+  struct alignas(64) Slot {
+    std::atomic<uint64_t> word{0};
+    void (*fn)(void*, int, int) = nullptr;  // read by those who have claimed a part
+    void* context = nullptr;
+  };
+  struct alignas(64) Finished {
+    std::atomic<uint64_t> parts{0};  // of all jobs, by this worker
+  };
+
+  explicit State(int threads) : slots(threads), finished(threads) {}
+
+  // The next part of a slot in this job, or -1.
+  int claim(int slot, uint32_t job) {
+    const uint64_t end = static_cast<uint64_t>(slot + 1) * kPartsPerThread;
+    std::atomic<uint64_t>& shared = slots[slot].word;
+    uint64_t word = shared.load(std::memory_order_acquire);
+    while (word >> 32 == job && (word & 0xffffffff) < end) {
+      if (shared.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
+                                       std::memory_order_acquire)) {
+        return static_cast<int>(word & 0xffffffff);
+      }
+    }
+    return -1;
+  }
+
+  // Runs what is left of a job, `self`'s own parts first; returns how many parts.
+  int work_on(int self, uint32_t job) {
+    const int threads = static_cast<int>(slots.size());
+    int done = 0;
+    for (int i = 0; i < threads; ++i) {
+      const int slot = self + i < threads ? self + i : self + i - threads;
+      for (int part; (part = claim(slot, job)) >= 0; ++done) {
+        slots[slot].fn(slots[slot].context, part, threads * kPartsPerThread);
+      }
+    }
+    return done;
+  }
+
+  uint64_t finished_by_workers() const {
+    uint64_t total = 0;
+    for (const Finished& f : finished) total += f.parts.load(std::memory_order_acquire);
+    return total;
+  }
+
+  std::vector<Slot> slots;
+  std::vector<Finished> finished;
+  uint32_t job = 0;       // the caller's
+  uint64_t expected = 0;  // parts that workers have claimed in all jobs; the caller's
+  alignas(64) std::atomic<uint32_t> wakeups{0};  // what sleeping workers wait on
+  std::atomic<int> sleepers{0};
   std::atomic<bool> stopping{false};
   std::vector<std::thread> workers;
-
-  void take_parts() {
-    for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-      fn(context, part, parts);
-    }
-  }
 };
 
 ThreadPool& ThreadPool::instance() {
@@ -73,51 +113,61 @@ void ThreadPool::start(const std::vector<int64_t>& cores) {
   size_ = cores.empty() ? 1 : static_cast<int>(cores.size());
   if (!cores.empty()) pin(cores[0]);
   if (size_ == 1) return;
-  state_ = new State();
+  state_ = new State(size_);
   for (int i = 1; i < size_; ++i) {
-    state_->workers.emplace_back(&ThreadPool::work, this, cores[i]);
+    state_->workers.emplace_back(&ThreadPool::work, this, i, cores[i]);
   }
 }
 
 void ThreadPool::stop() {
   if (state_ == nullptr) return;
   state_->stopping.store(true);
-  state_->job.fetch_add(1);
-  futex_wake_all(state_->job);
+  publish(nullptr, nullptr);
   for (auto& worker : state_->workers) worker.join();
   delete state_;
   state_ = nullptr;
   size_ = 1;
 }
 
-void ThreadPool::work(int64_t core) {
+void ThreadPool::work(int self, int64_t core) {
   pin(core);
   State& s = *state_;
+  const std::atomic<uint64_t>& word = s.slots[self].word;
   uint32_t seen = 0;
   while (true) {
     int spins = 0;
-    while (s.job.load(std::memory_order_acquire) == seen) {
+    while (word.load(std::memory_order_acquire) >> 32 == seen) {
       if (++spins < kSpins) {
         _mm_pause();
         continue;
       }
-      // Sequentially consistent with run(): either run sees the sleeper, or the futex sees the job.
+      // Sequentially consistent with publish(): either it sees the sleeper, or we see the job.
       s.sleepers.fetch_add(1);
-      if (s.job.load() == seen) futex_wait(s.job, seen);
+      const uint32_t wakeups = s.wakeups.load();
+      if (word.load() >> 32 == seen) futex_wait(s.wakeups, wakeups);
       s.sleepers.fetch_sub(1);
     }
-    seen = s.job.load(std::memory_order_acquire);
     if (s.stopping.load()) return;
-    uint64_t gate = s.gate.load(std::memory_order_acquire);
-    bool inside = false;
-    while ((gate & State::kOpen) != 0 && !inside) {
-      inside = s.gate.compare_exchange_weak(gate, gate + State::kOne, std::memory_order_acq_rel,
-                                            std::memory_order_acquire);
+    seen = static_cast<uint32_t>(word.load(std::memory_order_acquire) >> 32);
+    if (const int done = s.work_on(self, seen); done > 0) {
+      s.finished[self].parts.fetch_add(done, std::memory_order_release);
     }
-    if (!inside) continue;  // too late: the others have done it all
-    s.take_parts();
-    s.gate.fetch_sub(State::kOne, std::memory_order_release);
   }
+}
+
+// Nobody has a part of the job before, so nobody reads what is written here.
+void ThreadPool::publish(void (*fn)(void*, int, int), void* context) {
+  State& s = *state_;
+  const uint64_t job = ++s.job;
+  for (int slot = size_ - 1; slot >= 0; --slot) {  // the caller's last: it needs no telling
+    s.slots[slot].fn = fn;
+    s.slots[slot].context = context;
+    s.slots[slot].word.store(job << 32 | static_cast<uint64_t>(slot) * kPartsPerThread,
+                             slot > 0 ? std::memory_order_seq_cst : std::memory_order_release);
+  }
+  if (s.sleepers.load() == 0) return;
+  s.wakeups.fetch_add(1);
+  futex_wake_all(s.wakeups);
 }
 
 void ThreadPool::run(void (*fn)(void*, int, int), void* context) {
@@ -125,20 +175,11 @@ void ThreadPool::run(void (*fn)(void*, int, int), void* context) {
     fn(context, 0, 1);
     return;
   }
+  publish(fn, context);
   State& s = *state_;
-  // The gate is closed and nobody is inside, so nobody reads these.
-  s.fn = fn;
-  s.context = context;
-  s.parts = size_ * kPartsPerThread;
-  s.next.store(0, std::memory_order_relaxed);
-  const uint64_t epoch = (s.gate.load(std::memory_order_relaxed) & ~(State::kEpoch - 1));
-  s.gate.store(epoch + State::kEpoch + State::kOpen, std::memory_order_release);
-  s.job.fetch_add(1);
-  if (s.sleepers.load() > 0) futex_wake_all(s.job);
-  s.take_parts();
-  s.gate.fetch_and(~State::kOpen, std::memory_order_acq_rel);
+  s.expected += size_ * kPartsPerThread - s.work_on(0, s.job);
   int spins = 0;
-  while ((s.gate.load(std::memory_order_acquire) & State::kInside) != 0) {
+  while (s.finished_by_workers() != s.expected) {
     if (++spins < kSpins) {
       _mm_pause();
     } else {
