@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from precast.models.config import load_config
 from precast.models.forward import hidden_states, logits
 from precast.models.importer import find_built_in, import_model
 from precast.models.kv_cache import new_cache
+from precast.models.precision import KvDtype
 from precast.models.sharding import shard
 from precast.models.weights import Weights, load_weights
 from precast.ops import native
@@ -83,9 +85,9 @@ class Peer:
 class Precast:
     """A rank's model without its services."""
 
-    def __init__(self, folder: Path, quantization: str, width: int) -> None:
+    def __init__(self, folder: Path, quantization: str, kv_dtype: KvDtype, width: int) -> None:
         config = load_config(folder)
-        self.shape = shape = smollm2(quantization)
+        self.shape = shape = replace(smollm2(quantization), kv_dtype=kv_dtype)
         part = shard(config, 0, 1)
         self.weights: Weights = load_weights(folder, config, part, shape, CONTEXT + 1024)
         self.blocks_a_row = -(-(CONTEXT + STEPS + 1) // BLOCK_SIZE)
@@ -204,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--widths", default="1,4,16,32")
+    parser.add_argument("--kv-dtype", default="bf16", help="the peer's has 16 bits")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--only", choices=[ours for ours, _ in PAIRS], help="these weights alone")
     parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
@@ -216,13 +219,13 @@ def main() -> None:
     table = Table("weights", "what", "tok/s", "llama.cpp", "ratio", "of fastest", "of read", "peer")
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = import_model(MODEL, arguments.home / "models", report=print).path
-        graphs = arguments.graphs or Path(scratch)
+        graphs = (arguments.graphs or Path(scratch)) / arguments.kv_dtype
         for quantization, theirs in PAIRS:
             if arguments.only not in (None, quantization):
                 continue
             gguf = quantized(arguments.peer_python, theirs, Path(scratch), cores)
             peers = [Peer(arguments.peer_python, gguf, cores, v) for v in VARIANTS]
-            ours = Precast(folder, quantization, max(widths))
+            ours = Precast(folder, quantization, arguments.kv_dtype, max(widths))
             name = f"{quantization} : {theirs}"
             for row in rows(ours, peers, graphs, widths, arguments.prefill, bandwidth):
                 table.add_row(name, *row)
@@ -231,7 +234,8 @@ def main() -> None:
                 peer.close()
     console = Console()
     console.print(
-        f"SmolLM2-135M, {len(cores)} threads, {native.native_isa()}, contexts from {CONTEXT}, "
+        f"SmolLM2-135M, KV {arguments.kv_dtype}, {len(cores)} threads, {native.native_isa()}, "
+        f"contexts from {CONTEXT}, "
         f"memory read {bandwidth / 1e9:.1f} GB/s"
     )
     console.print(table)

@@ -5,12 +5,13 @@ need no horizontal sums. int8 keys and values carry a float32 scale each, in fou
 features.
 """
 
+import math
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from precast.ops import numa
+from precast.ops.memory import mapped_zeros
 
 KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 SCALE_BYTES: Final = 4
@@ -34,8 +35,8 @@ def new_cache(
     head_dim: int,
     token_major: bool = False,
 ) -> LayerCache:
-    """A cache of zeros near the compute threads. They are mapped lazily: a block costs memory when
-    it is first written.
+    """A cache of zeros near the compute threads, on huge pages. They are mapped lazily: a page
+    costs memory when it is first written.
 
     ``token_major``: the same shapes over memory in which a token's heads lie side by side, for
     kernel providers that want it.
@@ -52,9 +53,8 @@ def new_cache(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    zeros = torch.zeros(shape, dtype=dtype)
-    numa.place(zeros)
-    return zeros
+    size = math.prod(shape) * dtype.itemsize
+    return mapped_zeros(size)[:size].view(dtype).view(shape)
 
 
 def fill_cache(cache: LayerCache, k: Tensor, v: Tensor) -> None:

@@ -1,5 +1,5 @@
-"""Memory for packed weights: contiguous, near the compute threads' cores, and on huge pages where
-the kernel gives them.
+"""Memory for packed weights and KV caches: contiguous, near the compute threads' cores, and on huge
+pages where the kernel gives them.
 
 A decode step reads every weight once, more pages than the TLB holds, and on a virtual machine each
 miss is a walk through two tables. See docs/decisions.md for what huge pages gained.
@@ -31,7 +31,7 @@ class Arena:
         nbytes = math.prod(shape)
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if size > self._free.numel():
-            self._free = _map(max(size, CHUNK))
+            self._free = mapped_zeros(max(size, CHUNK))
         memory, self._free = self._free[:nbytes], self._free[size:]
         return memory.view(shape)
 
@@ -40,8 +40,9 @@ class Arena:
         return self.empty((tensor.nbytes,)).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _map(size: int) -> Tensor:
-    """uint8 tensor of at least ``size`` bytes that begins on a huge page."""
+def mapped_zeros(size: int) -> Tensor:
+    """uint8 tensor of at least ``size`` bytes that begins on a huge page. A page costs memory when
+    it is first written."""
     rounded = -(-size // HUGE_PAGE) * HUGE_PAGE
     # Private: shared memory, which is the default, gets no huge pages.
     mapping = mmap.mmap(-1, rounded + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
