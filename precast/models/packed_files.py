@@ -8,7 +8,8 @@ paid once a start (docs/decisions.md).
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,9 @@ MAX_KEPT: Final = 8
 """Folders kept for a model; those that were not used for longest go."""
 _SCRATCH: Final = ".tmp"
 
+Keep = Callable[[str, Mapping[str, Tensor]], None]
+"""Takes a file's name and its tensors."""
+
 
 def packed_path(root: Path, folder: Path, shard: Shard, shape: Shape) -> Path:
     """Where one rank's linears are kept; it depends on all that they depend on."""
@@ -54,19 +58,38 @@ def read_packed(path: Path, name: str) -> dict[str, Tensor]:
         return {}
 
 
-def keep_packed(path: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Writes a file for each entry, unless the folder is there."""
-    root = path.parent
+@contextmanager
+def keeping_packed(path: Path) -> Iterator[Keep]:
+    """Gives a function that writes a file's tensors; the folder appears at the end, unless another
+    process was faster. Writing copies: file by file, it adds one file to what is in memory."""
+    root, failed = path.parent, list[Exception]()
+    with ExitStack() as stack:
+        scratch = root
+
+        def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
+            if not failed:
+                with _collecting(failed):
+                    save_file(dict(tensors), scratch / f"{name}.safetensors")
+
+        with _collecting(failed):
+            sweep(root / _SCRATCH)
+            scratch = stack.enter_context(scratch_folder(root / _SCRATCH, "packed"))
+        yield keep
+        if not failed:
+            with _collecting(failed):
+                if not path.exists():
+                    scratch.rename(path)
+                _prune(root)
+        if failed:
+            log.warning("packed weights are not kept", path=str(path), reason=str(failed[0]))
+
+
+@contextmanager
+def _collecting(failed: list[Exception]) -> Iterator[None]:
     try:
-        sweep(root / _SCRATCH)
-        with scratch_folder(root / _SCRATCH, "packed") as scratch:
-            for name, tensors in files.items():
-                save_file(dict(tensors), scratch / f"{name}.safetensors")
-            if not path.exists():
-                scratch.rename(path)
-        _prune(root)
+        yield
     except (OSError, SafetensorError) as error:
-        log.warning("packed weights are not kept", path=str(path), reason=str(error))
+        failed.append(error)
 
 
 def touch_packed(path: Path) -> None:

@@ -1,9 +1,9 @@
 """A rank's weights: out of a Hugging Face folder, or random ones of the same formats."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,13 +16,21 @@ from precast.models.blocks import EmbedWeights, HeadWeights, Shape
 from precast.models.catalog import weight_files
 from precast.models.config import ModelConfig
 from precast.models.loader import Cut, Loader, Packer, Part, cut_of, pack_in, pack_table
-from precast.models.options import LayerPlan
-from precast.models.packed_files import keep_packed, packed_path, read_packed, touch_packed
+from precast.models.options import Kind, LayerPlan
+from precast.models.packed_files import (
+    Keep,
+    keeping_packed,
+    packed_path,
+    read_packed,
+    touch_packed,
+)
 from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
 from precast.ops import providers
 from precast.ops.memory import Arena
 from precast.ops.packing import Format, packed_size
+
+_T = TypeVar("_T")
 
 RANDOM_ROWS = 2048
 """Distinct rows of a random vocabulary."""
@@ -98,32 +106,46 @@ def _load(
     kept: Path | None,
 ) -> Weights:
     path = packed_path(kept, folder, shard, shape) if kept is not None else None
-    packed: dict[str, dict[str, Tensor]] = {}
+    if path is None or path.is_dir():
+        weights = _read(folder, config, shard, shape, positions, path, lambda _name, _tensors: None)
+        if path is not None:
+            touch_packed(path)
+        return weights
+    with keeping_packed(path) as keep:
+        return _read(folder, config, shard, shape, positions, None, keep)
+
+
+def _read(
+    folder: Path,
+    config: ModelConfig,
+    shard: Shard,
+    shape: Shape,
+    positions: int,
+    packed: Path | None,
+    keep: Keep,
+) -> Weights:
+    """``packed``: where linears are that were packed before; ``keep`` gets those of each layer."""
     base = Loader(source=_Checkpoint(folder), shape=shape, cut=cut_of(config, shard), arena=Arena())
 
-    def loader(name: str) -> Loader[Any]:
-        packed[name] = {}
-        before = read_packed(path, name) if path is not None else {}
-        return replace(base, kept=before, packed=packed[name])
+    def load(name: str, part: Callable[[Loader[Any]], _T]) -> _T:
+        before = read_packed(packed, name) if packed is not None else {}
+        loader = replace(base, kept=before, packed={})
+        loaded = part(loader)
+        keep(name, loader.packed)
+        return loaded
 
-    head = loader("head")
-    table, vocab = _vocabulary(head, config, shard)
-    weights = Weights(
+    def layer(index: int, kind: Kind) -> Any:
+        prefix = f"model.layers.{index}."
+        module = architecture_of(shape)
+        return load(f"layer-{index}", lambda loader: module.load_layer(loader, kind, prefix))
+
+    table, vocab = load("head", lambda loader: _vocabulary(loader, config, shard))
+    return Weights(
         plan=config.layers,
         embed=EmbedWeights(table, _rotary(config.ropes, shape.rotary_dim, positions)),
-        layers=tuple(
-            architecture_of(shape).load_layer(
-                loader(f"layer-{index}"), layer.kind, f"model.layers.{index}."
-            )
-            for index, layer in enumerate(config.layers)
-        ),
-        head=HeadWeights(architecture_of(shape).head_norm(head), [vocab]),
+        layers=tuple(layer(index, planned.kind) for index, planned in enumerate(config.layers)),
+        head=HeadWeights(architecture_of(shape).head_norm(base), [vocab]),
     )
-    if path is not None and path.is_dir():
-        touch_packed(path)
-    elif path is not None:
-        keep_packed(path, packed)
-    return weights
 
 
 def _vocabulary(load: Loader[Any], config: ModelConfig, shard: Shard) -> tuple[Tensor, Tensor]:
