@@ -13,11 +13,11 @@ log = get_logger(__name__)
 async def keep_adapting(
     policy: CaptureSet, graphs: GraphSet, traffic: Traffic, interval_s: float
 ) -> None:
-    """Looks at a window of steps every ``interval_s``, while no graph is missing: what is on its
-    way would change the picture."""
+    """Looks at a window of steps every ``interval_s``, while no graph is missing or on trial: what
+    is on its way would change the picture."""
     while True:
         await asyncio.sleep(interval_s)
-        if not graphs.missing:
+        if not graphs.missing and not graphs.canary.busy:
             adapt(policy, graphs, traffic)
 
 

@@ -116,6 +116,17 @@ class Canary:
         if trial is not None and trial.loaded:
             self._drop.add(trial.assignment.batch_size)
 
+    def withdraw_size(self, batch_size: int) -> None:
+        """There is no graph of a size to compare with any more."""
+        for key, trial in list(self._trials.items()):
+            if trial.loaded and trial.assignment.batch_size == batch_size:
+                self.withdraw(key)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on trial, or about to be."""
+        return self._active() is not None
+
     def reports(self) -> list[Report]:
         """How each trial stands that has begun."""
         return [t.report() for t in self._trials.values() if t.loaded or t.failure]

@@ -256,6 +256,7 @@ class GraphSet:
             dropped = self._loaded.pop(size)
             log.info("graph dropped", batch_size=size, generations=dropped.generations)
             group.drop_graph(size)
+            self.canary.withdraw_size(size)
         if self._dropping:
             self._dropping.clear()
             self._on_change()

@@ -136,3 +136,27 @@ def test_a_lease_says_which_generation_runs() -> None:
     record = LoadedGraphRecord(batch_size=1, keys=("a", "b", "a"), generations=(3, 1, 2))
     lease = DecodeLease.model_construct(graphs=(record,))
     assert [generation_of(lease, key) for key in "abc"] == [2, 1, None]
+
+
+class Patient(Ranks):
+    def drop_graph(self, batch_size: int, *, candidate: bool = False) -> None:
+        if not candidate:
+            super().drop_graph(batch_size)
+
+
+async def test_a_trial_ends_when_what_it_is_compared_with_is_dropped() -> None:
+    """Else a made-up step would name a graph that the ranks no longer have."""
+    graphs = GraphSet([1, 2], lambda: None)
+    graphs.group_started(ready())
+    ranks = Patient()
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    graphs.canary = Canary(lambda: 100.0)
+    graphs.canary.assign(assignment())
+    await graphs.apply(cast(RankGroup, ranks))
+    assert graphs.canary.busy
+    graphs.quarantine("k", [1])
+    await graphs.apply(cast(RankGroup, ranks))
+    assert not graphs.canary.busy
+    assert graphs.canary.probe(5) is None
+    assert not begin(graphs).shadow
