@@ -1,5 +1,6 @@
 """Memory is placed on nodes: read back from the kernel."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def policy(memory: Tensor) -> str:
     return starts[max(start for start in starts if start <= middle)]
 
 
+def fresh() -> Tensor:
+    """A mapping of its own: what an allocator gives may be where placed memory was before."""
+    mapping = mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
 def cores_of(root: Path, nodes: dict[int, list[int]]) -> Path:
     for node, cores in nodes.items():
         for core in cores:
@@ -56,7 +63,7 @@ def test_nothing_is_placed_on_a_machine_with_one_node(
 ) -> None:
     monkeypatch.setattr(numa, "NODES", cores_of(tmp_path, {0: [0]}))
     numa.set_home((0,))
-    memory = torch.zeros(CHUNK)
+    memory = fresh()
     numa.place(memory)
     assert policy(memory) == "default"
 
@@ -90,7 +97,7 @@ def test_weights_and_caches_are_placed() -> None:
 
 def test_several_nodes_take_turns() -> None:
     """The kernel leaves out the second node where there is none."""
-    memory = torch.zeros(CHUNK)
+    memory = fresh()
     numa.place(memory, (0, 1))
     assert policy(memory).startswith("interleave:0")
 
@@ -99,7 +106,7 @@ def test_several_nodes_take_turns() -> None:
 def test_what_the_kernel_refuses_is_logged_once(node: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container that forbids it."""
     monkeypatch.setattr(numa, "_home", (node,))
-    memory = torch.zeros(CHUNK)
+    memory = fresh()
     with capture_logs() as logs:
         numa.place(memory)
         numa.place(memory)
