@@ -50,10 +50,7 @@ _GAUGE_INTERVAL_S: Final = 1.0
 def run(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
     """Serves until SIGTERM or SIGINT; the exit code. Raises PrecastError if it can't start."""
     logging.configure("decode-worker", settings)
-    try:
-        asyncio.run(_serve(settings, launcher))
-    finally:
-        launcher.close()
+    asyncio.run(_serve(settings, launcher))
     return 0
 
 
