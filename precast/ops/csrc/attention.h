@@ -7,7 +7,7 @@
 #include <cmath>
 #include <utility>
 
-#include "simd.h"
+#include "quantize.h"
 
 namespace precast {
 namespace {
@@ -34,11 +34,25 @@ inline void for_row_tiles(int rows, F&& body) {
   }
 }
 
+// A block of the cache for one KV head, and how many of its tokens are wanted.
+template <typename T>
+struct Block {
+  const T *k, *v;
+  int count;
+};
+
+// What is asked for meanwhile for each step of NV vectors: as much as the step itself reads. Blocks lie
+// anywhere in memory, and the processor's own prefetching begins anew in each.
+template <typename T, int NV>
+constexpr int kLinesAhead = NV * kLanes * sizeof(T) > kLineBytes ? NV * kLanes * sizeof(T) / kLineBytes : 1;
+
 // scores[r][j] = q[r] . key j
 template <typename T, int MR, int NV>
-inline void score_keys(const float* const* q, const T* k, int dim, int block_size, float* scores) {
+inline void score_keys(const float* const* q, const T* k, int dim, int block_size, Prefetch& ahead,
+                       float* scores) {
   vfloat acc[MR][NV] = {};
   for (int d = 0; d < dim; ++d) {
+    ahead.ask(kLinesAhead<T, NV>);
     for (int v = 0; v < NV; ++v) {
       const vfloat keys = load(k + d * block_size + v * kLanes);
       for (int r = 0; r < MR; ++r) acc[r][v] += keys * q[r][d];
@@ -51,14 +65,15 @@ inline void score_keys(const float* const* q, const T* k, int dim, int block_siz
 
 template <typename T>
 inline void score_block(const float* const* q, const T* k, int rows, int dim, int block_size,
-                        float* scores) {
+                        Prefetch& ahead, float* scores) {
   for_row_tiles(rows, [&](int r, auto mr) {
+    float* s = scores + r * block_size;
     int j = 0;
     for (; j + 2 * kLanes <= block_size; j += 2 * kLanes) {
-      score_keys<T, mr, 2>(q + r, k + j, dim, block_size, scores + r * block_size + j);
+      score_keys<T, mr, 2>(q + r, k + j, dim, block_size, ahead, s + j);
     }
     for (; j < block_size; j += kLanes) {
-      score_keys<T, mr, 1>(q + r, k + j, dim, block_size, scores + r * block_size + j);
+      score_keys<T, mr, 1>(q + r, k + j, dim, block_size, ahead, s + j);
     }
   });
 }
@@ -66,12 +81,13 @@ inline void score_block(const float* const* q, const T* k, int rows, int dim, in
 // out[r] = out[r] * shrink[r] + sum over keys of weights[r][j] * value j, for NV vectors of features
 template <typename T, int MR, int NV>
 inline void add_values(const float* weights, const float* shrink, const T* v, int begin, int end,
-                       int dim, int block_size, float* out) {
+                       int dim, int block_size, Prefetch& ahead, float* out) {
   vfloat acc[MR][NV];
   for (int r = 0; r < MR; ++r) {
     for (int n = 0; n < NV; ++n) acc[r][n] = load(out + r * dim + n * kLanes) * shrink[r];
   }
   for (int j = begin; j < end; ++j) {
+    ahead.ask(kLinesAhead<T, NV>);
     for (int n = 0; n < NV; ++n) {
       const vfloat values = load(v + j * (dim + kExtra<T>) + n * kLanes);
       for (int r = 0; r < MR; ++r) acc[r][n] += values * weights[r * block_size + j];
@@ -84,16 +100,17 @@ inline void add_values(const float* weights, const float* shrink, const T* v, in
 
 template <typename T>
 inline void add_block(const float* weights, const float* shrink, const T* v, int rows, int begin,
-                      int end, int dim, int block_size, float* out) {
+                      int end, int dim, int block_size, Prefetch& ahead, float* out) {
   for_row_tiles(rows, [&](int r, auto mr) {
     const float* w = weights + r * block_size;
     float* y = out + r * dim;
     int d = 0;
     for (; d + kTileVectors * kLanes <= dim; d += kTileVectors * kLanes) {
-      add_values<T, mr, kTileVectors>(w, shrink + r, v + d, begin, end, dim, block_size, y + d);
+      add_values<T, mr, kTileVectors>(w, shrink + r, v + d, begin, end, dim, block_size, ahead,
+                                      y + d);
     }
     for (; d + kLanes <= dim; d += kLanes) {
-      add_values<T, mr, 1>(w, shrink + r, v + d, begin, end, dim, block_size, y + d);
+      add_values<T, mr, 1>(w, shrink + r, v + d, begin, end, dim, block_size, ahead, y + d);
     }
     for (; d < dim; ++d) {
       for (int i = 0; i < mr; ++i) {
@@ -141,12 +158,44 @@ inline float soften(const AttentionArgs& a, float* scores, const float* key_scal
   return shrink;
 }
 
+// Softmax weights of the keys that are seen, times the scales behind their int8 values.
+inline void scale_weights(const int8_t* v, int rows, int low, int high, int dim, int block_size,
+                          float* weights) {
+  for (int j = low / kLanes * kLanes; j < high; j += kLanes) {
+    float scales[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      scales[i] = load_as<float>(v + static_cast<int64_t>(j + i) * (dim + kScaleBytes) + dim);
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* w = weights + r * block_size + j;
+      store(w, load(w) * load(scales));
+    }
+  }
+}
+
+// The block of a tile's context that begins with token `start`.
+template <typename T>
+inline Block<T> block_at(const AttentionArgs& a, const AttentionTile& tile, int64_t start) {
+  const int64_t head_size = static_cast<int64_t>(a.head_dim + kExtra<T>) * a.block_size;
+  const int64_t block = tile.block_table[start / a.block_size], left = tile.end - start;
+  const int64_t at = (block * a.kv_heads + tile.kv_head) * head_size;
+  return {static_cast<const T*>(a.k_cache) + at, static_cast<const T*>(a.v_cache) + at,
+          left < a.block_size ? static_cast<int>(left) : a.block_size};
+}
+
+// What is read after the block at `start`: the tile's next one, or the next tile's first.
+template <typename T>
+inline Block<T> block_after(const AttentionArgs& a, const AttentionTile& tile, int64_t start) {
+  if (start + a.block_size < tile.end) return block_at<T>(a, tile, start + a.block_size);
+  const AttentionTile* next = tile.next;
+  return next && next->begin < next->end ? block_at<T>(a, *next, next->begin) : Block<T>{};
+}
+
 template <typename T>
 void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* out, float* maximum,
                   float* denominator, float* scores) {
   const int group = a.q_heads / a.kv_heads, rows = group * tile.tokens;
   const int dim = a.head_dim, size = a.block_size;
-  const int64_t head_size = static_cast<int64_t>(dim + kExtra<T>) * size;
   const float* q[kMaxTileRows];
   float shrink[kMaxTileRows];
   for (int r = 0; r < rows; ++r) {
@@ -157,16 +206,14 @@ void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* out,
   }
   std::memset(out, 0, sizeof(float) * rows * dim);
   for (int64_t start = tile.begin; start < tile.end; start += size) {
-    const int64_t left = tile.end - start;
-    const int count = left < size ? static_cast<int>(left) : size;
-    const int64_t at =
-        (static_cast<int64_t>(tile.block_table[start / size]) * a.kv_heads + tile.kv_head) *
-        head_size;
-    const T* k = static_cast<const T*>(a.k_cache) + at;
-    const T* v = static_cast<const T*>(a.v_cache) + at;
+    const auto [k, v, count] = block_at<T>(a, tile, start);
+    const Block<T> next = block_after<T>(a, tile, start);
+    const int64_t value_bytes = (dim + kExtra<T>) * sizeof(T);
+    Prefetch keys_ahead(next.k, next.count > 0 ? size * value_bytes : 0);
+    Prefetch values_ahead(next.v, next.count * value_bytes);
     const float* key_scales =
         kExtra<T> ? reinterpret_cast<const float*>(k + static_cast<int64_t>(dim) * size) : nullptr;
-    score_block(q, k, rows, dim, size, scores);
+    score_block(q, k, rows, dim, size, keys_ahead, scores);
     int seen_low = size, seen_high = 0;
     for (int r = 0; r < rows; ++r) {
       const int64_t position = tile.first_position + r / group;
@@ -179,13 +226,9 @@ void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* out,
       seen_low = low < seen_low ? low : seen_low;
       seen_high = high > seen_high ? high : seen_high;
     }
-    if constexpr (kExtra<T> != 0) {
-      for (int j = seen_low; j < seen_high; ++j) {
-        const float scale = load_as<float>(v + static_cast<int64_t>(j) * (dim + kExtra<T>) + dim);
-        for (int r = 0; r < rows; ++r) scores[r * size + j] *= scale;
-      }
-    }
-    add_block(scores, shrink, v, rows, seen_low, seen_high, dim, size, out);
+    if constexpr (kExtra<T> != 0) scale_weights(v, rows, seen_low, seen_high, dim, size, scores);
+    add_block(scores, shrink, v, rows, seen_low, seen_high, dim, size, values_ahead, out);
+    values_ahead.ask(values_ahead.lines);
   }
 }
 
@@ -201,20 +244,52 @@ void attend(const AttentionArgs& a, const AttentionTile& tile, float* out, float
   }
 }
 
+void merge_parts(const AttentionArgs& a, const AttentionTile& tile, const float* parts, int count,
+                 float* out) {
+  const int group = a.q_heads / a.kv_heads, dim = a.head_dim, rows = group * tile.tokens;
+  const int64_t part_floats = static_cast<int64_t>(rows) * (dim + 2);
+  for (int r = 0; r < rows; ++r) {
+    const float* maxima = parts + static_cast<int64_t>(rows) * dim + r;
+    const float* x = parts + static_cast<int64_t>(r) * dim;
+    float* y = out + ((tile.first_token + r / group) * a.q_heads +
+                      static_cast<int64_t>(tile.kv_head) * group + r % group) * dim;
+    float largest = -INFINITY, denominator = 0;
+    for (int p = 0; p < count; ++p) {
+      const float m = maxima[p * part_floats];
+      largest = m > largest ? m : largest;
+    }
+    if (largest == -INFINITY) {  // nothing was seen: a row that only pads
+      std::memset(y, 0, sizeof(float) * dim);
+      continue;
+    }
+    const auto weight_of = [&](int p) {
+      return count == 1 ? 1.0f : std::exp(maxima[p * part_floats] - largest);
+    };
+    for (int p = 0; p < count; ++p) denominator += weight_of(p) * maxima[p * part_floats + rows];
+    for (int p = 0; p < count; ++p, x += part_floats) {
+      const float weight = weight_of(p) / denominator;
+      int d = 0;
+      for (; d + kLanes <= dim; d += kLanes) {
+        const vfloat part = load(x + d) * weight;
+        store(y + d, p == 0 ? part : load(y + d) + part);
+      }
+      for (; d < dim; ++d) y[d] = weight * x[d] + (p == 0 ? 0.0f : y[d]);
+    }
+  }
+}
+
 // ---- writing the cache -----------------------------------------------------------------------
 
-inline void convert(float x, float, float* to) { *to = x; }
-inline void convert(float x, float, BFloat16* to) {  // rounds to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    to->bits = static_cast<uint16_t>(bits >> 16 | 0x40);  // NaN stays one
-    return;
-  }
-  to->bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+inline void convert(vfloat x, float, float* to) { store(to, x); }
+inline void convert(vfloat x, float, BFloat16* to) {  // rounds to nearest, ties to even
+  const vint bits = (vint)x;
+  const vint rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const vint quiet = bits | 0x400000;  // NaN stays one
+  narrow(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16, &to->bits);
 }
-inline void convert(float x, float inverse, int8_t* to) {
-  *to = static_cast<int8_t>(std::nearbyintf(x * inverse));
+inline void convert(vfloat x, float inverse, int8_t* to) {
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+  narrow((vint)(x * inverse + 12582912.0f) - 0x4b400000, to);
 }
 
 // Writes x[0..dim) to `to` with the given stride, and for int8 its scale to `scale`.
@@ -222,13 +297,22 @@ template <typename T>
 inline void put(const float* x, int dim, T* to, int64_t stride, void* scale) {
   float inverse = 0;
   if constexpr (kExtra<T> != 0) {
-    float largest = 0;
-    for (int d = 0; d < dim; ++d) largest = std::fabs(x[d]) > largest ? std::fabs(x[d]) : largest;
+    const float largest = largest_magnitude(x, dim), value = largest / 127.0f;
     inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    const float value = largest / 127.0f;
     std::memcpy(scale, &value, sizeof(value));
   }
-  for (int d = 0; d < dim; ++d) convert(x[d], inverse, to + d * stride);
+  for (int d = 0; d < dim; d += kLanes) {
+    const int count = dim - d < kLanes ? dim - d : kLanes;
+    float values[kLanes] = {};
+    T converted[kLanes];
+    std::memcpy(values, x + d, sizeof(float) * count);
+    convert(load(values), inverse, converted);
+    if (stride == 1) {
+      std::memcpy(to + d, converted, sizeof(T) * count);
+    } else {
+      for (int i = 0; i < count; ++i) to[(d + i) * stride] = converted[i];
+    }
+  }
 }
 
 template <typename T>

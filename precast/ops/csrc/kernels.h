@@ -119,6 +119,7 @@ struct AttentionTile {
   int64_t first_position;  // of first_token in its sequence
   int kv_head;
   int64_t begin, end;  // cached tokens [begin, end); begin is a multiple of block_size
+  const AttentionTile* next;  // what this thread attends to after it, or null
 };
 
 struct Kernels {
@@ -139,6 +140,11 @@ struct Kernels {
   // can be merged. `scratch`: attention_scratch_floats(args, tokens).
   void (*attend)(const AttentionArgs& args, const AttentionTile& tile, float* out, float* maximum,
                  float* denominator, float* scratch);
+
+  // The output of a tile's rows in `out` [T, q_heads, head_dim], from `count` parts of its context, one
+  // after the other as attend wrote each: rows of `out`, maxima, denominators.
+  void (*merge_parts)(const AttentionArgs& args, const AttentionTile& tile, const float* parts,
+                      int count, float* out);
 
   // Writes keys and values [T, kv_heads, head_dim] of tokens [begin, end) to their slots.
   void (*store_cache)(const AttentionArgs& args, const float* k, int64_t k_stride, const float* v,

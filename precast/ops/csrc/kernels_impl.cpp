@@ -35,6 +35,7 @@ const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
                                 linear,
                                 unpack_row,
                                 attend,
+                                merge_parts,
                                 store_cache,
                                 sum,
                                 rms_norm_row,

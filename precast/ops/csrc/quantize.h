@@ -38,8 +38,7 @@ inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
     const vfloat shifted = load(x + i) * inverse + 12582912.0f;
     const vint value = (vint)shifted - 0x4b400000;
     sums += value;
-    const vbyte bytes = __builtin_convertvector(value, vbyte);
-    std::memcpy(q + i, &bytes, sizeof(bytes));
+    narrow(value, q + i);
   }
   int32_t sum = reduce_add(sums);
   for (; i < n; ++i) {

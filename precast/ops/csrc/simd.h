@@ -21,6 +21,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr int64_t kLineBytes = 64;
 constexpr int kVectors = kPanel / kLanes;  // vectors to a panel row
 
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
@@ -36,6 +37,20 @@ inline V load_as(const T* p) {
 }
 inline vfloat load(const float* p) { return load_as<vfloat>(p); }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+// Memory that is wanted soon: asked for a few lines at a time, into the second cache. The first one has
+// too few requests open at once: with it attention read 12 GB/s, with the second one 18.
+struct Prefetch {
+  const char* at = nullptr;
+  int64_t lines = 0;
+
+  Prefetch() = default;
+  Prefetch(const void* from, int64_t bytes)
+      : at(static_cast<const char*>(from)), lines((bytes + kLineBytes - 1) / kLineBytes) {}
+
+  void ask(int64_t count) {
+    for (; count > 0 && lines > 0; --count, --lines, at += kLineBytes) __builtin_prefetch(at, 0, 2);
+  }
+};
 inline vfloat splat(float x) { return vfloat{} + x; }
 inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
 inline vfloat as_float(vint v) { return (vfloat)v; }
@@ -48,8 +63,46 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Integers widened. GCC 12 does the portable form in halves and joins them: with it attention over bf16
+// keys that lay in the caches took twice as long.
+inline vint widen(vshort v) {
+#if defined(__AVX512F__)
+  return (vint)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (vint)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vint);
+#endif
+}
+inline vint widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vint)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(load_as<vbyte>(p), vint);
+#endif
+}
+// The low bytes of integers.
+inline void narrow(vint v, int8_t* to) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  const vbyte bytes = __builtin_convertvector(v, vbyte);
+  std::memcpy(to, &bytes, sizeof(bytes));
+#endif
+}
+inline void narrow(vint v, uint16_t* to) {  // the low halves
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)v));
+#else
+  const vshort halves = __builtin_convertvector(v, vshort);
+  std::memcpy(to, &halves, sizeof(halves));
+#endif
+}
+
 inline vfloat load(const BFloat16* p) {  // the upper half of a float
-  return as_float(__builtin_convertvector(load_as<vshort>(p), vint) << 16);
+  return as_float(widen(load_as<vshort>(p)) << 16);
 }
 inline float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -87,9 +140,7 @@ inline vfloat load(const Float16* p) {
 #endif
 }
 
-inline vfloat load(const int8_t* p) {
-  return to_float(__builtin_convertvector(load_as<vbyte>(p), vint));
-}
+inline vfloat load(const int8_t* p) { return to_float(widen(p)); }
 inline float to_float(int8_t x) { return static_cast<float>(x); }
 
 #if defined(__AVX512F__)
