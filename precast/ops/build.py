@@ -62,7 +62,14 @@ def _units() -> list[tuple[str, Path, list[str]]]:
     units += [
         (n, SOURCES / f"{n}.cpp", ["-O2"]) for n in ("pool", "dispatch", "comm", "comm_segment")
     ]
-    torch_units = ("ops", "experts", "elementwise_ops", "comm_ops", "step_runner")
+    torch_units = (
+        "ops",
+        "attention_ops",
+        "experts",
+        "elementwise_ops",
+        "comm_ops",
+        "step_runner",
+    )
     units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in torch_units]
     return units
 

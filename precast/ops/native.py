@@ -22,7 +22,7 @@ PACKING_VERSION = 2
 def _load() -> None:
     if not LIBRARY.exists():
         raise ConfigError(f"native kernels are not built ({LIBRARY} is missing): run `make native`")
-    # Global, because captured graphs resolve their entry points against it (``ops.cpp``, end).
+    # Global, because captured graphs resolve their entry points against it (ends of ``*ops.cpp``).
     ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
     torch.ops.load_library(str(LIBRARY))
 

@@ -28,8 +28,6 @@ const float* bias_of(const std::optional<at::Tensor>& bias, int64_t n) {
 
 constexpr int64_t kTileRowsFrom = 4, kTilePanels = 3;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 Format format_of(int64_t format) {
@@ -82,6 +80,8 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   if (is_quantized(args.format)) quantize_inputs(args);
   // Many rows are computed in tiles of several panels: threads get whole ones.
   const int64_t unit = args.m >= kTileRowsFrom ? kTilePanels : 1;
+  thread_local ReadOrder order;
+  ThreadPool::instance().expect(order.follow({args.weight, static_cast<int64_t>(weight.nbytes())}));
   ThreadPool::instance().run([&](int part, int parts) {
     const Range units = share(ceil_div(weight.size(0), unit), part, parts);
     kernels().linear(args, units.begin * unit, std::min(units.end * unit, weight.size(0)));
@@ -120,223 +120,6 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t k,
   return y;
 }
 
-void check_ints(const at::Tensor& t, int64_t dim, const char* what) {
-  TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kInt && t.dim() == dim,
-              "paged_attention: ", what, " must be a contiguous int32 tensor of ", dim, " dimensions");
-}
-
-void check_heads(const at::Tensor& t, const char* what) {
-  TORCH_CHECK(t.dim() == 3 && t.scalar_type() == at::kFloat && t.stride(2) == 1 &&
-                  t.stride(1) == t.size(2),
-              "paged_attention: ", what, " must be float32 [T, heads, head_dim], packed within a token");
-}
-
-CacheType cache_type(const at::Tensor& cache) {
-  switch (cache.scalar_type()) {
-    case at::kFloat: return CacheType::kFloat32;
-    case at::kBFloat16: return CacheType::kBFloat16;
-    case at::kChar: return CacheType::kInt8;
-    default: TORCH_CHECK(false, "paged_attention: caches must be float32, bfloat16 or int8");
-  }
-}
-
-// A part of one sequence's attention: `tokens` of its new tokens from row `token`, one KV head, cached
-// tokens [begin, end). Parts of the same rows follow each other and are merged: `index` of `count`.
-struct Item {
-  int64_t sequence, token, position;
-  int tokens, kv_head;
-  int64_t begin, end;
-  int index, count;
-  int64_t floats;  // where its result lies in the partial results, if count > 1
-};
-
-// Query rows of a tile: enough that keys and values are read once for several, few enough for the cache.
-constexpr int kQueryRows = 48;
-static_assert(kQueryRows <= kMaxTileRows && kMaxQueryGroup <= kMaxTileRows);
-// Cached tokens that are worth a part of their own.
-constexpr int64_t kSplitTokens = 256;
-
-int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
-
-std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* starts,
-                                  const int32_t* lengths, int64_t sequences, int threads) {
-  const int group = args.q_heads / args.kv_heads;
-  const int tile = std::max(1, kQueryRows / group);
-  const int64_t tokens = starts[sequences];
-  // Without splitting, this many items; with fewer than a few a thread, contexts are split.
-  const int64_t whole = std::max<int64_t>(1, (tokens + tile - 1) / tile * args.kv_heads);
-  const int64_t wanted = std::max<int64_t>(1, 4 * threads / whole);
-  std::vector<Item> items;
-  items.reserve(whole + sequences * args.kv_heads);
-  int64_t floats = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t past = lengths[s] - (starts[s + 1] - starts[s]);
-    for (int64_t t = starts[s]; t < starts[s + 1]; t += tile) {
-      const int count = static_cast<int>(std::min<int64_t>(tile, starts[s + 1] - t));
-      const int64_t position = past + (t - starts[s]);
-      const int64_t end = std::max<int64_t>(0, position + count);
-      const int64_t seen = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
-      const int64_t begin = round_down(seen, args.block_size);
-      const int64_t splits =
-          threads == 1 ? 1 : std::clamp<int64_t>((end - begin) / kSplitTokens, 1, wanted);
-      const int64_t run = (end - begin + splits - 1) / splits;
-      const int64_t step =
-          std::max<int64_t>(1, (run + args.block_size - 1) / args.block_size) * args.block_size;
-      const int parts = static_cast<int>(std::max<int64_t>(1, (end - begin + step - 1) / step));
-      for (int h = 0; h < args.kv_heads; ++h) {
-        for (int part = 0; part < parts; ++part) {
-          const int64_t from = begin + part * step;
-          items.push_back({s, t, position, count, h, from, std::min(end, from + step), part, parts,
-                           floats});
-          if (parts > 1) floats += static_cast<int64_t>(count) * group * (args.head_dim + 2);
-        }
-      }
-    }
-  }
-  return items;
-}
-
-void check_paging(const at::Tensor& context_lens, const at::Tensor& query_starts,
-                  const at::Tensor& block_tables, const at::Tensor& slots, int64_t tokens,
-                  int64_t blocks, int64_t block_size) {
-  const int64_t sequences = context_lens.size(0), width = block_tables.size(1);
-  const int32_t* starts = query_starts.const_data_ptr<int32_t>();
-  const int32_t* lengths = context_lens.const_data_ptr<int32_t>();
-  for (int64_t s = 0; s < sequences; ++s) {
-    TORCH_CHECK(lengths[s] >= 0 && lengths[s] <= width * block_size && starts[s] <= starts[s + 1],
-                "paged_attention: context of ", lengths[s], " does not fit the block table");
-    const int32_t* table = block_tables.const_data_ptr<int32_t>() + s * width;
-    for (int64_t b = 0; b * block_size < lengths[s]; ++b) {
-      TORCH_CHECK(table[b] >= 0 && table[b] < blocks, "paged_attention: block ", table[b],
-                  " is outside of the cache");
-    }
-  }
-  TORCH_CHECK(starts[0] == 0 && starts[sequences] <= tokens, "paged_attention: query_starts");
-  for (int64_t t = 0; t < tokens; ++t) {
-    TORCH_CHECK(slots.const_data_ptr<int32_t>()[t] < blocks * block_size, "paged_attention: slot ",
-                slots.const_data_ptr<int32_t>()[t], " is outside of the cache");
-  }
-}
-
-AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at::Tensor& k_cache,
-                             const at::Tensor& v_cache, double scale, int64_t window,
-                             double softcap) {
-  AttentionArgs args{};
-  args.type = cache_type(k_cache);
-  const int64_t extra = args.type == CacheType::kInt8 ? kScaleBytes : 0;
-  TORCH_CHECK(k.size(1) > 0, "paged_attention: no KV heads");
-  const int64_t kv_heads = k.size(1), dim = q.size(2), group = q.size(1) / kv_heads;
-  TORCH_CHECK(k_cache.is_contiguous() && k_cache.dim() == 4 && k_cache.size(1) == kv_heads &&
-                  k_cache.size(2) == dim + extra && k_cache.size(3) % kPanel == 0 &&
-                  v_cache.is_contiguous() && v_cache.scalar_type() == k_cache.scalar_type() &&
-                  v_cache.dim() == 4 && v_cache.size(0) == k_cache.size(0) &&
-                  v_cache.size(1) == kv_heads && v_cache.size(2) == k_cache.size(3) &&
-                  v_cache.size(3) == dim + extra,
-              "paged_attention: caches must be k [blocks, kv_heads, head_dim, block_size] and v "
-              "[blocks, kv_heads, block_size, head_dim], block_size a multiple of 16");
-  TORCH_CHECK(q.size(1) % kv_heads == 0 && group <= kMaxQueryGroup,
-              "paged_attention: ", q.size(1), " query heads don't fit ", kv_heads, " KV heads");
-  TORCH_CHECK(window >= 0 && softcap >= 0, "paged_attention: window and softcap can't be negative");
-  args.q = q.const_data_ptr<float>();
-  args.q_stride = q.stride(0);
-  args.k_cache = k_cache.const_data_ptr();
-  args.v_cache = v_cache.const_data_ptr();
-  args.q_heads = static_cast<int>(q.size(1));
-  args.kv_heads = static_cast<int>(kv_heads);
-  args.head_dim = static_cast<int>(dim);
-  args.block_size = static_cast<int>(k_cache.size(3));
-  args.scale = static_cast<float>(scale);
-  args.softcap = static_cast<float>(softcap);
-  args.window = window;
-  return args;
-}
-
-void write_cache(const AttentionArgs& args, const at::Tensor& k, const at::Tensor& v,
-                 const int32_t* slots) {
-  const auto write = [&](int64_t begin, int64_t end) {
-    kernels().store_cache(args, k.const_data_ptr<float>(), k.stride(0), v.const_data_ptr<float>(),
-                          v.stride(0), slots, begin, end);
-  };
-  if (k.size(0) < 16) return write(0, k.size(0));
-  ThreadPool::instance().run([&](int part, int parts) {
-    const Range tokens = share(k.size(0), part, parts);
-    write(tokens.begin, tokens.end);
-  });
-}
-
-at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const at::Tensor& k_cache, const at::Tensor& v_cache,
-                           const at::Tensor& slots, const at::Tensor& query_starts,
-                           const at::Tensor& context_lens, const at::Tensor& block_tables,
-                           double scale, int64_t window, double softcap) {
-  check_heads(q, "q");
-  check_heads(k, "k");
-  check_heads(v, "v");
-  check_ints(slots, 1, "slots");
-  check_ints(query_starts, 1, "query_starts");
-  check_ints(context_lens, 1, "context_lens");
-  check_ints(block_tables, 2, "block_tables");
-  const int64_t tokens = q.size(0), sequences = context_lens.size(0);
-  TORCH_CHECK(k.size(0) == tokens && v.sizes() == k.sizes() && k.size(2) == q.size(2) &&
-                  slots.size(0) == tokens && query_starts.size(0) == sequences + 1 &&
-                  block_tables.size(0) == sequences,
-              "paged_attention: shapes do not agree");
-  const AttentionArgs args = attention_args(q, k, k_cache, v_cache, scale, window, softcap);
-  check_paging(context_lens, query_starts, block_tables, slots, tokens, k_cache.size(0),
-               args.block_size);
-  write_cache(args, k, v, slots.const_data_ptr<int32_t>());
-
-  at::Tensor out = at::empty({tokens, q.size(1), q.size(2)}, q.options());
-  float* y = out.mutable_data_ptr<float>();
-  const int32_t* starts = query_starts.const_data_ptr<int32_t>();
-  // Rows behind the last sequence's only pad.
-  std::fill(y + starts[sequences] * out.stride(0), y + out.numel(), 0.0f);
-  auto& pool = ThreadPool::instance();
-  const std::vector<Item> items = attention_items(
-      args, starts, context_lens.const_data_ptr<int32_t>(), sequences, pool.size());
-  const int64_t row_floats = args.head_dim + 2;
-  thread_local std::vector<float> partials;
-  int64_t needed = 0;
-  for (const Item& item : items) {
-    if (item.count > 1) {
-      needed = item.floats + item.tokens * (args.q_heads / args.kv_heads) * row_floats;
-    }
-  }
-  partials.resize(std::max<size_t>(partials.size(), needed));
-  float* shared = partials.data();
-  const int32_t* tables = block_tables.const_data_ptr<int32_t>();
-  const auto tile_of = [&](const Item& item) {
-    const int32_t* table = tables + item.sequence * block_tables.size(1);
-    return AttentionTile{table,        item.token, item.tokens, item.position,
-                         item.kv_head, item.begin, item.end,    nullptr};
-  };
-  pool.run([&](int part, int parts) {
-    thread_local std::vector<float> local;
-    // Dealt out one by one, neighbours to different threads: causal rows cost more the later they come.
-    const int each = parts / pool.size();
-    for (size_t i = part % each * pool.size() + part / each; i < items.size(); i += parts) {
-      const Item& item = items[i];
-      AttentionTile tile = tile_of(item), next{};
-      if (i + parts < items.size()) {
-        next = tile_of(items[i + parts]);
-        tile.next = &next;
-      }
-      const int64_t rows = static_cast<int64_t>(item.tokens) * (args.q_heads / args.kv_heads);
-      const int64_t scratch = attention_scratch_floats(args, item.tokens);
-      local.resize(std::max<size_t>(local.size(), rows * row_floats + scratch));
-      float* result = item.count > 1 ? shared + item.floats : local.data() + scratch;
-      kernels().attend(args, tile, result, result + rows * args.head_dim,
-                       result + rows * (args.head_dim + 1), local.data());
-      if (item.count == 1) kernels().merge_parts(args, tile, result, 1, y);
-    }
-  });
-  for (const Item& item : items) {
-    if (item.count == 1 || item.index > 0) continue;
-    kernels().merge_parts(args, tile_of(item), shared + item.floats, item.count, y);
-  }
-  return out;
-}
-
 void start_threads(at::IntArrayRef cores) { ThreadPool::instance().start(cores.vec()); }
 
 std::string native_isa() { return kernels().isa; }
@@ -365,10 +148,6 @@ TORCH_LIBRARY(precast, m) {
   m.def("panel_bytes(int format, int in_features) -> int", [](int64_t format, int64_t k) {
     return panel_bytes(format_of(format), k);
   });
-  m.def(
-      "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale, "
-      "int window, float softcap) -> Tensor");
   m.def("start_threads(int[] cores) -> ()", start_threads);
   m.def("native_isa() -> str", native_isa);
   m.def("read_memory(Tensor x) -> int");
@@ -378,7 +157,6 @@ TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("linear", linear);
   m.impl("embedding", embedding);
   m.impl("read_memory", read_memory);
-  m.impl("paged_attention", paged_attention);
 }
 
 }  // namespace precast
@@ -396,15 +174,4 @@ PRECAST_SHIM aoti_torch_cpu_linear(AtenTensorHandle x, AtenTensorHandle weight,
 PRECAST_SHIM aoti_torch_cpu_embedding(AtenTensorHandle ids, AtenTensorHandle weight,
                                       int64_t features, int64_t format, AtenTensorHandle* ret) {
   PRECAST_RETURN(precast::embedding(tensor(ids), tensor(weight), features, format));
-}
-
-PRECAST_SHIM aoti_torch_cpu_paged_attention(
-    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache,
-    AtenTensorHandle v_cache, AtenTensorHandle slots, AtenTensorHandle query_starts,
-    AtenTensorHandle context_lens, AtenTensorHandle block_tables, double scale, int64_t window,
-    double softcap, AtenTensorHandle* ret) {
-  PRECAST_RETURN(precast::paged_attention(tensor(q), tensor(k), tensor(v), tensor(k_cache),
-                                          tensor(v_cache), tensor(slots), tensor(query_starts),
-                                          tensor(context_lens), tensor(block_tables), scale, window,
-                                          softcap));
 }

@@ -22,6 +22,13 @@ constexpr int kSpins = 4000;
 // follow each other in memory.
 constexpr int kPartsPerThread = 4;
 
+// What a worker fetches ahead, at the most: half of a second cache of 1 MB, which the jobs before it
+// use too.
+constexpr int64_t kMostAhead = 512 << 10;
+// Lines that it asks for before it pauses and looks for a job again. Requests above what a core keeps
+// open (24) are dropped: 12 to a pause came at 28 GB/s, all of them; of 16 half were lost.
+constexpr int64_t kLinesAtOnce = 12;
+
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
           nullptr, 0);
@@ -94,8 +101,24 @@ struct ThreadPool::State {
 
   std::vector<Slot> slots;
   std::vector<Finished> finished;
+  // A worker's share of what was expected last, if that was after `seen`.
+  void look_ahead(int self, uint32_t& seen, Prefetch& ahead) const {
+    const uint32_t now = expected_jobs.load(std::memory_order_acquire);
+    if (now == seen) return;
+    seen = now;
+    // Both may be of a later call already, or of two: that fetches something else, no harm done.
+    const int64_t bytes = next_bytes.load(std::memory_order_relaxed);
+    const int threads = static_cast<int>(slots.size());
+    const int64_t begin = bytes * self / threads, end = bytes * (self + 1) / threads;
+    const int64_t size = end - begin < kMostAhead ? end - begin : kMostAhead;
+    ahead = Prefetch(next_at.load(std::memory_order_relaxed) + begin, size);
+  }
+
   uint32_t job = 0;       // the caller's
   uint64_t expected = 0;  // parts that workers have claimed in all jobs; the caller's
+  alignas(64) std::atomic<uint32_t> expected_jobs{0};
+  std::atomic<const char*> next_at{nullptr};
+  std::atomic<int64_t> next_bytes{0};
   alignas(64) std::atomic<uint32_t> wakeups{0};  // what sleeping workers wait on
   std::atomic<int> sleepers{0};
   std::atomic<bool> stopping{false};
@@ -133,10 +156,16 @@ void ThreadPool::work(int self, int64_t core) {
   pin(core);
   State& s = *state_;
   const std::atomic<uint64_t>& word = s.slots[self].word;
-  uint32_t seen = 0;
+  uint32_t seen = 0, seen_ahead = 0;
+  Prefetch ahead;
   while (true) {
     int spins = 0;
     while (word.load(std::memory_order_acquire) >> 32 == seen) {
+      if (ahead.lines > 0) {
+        ahead.ask(kLinesAtOnce);
+        _mm_pause();
+        continue;
+      }
       if (++spins < kSpins) {
         _mm_pause();
         continue;
@@ -152,6 +181,7 @@ void ThreadPool::work(int self, int64_t core) {
     if (const int done = s.work_on(self, seen); done > 0) {
       s.finished[self].parts.fetch_add(done, std::memory_order_release);
     }
+    s.look_ahead(self, seen_ahead, ahead);
   }
 }
 
@@ -168,6 +198,13 @@ void ThreadPool::publish(void (*fn)(void*, int, int), void* context) {
   if (s.sleepers.load() == 0) return;
   s.wakeups.fetch_add(1);
   futex_wake_all(s.wakeups);
+}
+
+void ThreadPool::expect(Stretch next) {
+  if (size_ == 1) return;
+  state_->next_at.store(static_cast<const char*>(next.at), std::memory_order_relaxed);
+  state_->next_bytes.store(next.bytes, std::memory_order_relaxed);
+  state_->expected_jobs.fetch_add(1, std::memory_order_release);
 }
 
 void ThreadPool::run(void (*fn)(void*, int, int), void* context) {

@@ -9,6 +9,8 @@
 #include <functional>
 #include <vector>
 
+#include "prefetch.h"
+
 namespace precast {
 
 class ThreadPool {
@@ -32,6 +34,10 @@ class ThreadPool {
         &body);
   }
 
+  // What a later job will read, dealt out to its parts as share() does: workers fetch their shares into
+  // their caches while they have nothing to do.
+  void expect(Stretch next);
+
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
@@ -45,6 +51,8 @@ class ThreadPool {
   State* state_ = nullptr;
   int size_ = 1;
 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int64_t begin, end;
