@@ -31,7 +31,12 @@ from bench.decode_step import capture, read_bandwidth
 from precast.graphs.capture_models import runner_weights
 from precast.models.blocks import Paging
 from precast.models.config import load_config
-from precast.models.precision import Precision, Quantization, default_head_quantization
+from precast.models.precision import (
+    Precision,
+    Quantization,
+    default_head_quantization,
+    default_kv_dtype,
+)
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.ops import native
@@ -103,6 +108,7 @@ def precision_of(quantization: Quantization) -> Precision:
         weight_dtype="bf16",
         quantization=quantization,
         head_quantization=default_head_quantization(quantization),
+        kv_dtype=default_kv_dtype("bf16", quantization),
     )
 
 

@@ -21,7 +21,12 @@ from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, capture_factors
 from precast.models.importer import import_model
-from precast.models.precision import Precision, Quantization, default_head_quantization
+from precast.models.precision import (
+    Precision,
+    Quantization,
+    default_head_quantization,
+    default_kv_dtype,
+)
 from precast.ops import native
 from precast.process import available_cpus
 from precast.shared_memory import new_segment_name
@@ -47,6 +52,7 @@ def inits(
         weight_dtype="bf16",
         quantization=quantization,
         head_quantization=default_head_quantization(quantization),
+        kv_dtype=default_kv_dtype("bf16", quantization),
     )
     return [
         Init(

@@ -27,6 +27,7 @@ from precast.models.precision import (
     Quantization,
     WeightDtype,
     default_head_quantization,
+    default_kv_dtype,
 )
 from precast.settings_source import ENV_PREFIX, FileSource, describe_error, read_file, source_of
 from precast.settings_types import (
@@ -166,8 +167,10 @@ class DecodeWorkerSettings(CommonSettings):
         default_factory=lambda data: default_head_quantization(data["quantization"])
     )
     """Of the output projection; as the layers', but q8_0 where they have 4 bits."""
-    kv_dtype: KvDtype = "fp32"
-    """Of the KV cache."""
+    kv_dtype: KvDtype = Field(
+        default_factory=lambda data: default_kv_dtype(data["weight_dtype"], data["quantization"])
+    )
+    """Of the KV cache; bf16, but fp32 where the weights are."""
     tp: int = Field(default=1, ge=1, le=64)
     """Tensor-parallel ranks."""
     cores: Cores = ()
@@ -259,7 +262,9 @@ class ServeSettings(CommonSettings):
     head_quantization: Quantization = Field(
         default_factory=lambda data: default_head_quantization(data["quantization"])
     )
-    kv_dtype: KvDtype = "fp32"
+    kv_dtype: KvDtype = Field(
+        default_factory=lambda data: default_kv_dtype(data["weight_dtype"], data["quantization"])
+    )
     tp: int = Field(default=1, ge=1, le=64)
     cores: Cores = ()
     batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)

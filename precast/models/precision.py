@@ -26,3 +26,14 @@ def default_head_quantization(quantization: Quantization) -> Quantization:
     """What llama.cpp ships: 8 bits where the layers have 4, because the head costs most
     accuracy."""
     return "q8_0" if quantization in ("q4_0", "q4_1") else quantization
+
+
+def default_kv_dtype(weight_dtype: WeightDtype, quantization: Quantization) -> KvDtype:
+    """fp32 where the weights are fp32, so that results are exact; else bf16, which costs no
+    accuracy that shows (docs/fidelity.md), half of the memory and half of attention's reads."""
+    return "fp32" if weight_dtype == "fp32" and quantization == "none" else "bf16"
+
+
+def cached_head_bytes(kv_dtype: KvDtype, head_dim: int) -> int:
+    """What a head's key, or its value, of one token takes in the cache."""
+    return {"fp32": 4 * head_dim, "bf16": 2 * head_dim, "int8": head_dim + 4}[kv_dtype]

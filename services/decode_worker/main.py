@@ -17,6 +17,7 @@ from precast.errors import ConfigError, ModelCorrupt
 from precast.graphs.fetch import GraphCache
 from precast.graphs.trust import TrustFolder
 from precast.models.config import ModelConfig, load_config
+from precast.models.precision import cached_head_bytes
 from precast.models.sharding import kv_heads_held
 from precast.process import available_cpus
 from precast.registry import Heartbeat, Registry
@@ -145,8 +146,9 @@ def kv_blocks(settings: DecodeWorkerSettings, config: ModelConfig, context: int)
     """Blocks for a full batch of full contexts, or as many as a share of the free memory holds."""
     per_sequence = -(-context // settings.block_size)
     heads = kv_heads_held(config, settings.tp)
-    floats = 2 * config.num_layers * heads * settings.block_size * config.head_dim
-    budget = int(psutil.virtual_memory().available * KV_MEMORY_SHARE) // (4 * floats)
+    tokens = 2 * config.num_layers * heads * settings.block_size  # keys and values of a block
+    block_bytes = tokens * cached_head_bytes(settings.kv_dtype, config.head_dim)
+    budget = int(psutil.virtual_memory().available * KV_MEMORY_SHARE) // block_bytes
     blocks = min(settings.max_batch_size * per_sequence, budget)
     if blocks < per_sequence:
         raise ConfigError(
