@@ -55,7 +55,7 @@ inline int64_t panel_bytes(Format f, int64_t k) {
   return (values * (f == Format::kFloat32 ? 4 : 2) + 63) / 64 * 64;
 }
 
-// Inputs that were quantised for a linear (quantize_rows). Rows lie in blocks of kRowBlock, within a
+// Inputs that were quantised for a linear (quantize_inputs). Rows lie in blocks of kRowBlock, within a
 // block by group and then by row, so that a tile of rows finds its inputs at constant distances. An
 // entry is a group of a row: see input_at.
 struct QuantizedInputs {
@@ -86,6 +86,10 @@ struct LinearArgs {
   float* y;           // [M, N]
   QuantizedInputs inputs;  // for the formats that need them
 };
+
+inline int64_t input_units(const LinearArgs& a) {
+  return (a.m + kRowBlock - 1) / kRowBlock * input_groups(a.format, a.k);
+}
 
 enum class CacheType : int64_t { kFloat32, kBFloat16, kInt8 };
 
@@ -125,9 +129,9 @@ struct AttentionTile {
 struct Kernels {
   const char* isa;
 
-  // Symmetric quantisation of rows [begin, end) of args.x: q = round(x / scale), scale = max|x| / 127
-  // over the group. Writes args.inputs.
-  void (*quantize_rows)(const LinearArgs& args, int64_t begin, int64_t end);
+  // Symmetric quantisation of args.x: q = round(x / scale), scale = max|x| / 127 over the group. Writes
+  // units [begin, end) of args.inputs, of input_units(args): a unit is a group of a block of rows.
+  void (*quantize_inputs)(const LinearArgs& args, int64_t begin, int64_t end);
 
   // y = x w^T + bias for the panels [panel_begin, panel_end).
   void (*linear)(const LinearArgs& args, int64_t panel_begin, int64_t panel_end);

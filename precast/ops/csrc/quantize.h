@@ -48,18 +48,19 @@ inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
   return sum;
 }
 
-void quantize_rows(const LinearArgs& a, int64_t begin, int64_t end) {
+void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
   const int64_t groups = input_groups(a.format, a.k);
   const int32_t offset = weight_offset(a.format);
-  for (int64_t row = begin; row < end; ++row) {
-    const float* x = a.x + row * a.x_stride;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = g * kGroup, left = a.k - first;
-      const int64_t count = left < 0 ? 0 : left < kGroup ? left : kGroup;
-      const int64_t at = input_at(a.m, groups, row, g);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t block = unit / groups * kRowBlock, group = unit % groups;
+    const int64_t first = group * kGroup, left = a.k - first;
+    const int64_t count = left < 0 ? 0 : left < kGroup ? left : kGroup;
+    for (int64_t row = block; row < block + rows_of_block(a.m, block); ++row) {
+      const float* x = a.x + row * a.x_stride + first;
+      const int64_t at = input_at(a.m, groups, row, group);
       int8_t* q = a.inputs.values + at * kGroup;
-      const float largest = largest_magnitude(x + first, count);
-      const int32_t sum = quantize(x + first, q, count, largest > 0 ? 127.0f / largest : 0.0f);
+      const float largest = largest_magnitude(x, count);
+      const int32_t sum = quantize(x, q, count, largest > 0 ? 127.0f / largest : 0.0f);
       for (int64_t i = count; i < kGroup; ++i) q[i] = 0;
       a.inputs.scales[at] = largest / 127.0f;
       a.inputs.starts[at] = -offset * sum;
