@@ -4,8 +4,8 @@ With fewer ranks than KV heads, a rank takes whole KV heads with their query hea
 head is held by several ranks, and its query heads are dealt out among them; ranks beyond the number
 of query heads have no attention. Either way a rank's query heads divide evenly over its KV heads,
 as the attention operator wants. Head counts that don't divide leave some ranks with more attention
-work; the MLP's columns are dealt the other way, so that every rank reads about as many weight bytes
-a layer. SmolLM2-135M over two ranks: KV heads 2 and 1, MLP columns 688 and 848.
+work. The MLP's columns are dealt evenly nevertheless: ranks meet behind each of the two, so what one
+waits for in the first is not made up for in the second (docs/decisions.md, "Uneven shards").
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
     if not 0 <= rank < tp:
         raise ConfigError(f"tp={tp}: a rank {rank} does not exist")
     heads = _deal_heads(config.q_heads, config.kv_heads, tp)
-    columns = _deal(config.intermediate_size, _mlp_work(config, heads), PANEL)
+    columns = _deal(config.intermediate_size, [1.0] * tp, PANEL)
     vocab = _deal(config.vocab_size, [1.0] * tp, PANEL)
     experts = _deal(config.expert_size, [1.0] * tp, PANEL) if config.expert_size else [0] * tp
     return Shard(
@@ -76,25 +76,6 @@ def _deal_heads(q_heads: int, kv_heads: int, tp: int) -> list[_Heads]:
             heads.append(_Heads(q, range(head, head + 1)))
     none = _Heads(range(q_heads, q_heads), range(kv_heads, kv_heads))
     return heads + [none] * (tp - len(heads))
-
-
-def _mlp_work(config: ModelConfig, heads: Sequence[_Heads]) -> list[float]:
-    """Each rank's fair number of MLP columns: its share of all layer weights less its attention."""
-    head_columns = config.head_dim * 2 / 3  # a head's row and column against gate, up and down
-    attention = [head_columns * (len(h.q) + len(h.kv)) for h in heads]
-    level = _fill_level(attention, config.intermediate_size)
-    return [max(0.0, level - work) for work in attention]
-
-
-def _fill_level(floors: Sequence[float], amount: float) -> float:
-    """How high ``amount`` of water stands over ``floors`` of unequal height."""
-    ordered = sorted(floors)
-    total = amount
-    for count, floor in enumerate(ordered, start=1):
-        total += floor
-        if count == len(ordered) or total / count <= ordered[count]:
-            return total / count
-    raise AssertionError("there is at least one floor")
 
 
 def _deal(count: int, weights: Sequence[float], unit: int) -> list[int]:
