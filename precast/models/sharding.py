@@ -3,9 +3,9 @@
 With fewer ranks than KV heads, a rank takes whole KV heads with their query heads. With more, a KV
 head is held by several ranks, and its query heads are dealt out among them; ranks beyond the number
 of query heads have no attention. Either way a rank's query heads divide evenly over its KV heads,
-as the attention operator wants. Head counts that don't divide leave some ranks with more attention
-work. The MLP's columns are dealt evenly nevertheless: ranks meet behind each of the two, so what one
-waits for in the first is not made up for in the second (docs/decisions.md, "Uneven shards").
+as the attention operator wants. Head counts that don't divide leave some ranks with more
+attention. The MLP's columns are dealt evenly nevertheless: ranks meet behind each of the two, so
+what one waits for behind attention it can't make up for (docs/decisions.md, "Uneven shards").
 """
 
 from collections.abc import Sequence
