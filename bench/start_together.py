@@ -1,14 +1,17 @@
 """Decode workers that start at once on a warm store, against one alone.
 
-    python -m bench.start_together [--workers 8] [--rounds 3] [--real]
+    python -m bench.start_together [--workers 8] [--rounds 3] [--simulated]
 
-One compile worker has eight graphs of a layer's size; the decode workers' caches are empty, so that
-each fetches all of them, and each is ready once it has loaded them. Prints
+One compile worker has eight graphs; the decode workers' caches are empty, so that each fetches all
+of them, and each is ready once it has loaded them. Ranks are real, with SmolLM2-135M. Prints
 
 * *start*: process start to readiness of one worker, and of the last of several, on this machine's
-  cores. Their ranks are simulated; with --real they are ranks with torch and SmolLM2-135M.
-* *processor*: what one start takes of it. So many starts can't be quicker than the sum over cores.
-* *fetch*: what they share whatever cores they have: the compile worker's answers. A client takes
+  cores: started one by one, and as replicas of one start (``--replicas``).
+* *processor*: what all of it takes. So many starts can't be quicker than that over the cores.
+
+With --simulated, ranks only answer, and further
+
+* *fetch*: what workers share whatever cores they have: the compile worker's answers. A client takes
   the whole set (ask, stream, verify, keep), alone and several at once.
 * *own cores*: the start of the last one if each worker had a machine of its own: one start, and
   what fetching together takes longer than fetching alone.
@@ -16,7 +19,6 @@ each fetches all of them, and each is ready once it has loaded them. Prints
 
 import argparse
 import asyncio
-import json
 import os
 import secrets
 import statistics
@@ -49,14 +51,22 @@ GRAPH_BYTES = 1_250_000
 """As large as a graph of SmolLM2-135M."""
 REAL_MODEL = "smollm2-135m-instruct"
 READY_S = 180.0
-LEADER = (
-    "import sys, json; from precast.settings import DecodeWorkerSettings, load_settings;"
+SIMULATED = (
+    "import sys; from precast.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.rank_launch import RankLauncher;"
-    "launcher = RankLauncher(sys.argv[2]); launcher.start_early(1);"
+    "launcher = RankLauncher('bench.start_rank'); launcher.start_early(1);"
     "from services.decode_worker.main import run;"
-    "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
-    "sys.exit(run(settings, launcher))"
+    "sys.exit(run(load_settings(DecodeWorkerSettings), launcher))"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How workers are started."""
+
+    name: str
+    starts: int = 1
+    replicas: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,46 +96,50 @@ class Start:
 
 
 @contextmanager
-def launched(fleet: Fleet) -> Iterator[DecodeWorker]:
-    """A worker with an empty cache, just started."""
-    address = f"127.0.0.1:{free_port()}"
+def launched(fleet: Fleet, replicas: int = 1) -> Iterator[list[DecodeWorker]]:
+    """Workers with empty caches, just started."""
+    port = free_port()  # those behind it are as good as free
     scratch = fleet.home / f"worker-{secrets.token_hex(4)}"
     given: dict[str, Any] = {"home": str(fleet.home), "redis_url": fleet.redis_url}
-    given |= {"listen": address, "model": fleet.model, "cache_dir": str(scratch)}
-    given |= {"batch_sizes": ",".join(map(str, SIZES)), "wait_for_graphs": True}
-    given |= {"prefill_buckets": "", "adapt_graphs": False}
-    if fleet.real:
-        given |= {"quantization": "int8", "max_context_length": 512}
-    rank = "services.decode_worker.rank" if fleet.real else "bench.start_rank"
+    given |= {"listen": f"127.0.0.1:{port}", "model": fleet.model, "cache_dir": str(scratch)}
+    given |= {"batch_sizes": ",".join(map(str, SIZES)), "wait_for_graphs": "true"}
+    given |= {"prefill_buckets": "", "adapt_graphs": "false", "replicas": str(replicas)}
+    command = [sys.executable, "-m", "precast", "decode-worker"]
+    if not fleet.real:
+        command = [sys.executable, "-c", SIMULATED]
+    else:
+        given |= {"quantization": "int8", "max_context_length": "512"}
+    environment = {f"PRECAST_{name.upper()}": value for name, value in given.items()}
     log = scratch.with_suffix(".log")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", LEADER, json.dumps(given), rank],
-            cwd=ROOT,
-            stdout=file,
-            stderr=file,
+            command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, **environment}
         )
     try:
-        yield DecodeWorker(process=process, address=address, log=log, model=fleet.model)
+        addresses = [f"127.0.0.1:{port + n}" for n in range(replicas)]
+        yield [
+            DecodeWorker(process=process, address=address, log=log, model=fleet.model)
+            for address in addresses
+        ]
     finally:
         process.kill()
         process.wait()
 
 
-def start(fleet: Fleet, count: int) -> Start:
-    """Start so many workers at once and wait for all."""
+def start(fleet: Fleet, way: Way) -> Start:
+    """Start workers in this way and wait for all."""
     before, begun = processor_s(fleet.compiler.process.pid), time.perf_counter()
     with ExitStack() as stack:
-        workers = [stack.enter_context(launched(fleet)) for _ in range(count)]
-        for worker in workers:
+        starts = [stack.enter_context(launched(fleet, way.replicas)) for _ in range(way.starts)]
+        for worker in (worker for workers in starts for worker in workers):
             eventually(worker.is_ready, READY_S)
         wall_s = time.perf_counter() - begun
-        for worker in workers:
+        for worker in (worker for workers in starts for worker in workers):
             status = worker.stub().GetStatus(pb.GetStatusRequest(), timeout=5)
             assert len(status.graphs) == len(SIZES)
         return Start(
             wall_s=wall_s,
-            processor_s=sum(processor_s(worker.process.pid) for worker in workers),
+            processor_s=sum(processor_s(workers[0].process.pid) for workers in starts),
             compiler_s=processor_s(fleet.compiler.process.pid) - before,
         )
 
@@ -186,8 +200,8 @@ def warm_fleet(real: bool) -> Iterator[Fleet]:
         if not real:
             asyncio.run(capture_all(fleet))
         else:
-            with launched(fleet) as worker:  # captures, and packs the weights
-                eventually(worker.is_ready, 1200)
+            with launched(fleet) as workers:  # captures, and packs the weights
+                eventually(workers[0].is_ready, 1200)
         yield fleet
 
 
@@ -195,37 +209,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.start_together")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--real", action="store_true", help="ranks with torch and a model")
+    parser.add_argument("--simulated", action="store_true", help="ranks that only answer")
     arguments = parser.parse_args()
-    counts = (1, arguments.workers)
-    starts: dict[int, list[Start]] = {count: [] for count in counts}
-    fetches: dict[int, list[float]] = {count: [] for count in counts}
-    with warm_fleet(arguments.real) as fleet:
+    one, many = Way(name="1"), Way(name=f"{arguments.workers} starts", starts=arguments.workers)
+    ways = [one, many]
+    if not arguments.simulated:
+        ways.append(Way(name=f"{arguments.workers} replicas", replicas=arguments.workers))
+    starts: dict[str, list[Start]] = {way.name: [] for way in ways}
+    fetches: dict[str, list[float]] = {way.name: [] for way in ways}
+    with warm_fleet(not arguments.simulated) as fleet:
         for _ in range(arguments.rounds):
-            for count in counts:
-                starts[count].append(start(fleet, count))
-                if not arguments.real:
-                    fetches[count].append(asyncio.run(fetch(fleet, count)))
+            for way in ways:
+                starts[way.name].append(start(fleet, way))
+                if arguments.simulated:
+                    fetches[way.name].append(asyncio.run(fetch(fleet, way.starts)))
     report(starts, fetches)
 
 
-def report(starts: dict[int, list[Start]], fetches: dict[int, list[float]]) -> None:
-    table = Table("workers", "start s", "processor s", "of that compile worker s", "fetch s")
-    for count, found in starts.items():
-        fetched = fetches[count]
+def report(starts: dict[str, list[Start]], fetches: dict[str, list[float]]) -> None:
+    alone_s = statistics.median(each.wall_s for each in starts["1"])
+    table = Table("workers", "start s", "x one's", "processor s", "compile worker s", "fetch s")
+    for name, found in starts.items():
+        wall_s, fetched = statistics.median(each.wall_s for each in found), fetches[name]
         table.add_row(
-            str(count),
-            f"{statistics.median(each.wall_s for each in found):.2f}",
-            f"{statistics.median(each.processor_s + each.compiler_s for each in found):.2f}",
+            name,
+            f"{wall_s:.2f}",
+            f"{wall_s / alone_s:.2f}",
+            f"{statistics.median(each.processor_s for each in found):.2f}",
             f"{statistics.median(each.compiler_s for each in found):.2f}",
             f"{statistics.median(fetched):.3f}" if fetched else "",
         )
     Console().print(table)
-    one, all_ = (statistics.median(each.wall_s for each in found) for found in starts.values())
-    print(f"start of the last of all {all_ / one:.2f} x one's, on {os.cpu_count()} cores")
+    print(f"the last of all is ready, on {os.cpu_count()} cores")
     if all(fetches.values()):
         alone, together = (statistics.median(each) for each in fetches.values())
-        print(f"own cores: {(one + together - alone) / one:.2f} x")
+        print(f"own cores: {(alone_s + together - alone) / alone_s:.2f} x")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ as long as the process does.
 
 import ctypes
 import os
+import select
 import signal
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -48,6 +52,55 @@ def bound_to_parent(
 ) -> tuple[str, ...]:
     """``command``, changed so that the process it starts gets ``signum`` when this process dies."""
     return (sys.executable, "-m", __name__, signum.name, str(os.getpid()), *command)
+
+
+class ForkedChild:
+    """A fork of this process, with what ``subprocess.Popen`` has for a child."""
+
+    def __init__(self, main: Callable[[], int]) -> None:
+        """``main`` is called in the child and gives its exit code. Only for a process that has no
+        threads: a lock that another one holds would stay locked in the child."""
+        self.returncode: int | None = None
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                die_with_parent(signal.SIGKILL, parent)
+                code = main()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with suppress(OSError):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)  # what the parent would do at its end is not the child's to do
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def poll(self) -> int | None:
+        """The exit code, or the negated number of the signal that ended it; None: it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid == self.pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                os.close(self._pidfd)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises ``subprocess.TimeoutExpired``."""
+        if self.poll() is None:
+            select.select([self._pidfd], [], [], timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired("fork", timeout or 0.0)
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._pidfd, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def available_cpus() -> tuple[int, ...]:

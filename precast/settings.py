@@ -173,6 +173,8 @@ class DecodeWorkerSettings(CommonSettings):
     """Of the KV cache; bf16, but fp32 where the weights are."""
     tp: int = Field(default=1, ge=1, le=64)
     """Tensor-parallel ranks."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Workers to run in one start, on ports that follow each other; the cores are dealt out."""
     cores: Cores = ()
     """CPU ids, dealt out to the ranks in order; empty: all that the process may use."""
     batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)

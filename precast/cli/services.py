@@ -3,9 +3,11 @@
 import signal
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 
+from precast.cli.failures import EXIT_USAGE, reported
 from precast.settings import (
     CommonSettings,
     CompileWorkerSettings,
@@ -13,6 +15,9 @@ from precast.settings import (
     GatewaySettings,
     describe,
 )
+
+if TYPE_CHECKING:
+    from services.decode_worker.rank_launch import RankLauncher
 
 
 def run_gateway(settings: GatewaySettings) -> None:
@@ -30,6 +35,11 @@ def run_compile_worker(settings: CompileWorkerSettings) -> None:
 
 
 def run_decode_worker(settings: DecodeWorkerSettings) -> None:
+    if settings.replicas > 1:
+        _announce("decode-worker", settings)
+        from services.decode_worker import replicas
+
+        raise typer.Exit(replicas.run(settings, _serve_replica, EXIT_USAGE))
     from services.decode_worker.rank_launch import RankLauncher
 
     launcher = RankLauncher()
@@ -42,6 +52,15 @@ def run_decode_worker(settings: DecodeWorkerSettings) -> None:
     finally:
         launcher.close()
     raise typer.Exit(code)
+
+
+def _serve_replica(settings: DecodeWorkerSettings, launcher: "RankLauncher") -> int:
+    from services.decode_worker.main import run
+
+    try:
+        return reported(run)(settings, launcher)
+    except typer.Exit as ended:
+        return ended.exit_code
 
 
 def _announce(service: str, settings: CommonSettings) -> None:

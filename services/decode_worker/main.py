@@ -148,7 +148,8 @@ def kv_blocks(settings: DecodeWorkerSettings, config: ModelConfig, context: int)
     heads = kv_heads_held(config, settings.tp)
     tokens = 2 * config.num_layers * heads * settings.block_size  # keys and values of a block
     block_bytes = tokens * cached_head_bytes(settings.kv_dtype, config.head_dim)
-    budget = int(psutil.virtual_memory().available * KV_MEMORY_SHARE) // block_bytes
+    free = psutil.virtual_memory().available / settings.replicas
+    budget = int(free * KV_MEMORY_SHARE) // block_bytes
     blocks = min(settings.max_batch_size * per_sequence, budget)
     if blocks < per_sequence:
         raise ConfigError(

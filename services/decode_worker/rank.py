@@ -179,11 +179,8 @@ def _send(connection: socket.socket, message: Reply) -> None:
     connection.sendall(frame(message))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="services.decode_worker.rank")
-    parser.add_argument("--fd", type=int, required=True)
-    connection = socket.socket(fileno=parser.parse_args().fd)
-    die_with_parent(signal.SIGKILL)
+def run(connection: socket.socket) -> int:
+    """A rank's whole life; returns its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader decides when ranks stop
     try:
         with torch.inference_mode():
@@ -195,6 +192,14 @@ def main() -> int:
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the leader is gone
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="services.decode_worker.rank")
+    parser.add_argument("--fd", type=int, required=True)
+    connection = socket.socket(fileno=parser.parse_args().fd)
+    die_with_parent(signal.SIGKILL)
+    return run(connection)
 
 
 if __name__ == "__main__":

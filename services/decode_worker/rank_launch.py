@@ -2,16 +2,21 @@
 imports what it needs itself: 3 of the 5 seconds of a start.
 """
 
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from precast.process import ForkedChild
+
 RANK_MODULE: Final = "services.decode_worker.rank"
+RankMain = Callable[[socket.socket], int]
 
 
 class RankProcess(NamedTuple):
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[bytes] | ForkedChild"
     connection: socket.socket
 
 
@@ -24,6 +29,12 @@ class RankLauncher:
     def start_early(self, count: int) -> None:
         """Starts ranks that ``take`` will give out."""
         self._waiting += [self._start() for _ in range(count)]
+
+    def fork_early(self, count: int, main: RankMain) -> None:
+        """The same, as forks of this process, which has imported what ``main`` needs and has no
+        threads."""
+        for _ in range(count):
+            self._waiting.append(self._fork(main))
 
     def take(self) -> RankProcess:
         """A rank that waits for its first command."""
@@ -43,3 +54,16 @@ class RankLauncher:
             command = [sys.executable, "-m", self._module, "--fd", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         return RankProcess(process=process, connection=ours)
+
+    def _fork(self, main: RankMain) -> RankProcess:
+        ours, theirs = socket.socketpair()
+        others = [rank.connection for rank in self._waiting]
+
+        def child() -> int:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for connection in (ours, *others):  # the leader's ends
+                connection.close()
+            return main(theirs)
+
+        with theirs:
+            return RankProcess(process=ForkedChild(child), connection=ours)

@@ -146,10 +146,11 @@ def decode_worker(
     *,
     environment: dict[str, str] | None = None,
     ready_s: float = 90.0,
+    address: str | None = None,
     **settings: Any,
 ) -> Iterator[DecodeWorker]:
     """``precast decode-worker`` with these settings, ready; stopped at the end."""
-    address = f"127.0.0.1:{free_port()}"
+    address = address or f"127.0.0.1:{free_port()}"
     flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model}
     flags |= {"prefill_buckets": "", **settings}  # tests that need no captures of them ask for none
     log = home / f"decode-{address.rpartition(':')[2]}.log"
