@@ -17,7 +17,6 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -59,7 +58,7 @@ class ForkedChild:
 
     def __init__(self, main: Callable[[], int]) -> None:
         """``main`` is called in the child and gives its exit code. Only for a process that has no
-        threads: a lock that another one holds would stay locked in the child."""
+        threads: a lock that another one holds would stay locked in the child. Raises OSError."""
         self.returncode: int | None = None
         parent = os.getpid()
         self.pid = os.fork()
@@ -71,11 +70,17 @@ class ForkedChild:
             except BaseException:
                 traceback.print_exc()
             finally:
-                with suppress(OSError):
+                try:
                     sys.stdout.flush()
                     sys.stderr.flush()
-                os._exit(code)  # what the parent would do at its end is not the child's to do
-        self._pidfd = os.pidfd_open(self.pid)
+                finally:
+                    os._exit(code)  # what the parent would do at its end is not the child's to do
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise
 
     def poll(self) -> int | None:
         """The exit code, or the negated number of the signal that ended it; None: it runs."""

@@ -149,7 +149,8 @@ class CompileWorkerSettings(CommonSettings):
 
 
 class DecodeWorkerSettings(CommonSettings):
-    """``precast decode-worker``: one model replica, one process a tensor-parallel rank."""
+    """``precast decode-worker``: a model replica, or several, with a process for each
+    tensor-parallel rank."""
 
     section: ClassVar[str] = "decode-worker"
 
@@ -176,7 +177,7 @@ class DecodeWorkerSettings(CommonSettings):
     replicas: int = Field(default=1, ge=1, le=64)
     """Workers to run in one start, on ports that follow each other; the cores are dealt out."""
     cores: Cores = ()
-    """CPU ids, dealt out to the ranks in order; empty: all that the process may use."""
+    """CPU ids, dealt out to replicas and ranks in order; empty: all that the process may use."""
     batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
     """Sequences in a decode step to have graphs for."""
     prefill_buckets: Buckets = (16, 64, 256)
@@ -228,8 +229,10 @@ class DecodeWorkerSettings(CommonSettings):
                 f"max_batch_size = {self.max_batch_size} is less than the largest of "
                 f"batch_sizes = {','.join(map(str, self.batch_sizes))}"
             )
-        if self.cores and len(self.cores) < self.tp:
-            raise ValueError(f"cores names {len(self.cores)} CPUs, too few for tp = {self.tp}")
+        ranks = self.tp * self.replicas
+        if self.cores and len(self.cores) < ranks:
+            what = f"tp = {self.tp}" if self.replicas == 1 else f"{ranks} ranks"
+            raise ValueError(f"cores names {len(self.cores)} CPUs, too few for {what}")
         return self
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from precast.cli.failures import EXIT_USAGE, reported
+from precast.cli.failures import reported
 from precast.settings import (
     CommonSettings,
     CompileWorkerSettings,
@@ -39,7 +39,7 @@ def run_decode_worker(settings: DecodeWorkerSettings) -> None:
         _announce("decode-worker", settings)
         from services.decode_worker import replicas
 
-        raise typer.Exit(replicas.run(settings, _serve_replica, EXIT_USAGE))
+        raise typer.Exit(replicas.run(settings, _serve_replica))
     from services.decode_worker.rank_launch import RankLauncher
 
     launcher = RankLauncher()

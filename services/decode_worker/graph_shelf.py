@@ -27,7 +27,7 @@ class GraphShelf:
         on_offer: Callable[[], None],
     ) -> None:
         """``candidates`` keeps graphs that this worker tries, out of the sight of others that
-        share ``cache``. ``on_offer`` is called when a graph is ready to be loaded."""
+        share ``cache``. ``on_offer`` is called when ranks have a graph to load or to drop."""
         self.graphs = graphs
         self.cache = cache
         self.candidates = candidates
@@ -112,6 +112,11 @@ class GraphShelf:
         }
         if self.graphs.pending:
             self._on_offer()
+
+    def forget_removed(self) -> None:
+        """Has ranks drop graphs whose artifacts are gone."""
+        self.graphs.forget_removed()
+        self._on_offer()
 
     def _offer_complete(self) -> None:
         """Offers every batch size for which all ranks' artifacts are here and not loaded yet."""

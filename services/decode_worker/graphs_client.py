@@ -8,7 +8,6 @@ may have been rolled back or quarantined while this worker was down.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from typing import Any, Final
 
 import grpc.aio
@@ -57,10 +56,8 @@ class GraphsClient:
         trusted: Trust,
         registry: Registry,
         compile_address: str | None,
-        on_offer: Callable[[], None],
     ) -> None:
-        """``trusted`` is whom the shelf's caches believe. ``on_offer`` is called when there is
-        something to do between two steps."""
+        """``trusted`` is whom the shelf's caches believe."""
         self._worker_id = worker_id
         self._model = model
         self._shelf = shelf
@@ -68,7 +65,6 @@ class GraphsClient:
         self._trusted = trusted
         self._registry = registry
         self._compile_address = compile_address
-        self._on_offer = on_offer
         self._asked_again: set[tuple[str, int, str]] = set()
         """Key, generation and signer of what was fetched for its new signature."""
         self._distrusted = asyncio.Event()
@@ -114,10 +110,9 @@ class GraphsClient:
             if self._trusted.keys != known:
                 known = self._trusted.keys
                 await asyncio.to_thread(self._shelf.distrust)
-                self._graphs.forget_removed()
+                self._shelf.forget_removed()
                 self._asked_again.clear()
                 self._distrusted.set()
-                self._on_offer()
 
     async def _keep_following(self) -> None:
         while True:

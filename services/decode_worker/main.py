@@ -218,7 +218,6 @@ async def _get_graphs(
         trusted=trusted,
         registry=registry,
         compile_address=settings.compile_address,
-        on_offer=engine.nudge,
     )
     await client.run()
 

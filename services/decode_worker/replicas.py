@@ -17,6 +17,7 @@ from structlog.contextvars import bind_contextvars
 
 from precast.errors import ConfigError
 from precast.log import get_logger
+from precast.models.config import load_config
 from precast.process import ForkedChild, available_cpus
 from precast.settings import DecodeWorkerSettings
 from services.decode_worker.rank_launch import RankLauncher
@@ -50,9 +51,9 @@ class _Replica:
     """When to start it again, if it doesn't run."""
 
 
-def run(settings: DecodeWorkerSettings, serve: Serve, refused: int) -> int:
-    """Serves until SIGTERM or SIGINT. ``refused``: the exit code of a replica that refuses its
-    settings; all are stopped then, and it is returned."""
+def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
+    """Serves until SIGTERM or SIGINT. If a replica can't even start, all are stopped and its exit
+    code is returned. Raises PrecastError for a model or settings that none could start with."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     for name in ONE_THREAD:
         os.environ[name] = "1"
@@ -60,10 +61,11 @@ def run(settings: DecodeWorkerSettings, serve: Serve, refused: int) -> int:
     from services.decode_worker import rank
     from services.decode_worker.main import split_cores
 
-    cores = split_cores(settings.cores or available_cpus(), settings.replicas)
     replicas = [
-        _Replica(index=index, settings=replica(settings, index, own))
-        for index, own in enumerate(cores)
+        _Replica(index=index, settings=replica(shared_memory(settings), index, cores))
+        for index, cores in enumerate(
+            split_cores(settings.cores or available_cpus(), settings.replicas)
+        )
     ]
 
     def start(one: _Replica) -> None:
@@ -79,12 +81,24 @@ def run(settings: DecodeWorkerSettings, serve: Serve, refused: int) -> int:
             finally:
                 launcher.close()
 
-        one.process, one.started = ForkedChild(child), time.monotonic()
+        one.started = time.monotonic()
+        one.process = ForkedChild(child)
 
     try:
-        return _keep(replicas, start, refused)
+        return _keep(replicas, start)
     finally:
         _stop(replicas)
+
+
+def shared_memory(settings: DecodeWorkerSettings) -> DecodeWorkerSettings:
+    """With the KV blocks of one replica: they share what is free now, and one that starts again
+    gets as many as before. Raises PrecastError."""
+    from services.decode_worker.main import context_length, kv_blocks
+
+    config = load_config(settings.model_dir)
+    context = context_length(settings, config)
+    blocks = settings.kv_blocks or kv_blocks(settings, config, context)
+    return settings.model_copy(update={"kv_blocks": blocks})
 
 
 def replica(
@@ -92,39 +106,49 @@ def replica(
 ) -> DecodeWorkerSettings:
     """The settings of one of several: its cores, and ports that follow the given ones. Raises
     ConfigError."""
-    changed = {name: _shifted(name, getattr(settings, name), index) for name in _ADDRESSES}
-    port = settings.metrics_port + index if settings.metrics_port else 0
-    return settings.model_copy(update={**changed, "metrics_port": port, "cores": cores})
-
-
-_ADDRESSES: Final = ("listen", "advertise")
+    addresses = {
+        name: _shifted(name, getattr(settings, name), index) for name in ("listen", "advertise")
+    }
+    metrics = _shifted("metrics_port", f":{settings.metrics_port}", index)
+    ports = {**addresses, "metrics_port": int(metrics[1:])}
+    return settings.model_copy(update={**ports, "cores": cores})
 
 
 def _shifted(name: str, address: str, by: int) -> str:
+    """The address with a port that is higher by so much; 0 stays: the system chooses, or none."""
     host, _, port = address.rpartition(":")
     shifted = int(port) + by if int(port) else 0
     if shifted > 65535:
-        raise ConfigError(f"{name} = {address!r}: replica {by} would have port {shifted}")
+        raise ConfigError(f"{name}: replica {by} would have port {shifted}")
     return f"{host}:{shifted}"
 
 
-def _keep(replicas: list[_Replica], start: Callable[[_Replica], None], refused: int) -> int:
+def _keep(replicas: list[_Replica], start: Callable[[_Replica], None]) -> int:
     while True:
-        now = time.monotonic()
         for one in replicas:
-            if one.process is None and one.due <= now:
-                start(one)
-            elif one.process is not None and (code := one.process.poll()) is not None:
-                if code == refused:
-                    return code
-                one.process = None
-                one.failures = 1 if now - one.started > SETTLED_S else one.failures + 1
-                one.due = now + BACKOFF_S[min(one.failures, len(BACKOFF_S)) - 1]
-                log.warning("replica ended", replica=one.index, code=code, restarts=one.failures)
+            if one.process is None and one.due <= time.monotonic():
+                try:
+                    start(one)
+                except OSError as error:  # no memory or no process to be had
+                    _put_off(one, str(error))
+            code = one.process.poll() if one.process is not None else None
+            if code is None:
+                continue
+            if code > 0 and one.failures == 0 and time.monotonic() - one.started < SETTLED_S:
+                return code  # it has never run: starting again would not help
+            one.process = None
+            _put_off(one, f"ended with {code}")
         waits = [one.due - time.monotonic() for one in replicas if one.process is None]
         info = signal.sigtimedwait(_WATCHED, max(0.0, min(waits, default=60.0)))
         if info is not None and info.si_signo in _STOP_SIGNALS:
             return 0
+
+
+def _put_off(one: _Replica, reason: str) -> None:
+    now = time.monotonic()
+    one.failures = 1 if now - one.started > SETTLED_S else one.failures + 1
+    one.due = now + BACKOFF_S[min(one.failures, len(BACKOFF_S)) - 1]
+    log.warning("replica is started again", replica=one.index, reason=reason, failures=one.failures)
 
 
 def _stop(replicas: list[_Replica]) -> None:

@@ -21,7 +21,7 @@ from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.models import write_model
 
 MODEL = "tiny"
-COUNT = 3
+COUNT, RANKS = 2, 2
 
 
 def free_ports(count: int) -> int:
@@ -56,6 +56,7 @@ def workers(home: Path) -> Iterator[list[DecodeWorker]]:
             MODEL,
             address=f"127.0.0.1:{first}",
             replicas=COUNT,
+            tp=RANKS,
             batch_sizes="1",
         ) as one,
     ):
@@ -95,16 +96,16 @@ def test_each_serves_and_a_killed_one_is_back_beside_the_others(
 
 def test_a_rank_that_dies_is_replaced(workers: list[DecodeWorker]) -> None:
     leader = leaders(workers)[0]
-    [rank] = leader.children()
-    os.kill(rank.pid, signal.SIGKILL)
-    eventually(lambda: [r for r in leader.children() if r.pid != rank.pid], 30)
+    before = leader.children()
+    os.kill(before[1].pid, signal.SIGKILL)
+    eventually(lambda: len(leader.children()) == RANKS and leader.children()[0] not in before, 30)
     eventually(lambda: all(worker.is_ready() for worker in workers), 30)
     assert len({tuple(answer(worker)) for worker in workers}) == 1
 
 
 def test_all_stop_with_their_start(workers: list[DecodeWorker]) -> None:
     everything = psutil.Process(workers[0].process.pid).children(recursive=True)
-    assert len(everything) == 2 * COUNT
+    assert len(everything) == COUNT * (1 + RANKS)
     workers[0].process.send_signal(signal.SIGTERM)
     assert workers[0].process.wait(20) == 0
     assert not any(process.is_running() for process in everything)
@@ -116,17 +117,62 @@ def test_nothing_outlives_a_start_that_is_killed(workers: list[DecodeWorker]) ->
     eventually(lambda: not any(process.is_running() for process in everything), 10)
 
 
-def test_refused_settings_end_the_start_with_one_line(home: Path) -> None:
+def start_and_end(home: Path, *flags: str) -> tuple[int, list[str]]:
+    """Exit code, and the lines of stderr that are no log's."""
     command = [sys.executable, "-m", "precast", "decode-worker", f"--home={home}", "--replicas=2"]
-    ended = subprocess.run(
-        [*command, f"--model={MODEL}", "--listen=127.0.0.1:0", "--max-context-length=999999"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert "precast: max_context_length = 999999: tiny has" in ended.stderr
+    ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+    return ended.returncode, [line for line in ended.stderr.splitlines() if "service=" not in line]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "line"),
+    [
+        (("--model=tiny", "--max-context-length=999999"), 2, "max_context_length = 999999: tiny"),
+        (("--model=missing",), 1, "missing"),
+        (("--model=tiny", "--cores=0", "--replicas=2"), 2, "too few for 2 ranks"),
+        (("--model=tiny", "--metrics-port=65535"), 2, "replica 1 would have port 65536"),
+    ],
+)
+def test_a_start_that_can_t_succeed_ends_with_one_line(
+    home: Path, flags: tuple[str, ...], code: int, line: str
+) -> None:
+    ended, lines = start_and_end(home, "--listen=127.0.0.1:0", *flags)
+    assert ended == code
+    assert len(lines) == 1
+    assert lines[0].startswith("precast: ")
+    assert line in lines[0]
+
+
+def test_a_port_in_use_ends_the_start(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended, lines = start_and_end(home, "--model=tiny", f"--listen=127.0.0.1:{port}")
+    assert ended == 2
+    assert [line for line in lines if str(port) in line]
+
+
+def test_one_that_can_t_come_back_leaves_the_others_alone(workers: list[DecodeWorker]) -> None:
+    """Its port is taken meanwhile: it tries until the port is free."""
+    host, _, port = workers[0].address.rpartition(":")
+    first, second = leaders(workers)
+    os.kill(first.pid, signal.SIGSTOP)  # holds the port until it is killed
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        first.kill()
+        eventually(lambda: bound(thief, (host, int(port))), 10)
+        thief.listen()
+        eventually(lambda: workers[0].log.read_text().count("replica is started again") > 1, 30)
+        assert workers[1].is_ready()
+        assert second.is_running()
+    eventually(workers[0].is_ready, 30)
+
+
+def bound(probe: socket.socket, address: tuple[str, int]) -> bool:
+    try:
+        probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def test_addresses_follow_each_other() -> None:

@@ -112,6 +112,26 @@ def test_paged_attention_agrees_with_torch(
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_and_values_are_rounded_as_torch_does() -> None:
+    """Ties to even, NaN and infinity as they are; both halves of an odd head."""
+    ints = torch.int32
+    ties = torch.arange(0x3F800000, 0x3F800000 + 4 * 0x8000, 0x8000, dtype=ints).view(torch.float32)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 3.4e38, -1e-45, 1e-39])
+    values = torch.cat([ties, -ties, odd, torch.randn(22) * 1e20]).view(1, 1, -1)
+    dim = values.shape[2]
+    cache = new_cache("bf16", blocks=1, kv_heads=1, block_size=BLOCK, head_dim=dim)
+    one = torch.tensor([1], dtype=ints)
+    torch.ops.precast.paged_attention(
+        values, values, values, *cache, one, torch.tensor([0, 1], dtype=ints), one,
+        torch.zeros(1, 1, dtype=ints), 1.0, 0, 0.0,
+    )  # fmt: skip
+    wanted = values[0, 0].to(torch.bfloat16)
+    for stored in (cache.k[0, 0, :, 1], cache.v[0, 0, 1]):
+        both_nan = stored.isnan() & wanted.isnan()
+        assert torch.equal(stored[~both_nan].view(torch.int16), wanted[~both_nan].view(torch.int16))
+        assert int(both_nan.sum()) == 1
+
+
 def check_cache(
     before: LayerCache, after: LayerCache, slots: list[int], k: Tensor, v: Tensor, kv_dtype: str
 ) -> None:

@@ -13,6 +13,7 @@ from precast.settings import (
     CompileWorkerSettings,
     DecodeWorkerSettings,
     GatewaySettings,
+    ServeSettings,
     describe,
     load_settings,
 )
@@ -154,3 +155,19 @@ def test_a_password_is_not_shown() -> None:
     settings = load_settings(GatewaySettings, redis_url=url)
     assert settings.redis_url == url
     assert rows(settings)["redis_url"][0] == "redis://user:***@cache:6379/0"
+
+
+@pytest.mark.parametrize("cls", [DecodeWorkerSettings, ServeSettings])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"weight_dtype": "fp32", "quantization": "none"}, "fp32"),
+        ({"weight_dtype": "bf16", "quantization": "none"}, "bf16"),
+        ({"weight_dtype": "fp32", "quantization": "q4_1"}, "bf16"),
+        ({"quantization": "int8", "kv_dtype": "int8"}, "int8"),
+    ],
+)
+def test_the_cache_is_exact_where_the_weights_are(
+    cls: type[CommonSettings], flags: dict[str, str], expected: str
+) -> None:
+    assert load_settings(cls, **flags).kv_dtype == expected

@@ -282,10 +282,10 @@ void merge_parts(const AttentionArgs& a, const AttentionTile& tile, const float*
 
 inline void convert(vfloat x, float, float* to) { store(to, x); }
 inline void convert(vfloat x, float, BFloat16* to) {  // rounds to nearest, ties to even
-  const vint bits = (vint)x;
-  const vint rounded = bits + 0x7fff + (bits >> 16 & 1);
-  const vint quiet = bits | 0x400000;  // NaN stays one
-  narrow(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16, &to->bits);
+  const vuint bits = (vuint)x;
+  const vuint rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const vuint quiet = bits | 0x400000;  // NaN stays one
+  narrow((vint)(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16), &to->bits);
 }
 inline void convert(vfloat x, float inverse, int8_t* to) {
   // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -47,22 +48,16 @@ constexpr int kQueryRows = 48;
 static_assert(kQueryRows <= kMaxTileRows && kMaxQueryGroup <= kMaxTileRows);
 // Cached tokens that are worth a part of their own.
 constexpr int64_t kSplitTokens = 256;
+constexpr int64_t kItemsPerThread = 4;
 
 int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
 
-std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* starts,
-                                  const int32_t* lengths, int64_t sequences, int threads) {
-  const int group = args.q_heads / args.kv_heads;
-  const int tile = std::max(1, kQueryRows / group);
-  // Without splitting, this many items; with fewer than a few a thread, contexts are split.
-  int64_t whole = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    whole += ceil_div(starts[s + 1] - starts[s], tile) * args.kv_heads;
-  }
-  const int64_t wanted = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, whole));
-  std::vector<Item> items;
-  items.reserve(whole + sequences * args.kv_heads);
-  int64_t floats = 0;
+// Calls use(sequence, first token, tokens, its position, begin and end of what they see in the cache)
+// for every tile of tokens of one sequence.
+template <typename F>
+void for_tiles(const AttentionArgs& args, const int32_t* starts, const int32_t* lengths,
+               int64_t sequences, F&& use) {
+  const int tile = std::max(1, kQueryRows / (args.q_heads / args.kv_heads));
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t past = lengths[s] - (starts[s + 1] - starts[s]);
     for (int64_t t = starts[s]; t < starts[s + 1]; t += tile) {
@@ -70,23 +65,44 @@ std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* star
       const int64_t position = past + (t - starts[s]);
       const int64_t end = std::max<int64_t>(0, position + count);
       const int64_t seen = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
-      const int64_t begin = round_down(seen, args.block_size);
-      const int64_t splits =
-          threads == 1 ? 1 : std::clamp<int64_t>((end - begin) / kSplitTokens, 1, wanted);
-      const int64_t run = ceil_div(end - begin, splits);
-      const int64_t step =
-          std::max<int64_t>(1, ceil_div(run, args.block_size)) * args.block_size;
-      const int parts = static_cast<int>(std::max<int64_t>(1, ceil_div(end - begin, step)));
-      for (int h = 0; h < args.kv_heads; ++h) {
-        for (int part = 0; part < parts; ++part) {
-          const int64_t from = begin + part * step;
-          items.push_back({s, t, position, count, h, from, std::min(end, from + step), part, parts,
-                           floats});
-          if (parts > 1) floats += static_cast<int64_t>(count) * group * (args.head_dim + 2);
+      use(s, t, count, position, round_down(seen, args.block_size), end);
+    }
+  }
+}
+
+// Contexts that are long beside the others' are split, so that each thread has a few items to work on.
+std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* starts,
+                                  const int32_t* lengths, int64_t sequences, int threads) {
+  int64_t total = 0, tiles = 0;
+  for_tiles(args, starts, lengths, sequences,
+            [&](int64_t, int64_t, int, int64_t, int64_t begin, int64_t end) {
+              total += (end - begin) * args.kv_heads;
+              ++tiles;
+            });
+  std::vector<Item> items;
+  items.reserve(tiles * args.kv_heads + kItemsPerThread * threads);
+  int64_t floats = 0;
+  for_tiles(args, starts, lengths, sequences, [&](int64_t s, int64_t t, int count, int64_t position,
+                                                  int64_t begin, int64_t end) {
+    const int64_t context = end - begin;
+    const int64_t wanted =
+        threads == 1 ? 1 : kItemsPerThread * threads * context / std::max<int64_t>(1, total);
+    const int64_t splits = std::clamp<int64_t>(
+        std::min(wanted, context / kSplitTokens), 1, std::numeric_limits<int>::max());
+    const int64_t step =
+        std::max<int64_t>(1, ceil_div(ceil_div(context, splits), args.block_size)) * args.block_size;
+    const int parts = static_cast<int>(std::max<int64_t>(1, ceil_div(context, step)));
+    for (int h = 0; h < args.kv_heads; ++h) {
+      for (int part = 0; part < parts; ++part) {
+        const int64_t from = begin + part * step;
+        items.push_back(
+            {s, t, position, count, h, from, std::min(end, from + step), part, parts, floats});
+        if (parts > 1) {
+          floats += static_cast<int64_t>(count) * (args.q_heads / args.kv_heads) * (args.head_dim + 2);
         }
       }
     }
-  }
+  });
   return items;
 }
 

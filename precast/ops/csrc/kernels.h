@@ -128,6 +128,8 @@ struct AttentionTile {
 
 struct Kernels {
   const char* isa;
+  // Panels that a tile of several rows has: threads get whole tiles.
+  int tile_panels;
 
   // Symmetric quantisation of args.x: q = round(x / scale), scale = max|x| / 127 over the group. Writes
   // units [begin, end) of args.inputs, of input_units(args): a unit is a group of a block of rows.

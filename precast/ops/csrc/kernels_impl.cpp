@@ -31,6 +31,7 @@ void sum(const float* const* arrays, int count, float* out, int64_t n) {
 
 const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
   static const Kernels table = {PRECAST_STR(PRECAST_ISA),
+                                kPanels,
                                 quantize_inputs,
                                 linear,
                                 unpack_row,

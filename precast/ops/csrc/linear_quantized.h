@@ -54,7 +54,7 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
   int64_t at = t.at;
   const Ahead ahead(t, kGroup / 4 * kStepBytes);
   const auto add = [&](int steps) {
-    if constexpr (MR > 1) ahead.ask<NP>(w, stride);
+    if (MR > 1 || t.turns > 1) ahead.ask<NP>(w, stride);
     group_dots<Format::kInt8, MR, NP>(
         w, stride, steps, a.inputs.values + at * kGroup, a.inputs.starts + at,
         [&](int r, int p, int v, vint dots) {
@@ -100,7 +100,7 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
     at += t.rows;
   };
   for (int64_t g = 0; g < groups; g += 2, block += block_bytes(F)) {
-    if constexpr (MR > 1) ahead.ask<NP>(block, stride);
+    if (MR > 1 || t.turns > 1) ahead.ask<NP>(block, stride);
     add(0);
     add(1);
   }

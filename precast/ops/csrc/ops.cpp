@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <vector>
 
 #include "kernels.h"
@@ -26,7 +25,8 @@ const float* bias_of(const std::optional<at::Tensor>& bias, int64_t n) {
   return bias->const_data_ptr<float>();
 }
 
-constexpr int64_t kTileRowsFrom = 4, kTilePanels = 3;
+// Rows from which weights are dealt out in whole tiles of panels.
+constexpr int64_t kTileRowsFrom = 4;
 
 int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
@@ -78,8 +78,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   args.bias = bias_of(bias, n);
   args.y = y.mutable_data_ptr<float>();
   if (is_quantized(args.format)) quantize_inputs(args);
-  // Many rows are computed in tiles of several panels: threads get whole ones.
-  const int64_t unit = args.m >= kTileRowsFrom ? kTilePanels : 1;
+  const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
   thread_local ReadOrder order;
   ThreadPool::instance().expect(order.follow({args.weight, static_cast<int64_t>(weight.nbytes())}));
   ThreadPool::instance().run([&](int part, int parts) {

@@ -28,7 +28,8 @@ struct Prefetch {
   }
 };
 
-// Learns in which order weights are read: a model's steps are all alike.
+// Learns in which order weights are read: a model's steps are all alike, but for experts, behind which
+// it is often wrong.
 class ReadOrder {
  public:
   // Notes that `now` is read, and returns what was read after it the last time, or nothing.
@@ -41,7 +42,7 @@ class ReadOrder {
   }
 
  private:
-  static constexpr size_t kMost = 4096;  // more linears than a model has
+  static constexpr size_t kMost = 1 << 16;  // more linears than a model has: 48 layers of 128 experts
   std::unordered_map<const void*, Stretch> after_;
   const void* previous_ = nullptr;
 };

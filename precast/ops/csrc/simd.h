@@ -1,6 +1,6 @@
 // Vectors of the width that the instruction set of this compilation unit has. Written with the
 // compiler's vector extensions, so that one text serves all widths; intrinsics stand only where there
-// is no portable form (half precision, the 8-bit dot product).
+// is no portable form (half precision, the 8-bit dot product) or GCC 12 makes too much of it.
 #pragma once
 
 #include <immintrin.h>
@@ -26,6 +26,7 @@ constexpr int kVectors = kPanel / kLanes;  // vectors to a panel row
 
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
 typedef int8_t vbyte __attribute__((vector_size(kLanes)));
 
