@@ -2,7 +2,7 @@
 
     python -m bench.start_together [--workers 8] [--rounds 3] [--simulated]
 
-One compile worker has eight graphs; the decode workers' caches are empty, so that each fetches all
+One compile worker has ten graphs; the decode workers' caches are empty, so that each fetches all
 of them, and each is ready once it has loaded them. Ranks are real, with SmolLM2-135M. Prints
 
 * *start*: process start to readiness of one worker, and of the last of several, on this machine's
@@ -46,7 +46,8 @@ from tests.support.compile_worker import FACTORS, ROOT, WorkerProcess, compile_w
 from tests.support.decode_worker import DecodeWorker, eventually
 from tests.support.models import write_model
 
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 256)
+"""What a worker wants unless it is told otherwise."""
 GRAPH_BYTES = 1_250_000
 """As large as a graph of SmolLM2-135M."""
 REAL_MODEL = "smollm2-135m-instruct"
@@ -102,8 +103,7 @@ def launched(fleet: Fleet, replicas: int = 1) -> Iterator[list[DecodeWorker]]:
     scratch = fleet.home / f"worker-{secrets.token_hex(4)}"
     given: dict[str, Any] = {"home": str(fleet.home), "redis_url": fleet.redis_url}
     given |= {"listen": f"127.0.0.1:{port}", "model": fleet.model, "cache_dir": str(scratch)}
-    given |= {"batch_sizes": ",".join(map(str, SIZES)), "wait_for_graphs": "true"}
-    given |= {"prefill_buckets": "", "adapt_graphs": "false", "replicas": str(replicas)}
+    given |= {"wait_for_graphs": "true", "adapt_graphs": "false", "replicas": str(replicas)}
     command = [sys.executable, "-m", "precast", "decode-worker"]
     if not fleet.real:
         command = [sys.executable, "-c", SIMULATED]

@@ -1,12 +1,14 @@
 """The decode worker's process: the leader of a group of ranks."""
 
 import asyncio
+import functools
 import os
 import secrets
 import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import psutil
@@ -58,7 +60,7 @@ def run(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
 async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None:
     started = time.monotonic()
     config = load_config(settings.model_dir)
-    tokenizer = load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings.model_dir)
     context = context_length(settings, config)
     blocks = settings.kv_blocks or kv_blocks(settings, config, context)
     if swept := sweep_segments():
@@ -123,8 +125,9 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
         await registry.close()
 
 
-def load_tokenizer(settings: DecodeWorkerSettings) -> Tokenizer:
-    path = settings.model_dir / "tokenizer.json"
+@functools.cache  # replicas are forked from a process that has it
+def load_tokenizer(model_dir: Path) -> Tokenizer:
+    path = model_dir / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

@@ -6,6 +6,7 @@ replica that dies is back in less than a second. The parent only watches: it sta
 serves nothing. What each replica does is ``main.run``, as for a worker alone.
 """
 
+import gc
 import os
 import signal
 import time
@@ -57,12 +58,17 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     for name in ONE_THREAD:
         os.environ[name] = "1"
+    gc.disable()
     # imported here: numpy starts its threads as it is imported
     from services.decode_worker import rank
-    from services.decode_worker.main import split_cores
+    from services.decode_worker.main import load_tokenizer, split_cores
 
+    settings = shared_memory(settings)
+    load_tokenizer(settings.model_dir)
+    gc.freeze()  # or each fork's collector would walk, and copy, what was imported
+    gc.enable()
     replicas = [
-        _Replica(index=index, settings=replica(shared_memory(settings), index, cores))
+        _Replica(index=index, settings=replica(settings, index, cores))
         for index, cores in enumerate(
             split_cores(settings.cores or available_cpus(), settings.replicas)
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from precast.decode.v1 import decode_service_pb2 as pb
+from precast.redis_server import start_redis
 from tests.support.capture import run_capture
 from tests.support.decode_worker import decode_worker
 from tests.support.models import write_model
@@ -22,6 +23,21 @@ def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_capture(wanted.factors, home)
     assert done.returncode == 0, done.stderr
     return home / "graph.pt2"
+
+
+@pytest.fixture(scope="module")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with the model ``tiny``, for all tests of a module."""
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "models" / "tiny")
+    return home
+
+
+@pytest.fixture(scope="module")
+def tiny_redis(tiny_home: Path) -> Iterator[str]:
+    """URL of a real Redis for all tests of a module."""
+    with start_redis(tiny_home / "redis") as server:
+        yield server.url
 
 
 @pytest.fixture(scope="session")

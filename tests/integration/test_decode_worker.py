@@ -10,31 +10,19 @@ import grpc
 import pytest
 
 from precast.decode.v1 import decode_service_pb2 as pb
-from precast.redis_server import start_redis
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
-from tests.support.models import VOCABULARY, write_model
+from tests.support.models import VOCABULARY
 
 MODEL = "tiny"
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    write_model(home / "models" / MODEL)
-    return home
-
-
-@pytest.fixture(scope="module")
-def redis_url(home: Path) -> Iterator[str]:
-    with start_redis(home / "redis") as server:
-        yield server.url
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def worker(home: Path, redis_url: str, request: pytest.FixtureRequest) -> Iterator[DecodeWorker]:
+def worker(
+    tiny_home: Path, tiny_redis: str, request: pytest.FixtureRequest
+) -> Iterator[DecodeWorker]:
     """Shared by tests that leave it running."""
     with decode_worker(
-        home, redis_url, MODEL, tp=request.param, batch_sizes="1,4", max_waiting=6
+        tiny_home, tiny_redis, MODEL, tp=request.param, batch_sizes="1,4", max_waiting=6
     ) as running:
         yield running
 
@@ -98,7 +86,7 @@ def test_a_stop_token_ends_the_request(worker: DecodeWorker) -> None:
     assert answer.token_ids == tokens[: tokens.index(tokens[2]) + 1]
 
 
-def test_a_long_prompt_in_chunks_reads_as_a_short_one(home: Path, redis_url: str) -> None:
+def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redis: str) -> None:
     """Chunked prefill and preemption change nothing about the tokens."""
     prompt = [(i * 7) % VOCABULARY for i in range(90)]
     outputs = []
@@ -107,8 +95,8 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(home: Path, redis_url: str
         {"prefill_chunk": 16, "kv_blocks": 10, "block_size": 16},
     ):
         with decode_worker(
-            home,
-            redis_url,
+            tiny_home,
+            tiny_redis,
             MODEL,
             batch_sizes="1",
             max_batch_size=4,
@@ -222,8 +210,8 @@ def test_a_killed_rank_fails_what_runs_within_a_second_and_nothing_else(
         assert worker.status().restarts == restarts + 1
 
 
-def test_a_hung_rank_does_not_hang_a_drain(home: Path, redis_url: str) -> None:
-    with decode_worker(home, redis_url, MODEL, batch_sizes="1") as worker:
+def test_a_hung_rank_does_not_hang_a_drain(tiny_home: Path, tiny_redis: str) -> None:
+    with decode_worker(tiny_home, tiny_redis, MODEL, batch_sizes="1") as worker:
         client = worker.client()
         client.start("stuck", worker.request([1], 250, stop=ENDLESS))
         client.next("stuck")
@@ -233,8 +221,8 @@ def test_a_hung_rank_does_not_hang_a_drain(home: Path, redis_url: str) -> None:
         assert client.finish("stuck", 10).reason == pb.FINISH_REASON_ABORTED
 
 
-def test_drain_lets_requests_finish_and_admits_no_more(home: Path, redis_url: str) -> None:
-    with decode_worker(home, redis_url, MODEL, batch_sizes="1") as worker:
+def test_drain_lets_requests_finish_and_admits_no_more(tiny_home: Path, tiny_redis: str) -> None:
+    with decode_worker(tiny_home, tiny_redis, MODEL, batch_sizes="1") as worker:
         client = worker.client()
         client.start("running", worker.request([1], 60, stop=ENDLESS))
         client.next("running")
@@ -245,8 +233,8 @@ def test_drain_lets_requests_finish_and_admits_no_more(home: Path, redis_url: st
         assert client.finish("late").end.error.code == pb.ERROR_CODE_OVERLOADED
 
 
-def test_ranks_die_with_a_killed_leader(home: Path, redis_url: str) -> None:
-    with decode_worker(home, redis_url, MODEL, tp=2, batch_sizes="1") as worker:
+def test_ranks_die_with_a_killed_leader(tiny_home: Path, tiny_redis: str) -> None:
+    with decode_worker(tiny_home, tiny_redis, MODEL, tp=2, batch_sizes="1") as worker:
         ranks = worker.ranks()
         assert len(ranks) == 2
         worker.kill()
@@ -255,8 +243,8 @@ def test_ranks_die_with_a_killed_leader(home: Path, redis_url: str) -> None:
     assert ours == []
 
 
-def test_redis_may_be_away(home: Path) -> None:
-    with decode_worker(home, "redis://127.0.0.1:1/0", MODEL, batch_sizes="1") as worker:
+def test_redis_may_be_away(tiny_home: Path) -> None:
+    with decode_worker(tiny_home, "redis://127.0.0.1:1/0", MODEL, batch_sizes="1") as worker:
         client = worker.client()
         client.start("a", worker.request([1], 3))
         assert client.finish("a").end.WhichOneof("event") == "finished"

@@ -17,10 +17,8 @@ import pytest
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from precast.decode.v1 import decode_service_pb2 as pb
-from precast.redis_server import start_redis
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
-from tests.support.models import write_model
 
 MODEL = "tiny"
 CAPTURE_S = 240
@@ -30,21 +28,8 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    write_model(home / "models" / MODEL)
-    return home
-
-
-@pytest.fixture(scope="module")
-def redis_url(home: Path) -> Iterator[str]:
-    with start_redis(home / "redis") as server:
-        yield server.url
-
-
-@pytest.fixture(scope="module")
-def compiler(home: Path, redis_url: str) -> Iterator[WorkerProcess]:
-    with compile_worker(home, redis_url, canary_max_slowdown=20.0) as running:
+def compiler(tiny_home: Path, tiny_redis: str) -> Iterator[WorkerProcess]:
+    with compile_worker(tiny_home, tiny_redis, canary_max_slowdown=20.0) as running:
         yield running
 
 
@@ -77,9 +62,11 @@ def ask(worker: DecodeWorker) -> list[int]:
 
 
 def test_eager_at_first_then_a_graph_then_its_next_generation(
-    home: Path, redis_url: str, compiler: WorkerProcess, no_compiler: dict[str, str]
+    tiny_home: Path, tiny_redis: str, compiler: WorkerProcess, no_compiler: dict[str, str]
 ) -> None:
-    with decode_worker(home, redis_url, MODEL, batch_sizes="1", environment=no_compiler) as worker:
+    with decode_worker(
+        tiny_home, tiny_redis, MODEL, batch_sizes="1", environment=no_compiler
+    ) as worker:
         eager = ask(worker)
         assert worker.status().eager_steps > 0
         eventually(lambda: generation(worker) == 1, CAPTURE_S)
@@ -127,11 +114,11 @@ def recompile_under_traffic(
 
 
 def test_a_warm_cache_needs_no_compile_worker(
-    home: Path, redis_url: str, no_compiler: dict[str, str]
+    tiny_home: Path, tiny_redis: str, no_compiler: dict[str, str]
 ) -> None:
     with decode_worker(
-        home,
-        redis_url,
+        tiny_home,
+        tiny_redis,
         MODEL,
         batch_sizes="1",
         environment=no_compiler,
@@ -149,25 +136,25 @@ def precast(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 
 def test_imported_graphs_need_no_compile_worker(
-    home: Path, redis_url: str, no_compiler: dict[str, str], tmp_path: Path
+    tiny_home: Path, tiny_redis: str, no_compiler: dict[str, str], tmp_path: Path
 ) -> None:
     """Out of the store as a file, into the cache of a worker that has never seen a compile
     worker."""
     bundle, apart = tmp_path / "graphs.tar", tmp_path / "apart"
-    exported = precast("graphs", "export", bundle, "--model", MODEL, "--home", home)
+    exported = precast("graphs", "export", bundle, "--model", MODEL, "--home", tiny_home)
     assert (exported.returncode, exported.stderr) == (0, "graphs written: 1\n")
     refused = precast("graphs", "import", bundle, "--cache", "--home", apart)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "not trusted" in refused.stderr
     assert not list(apart.rglob("*.pt2"))
-    shutil.copytree(home / "keys" / "trusted", apart / "keys" / "trusted")
+    shutil.copytree(tiny_home / "keys" / "trusted", apart / "keys" / "trusted")
     imported = precast("graphs", "import", bundle, "--cache", "--home", apart)
     assert (imported.returncode, imported.stdout) == (0, "graphs imported: 1\n")
     with decode_worker(
         apart,
-        redis_url,
+        tiny_redis,
         MODEL,
-        models_dir=home / "models",
+        models_dir=tiny_home / "models",
         batch_sizes="1",
         environment=no_compiler,
         wait_for_graphs=True,
@@ -179,9 +166,14 @@ def test_imported_graphs_need_no_compile_worker(
         assert (status.eager_steps, status.graph_steps > 0) == (0, True)
 
 
-def test_graphs_come_back_after_a_rank_died(home: Path, redis_url: str) -> None:
+def test_graphs_come_back_after_a_rank_died(tiny_home: Path, tiny_redis: str) -> None:
     with decode_worker(
-        home, redis_url, MODEL, batch_sizes="1", wait_for_graphs=True, compile_address="127.0.0.1:1"
+        tiny_home,
+        tiny_redis,
+        MODEL,
+        batch_sizes="1",
+        wait_for_graphs=True,
+        compile_address="127.0.0.1:1",
     ) as worker:
         expected = ask(worker)
         os.kill(worker.ranks()[0], signal.SIGKILL)
@@ -191,9 +183,9 @@ def test_graphs_come_back_after_a_rank_died(home: Path, redis_url: str) -> None:
         assert worker.status().eager_steps == 0
 
 
-def test_a_damaged_artifact_is_never_loaded(home: Path, redis_url: str) -> None:
+def test_a_damaged_artifact_is_never_loaded(tiny_home: Path, tiny_redis: str) -> None:
     """Every cached generation is damaged: the worker says so, stays up and serves eagerly."""
-    damaged = list((home / "cache" / "graphs").rglob("graph.pt2"))
+    damaged = list((tiny_home / "cache" / "graphs").rglob("graph.pt2"))
     assert damaged
     for path in damaged:
         data = bytearray(path.read_bytes())
@@ -201,7 +193,7 @@ def test_a_damaged_artifact_is_never_loaded(home: Path, redis_url: str) -> None:
         path.chmod(0o600)
         path.write_bytes(data)
     with decode_worker(
-        home, redis_url, MODEL, batch_sizes="1", compile_address="127.0.0.1:1"
+        tiny_home, tiny_redis, MODEL, batch_sizes="1", compile_address="127.0.0.1:1"
     ) as worker:
         assert ask(worker)
         status = worker.status()

@@ -18,7 +18,6 @@ from precast.redis_server import start_redis
 from precast.settings import DecodeWorkerSettings, load_settings
 from services.decode_worker.replicas import replica
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
-from tests.support.models import write_model
 
 MODEL = "tiny"
 COUNT, RANKS = 2, 2
@@ -37,21 +36,14 @@ def free_ports(count: int) -> int:
             return int(first)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    write_model(home / "models" / MODEL)
-    return home
-
-
 @pytest.fixture
-def workers(home: Path) -> Iterator[list[DecodeWorker]]:
+def workers(tiny_home: Path) -> Iterator[list[DecodeWorker]]:
     """All of one start, each at its own address."""
     first = free_ports(COUNT)
     with (
-        start_redis(home / "redis") as redis,
+        start_redis(tiny_home / "redis") as redis,
         decode_worker(
-            home,
+            tiny_home,
             redis.url,
             MODEL,
             address=f"127.0.0.1:{first}",
@@ -134,19 +126,19 @@ def start_and_end(home: Path, *flags: str) -> tuple[int, list[str]]:
     ],
 )
 def test_a_start_that_can_t_succeed_ends_with_one_line(
-    home: Path, flags: tuple[str, ...], code: int, line: str
+    tiny_home: Path, flags: tuple[str, ...], code: int, line: str
 ) -> None:
-    ended, lines = start_and_end(home, "--listen=127.0.0.1:0", *flags)
+    ended, lines = start_and_end(tiny_home, "--listen=127.0.0.1:0", *flags)
     assert ended == code
     assert len(lines) == 1
     assert lines[0].startswith("precast: ")
     assert line in lines[0]
 
 
-def test_a_port_in_use_ends_the_start(home: Path) -> None:
+def test_a_port_in_use_ends_the_start(tiny_home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        ended, lines = start_and_end(home, "--model=tiny", f"--listen=127.0.0.1:{port}")
+        ended, lines = start_and_end(tiny_home, "--model=tiny", f"--listen=127.0.0.1:{port}")
     assert ended == 2
     assert [line for line in lines if str(port) in line]
 

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from precast.decode.v1 import decode_service_pb2 as pb
-from precast.redis_server import start_redis
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
-from tests.support.models import write_model
 
 MODEL = "tiny"
 BUCKET = 16
@@ -21,21 +19,8 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    write_model(home / "models" / MODEL)
-    return home
-
-
-@pytest.fixture(scope="module")
-def redis_url(home: Path) -> Iterator[str]:
-    with start_redis(home / "redis") as server:
-        yield server.url
-
-
-@pytest.fixture(scope="module")
-def compiler(home: Path, redis_url: str) -> Iterator[WorkerProcess]:
-    with compile_worker(home, redis_url) as running:
+def compiler(tiny_home: Path, tiny_redis: str) -> Iterator[WorkerProcess]:
+    with compile_worker(tiny_home, tiny_redis) as running:
         yield running
 
 
@@ -57,9 +42,9 @@ def answers(worker: DecodeWorker) -> list[list[int]]:
 
 
 def test_prompts_and_mixed_steps_replay_graphs(
-    home: Path, redis_url: str, request: pytest.FixtureRequest
+    tiny_home: Path, tiny_redis: str, request: pytest.FixtureRequest
 ) -> None:
-    with decode_worker(home, redis_url, MODEL, **SETTINGS) as worker:
+    with decode_worker(tiny_home, tiny_redis, MODEL, **SETTINGS) as worker:
         eager = answers(worker)
         status = worker.status()
         assert (status.graph_steps, status.graph_prompt_steps) == (0, 0)
@@ -68,7 +53,7 @@ def test_prompts_and_mixed_steps_replay_graphs(
     compiler = request.getfixturevalue("compiler")
     assert compiler.address
     with decode_worker(
-        home, redis_url, MODEL, **SETTINGS, wait_for_graphs=True, ready_s=300
+        tiny_home, tiny_redis, MODEL, **SETTINGS, wait_for_graphs=True, ready_s=300
     ) as worker:
         assert [graph.batch_size for graph in worker.status().graphs] == [4, BUCKET]
         assert answers(worker) == eager
@@ -81,13 +66,13 @@ def test_prompts_and_mixed_steps_replay_graphs(
 
 
 def test_a_size_that_traffic_needs_is_captured_and_used(
-    home: Path, redis_url: str, compiler: WorkerProcess
+    tiny_home: Path, tiny_redis: str, compiler: WorkerProcess
 ) -> None:
     """Three sequences at a time, where there are graphs of one and eight."""
     del compiler
     with decode_worker(
-        home,
-        redis_url,
+        tiny_home,
+        tiny_redis,
         MODEL,
         batch_sizes="1,8",
         adapt_interval_s=0.2,
