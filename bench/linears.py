@@ -3,8 +3,8 @@
     python -m bench.linears [--shapes 2048x8192,576x1536] [--rows 1,16,64]
 
 Each timed run goes over copies of the weights that together exceed the caches, as a model's layers
-do. Prints medians: GB/s of weights (and their share of the memory's read bandwidth in the same
-run), and billions of operations a second. fp32 is ``torch.nn.functional.linear``; fbgemm is
+do. Prints medians: GB/s of weights (and their share of what plain reading gives, in turn with
+them), and billions of operations a second. fp32 is ``torch.nn.functional.linear``; fbgemm is
 ``quantized::linear_dynamic``, torch's int8 with dynamic activations.
 """
 
@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.decode_step import read_bandwidth
 from precast.ops import native
 from precast.ops.memory import Arena
 from precast.ops.packing import Format, pack
@@ -105,7 +104,8 @@ def main() -> None:
     formats = [Format[name.upper()] for name in arguments.formats.split(",")]
     cores = available_cpus()
     native.start_threads(cores)
-    bandwidth = read_bandwidth()
+    words = Arena().empty((WORKING_SET,)).view(torch.int64).fill_(1)
+    reads: list[float] = []
     table = Table("linear", "rows", "kernel", "GB/s", "of read", "GOPS")
     with torch.inference_mode():
         for shape in arguments.shapes.split(","):
@@ -113,7 +113,12 @@ def main() -> None:
             for rows in map(int, arguments.rows.split(",")):
                 entries = list(candidates(n, k, rows, formats))
                 runs = [partial(timed, run, cores, mine) for _, run, _, _, mine in entries]
+                runs.append(
+                    partial(timed, lambda: torch.ops.precast.read_memory(words), cores, False)
+                )
                 samples = [[run() for run in runs] for _ in range(ROUNDS + 1)][1:]
+                reads += [sample[-1] for sample in samples]
+                bandwidth = words.nbytes / statistics.median(sample[-1] for sample in samples)
                 for index, (name, _, copies, size, _) in enumerate(entries):
                     seconds = statistics.median(sample[index] for sample in samples)
                     table.add_row(
@@ -127,7 +132,8 @@ def main() -> None:
                 table.add_section()
     console = Console()
     console.print(
-        f"{len(cores)} threads, {native.native_isa()}, memory read {bandwidth / 1e9:.1f} GB/s"
+        f"{len(cores)} threads, {native.native_isa()}, "
+        f"memory read {words.nbytes / statistics.median(reads) / 1e9:.1f} GB/s"
     )
     console.print(table)
 
