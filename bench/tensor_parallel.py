@@ -20,13 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, capture_factors
+from bench.llama_1b import precision_of
 from precast.models.importer import import_model
-from precast.models.precision import (
-    Precision,
-    Quantization,
-    default_head_quantization,
-    default_kv_dtype,
-)
+from precast.models.precision import Quantization
 from precast.ops import native
 from precast.process import available_cpus
 from precast.shared_memory import new_segment_name
@@ -48,12 +44,7 @@ def inits(
     layout: Layout, folder: Path, packed: Path, quantization: Quantization, width: int
 ) -> list[Init]:
     group = new_segment_name()
-    precision = Precision(
-        weight_dtype="bf16",
-        quantization=quantization,
-        head_quantization=default_head_quantization(quantization),
-        kv_dtype=default_kv_dtype("bf16", quantization),
-    )
+    precision = precision_of(quantization)
     return [
         Init(
             model_dir=str(folder),

@@ -22,6 +22,11 @@ from typing import Final
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
+ONE_THREAD: Final = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
+)
+"""Environment of a process that forks: its libraries have no threads that a fork could miss."""
+
 
 def die_with_parent(signum: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
     """Ask the kernel to send ``signum`` to this process when its parent dies.
@@ -53,28 +58,37 @@ def bound_to_parent(
     return (sys.executable, "-m", __name__, signum.name, str(os.getpid()), *command)
 
 
+def fork(main: Callable[[], int]) -> int:
+    """The pid of a fork that calls ``main`` for its exit code, and that dies with us.
+
+    Only for a process that has no threads: a lock that another one holds would stay locked in the
+    child. Raises ``OSError``.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        die_with_parent(signal.SIGKILL, parent)
+        code = main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # what the parent would do at its end is not the child's to do
+
+
 class ForkedChild:
     """A fork of this process, with what ``subprocess.Popen`` has for a child."""
 
     def __init__(self, main: Callable[[], int]) -> None:
-        """``main`` is called in the child and gives its exit code. Only for a process that has no
-        threads: a lock that another one holds would stay locked in the child. Raises OSError."""
+        """As for ``fork``."""
         self.returncode: int | None = None
-        parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                die_with_parent(signal.SIGKILL, parent)
-                code = main()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                try:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                finally:
-                    os._exit(code)  # what the parent would do at its end is not the child's to do
+        self.pid = fork(main)
         try:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError:

@@ -39,9 +39,9 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
     if not 0 <= rank < tp:
         raise ConfigError(f"tp={tp}: a rank {rank} does not exist")
     heads = _deal_heads(config.q_heads, config.kv_heads, tp)
-    columns = _deal(config.intermediate_size, [1.0] * tp, PANEL)
-    vocab = _deal(config.vocab_size, [1.0] * tp, PANEL)
-    experts = _deal(config.expert_size, [1.0] * tp, PANEL) if config.expert_size else [0] * tp
+    columns = _deal(config.intermediate_size, tp, PANEL)
+    vocab = _deal(config.vocab_size, tp, PANEL)
+    experts = _deal(config.expert_size, tp, PANEL) if config.expert_size else [0] * tp
     return Shard(
         kv_heads=heads[rank].kv,
         q_heads=heads[rank].q,
@@ -65,11 +65,11 @@ class _Heads(NamedTuple):
 def _deal_heads(q_heads: int, kv_heads: int, tp: int) -> list[_Heads]:
     group = q_heads // kv_heads
     if tp <= kv_heads:
-        kv = [_range(_deal(kv_heads, [1.0] * tp, 1), rank) for rank in range(tp)]
+        kv = [_range(_deal(kv_heads, tp, 1), rank) for rank in range(tp)]
         return [_Heads(range(r.start * group, r.stop * group), r) for r in kv]
     heads: list[_Heads] = []
-    for head, ranks in enumerate(_deal(min(tp, q_heads), [1.0] * kv_heads, 1)):
-        shares = _deal(group, [1.0] * ranks, 1)
+    for head, ranks in enumerate(_deal(min(tp, q_heads), kv_heads, 1)):
+        shares = _deal(group, ranks, 1)
         for index in range(ranks):
             mine = _range(shares, index)
             q = range(head * group + mine.start, head * group + mine.stop)
@@ -78,26 +78,21 @@ def _deal_heads(q_heads: int, kv_heads: int, tp: int) -> list[_Heads]:
     return heads + [none] * (tp - len(heads))
 
 
-def _deal(count: int, weights: Sequence[float], unit: int) -> list[int]:
-    """``count`` things in proportion to ``weights``, at least one each, and each share but the last
-    a multiple of ``unit`` if there are that many."""
-    if count < len(weights):
-        raise ConfigError(f"can't cut {count} columns over {len(weights)} ranks")
-    if -(-count // unit) < len(weights):
+def _deal(count: int, ways: int, unit: int) -> list[int]:
+    """``count`` things in nearly equal shares, at least one each, and each share but the last a
+    multiple of ``unit`` if there are that many."""
+    if count < ways:
+        raise ConfigError(f"can't cut {count} columns over {ways} ranks")
+    if -(-count // unit) < ways:
         unit = 1
-    units = -(-count // unit)
+    units = left = -(-count // unit)
     shares: list[int] = []
-    left, weight_left = units, sum(weights)
-    for index, weight in enumerate(weights):
-        others = len(weights) - index - 1
-        ideal = left * weight / weight_left + 0.5 if weight_left > 0 else left
-        mine = left if others == 0 else max(1, min(int(ideal), left - others))
-        shares.append(mine)
+    for others in reversed(range(ways)):
+        mine = int(left / (others + 1) + 0.5)
+        shares.append(mine * unit)
         left -= mine
-        weight_left -= weight
-    dealt = [n * unit for n in shares]
-    dealt[-1] -= units * unit - count
-    return dealt
+    shares[-1] -= units * unit - count
+    return shares
 
 
 def _range(shares: Sequence[int], rank: int) -> range:

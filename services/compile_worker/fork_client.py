@@ -13,7 +13,7 @@ import msgspec
 
 from precast.errors import CaptureFailed
 from services.compile_worker import fork_server
-from services.compile_worker.fork_server import MAX_ORDER_BYTES, ONE_THREAD, Order
+from services.compile_worker.fork_server import ENVIRONMENT, MAX_ORDER_BYTES, Order
 
 _STOP_S: Final = 10.0
 
@@ -143,7 +143,7 @@ class ForkServer:
                 *(sys.executable, "-m", fork_server.__name__),
                 *(str(theirs.fileno()), str(os.getpid()), *self._program),
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **ONE_THREAD},
+                env={**os.environ, **ENVIRONMENT},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )

@@ -25,22 +25,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from precast.process import adopt_orphans, die_with_parent, pin
+from precast.process import ONE_THREAD, adopt_orphans, die_with_parent, fork, pin
 from services.compile_worker import guard
 from services.compile_worker.failures import STDERR_FILE
 
 MAX_ORDER_BYTES: Final = 64 << 10
-_THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-ONE_THREAD: Final = dict.fromkeys((*_THREADS, "TORCHINDUCTOR_COMPILE_THREADS"), "1")
-"""Environment of a server: a fork beside threads may hang. Nor do they help: random weights for a
-verification took 1.3 s of processor time where they take 0.14 s without."""
+ENVIRONMENT: Final = {**ONE_THREAD, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""Of a server. Threads would not help either: random weights for a verification took 1.3 s of
+processor time where they take 0.14 s without."""
 OOM_SCORE: Final = "800"
 """Should the machine run out of memory, the kernel takes a capture first."""
 
@@ -103,24 +101,14 @@ def _fork(
     others: Sequence[Fork],
     program: Program,
 ) -> Fork:
-    server = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            die_with_parent(signal.SIGKILL, server)
-            orders.close()
-            for other in others:
-                other.talk.close()
-                os.close(other.pidfd)
-            code = _capture(order, talk, program)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)  # what the server would do at its end is not ours to do
+    def child() -> int:
+        orders.close()
+        for other in others:
+            other.talk.close()
+            os.close(other.pidfd)
+        return _capture(order, talk, program)
+
+    pid = fork(child)
     with suppress(OSError):  # both do it, for neither knows who is first
         os.setpgid(pid, pid)
     return Fork(pid=pid, pidfd=os.pidfd_open(pid), talk=talk)

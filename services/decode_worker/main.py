@@ -8,19 +8,18 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 import psutil
-from tokenizers import Tokenizer
 
 from precast import log as logging
-from precast.errors import ConfigError, ModelCorrupt
+from precast.errors import ConfigError
 from precast.graphs.fetch import GraphCache
 from precast.graphs.trust import TrustFolder
 from precast.models.config import ModelConfig, load_config
 from precast.models.precision import cached_head_bytes
 from precast.models.sharding import kv_heads_held
+from precast.models.tokenizer import load_tokenizer
 from precast.process import available_cpus
 from precast.registry import Heartbeat, Registry
 from precast.rpc import Server, start_server
@@ -45,6 +44,8 @@ log = logging.get_logger(__name__)
 DRAIN_S: Final = 10.0
 CANDIDATES: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
+tokenizer_of = functools.cache(load_tokenizer)
+"""Replicas are forked from a process that has it."""
 KV_MEMORY_SHARE: Final = 0.3
 """Most of the free memory that the KV cache may take when its size is not set."""
 _GAUGE_INTERVAL_S: Final = 1.0
@@ -60,7 +61,7 @@ def run(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
 async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None:
     started = time.monotonic()
     config = load_config(settings.model_dir)
-    tokenizer = load_tokenizer(settings.model_dir)
+    tokenizer = tokenizer_of(settings.model_dir)
     context = context_length(settings, config)
     blocks = settings.kv_blocks or kv_blocks(settings, config, context)
     if swept := sweep_segments():
@@ -123,15 +124,6 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
         await asyncio.gather(running, return_exceptions=True)
         await server.stop(0.5)
         await registry.close()
-
-
-@functools.cache  # replicas are forked from a process that has it
-def load_tokenizer(model_dir: Path) -> Tokenizer:
-    path = model_dir / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelCorrupt(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def context_length(settings: DecodeWorkerSettings, config: ModelConfig) -> int:

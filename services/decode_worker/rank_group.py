@@ -15,9 +15,8 @@ from typing import Any, Final, TypeVar
 
 from precast.graphs.lifecycle import CRASH_SIGNALS
 from precast.log import get_logger
-from precast.process import ForkedChild
 from precast.shared_memory import remove_segment
-from services.decode_worker.rank_launch import RankLauncher
+from services.decode_worker.rank_launch import ChildProcess, RankLauncher
 from services.decode_worker.rank_protocol import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -97,7 +96,7 @@ class RankGroup:
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
-        self._processes: list[subprocess.Popen[bytes] | ForkedChild] = []
+        self._processes: list[ChildProcess] = []
         self._group_id = ""
         self._stopping = False
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()

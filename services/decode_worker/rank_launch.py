@@ -2,7 +2,6 @@
 imports what it needs itself: 3 of the 5 seconds of a start.
 """
 
-import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +12,11 @@ from precast.process import ForkedChild
 
 RANK_MODULE: Final = "services.decode_worker.rank"
 RankMain = Callable[[socket.socket], int]
+ChildProcess = subprocess.Popen[bytes] | ForkedChild
 
 
 class RankProcess(NamedTuple):
-    process: "subprocess.Popen[bytes] | ForkedChild"
+    process: ChildProcess
     connection: socket.socket
 
 
@@ -60,7 +60,6 @@ class RankLauncher:
         others = [rank.connection for rank in self._waiting]
 
         def child() -> int:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for connection in (ours, *others):  # the leader's ends
                 connection.close()
             return main(theirs)

@@ -19,7 +19,7 @@ from structlog.contextvars import bind_contextvars
 from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.models.config import load_config
-from precast.process import ForkedChild, available_cpus
+from precast.process import ONE_THREAD, ForkedChild, available_cpus
 from precast.settings import DecodeWorkerSettings
 from services.decode_worker.rank_launch import RankLauncher
 
@@ -33,8 +33,6 @@ STOP_S: Final = 20.0
 """For all replicas to drain; what is left then is killed."""
 _STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 _WATCHED: Final = _STOP_SIGNALS | {signal.SIGCHLD}
-ONE_THREAD: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""Libraries whose threads would be there when we fork. Ranks compute in threads of their own."""
 
 Serve = Callable[[DecodeWorkerSettings, RankLauncher], int]
 """Runs a decode worker until it is told to stop; returns its exit code."""
@@ -56,15 +54,14 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     """Serves until SIGTERM or SIGINT. If a replica can't even start, all are stopped and its exit
     code is returned. Raises PrecastError for a model or settings that none could start with."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
-    for name in ONE_THREAD:
-        os.environ[name] = "1"
+    os.environ.update(ONE_THREAD)  # ranks compute in threads of their own
     gc.disable()
     # imported here: numpy starts its threads as it is imported
     from services.decode_worker import rank
-    from services.decode_worker.main import load_tokenizer, split_cores
+    from services.decode_worker.main import split_cores, tokenizer_of
 
-    settings = shared_memory(settings)
-    load_tokenizer(settings.model_dir)
+    settings = with_kv_blocks(settings)
+    tokenizer_of(settings.model_dir)
     gc.freeze()  # or each fork's collector would walk, and copy, what was imported
     gc.enable()
     replicas = [
@@ -96,9 +93,9 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
         _stop(replicas)
 
 
-def shared_memory(settings: DecodeWorkerSettings) -> DecodeWorkerSettings:
-    """With the KV blocks of one replica: they share what is free now, and one that starts again
-    gets as many as before. Raises PrecastError."""
+def with_kv_blocks(settings: DecodeWorkerSettings) -> DecodeWorkerSettings:
+    """With the KV blocks of one replica: all share what is free now, and one that starts again gets
+    as many as before. Raises PrecastError."""
     from services.decode_worker.main import context_length, kv_blocks
 
     config = load_config(settings.model_dir)
@@ -112,21 +109,25 @@ def replica(
 ) -> DecodeWorkerSettings:
     """The settings of one of several: its cores, and ports that follow the given ones. Raises
     ConfigError."""
-    addresses = {
-        name: _shifted(name, getattr(settings, name), index) for name in ("listen", "advertise")
+
+    def port(name: str, given: int) -> int:
+        """Higher by the replica's number; 0 stays: the system chooses, or none."""
+        own = given + index if given else 0
+        if own > 65535:
+            raise ConfigError(f"{name}: replica {index} would have port {own}")
+        return own
+
+    def address(name: str, given: str) -> str:
+        host, _, number = given.rpartition(":")
+        return f"{host}:{port(name, int(number))}"
+
+    own = {
+        "listen": address("listen", settings.listen),
+        "advertise": address("advertise", settings.advertise),
+        "metrics_port": port("metrics_port", settings.metrics_port),
+        "cores": cores,
     }
-    metrics = _shifted("metrics_port", f":{settings.metrics_port}", index)
-    ports = {**addresses, "metrics_port": int(metrics[1:])}
-    return settings.model_copy(update={**ports, "cores": cores})
-
-
-def _shifted(name: str, address: str, by: int) -> str:
-    """The address with a port that is higher by so much; 0 stays: the system chooses, or none."""
-    host, _, port = address.rpartition(":")
-    shifted = int(port) + by if int(port) else 0
-    if shifted > 65535:
-        raise ConfigError(f"{name}: replica {by} would have port {shifted}")
-    return f"{host}:{shifted}"
+    return settings.model_copy(update=own)
 
 
 def _keep(replicas: list[_Replica], start: Callable[[_Replica], None]) -> int:

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from precast.errors import ConfigError
-from precast.redis_server import start_redis
 from precast.settings import DecodeWorkerSettings, load_settings
 from services.decode_worker.replicas import replica
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
@@ -37,21 +36,18 @@ def free_ports(count: int) -> int:
 
 
 @pytest.fixture
-def workers(tiny_home: Path) -> Iterator[list[DecodeWorker]]:
+def workers(tiny_home: Path, tiny_redis: str) -> Iterator[list[DecodeWorker]]:
     """All of one start, each at its own address."""
     first = free_ports(COUNT)
-    with (
-        start_redis(tiny_home / "redis") as redis,
-        decode_worker(
-            tiny_home,
-            redis.url,
-            MODEL,
-            address=f"127.0.0.1:{first}",
-            replicas=COUNT,
-            tp=RANKS,
-            batch_sizes="1",
-        ) as one,
-    ):
+    with decode_worker(
+        tiny_home,
+        tiny_redis,
+        MODEL,
+        address=f"127.0.0.1:{first}",
+        replicas=COUNT,
+        tp=RANKS,
+        batch_sizes="1",
+    ) as one:
         all_ = [replace(one, address=f"127.0.0.1:{first + n}") for n in range(COUNT)]
         for worker in all_:
             eventually(worker.is_ready)

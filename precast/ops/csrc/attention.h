@@ -287,10 +287,7 @@ inline void convert(vfloat x, float, BFloat16* to) {  // rounds to nearest, ties
   const vuint quiet = bits | 0x400000;  // NaN stays one
   narrow((vint)(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16), &to->bits);
 }
-inline void convert(vfloat x, float inverse, int8_t* to) {
-  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
-  narrow((vint)(x * inverse + 12582912.0f) - 0x4b400000, to);
-}
+inline void convert(vfloat x, float inverse, int8_t* to) { narrow(nearest(x * inverse), to); }
 
 // Writes x[0..dim) to `to` with the given stride, and for int8 its scale to `scale`.
 template <typename T>

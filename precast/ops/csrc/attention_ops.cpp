@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -87,8 +86,7 @@ std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* star
     const int64_t context = end - begin;
     const int64_t wanted =
         threads == 1 ? 1 : kItemsPerThread * threads * context / std::max<int64_t>(1, total);
-    const int64_t splits = std::clamp<int64_t>(
-        std::min(wanted, context / kSplitTokens), 1, std::numeric_limits<int>::max());
+    const int64_t splits = std::max<int64_t>(1, std::min(wanted, context / kSplitTokens));
     const int64_t step =
         std::max<int64_t>(1, ceil_div(ceil_div(context, splits), args.block_size)) * args.block_size;
     const int parts = static_cast<int>(std::max<int64_t>(1, ceil_div(context, step)));

@@ -79,8 +79,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   args.y = y.mutable_data_ptr<float>();
   if (is_quantized(args.format)) quantize_inputs(args);
   const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
-  thread_local ReadOrder order;
-  ThreadPool::instance().expect(order.follow({args.weight, static_cast<int64_t>(weight.nbytes())}));
+  ThreadPool::instance().will_read({args.weight, static_cast<int64_t>(weight.nbytes())});
   ThreadPool::instance().run([&](int part, int parts) {
     const Range units = share(ceil_div(weight.size(0), unit), part, parts);
     kernels().linear(args, units.begin * unit, std::min(units.end * unit, weight.size(0)));

@@ -6,9 +6,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 #include <thread>
+#include <unordered_map>
 
 namespace precast {
 namespace {
@@ -28,6 +30,25 @@ constexpr int64_t kMostAhead = 512 << 10;
 // Lines that it asks for before it pauses and looks for a job again. Requests above what a core keeps
 // open (24) are dropped: 12 to a pause came at 28 GB/s, all of them; of 16 half were lost.
 constexpr int64_t kLinesAtOnce = 12;
+
+// Learns in which order weights are read: a model's steps are all alike, but for experts, behind which
+// it is often wrong.
+class ReadOrder {
+ public:
+  // Notes that `now` is read, and returns what was read after it the last time, or nothing.
+  Stretch follow(Stretch now) {
+    if (after_.size() > kMost) after_.clear();
+    if (previous_ != nullptr) after_[previous_] = now;
+    previous_ = now.at;
+    const auto next = after_.find(now.at);
+    return next == after_.end() ? Stretch{} : next->second;
+  }
+
+ private:
+  static constexpr size_t kMost = 1 << 16;  // more linears than a model has: 48 layers of 128 experts
+  std::unordered_map<const void*, Stretch> after_;
+  const void* previous_ = nullptr;
+};
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
@@ -99,24 +120,24 @@ struct ThreadPool::State {
     return total;
   }
 
-  std::vector<Slot> slots;
-  std::vector<Finished> finished;
-  // A worker's share of what was expected last, if that was after `seen`.
+  // A worker's share of what is read next, if that was published after `seen`.
   void look_ahead(int self, uint32_t& seen, Prefetch& ahead) const {
-    const uint32_t now = expected_jobs.load(std::memory_order_acquire);
+    const uint32_t now = next_published.load(std::memory_order_acquire);
     if (now == seen) return;
     seen = now;
     // Both may be of a later call already, or of two: that fetches something else, no harm done.
-    const int64_t bytes = next_bytes.load(std::memory_order_relaxed);
-    const int threads = static_cast<int>(slots.size());
-    const int64_t begin = bytes * self / threads, end = bytes * (self + 1) / threads;
-    const int64_t size = end - begin < kMostAhead ? end - begin : kMostAhead;
-    ahead = Prefetch(next_at.load(std::memory_order_relaxed) + begin, size);
+    const Range mine = share(next_bytes.load(std::memory_order_relaxed), self,
+                             static_cast<int>(slots.size()));
+    ahead = Prefetch(next_at.load(std::memory_order_relaxed) + mine.begin,
+                     std::min(mine.end - mine.begin, kMostAhead));
   }
 
+  std::vector<Slot> slots;
+  std::vector<Finished> finished;
   uint32_t job = 0;       // the caller's
   uint64_t expected = 0;  // parts that workers have claimed in all jobs; the caller's
-  alignas(64) std::atomic<uint32_t> expected_jobs{0};
+  ReadOrder order;        // the caller's
+  alignas(64) std::atomic<uint32_t> next_published{0};
   std::atomic<const char*> next_at{nullptr};
   std::atomic<int64_t> next_bytes{0};
   alignas(64) std::atomic<uint32_t> wakeups{0};  // what sleeping workers wait on
@@ -200,11 +221,13 @@ void ThreadPool::publish(void (*fn)(void*, int, int), void* context) {
   futex_wake_all(s.wakeups);
 }
 
-void ThreadPool::expect(Stretch next) {
+void ThreadPool::will_read(Stretch now) {
   if (size_ == 1) return;
-  state_->next_at.store(static_cast<const char*>(next.at), std::memory_order_relaxed);
-  state_->next_bytes.store(next.bytes, std::memory_order_relaxed);
-  state_->expected_jobs.fetch_add(1, std::memory_order_release);
+  State& s = *state_;
+  const Stretch next = s.order.follow(now);
+  s.next_at.store(static_cast<const char*>(next.at), std::memory_order_relaxed);
+  s.next_bytes.store(next.bytes, std::memory_order_relaxed);
+  s.next_published.fetch_add(1, std::memory_order_release);
 }
 
 void ThreadPool::run(void (*fn)(void*, int, int), void* context) {

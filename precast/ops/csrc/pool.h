@@ -34,9 +34,9 @@ class ThreadPool {
         &body);
   }
 
-  // What a later job will read, dealt out to its parts as share() does: workers fetch their shares into
-  // their caches while they have nothing to do.
-  void expect(Stretch next);
+  // What the next job reads, dealt out to its parts as share() does. The pool learns what is read after
+  // it: workers fetch their shares of that into their caches while they have nothing to do.
+  void will_read(Stretch now);
 
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;

@@ -34,9 +34,7 @@ inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
   vint sums = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
-    const vfloat shifted = load(x + i) * inverse + 12582912.0f;
-    const vint value = (vint)shifted - 0x4b400000;
+    const vint value = nearest(load(x + i) * inverse);
     sums += value;
     narrow(value, q + i);
   }

@@ -151,6 +151,8 @@ inline int32_t reduce_add(vint v) {
   return total;
 }
 #endif
+// The nearest integer, halves to the even one, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
+inline vint nearest(vfloat x) { return (vint)(x + 12582912.0f) - 0x4b400000; }
 inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // e^x for x <= 0, relative error below 2e-7; 0 below -87. Range reduction by powers of two and the
