@@ -1,11 +1,26 @@
-"""Fixtures that several folders of tests use."""
+"""Fixtures that several folders of tests use, and what holds for all processes of a run."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from precast.redis_server import RedisServer, start_redis
+from tests.support.capture import HOME
+
+
+def pytest_configure() -> None:
+    """Let modules be compiled once for the whole run, where the environment forbids it.
+
+    The tests start some hundred interpreters, most of which import torch: compiling its sources
+    each time takes longer than the tests. The trees stay free of it, as the environment asks.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = str(HOME / "cache" / "bytecode")
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 
 @pytest.fixture
