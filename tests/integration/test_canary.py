@@ -133,7 +133,7 @@ def test_a_candidate_that_crashes_takes_down_one_worker(
 
 
 def test_another_worker_takes_over_from_a_dead_canary(home: Path, redis_url: str) -> None:
-    settings = {**NOISE, "canary_live_s": 6.0, "canary_steps": 5}
+    settings = {**NOISE, "canary_live_s": 3.0, "canary_steps": 5}
     with two_workers(home, redis_url, **settings) as (graphs, workers):
         events: list[Any] = []
         following = threading.Thread(target=lambda: events.extend(graphs.recompile()))
@@ -160,7 +160,7 @@ def test_nobody_to_try_it_promotes_what_is_verified(home: Path, redis_url: str) 
 
 
 def test_a_candidate_outlives_its_compile_worker(home: Path, redis_url: str) -> None:
-    settings = {**NOISE, "canary_live_s": 5.0, "canary_steps": 5}
+    settings = {**NOISE, "canary_live_s": 3.0, "canary_steps": 5}
     with contextlib.ExitStack() as stack:
         with fleet(home, redis_url, **settings) as graphs:
             worker = stack.enter_context(graphs.decode_worker())

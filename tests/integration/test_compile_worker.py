@@ -19,7 +19,6 @@ from precast.graphs.disk_store import QUARANTINE, DiskStore
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
 from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.redis_server import free_port
 from precast.registry import DecodeLease, LoadedGraphRecord, Registry
 from tests.support.compile_worker import (
     FACTORS,
@@ -30,6 +29,7 @@ from tests.support.compile_worker import (
     starts,
     wait_until,
 )
+from tests.support.ports import free_port
 
 PUBLISHED, FAILED = pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from precast.healthcheck import failure
-from precast.redis_server import free_port
 from precast.rpc import start_server
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.timeout(30)
 

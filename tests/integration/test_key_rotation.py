@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from precast.graphs.disk_store import DiskStore
-from precast.redis_server import free_port
 from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
+from tests.support.ports import free_port
 
 UNTRIED: dict[str, Any] = {"canary_steps": 0}
 pytestmark = pytest.mark.timeout(200)

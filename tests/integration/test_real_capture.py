@@ -1,10 +1,12 @@
 """A tiny model's graph through the real capture program: compiled, verified, signed, fetched."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ from precast.graphs.factors import needs_of, rank_factors
 from precast.graphs.failure import read_mismatch
 from precast.graphs.fetch import GraphCache, fetch_graph
 from precast.graphs.signing import TrustedKeys
+from precast.graphs.store import StoredArtifact
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
@@ -48,31 +51,65 @@ def tiny_spec(batch_size: int = 2) -> dict[str, str]:
     return {**factors, "batch_size": str(batch_size)}
 
 
-@pytest.mark.asyncio
-@pytest.mark.timeout(400)
-async def test_graph_of_a_tiny_model(tmp_path: Path, redis_url: str) -> None:
-    spec = tiny_spec()
-    stale = {**spec, "graph_source": "0123456789abcdef"}
-    with compile_worker(tmp_path / "home", redis_url) as worker:
+def provider_spec(name: str) -> dict[str, str]:
+    """The tiny model's, captured with another provider."""
+    providers.start(providers.select(name, needs_of(SHAPE)))
+    try:
+        return tiny_spec()
+    finally:
+        providers.start(providers.select("native", needs_of(SHAPE)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What a compile worker made of its requests."""
+
+    specs: dict[str, dict[str, str]]
+    states: dict[str, pb.GraphState]
+    graph: StoredArtifact
+    """The native one, as a decode worker fetches it."""
+    home: Path
+    threads: int
+    """Of the process that captures are forked from."""
+
+
+@pytest.fixture(scope="module")
+def captured(tiny_home: Path, tiny_redis: str) -> Captured:
+    """All graphs that the tests look at, captured once by one compile worker."""
+    # in this order: the native one is forked after another provider's
+    specs = {"reference": provider_spec("reference"), "native": tiny_spec()}
+    specs["stale"] = {**specs["native"], "graph_source": "0123456789abcdef"}
+    specs["mixed"] = {**specs["reference"], "provider_abi": "1:linear"}
+    return asyncio.run(capture(specs, tiny_home, tiny_redis))
+
+
+async def capture(specs: dict[str, dict[str, str]], home: Path, redis_url: str) -> Captured:
+    with compile_worker(home, redis_url) as worker:
         async with connect(worker) as client:
-            states = await client.request(spec, stale)
+            asked = await client.request(*specs.values())
             phases = (pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED)
-            done = await client.until([state.key for state in states], *phases, deadline_s=360)
-            good, refused = (done[state.key] for state in states)
-            assert good.phase == pb.GRAPH_PHASE_PUBLISHED, good.error
-            assert "graph_source is 0123456789abcdef" in refused.error
-            server = fork_server_of(worker)
-            assert server.num_threads() == 1  # a fork beside threads may hang
-            trusted = TrustedKeys.load(worker.home / "keys" / "trusted")
-            cache = GraphCache(tmp_path / "cache", trusted)
-            graph = await fetch_graph(client.graphs, cache, good.key, spec=spec)
+            done = await client.until([state.key for state in asked], *phases, deadline_s=360)
+            states = {name: done[state.key] for name, state in zip(specs, asked, strict=True)}
+            native = states["native"]
+            assert native.phase == pb.GRAPH_PHASE_PUBLISHED, native.error
+            cache = GraphCache(home / "cache", TrustedKeys.load(home / "keys" / "trusted"))
+            graph = await fetch_graph(client.graphs, cache, native.key, spec=specs["native"])
+        threads = fork_server_of(worker).num_threads()
+    return Captured(specs=specs, states=states, graph=graph, home=home, threads=threads)
+
+
+@pytest.mark.timeout(400)
+def test_graph_of_a_tiny_model(captured: Captured, tmp_path: Path) -> None:
+    good, graph = captured.states["native"], captured.graph
+    assert "graph_source is 0123456789abcdef" in captured.states["stale"].error
+    assert captured.threads == 1  # a fork beside threads may hang
     assert 0 < good.max_relative_error < 3e-2
     assert good.layer_us > 0
     assert good.capture_s > 1
     with zipfile.ZipFile(graph.graph_path) as package:
         assert any(name.endswith(".so") for name in package.namelist())
     assert "g++" in graph.manifest.compiler
-    assert not list((worker.home / "captures").iterdir())
+    assert not list((captured.home / "captures").iterdir())
     leaves_no_files_behind(graph.graph_path, tmp_path / "temporary")
 
 
@@ -149,30 +186,19 @@ def test_graph_that_differs_from_eager_is_kept_with_its_inputs(tmp_path: Path) -
     assert {"token_ids", "positions", "slots", "block_tables"} <= tensors.keys()
 
 
-@pytest.mark.asyncio
 @pytest.mark.timeout(400)
-async def test_graphs_of_several_providers(tmp_path: Path, redis_url: str) -> None:
+def test_graphs_of_several_providers(captured: Captured, tmp_path: Path) -> None:
     """Another provider's operators are called through the dispatcher, where its kernels are. What a
     fork after another provider's makes is to the byte what a process of its own makes."""
-    providers.start(providers.select("reference", needs_of(SHAPE)))
-    try:
-        other = tiny_spec()
-    finally:
-        providers.start(providers.select("native", needs_of(SHAPE)))
-    native = tiny_spec()
-    assert (other["provider"], native["provider"]) == ("reference", "native")
-    mixed = {**other, "provider_abi": "1:linear"}
-    with compile_worker(tmp_path / "home", redis_url) as worker:
-        async with connect(worker) as client:
-            states = await client.request(other, native, mixed)
-            phases = (pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED)
-            done = await client.until([state.key for state in states], *phases, deadline_s=360)
-    called, direct, refused = (done[state.key] for state in states)
+    specs, states = captured.specs, captured.states
+    called, direct = states["reference"], states["native"]
+    assert (specs["reference"]["provider"], specs["native"]["provider"]) == ("reference", "native")
     assert 0 <= called.max_relative_error < 3e-2, called.error
-    assert called.phase == direct.phase == pb.GRAPH_PHASE_PUBLISHED, called.error + direct.error
-    assert "provider_abi is 1:linear, but " in refused.error
-    published = worker.home / "store" / direct.key / "1" / "graph.pt2"
-    assert published.read_bytes() == captured_by_hand(native, tmp_path / "hand").read_bytes()
+    assert called.phase == pb.GRAPH_PHASE_PUBLISHED, called.error
+    assert "provider_abi is 1:linear, but " in states["mixed"].error
+    published = captured.home / "store" / direct.key / "1" / "graph.pt2"
+    by_hand = captured_by_hand(specs["native"], tmp_path / "hand")
+    assert published.read_bytes() == by_hand.read_bytes()
 
 
 def captured_by_hand(spec: dict[str, str], folder: Path) -> Path:

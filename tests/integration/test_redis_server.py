@@ -14,10 +14,10 @@ from precast.errors import ConfigError
 from precast.redis_server import (
     answers,
     find_redis_server,
-    free_port,
     loopback_port,
     start_redis,
 )
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,28 +16,16 @@ from precast.errors import ConfigError
 from precast.settings import DecodeWorkerSettings, load_settings
 from services.decode_worker.replicas import replica
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.ports import free_ports
 
 MODEL = "tiny"
 COUNT, RANKS = 2, 2
 
 
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        with ExitStack() as stack:
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except (OSError, OverflowError):
-                continue
-            return int(first)
-
-
 @pytest.fixture
 def workers(tiny_home: Path, tiny_redis: str) -> Iterator[list[DecodeWorker]]:
     """All of one start, each at its own address."""
-    first = free_ports(COUNT)
+    first = free_ports(COUNT)[0]
     with decode_worker(
         tiny_home,
         tiny_redis,

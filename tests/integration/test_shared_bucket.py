@@ -12,7 +12,6 @@ import pytest
 
 from precast.graphs.store import open_store
 from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.redis_server import free_port
 from tests.support.compile_worker import (
     FACTORS,
     Client,
@@ -21,6 +20,7 @@ from tests.support.compile_worker import (
     starts,
     wait_until,
 )
+from tests.support.ports import free_port
 from tests.support.s3_server import S3Server, s3_server
 
 pytestmark = pytest.mark.asyncio

@@ -11,6 +11,7 @@ from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 
 MODEL = "tiny"
 BUCKET = 16
+TOKENS = 24
 PROMPTS = ([5, 9, 2], list(range(1, 1 + BUCKET)), list(range(20, 60)), [7] * 31)
 """Shorter than the bucket, as long, and of several chunks."""
 SETTINGS = {"batch_sizes": "4", "prefill_chunk": BUCKET, "prefill_buckets": str(BUCKET)}
@@ -32,7 +33,7 @@ def answers(worker: DecodeWorker) -> list[list[int]]:
     for round_ in range(2):
         names = [f"{round_}-{index}" for index in range(len(PROMPTS))]
         for name, prompt in zip(names, PROMPTS, strict=True):
-            client.start(name, worker.request(prompt, 24, stop={"ignore_eos": True}))
+            client.start(name, worker.request(prompt, TOKENS, stop={"ignore_eos": True}))
             if round_ == 0:
                 outputs.append(client.finish(name).token_ids)
         if round_ == 1:
@@ -62,7 +63,11 @@ def test_prompts_and_mixed_steps_replay_graphs(
         # alone, each whole chunk; at once, all but the last remainder of the prompts
         assert status.graph_prompt_steps >= 2 * sum(len(p) // BUCKET for p in PROMPTS)
         assert status.eager_prompt_steps < status.graph_prompt_steps
-        assert status.traffic.live_tokens > status.traffic.padding_tokens > 0
+        traffic = status.traffic
+        replayed = sum(size.tokens * size.replays for size in traffic.sizes)
+        assert traffic.live_tokens + traffic.padding_tokens == replayed
+        assert traffic.live_tokens >= 2 * len(PROMPTS) * (TOKENS - 1)
+        assert traffic.padding_tokens > 0
 
 
 def test_a_size_that_traffic_needs_is_captured_and_used(

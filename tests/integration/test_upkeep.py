@@ -17,7 +17,6 @@ from precast.graphs.disk_store import DiskStore
 from precast.graphs.lifecycle import Lifecycle, encode_lifecycle
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.jobs import CaptureQueue
-from precast.redis_server import free_port
 from precast.registry import DecodeLease, LoadedGraphRecord, Registry
 from services.compile_worker.generations import Generations
 from services.compile_worker.graphs import Graphs
@@ -35,6 +34,7 @@ from tests.support.compile_worker import (
     connect,
     wait_until,
 )
+from tests.support.ports import free_port
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.asyncio

@@ -8,15 +8,13 @@ decode worker that is started again may want graphs of a further set.
 import json
 import os
 import random
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from tests.support.chaos_rank import set_factors
 from tests.support.compile_worker import ROOT, program, starts, wait_until
 from tests.support.gateway_stack import Gateway, Stack
 from tests.support.models import write_model
+from tests.support.ports import free_port
 
 MODEL = "tiny"
 SIZES = (1, 2, 3, 4)
@@ -231,21 +230,10 @@ def _has_graphs(address: str) -> bool:
     return bool(status.state == decode_pb.WORKER_STATE_READY and len(status.graphs) == len(SIZES))
 
 
-def _lasting_ports(count: int) -> list[int]:
-    """Ports that nobody gets while their owner is dead: the system doesn't give them out."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe, suppress(OSError):
-            port = 10_000 + secrets.randbelow(20_000)
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
-
-
 @contextmanager
 def chaos(home: Path, seed: int) -> Iterator[Chaos]:
     """The stack, running; gone afterwards."""
-    addresses = [f"127.0.0.1:{port}" for port in _lasting_ports(6)]
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(6)]
     url = f"redis://{addresses[0]}/0"
     stack = Chaos(
         home=home,

@@ -22,11 +22,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from precast.admin.v1 import admin_service_pb2_grpc as admin_grpc
 from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
-from precast.redis_server import free_port
 from precast.rpc import open_channel
 from precast.settings import CompileWorkerSettings, load_settings
 from services.compile_worker.main import CaptureProgram, run
 from tests.support.capture import BUILD_DIR
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 BUILD = {"compiler": "test 1.0", "flags": "-O2"}

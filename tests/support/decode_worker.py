@@ -17,7 +17,7 @@ import grpc
 
 from precast.decode.v1 import decode_service_pb2 as pb
 from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.redis_server import free_port
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from precast.decode.v1 import decode_service_pb2 as pb
 from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.redis_server import free_port
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"

@@ -27,6 +27,7 @@ class Fleet:
     home: Path
     redis_url: str
     compiler: WorkerProcess
+    _key: str = ""
 
     @property
     def package(self) -> Path:
@@ -53,9 +54,11 @@ class Fleet:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def key(self) -> str:
-        """Of the only graph."""
-        [graph] = json.loads(self.cli("list", "--json").stdout)
-        return str(graph["key"])
+        """Of the only graph; asked for once."""
+        if not self._key:
+            [graph] = json.loads(self.cli("list", "--json").stdout)
+            self._key = str(graph["key"])
+        return self._key
 
     def states(self) -> dict[int, str]:
         """Each generation's state."""

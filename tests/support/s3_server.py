@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from precast.redis_server import free_port
 from tests.support.compile_worker import ROOT, wait_until
+from tests.support.ports import free_port
 
 _numbers = count(1)
 

@@ -3,7 +3,6 @@
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,16 +16,11 @@ import psutil
 
 from tests.support.capture import BUILD_DIR
 from tests.support.http_load import Load
+from tests.support.ports import free_port
 
 MODEL = "smollm2-135m-instruct"
 RANK = "services.decode_worker.rank"
 STOP_DEADLINE_S = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Serve:

@@ -30,6 +30,7 @@ from precast.settings import (
 )
 from tests.support.artifacts import graph_file, manifest_for, signed
 from tests.support.models import write_model
+from tests.support.ports import free_port
 
 COMMANDS: dict[str, type[CommonSettings]] = {
     "serve": ServeSettings,
@@ -51,12 +52,6 @@ def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def precast(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "precast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_starts_without_the_heavy_libraries() -> None:

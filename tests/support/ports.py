@@ -1,0 +1,41 @@
+"""Loopback ports for services that bind them a moment later.
+
+They lie below those that the system gives out, and runs side by side count through parts of their
+own: a port that was free when it was chosen is free when the service binds it.
+"""
+
+import itertools
+import os
+import random
+import socket
+
+FIRST, COUNT = 10_000, 10_000
+"""Of a run's part: pytest-xdist's workers are called gw0, gw1, ..."""
+_PART = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+_OFFSETS = itertools.count(random.randrange(COUNT))
+
+
+def free_port() -> int:
+    """A loopback TCP port that nothing uses now, and another one each time."""
+    for offset in itertools.islice(_OFFSETS, COUNT):
+        port = FIRST + COUNT * _PART + offset % COUNT
+        if is_free(port):
+            return port
+    raise OSError("no port is free")
+
+
+def free_ports(count: int) -> list[int]:
+    """So many free ports in a row."""
+    ports: list[int] = []
+    while not ports or ports != list(range(ports[0], ports[0] + count)):
+        ports = [free_port() for _ in range(count)]
+    return ports
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
