@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from precast.decode.v1 import decode_service_pb2 as pb
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.graph_fleet import ask, generation, traffic
 
 MODEL = "tiny"
 CAPTURE_S = 240
@@ -45,20 +45,6 @@ def no_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
     (folder / "sh").symlink_to("/bin/sh")
     yield {"PATH": str(folder)}
     assert not calls.exists(), calls.read_text()
-
-
-def generation(worker: DecodeWorker) -> int:
-    """Of the loaded graph; 0 if there is none."""
-    graphs = worker.status().graphs
-    return graphs[0].generations[0] if graphs else 0
-
-
-def ask(worker: DecodeWorker) -> list[int]:
-    client = worker.client()
-    client.start("ask", worker.request([1, 2, 3], 12, stop={"ignore_eos": True}))
-    answer = client.finish("ask")
-    client.close()  # else each request leaves two threads and a channel
-    return answer.token_ids
 
 
 def test_eager_at_first_then_a_graph_then_its_next_generation(
@@ -92,25 +78,12 @@ def recompile_under_traffic(
     worker: DecodeWorker, compiler: WorkerProcess, expected: list[int]
 ) -> list[Any]:
     """The stages of a recompile; requests run all the while and must not notice."""
-    done = threading.Event()
-    wrong: list[list[int]] = []
-
-    def traffic() -> None:
-        while not done.is_set():
-            if (tokens := ask(worker)) != expected:
-                wrong.append(tokens)
-
-    thread = threading.Thread(target=traffic)
-    thread.start()
-    try:
-        with grpc.insecure_channel(compiler.address) as channel:
-            stub = AdminServiceStub(channel)  # type: ignore[no-untyped-call]
-            request = admin_pb.RecompileRequest(model=MODEL, adoption_deadline_s=60)
-            return list(stub.Recompile(request, timeout=CAPTURE_S))
-    finally:
-        done.set()
-        thread.join()
-        assert wrong == []
+    with traffic(worker) as answers, grpc.insecure_channel(compiler.address) as channel:
+        stub = AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+        request = admin_pb.RecompileRequest(model=MODEL, adoption_deadline_s=60)
+        stages = list(stub.Recompile(request, timeout=CAPTURE_S))
+    assert answers[0] == expected
+    return stages
 
 
 def test_a_warm_cache_needs_no_compile_worker(

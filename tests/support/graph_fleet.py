@@ -16,7 +16,7 @@ import grpc
 from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from tests.support.compile_worker import WorkerProcess, compile_worker
-from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker, eventually
 from tests.support.models import write_model
 
 MODEL = "tiny"
@@ -102,20 +102,28 @@ def runs(worker: DecodeWorker, number: int, deadline_s: float = 20.0) -> None:
 def ask(worker: DecodeWorker, tokens: int = 12) -> list[int]:
     """A greedy request's tokens."""
     client = worker.client()
-    client.start("ask", worker.request([1, 2, 3], tokens, stop={"ignore_eos": True}))
-    answer = client.finish("ask")
+    answer = answer_of(client, worker, tokens)
     client.close()  # else each request leaves two threads and a channel
-    return answer.token_ids
+    return answer
+
+
+def answer_of(client: DecodeClient, worker: DecodeWorker, tokens: int = 12) -> list[int]:
+    client.start("ask", worker.request([1, 2, 3], tokens, stop={"ignore_eos": True}))
+    return client.finish("ask").token_ids
 
 
 @contextmanager
 def traffic(worker: DecodeWorker) -> Iterator[list[list[int]]]:
-    """Requests all the time; every answer must be that of the first one."""
-    done, answers = threading.Event(), [ask(worker)]
+    """Requests all the time, on one stream; every answer must be that of the first one.
+
+    The pause leaves the services that are under test some of the machine.
+    """
+    done, client = threading.Event(), worker.client()
+    answers = [answer_of(client, worker)]
 
     def keep_asking() -> None:
-        while not done.is_set():
-            answers.append(ask(worker))
+        while not done.wait(0.01):
+            answers.append(answer_of(client, worker))
 
     thread = threading.Thread(target=keep_asking)
     thread.start()
@@ -124,4 +132,5 @@ def traffic(worker: DecodeWorker) -> Iterator[list[list[int]]]:
     finally:
         done.set()
         thread.join()
+        client.close()
     assert answers.count(answers[0]) == len(answers) > 1
