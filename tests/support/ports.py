@@ -1,24 +1,21 @@
 """Loopback ports for services that bind them a moment later.
 
-They lie below those that the system gives out, and runs side by side count through parts of their
-own: a port that was free when it was chosen is free when the service binds it.
+They lie below those that the system gives out: no connection and no other server gets one between
+the choice and its use, nor while its owner is dead.
 """
 
 import itertools
-import os
 import random
 import socket
 
-FIRST, COUNT = 10_000, 10_000
-"""Of a run's part: pytest-xdist's workers are called gw0, gw1, ..."""
-_PART = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+FIRST, COUNT = 10_000, 20_000
 _OFFSETS = itertools.count(random.randrange(COUNT))
 
 
 def free_port() -> int:
     """A loopback TCP port that nothing uses now, and another one each time."""
     for offset in itertools.islice(_OFFSETS, COUNT):
-        port = FIRST + COUNT * _PART + offset % COUNT
+        port = FIRST + offset % COUNT
         if is_free(port):
             return port
     raise OSError("no port is free")
