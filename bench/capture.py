@@ -46,8 +46,7 @@ def llama_1b() -> Shape:
     return ModelShape(
         architecture="llama",
         hidden_size=CONFIG["hidden_size"],
-        q_heads=CONFIG["num_attention_heads"],
-        kv_heads=CONFIG["num_key_value_heads"],
+        query_groups=(4,) * CONFIG["num_key_value_heads"],
         head_dim=CONFIG["head_dim"],
         intermediate_size=CONFIG["intermediate_size"],
         vocab_widths=(CONFIG["vocab_size"],),

@@ -50,8 +50,7 @@ def smollm2(quantization: str, head_quantization: str | None = None) -> Shape:
     return ModelShape(
         architecture="llama",
         hidden_size=576,
-        q_heads=9,
-        kv_heads=3,
+        query_groups=(3, 3, 3),
         head_dim=64,
         intermediate_size=1536,
         vocab_widths=(49152,),

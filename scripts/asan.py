@@ -19,6 +19,8 @@ FLAGS: Final = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1")
 TESTS: Final = (
     "tests/unit/test_ops.py",
     "tests/unit/test_linear.py",
+    "tests/unit/test_experts.py",
+    "tests/unit/test_operator_properties.py",
     "tests/unit/test_providers.py",
     "tests/unit/test_collectives.py",
 )

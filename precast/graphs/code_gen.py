@@ -151,7 +151,9 @@ def _direct_calls() -> dict[str, Any]:
         ),
         ops.linear.default: shim("linear", tensors("x weight") + tail),
         ops.paged_attention.default: shim(
-            "paged_attention", paged + ", double scale, int64_t window, double softcap"
+            "paged_attention",
+            paged + ", double scale, int64_t window, double softcap, "
+            "const int64_t* groups, int64_t groups_len",
         ),
         ops.fused_experts.default: shim(
             "fused_experts",

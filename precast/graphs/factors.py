@@ -42,8 +42,7 @@ def rank_factors(shape: Shape, *, block_size: int, torch_version: str) -> dict[s
     return {
         "architecture": shape.architecture,
         "hidden_size": str(shape.hidden_size),
-        "q_heads": str(shape.q_heads),
-        "kv_heads": str(shape.kv_heads),
+        "query_groups": ",".join(map(str, shape.query_groups)) or "0",
         "head_dim": str(shape.head_dim),
         "intermediate_size": str(shape.intermediate_size),
         "vocab_size": str(shape.vocab_size),
@@ -72,6 +71,7 @@ def needs_of(shape: Shape) -> providers.Needs:
         formats=frozenset({shape.linear_format, shape.head_format}),
         kv_dtype=shape.kv_dtype,
         head_dim=shape.head_dim,
+        uneven_groups=len(set(shape.query_groups)) > 1,
     )
 
 
@@ -110,8 +110,7 @@ def shape_from(factors: Mapping[str, str]) -> Shape:
         options=from_factor(factors["architecture"], factors["options"]),
         architecture=factors["architecture"],
         hidden_size=int(factors["hidden_size"]),
-        q_heads=int(factors["q_heads"]),
-        kv_heads=int(factors["kv_heads"]),
+        query_groups=_groups(factors["query_groups"]),
         head_dim=int(factors["head_dim"]),
         intermediate_size=int(factors["intermediate_size"]),
         vocab_size=int(factors["vocab_size"]),
@@ -124,9 +123,14 @@ def shape_from(factors: Mapping[str, str]) -> Shape:
         raise InvalidRequest("vocab_size is none of vocab_widths")
     if len(widths) != int(factors["tp_size"]):
         raise InvalidRequest("vocab_widths must have one entry for each of tp_size ranks")
-    if shape.q_heads % max(1, shape.kv_heads) or (shape.q_heads > 0) != (shape.kv_heads > 0):
-        raise InvalidRequest("q_heads must be a multiple of kv_heads")
     return shape
+
+
+def _groups(text: str) -> tuple[int, ...]:
+    groups = tuple(int(size) for size in text.split(",")) if text != "0" else ()
+    if 0 in groups:
+        raise InvalidRequest("query_groups: a KV head has no query heads")
+    return groups
 
 
 @cache

@@ -22,7 +22,6 @@ MAX_FACTOR_LENGTH: Final = 512
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,:-]{0,127}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-CountOrNone = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Counts = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(,[0-9]+)*\Z", max_length=MAX_FACTOR_LENGTH)]
 OptionsText = Annotated[
     str, msgspec.Meta(pattern=r"^\{[A-Za-z0-9_.,:\"\[\]+-]*\}\Z", max_length=MAX_FACTOR_LENGTH)
@@ -39,10 +38,8 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     architecture: Name
     """Model family as the graph source knows it: "llama"."""
     hidden_size: Count
-    q_heads: CountOrNone
-    """Query heads of this shard."""
-    kv_heads: CountOrNone
-    """Key/value heads of this shard."""
+    query_groups: Counts
+    """For each key/value head of this shard, its query heads; "0": the shard has none."""
     head_dim: Count
     intermediate_size: Count
     """MLP columns of this shard."""

@@ -145,6 +145,7 @@ def attention(
         dim**-0.5 if scale is None else scale,
         window,
         softcap,
+        list(shape.query_groups),
     )
     out = out.view(-1, q_size)
     return reduce(

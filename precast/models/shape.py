@@ -18,8 +18,8 @@ class ModelShape(Generic[O_co]):
 
     architecture: str
     hidden_size: int
-    q_heads: int
-    kv_heads: int
+    query_groups: tuple[int, ...]
+    """For each KV head, how many query heads attend to it."""
     head_dim: int
     intermediate_size: int
     vocab_widths: tuple[int, ...]
@@ -33,6 +33,14 @@ class ModelShape(Generic[O_co]):
     head_quantization: str
     """Format of the output projection, likewise."""
     kv_dtype: str
+
+    @property
+    def q_heads(self) -> int:
+        return sum(self.query_groups)
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.query_groups)
 
     @property
     def tp_size(self) -> int:
@@ -62,8 +70,7 @@ def shape_of(config: ModelConfig, shard: Shard, precision: Precision) -> ModelSh
     return ModelShape(
         architecture=config.architecture,
         hidden_size=config.hidden_size,
-        q_heads=len(shard.q_heads),
-        kv_heads=len(shard.kv_heads),
+        query_groups=shard.query_groups,
         head_dim=config.head_dim,
         intermediate_size=len(shard.mlp),
         vocab_widths=shard.vocab_widths,

@@ -1,16 +1,16 @@
 """How a model is cut over the ranks of a tensor-parallel group.
 
-With fewer ranks than KV heads, a rank takes whole KV heads with their query heads. With more, a KV
-head is held by several ranks, and its query heads are dealt out among them; ranks beyond the number
-of query heads have no attention. Either way a rank's query heads divide evenly over its KV heads,
-as the attention operator wants. Head counts that don't divide leave some ranks with more
-attention. The MLP's columns are dealt evenly nevertheless: ranks meet behind each of the two, so
-what one waits for behind attention it can't make up for (docs/decisions.md, "Uneven shards").
+A rank takes neighbouring query heads and holds the KV heads that they attend to, so that the
+fullest rank has as few columns of the projections as can be. Where KV heads divide over the ranks,
+these are whole KV heads with their queries; else a KV head may be held by two ranks, each with some
+of its queries. Ranks that would make nothing less full have no attention. The MLP's columns are
+dealt evenly, whatever the heads: ranks meet behind each of the two, so what one waits for behind
+attention it can't make up for (docs/decisions.md, "Uneven shards").
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import count
 
 from precast.errors import ConfigError
 from precast.models.config import ModelConfig
@@ -26,6 +26,8 @@ class Shard:
     kv_heads: range
     """KV heads that this rank computes and caches; other ranks may hold the same."""
     q_heads: range
+    query_groups: tuple[int, ...]
+    """For each of ``kv_heads``, how many of ``q_heads`` attend to it."""
     mlp: range
     experts: range
     """Columns of each expert; empty without experts."""
@@ -38,13 +40,19 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
     """The share of ``rank`` among ``tp`` ranks. Raises ConfigError if there are too few columns."""
     if not 0 <= rank < tp:
         raise ConfigError(f"tp={tp}: a rank {rank} does not exist")
-    heads = _deal_heads(config.q_heads, config.kv_heads, tp)
+    group = config.q_heads // config.kv_heads
+    queries = _deal_queries(config.q_heads, config.kv_heads, tp)[rank]
+    kv_heads = _held(queries, group)
     columns = _deal(config.intermediate_size, tp, PANEL)
     vocab = _deal(config.vocab_size, tp, PANEL)
     experts = _deal(config.expert_size, tp, PANEL) if config.expert_size else [0] * tp
     return Shard(
-        kv_heads=heads[rank].kv,
-        q_heads=heads[rank].q,
+        kv_heads=kv_heads,
+        q_heads=queries,
+        query_groups=tuple(
+            len(range(max(queries.start, head * group), min(queries.stop, (head + 1) * group)))
+            for head in kv_heads
+        ),
         mlp=_range(columns, rank),
         experts=_range(experts, rank),
         vocab=_range(vocab, rank),
@@ -54,44 +62,55 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
 
 def kv_heads_held(config: ModelConfig, tp: int) -> int:
     """KV heads that ``tp`` ranks keep a cache for, all together."""
-    return sum(len(heads.kv) for heads in _deal_heads(config.q_heads, config.kv_heads, tp))
+    queries = _deal_queries(config.q_heads, config.kv_heads, tp)
+    return sum(len(_held(mine, config.q_heads // config.kv_heads)) for mine in queries)
 
 
-class _Heads(NamedTuple):
-    q: range
-    kv: range
+def _held(queries: range, group: int) -> range:
+    """The KV heads that these query heads attend to."""
+    return range(queries.start // group, -(-queries.stop // group))
 
 
-def _deal_heads(q_heads: int, kv_heads: int, tp: int) -> list[_Heads]:
+def _deal_queries(q_heads: int, kv_heads: int, tp: int) -> list[range]:
+    """Each rank's query heads."""
     group = q_heads // kv_heads
-    if tp <= kv_heads:
-        kv = [_range(_deal(kv_heads, tp, 1), rank) for rank in range(tp)]
-        return [_Heads(range(r.start * group, r.stop * group), r) for r in kv]
-    heads: list[_Heads] = []
-    for head, ranks in enumerate(_deal(min(tp, q_heads), kv_heads, 1)):
-        shares = _deal(group, ranks, 1)
-        for index in range(ranks):
-            mine = _range(shares, index)
-            q = range(head * group + mine.start, head * group + mine.stop)
-            heads.append(_Heads(q, range(head, head + 1)))
-    none = _Heads(range(q_heads, q_heads), range(kv_heads, kv_heads))
-    return heads + [none] * (tp - len(heads))
+    for most in count(2):
+        ranks = _fill(q_heads, group, most)
+        if len(ranks) <= tp:
+            return ranks + [range(q_heads, q_heads)] * (tp - len(ranks))
+    raise AssertionError("all heads fit one rank")
 
 
-def _deal(count: int, ways: int, unit: int) -> list[int]:
-    """``count`` things in nearly equal shares, at least one each, and each share but the last a
+def _fill(q_heads: int, group: int, most: int) -> list[range]:
+    """As many query heads to each rank as fit, with their KV heads, into ``most`` heads: a query
+    head has columns in two projections, a KV head keys and values."""
+    ranks, start = list[range](), 0
+    while start < q_heads:
+        stop = start + 1
+        while stop < q_heads:
+            more = range(start, stop + 1)
+            if len(more) + len(_held(more, group)) > most:
+                break
+            stop += 1
+        ranks.append(range(start, stop))
+        start = stop
+    return ranks
+
+
+def _deal(things: int, ways: int, unit: int) -> list[int]:
+    """``things`` in nearly equal shares, at least one each, and each share but the last a
     multiple of ``unit`` if there are that many."""
-    if count < ways:
-        raise ConfigError(f"can't cut {count} columns over {ways} ranks")
-    if -(-count // unit) < ways:
+    if things < ways:
+        raise ConfigError(f"can't cut {things} columns over {ways} ranks")
+    if -(-things // unit) < ways:
         unit = 1
-    units = left = -(-count // unit)
+    units = left = -(-things // unit)
     shares: list[int] = []
     for others in reversed(range(ways)):
         mine = int(left / (others + 1) + 0.5)
         shares.append(mine * unit)
         left -= mine
-    shares[-1] -= units * unit - count
+    shares[-1] -= units * unit - things
     return shares
 
 

@@ -5,6 +5,7 @@ through the operators. Importing this module loads the library; nothing is compi
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from precast.errors import ConfigError
 from precast.ops import numa
 
 LIBRARY = Path(__file__).parent / "_native.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
 PACKING_VERSION = 2
 
@@ -54,6 +55,7 @@ def _paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    groups: Sequence[int] = (),
 ) -> Tensor:
     return q.new_empty(q.shape)
 

@@ -30,8 +30,7 @@ from tests.support.compile_worker import WorkerProcess, compile_worker, connect
 SHAPE = ModelShape(
     architecture="llama",
     hidden_size=64,
-    q_heads=4,
-    kv_heads=2,
+    query_groups=(2, 2),
     head_dim=16,
     intermediate_size=128,
     vocab_widths=(256,),

@@ -33,8 +33,7 @@ BUILD = {"compiler": "test 1.0", "flags": "-O2"}
 FACTORS = {
     "architecture": "llama",
     "hidden_size": "576",
-    "q_heads": "9",
-    "kv_heads": "3",
+    "query_groups": "3,3,3",
     "head_dim": "64",
     "intermediate_size": "1536",
     "vocab_size": "49152",

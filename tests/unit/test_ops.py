@@ -14,7 +14,10 @@ from precast.ops import native
 from precast.ops.packing import Format, pack
 
 BLOCK = 16
-FILES = [str(Path(__file__).with_name(name)) for name in ("test_ops.py", "test_linear.py")]
+FILES = [
+    str(Path(__file__).with_name(f"test_{name}.py"))
+    for name in ("ops", "linear", "operator_properties")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +168,7 @@ def attention_arguments() -> list[object]:
         0.25,
         0,
         0.0,
+        [3, 1],
     ]
 
 
@@ -178,6 +182,9 @@ def attention_arguments() -> list[object]:
         (3, torch.zeros(4, 2, 16, BLOCK, dtype=torch.float64), "caches must be"),
         (10, -1, "can't be negative"),
         (5, torch.tensor([3], dtype=torch.int32), "shapes do not agree"),
+        (12, [4], "4 query heads don't fit 2 KV heads"),
+        (12, [3, 2], r"groups \[3, 2\] of 4 query heads"),
+        (12, [4, 0], "0 query heads for a KV head"),
     ],
 )
 def test_paged_attention_refuses_what_would_leave_its_memory(

@@ -246,6 +246,7 @@ def test_another_schema_is_the_reason(upstream: None, monkeypatch: pytest.Monkey
     [
         ({"kv_dtype": "int8"}, {"paged_attention"}, "kv_dtype is int8: it takes bf16"),
         ({"head_dim": 40}, {"paged_attention"}, "head_dim is 40"),
+        ({"uneven_groups": True}, {"paged_attention"}, "this rank's KV heads have different"),
         ({"formats": frozenset({Format.Q4_0, Format.INT8})}, {"linear"}, "weights are q4_0"),
         (
             {"weight_dtype": "fp32"},

@@ -194,13 +194,13 @@ inline Block<T> block_after(const AttentionArgs& a, const AttentionTile& tile, i
 template <typename T>
 void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* out, float* maximum,
                   float* denominator, float* scores) {
-  const int group = a.q_heads / a.kv_heads, rows = group * tile.tokens;
+  const int group = a.group(tile.kv_head), rows = group * tile.tokens;
   const int dim = a.head_dim, size = a.block_size;
   const float* q[kMaxTileRows];
   float shrink[kMaxTileRows];
   for (int r = 0; r < rows; ++r) {
     q[r] = a.q + (tile.first_token + r / group) * a.q_stride +
-           (static_cast<int64_t>(tile.kv_head) * group + r % group) * dim;
+           (a.groups[tile.kv_head] + r % group) * dim;
     maximum[r] = -INFINITY;
     denominator[r] = 0;
   }
@@ -246,13 +246,13 @@ void attend(const AttentionArgs& a, const AttentionTile& tile, float* out, float
 
 void merge_parts(const AttentionArgs& a, const AttentionTile& tile, const float* parts, int count,
                  float* out) {
-  const int group = a.q_heads / a.kv_heads, dim = a.head_dim, rows = group * tile.tokens;
+  const int group = a.group(tile.kv_head), dim = a.head_dim, rows = group * tile.tokens;
   const int64_t part_floats = static_cast<int64_t>(rows) * (dim + 2);
   for (int r = 0; r < rows; ++r) {
     const float* maxima = parts + static_cast<int64_t>(rows) * dim + r;
     const float* x = parts + static_cast<int64_t>(r) * dim;
-    float* y = out + ((tile.first_token + r / group) * a.q_heads +
-                      static_cast<int64_t>(tile.kv_head) * group + r % group) * dim;
+    float* y = out + ((tile.first_token + r / group) * a.q_heads + a.groups[tile.kv_head] +
+                      r % group) * dim;
     float largest = -INFINITY, denominator = 0;
     for (int p = 0; p < count; ++p) {
       const float m = maxima[p * part_floats];

@@ -56,7 +56,7 @@ int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
 template <typename F>
 void for_tiles(const AttentionArgs& args, const int32_t* starts, const int32_t* lengths,
                int64_t sequences, F&& use) {
-  const int tile = std::max(1, kQueryRows / (args.q_heads / args.kv_heads));
+  const int tile = std::max(1, kQueryRows / args.largest_group);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t past = lengths[s] - (starts[s + 1] - starts[s]);
     for (int64_t t = starts[s]; t < starts[s + 1]; t += tile) {
@@ -96,7 +96,7 @@ std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* star
         items.push_back(
             {s, t, position, count, h, from, std::min(end, from + step), part, parts, floats});
         if (parts > 1) {
-          floats += static_cast<int64_t>(count) * (args.q_heads / args.kv_heads) * (args.head_dim + 2);
+          floats += static_cast<int64_t>(count) * args.group(h) * (args.head_dim + 2);
         }
       }
     }
@@ -126,14 +126,32 @@ void check_paging(const at::Tensor& context_lens, const at::Tensor& query_starts
   }
 }
 
+// First query head of each KV head, and the number of query heads. `groups`: query heads of each KV head;
+// empty: all have as many.
+std::vector<int64_t> first_queries(at::IntArrayRef groups, int64_t q_heads, int64_t kv_heads) {
+  TORCH_CHECK(kv_heads > 0, "paged_attention: no KV heads");
+  TORCH_CHECK(groups.empty() ? q_heads % kv_heads == 0
+                             : static_cast<int64_t>(groups.size()) == kv_heads,
+              "paged_attention: ", q_heads, " query heads don't fit ", kv_heads, " KV heads");
+  std::vector<int64_t> first{0};
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    const int64_t group = groups.empty() ? q_heads / kv_heads : groups[h];
+    TORCH_CHECK(group > 0 && group <= kMaxQueryGroup, "paged_attention: ", group,
+                " query heads for a KV head");
+    first.push_back(first.back() + group);
+  }
+  TORCH_CHECK(first.back() == q_heads, "paged_attention: groups ", groups, " of ", q_heads,
+              " query heads");
+  return first;
+}
+
 AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at::Tensor& k_cache,
                              const at::Tensor& v_cache, double scale, int64_t window,
-                             double softcap) {
+                             double softcap, const std::vector<int64_t>& groups) {
   AttentionArgs args{};
   args.type = cache_type(k_cache);
   const int64_t extra = args.type == CacheType::kInt8 ? kScaleBytes : 0;
-  TORCH_CHECK(k.size(1) > 0, "paged_attention: no KV heads");
-  const int64_t kv_heads = k.size(1), dim = q.size(2), group = q.size(1) / kv_heads;
+  const int64_t kv_heads = k.size(1), dim = q.size(2);
   TORCH_CHECK(k_cache.is_contiguous() && k_cache.dim() == 4 && k_cache.size(1) == kv_heads &&
                   k_cache.size(2) == dim + extra && k_cache.size(3) % kPanel == 0 &&
                   v_cache.is_contiguous() && v_cache.scalar_type() == k_cache.scalar_type() &&
@@ -142,8 +160,6 @@ AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at:
                   v_cache.size(3) == dim + extra,
               "paged_attention: caches must be k [blocks, kv_heads, head_dim, block_size] and v "
               "[blocks, kv_heads, block_size, head_dim], block_size a multiple of 16");
-  TORCH_CHECK(q.size(1) % kv_heads == 0 && group <= kMaxQueryGroup,
-              "paged_attention: ", q.size(1), " query heads don't fit ", kv_heads, " KV heads");
   TORCH_CHECK(window >= 0 && softcap >= 0, "paged_attention: window and softcap can't be negative");
   args.q = q.const_data_ptr<float>();
   args.q_stride = q.stride(0);
@@ -151,6 +167,10 @@ AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at:
   args.v_cache = v_cache.const_data_ptr();
   args.q_heads = static_cast<int>(q.size(1));
   args.kv_heads = static_cast<int>(kv_heads);
+  args.groups = groups.data();
+  for (int h = 0; h < args.kv_heads; ++h) {
+    args.largest_group = std::max(args.largest_group, args.group(h));
+  }
   args.head_dim = static_cast<int>(dim);
   args.block_size = static_cast<int>(k_cache.size(3));
   args.scale = static_cast<float>(scale);
@@ -176,7 +196,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                            const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& slots, const at::Tensor& query_starts,
                            const at::Tensor& context_lens, const at::Tensor& block_tables,
-                           double scale, int64_t window, double softcap) {
+                           double scale, int64_t window, double softcap, at::IntArrayRef groups) {
   check_heads(q, "q");
   check_heads(k, "k");
   check_heads(v, "v");
@@ -189,7 +209,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                   slots.size(0) == tokens && query_starts.size(0) == sequences + 1 &&
                   block_tables.size(0) == sequences,
               "paged_attention: shapes do not agree");
-  const AttentionArgs args = attention_args(q, k, k_cache, v_cache, scale, window, softcap);
+  const std::vector<int64_t> first = first_queries(groups, q.size(1), k.size(1));
+  const AttentionArgs args = attention_args(q, k, k_cache, v_cache, scale, window, softcap, first);
   check_paging(context_lens, query_starts, block_tables, slots, tokens, k_cache.size(0),
                args.block_size);
   write_cache(args, k, v, slots.const_data_ptr<int32_t>());
@@ -207,7 +228,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   int64_t needed = 0;
   for (const Item& item : items) {
     if (item.count > 1) {
-      needed = item.floats + item.tokens * (args.q_heads / args.kv_heads) * row_floats;
+      needed = item.floats + item.tokens * args.group(item.kv_head) * row_floats;
     }
   }
   partials.resize(std::max<size_t>(partials.size(), needed));
@@ -229,7 +250,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
         next = tile_of(items[i + parts]);
         tile.next = &next;
       }
-      const int64_t rows = static_cast<int64_t>(item.tokens) * (args.q_heads / args.kv_heads);
+      const int64_t rows = static_cast<int64_t>(item.tokens) * args.group(item.kv_head);
       const int64_t scratch = attention_scratch_floats(args, item.tokens);
       local.resize(std::max<size_t>(local.size(), rows * row_floats + scratch));
       float* result = item.count > 1 ? shared + item.floats : local.data() + scratch;
@@ -248,10 +269,11 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(precast, m) {
+  // groups: query heads of each KV head, which lie side by side; empty: all have as many.
   m.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale, "
-      "int window, float softcap) -> Tensor");
+      "int window, float softcap, int[] groups=[]) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) { m.impl("paged_attention", paged_attention); }
@@ -264,9 +286,9 @@ PRECAST_SHIM aoti_torch_cpu_paged_attention(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache,
     AtenTensorHandle v_cache, AtenTensorHandle slots, AtenTensorHandle query_starts,
     AtenTensorHandle context_lens, AtenTensorHandle block_tables, double scale, int64_t window,
-    double softcap, AtenTensorHandle* ret) {
-  PRECAST_RETURN(precast::paged_attention(tensor(q), tensor(k), tensor(v), tensor(k_cache),
-                                          tensor(v_cache), tensor(slots), tensor(query_starts),
-                                          tensor(context_lens), tensor(block_tables), scale, window,
-                                          softcap));
+    double softcap, const int64_t* groups, int64_t groups_len, AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::paged_attention(
+      tensor(q), tensor(k), tensor(v), tensor(k_cache), tensor(v_cache), tensor(slots),
+      tensor(query_starts), tensor(context_lens), tensor(block_tables), scale, window, softcap,
+      at::IntArrayRef(groups, static_cast<size_t>(groups_len))));
 }

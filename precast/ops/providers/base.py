@@ -34,6 +34,8 @@ class Needs:
     """Of its linears."""
     kv_dtype: str
     head_dim: int
+    uneven_groups: bool = False
+    """Whether KV heads differ in how many query heads attend to them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Every operator in plain torch: what the kernels must agree with."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -79,10 +80,10 @@ def fused_experts(
 def _rounded(x: Tensor, group: int) -> Tensor:
     """x [M, K] as 8-bit steps of the largest value in each group of K would have it."""
     rows, k = x.shape
-    groups = torch.nn.functional.pad(x, (0, -k % group)).view(rows, -1, group)
+    groups = torch.nn.functional.pad(x, (0, -k % group)).view(rows, -(-k // group), group)
     scale = groups.abs().amax(dim=2, keepdim=True) / 127
     steps = torch.where(scale > 0, groups / scale, torch.zeros_like(groups)).round()
-    return (steps * scale).view(rows, -1)[:, :k]
+    return (steps * scale).flatten(1)[:, :k]
 
 
 def paged_attention(
@@ -98,15 +99,20 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    groups: Sequence[int] = (),
 ) -> Tensor:
+    groups = groups or [q.shape[1] // k.shape[1]] * k.shape[1]
     live = slots >= 0
-    _store(k_cache, v_cache, k[live], v[live], slots[live].long())
+    if live.any():
+        _store(k_cache, v_cache, k[live], v[live], slots[live].long())
     out = torch.zeros(q.shape)
     starts = query_starts.tolist()
     for index, context in enumerate(context_lens.tolist()):
         rows = slice(starts[index], starts[index + 1])
         if context and rows.start < rows.stop:
             keys, values = _load(k_cache, v_cache, block_tables[index].long(), q.shape[2], context)
+            sizes = torch.tensor(groups)
+            keys, values = (t.repeat_interleave(sizes, dim=1) for t in (keys, values))
             out[rows] = _attend(q[rows], keys, values, scale, window, softcap)
     return out
 
@@ -114,9 +120,7 @@ def paged_attention(
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """The last tokens of a sequence, q [T, heads, D], over its keys and values [C, heads, D]."""
-    group = q.shape[1] // keys.shape[1]
-    keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+    """The last tokens of a sequence, q [T, heads, D], and its keys and values [C, heads, D]."""
     scores = torch.einsum("thd,chd->htc", q, keys) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap

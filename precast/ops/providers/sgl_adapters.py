@@ -5,6 +5,7 @@ float16), but for a linear's bias, which is float32. Everything is checked or ma
 that only pad a batch never reach upstream, which would write their keys to slot -1.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -107,10 +108,12 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    groups: Sequence[int] = (),
 ) -> Tensor:
     """Caches are token-major in memory (``kv_cache.new_cache``), so that upstream's
     [tokens, kv_heads, D] is a view of them. Prompts go through the extend kernel where AMX is
     there, else token by token through the decode kernel: causality is in the lengths."""
+    assert len(set(groups)) <= 1, "upstream divides query heads evenly"
     keys, values = _token_major(k_cache, v_cache)
     live = slots >= 0
     rounded = [t[live].to(keys.dtype).contiguous() for t in (k, v)]

@@ -123,6 +123,8 @@ def _unserved(operator: str, needs: Needs) -> str:
     if operator == "paged_attention":
         if needs.kv_dtype != "bf16":
             return f"kv_dtype is {needs.kv_dtype}: it takes bf16"
+        if needs.uneven_groups:
+            return "this rank's KV heads have different numbers of query heads"
         # Its vectors hold 32 values, and heads are not padded.
         return (
             "" if needs.head_dim % 32 == 0 else f"head_dim is {needs.head_dim}: not 32's multiple"

@@ -1,0 +1,181 @@
+"""Every operator against its definition in plain torch, for shapes that nobody chose."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from precast.models.kv_cache import LayerCache, fill_cache, new_cache
+from precast.ops import native
+from precast.ops.packing import Format, pack, unpack
+from precast.ops.providers import reference
+
+BLOCK = 16
+ops = torch.ops.precast
+formats = st.sampled_from(list(Format))
+seeds = st.integers(0, 2**31)
+Property = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def examples(count: int) -> Property:
+    # Always the same, so that a change that is not at fault can't fail by them.
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads() -> None:
+    native.start_threads((-1, -1))
+
+
+def assert_within_a_step(actual: Tensor, expected: Tensor, step: float) -> None:
+    """Inputs halfway between two of their 8-bit steps may be rounded either way, but few are."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=step + 1e-4)
+    if step and actual.numel():
+        assert (actual - expected).abs().median() <= step / 50 + 1e-4
+
+
+@examples(120)
+@given(seeds, formats, st.integers(0, 65), st.integers(1, 130), st.integers(1, 300), st.booleans())
+def test_linear(seed: int, fmt: Format, m: int, n: int, k: int, with_bias: bool) -> None:
+    torch.manual_seed(seed)
+    x, packed = torch.randn(m, k), pack(torch.randn(n, k), fmt)
+    bias = torch.randn(n) if with_bias else None
+    step = 0.0
+    if m and fmt >= Format.INT8:
+        step = float(x.abs().max() / 127 * unpack(packed, n, k, fmt).abs().max())
+    actual, expected = (f(x, packed, bias, n, int(fmt)) for f in (ops.linear, reference.linear))
+    assert_within_a_step(actual, expected, step)
+
+
+@examples(60)
+@given(seeds, formats, st.integers(1, 70), st.integers(1, 300), st.integers(0, 65))
+def test_embedding(seed: int, fmt: Format, rows: int, k: int, count: int) -> None:
+    torch.manual_seed(seed)
+    packed, ids = pack(torch.randn(rows, k), fmt), torch.randint(rows, (count,))
+    actual, expected = (f(ids, packed, k, int(fmt)) for f in (ops.embedding, reference.embedding))
+    torch.testing.assert_close(actual, expected)
+
+
+@examples(60)
+@given(
+    seeds,
+    st.sampled_from([Format.FP32, Format.BF16, Format.Q4_0, Format.INT8]),
+    st.integers(0, 65),
+    st.integers(1, 9),
+    st.integers(1, 100),
+    st.integers(1, 70),
+    st.data(),
+)
+def test_fused_experts(
+    seed: int, fmt: Format, tokens: int, experts: int, hidden: int, size: int, data: st.DataObject
+) -> None:
+    torch.manual_seed(seed)
+    per_token = data.draw(st.integers(1, experts))
+    gate_up, down = (
+        torch.stack([pack(torch.randn(n, k) / k**0.5, fmt) for _ in range(experts)])
+        for n, k in ((2 * size, hidden), (hidden, size))
+    )
+    chosen = torch.rand(tokens, experts).topk(per_token).indices
+    weights = torch.rand(tokens, per_token) / per_token
+    arguments = (torch.randn(tokens, hidden), chosen, weights, gate_up, down, size, int(fmt))
+    actual, expected = (f(*arguments) for f in (ops.fused_experts, reference.fused_experts))
+    # The inner activations are rounded too, each by up to a step of its group.
+    assert_within_a_step(actual, expected, 0.1 if fmt >= Format.INT8 else 0.0)
+
+
+@examples(60)
+@given(seeds, st.integers(0, 65), st.integers(1, 5), st.integers(1, 150), st.booleans())
+def test_rms_norm(seed: int, rows: int, heads: int, size: int, strided: bool) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, 3 * heads, size)[:, heads : 2 * heads]
+    x = x if strided else x.contiguous()
+    weight = torch.randn(size)
+    actual, expected = (f(x, weight, 1e-5) for f in (ops.rms_norm, reference.rms_norm))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@examples(60)
+@given(seeds, st.integers(0, 65), st.integers(1, 5), st.integers(1, 70), st.integers(0, 30))
+def test_rotary(seed: int, rows: int, heads: int, half: int, still: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, 3 * heads, 2 * half + still)[:, heads : 2 * heads]
+    cos, sin = torch.rand(rows, half), torch.rand(rows, half)
+    actual, expected = (f(x, cos, sin) for f in (ops.rotary, reference.rotary))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@examples(60)
+@given(seeds, st.integers(0, 65), st.integers(1, 300), st.sampled_from([0.1, 1.0, 30.0, 1000.0]))
+def test_silu_and_mul(seed: int, rows: int, size: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, 2 * size) * scale
+    actual, expected = (f(x) for f in (ops.silu_and_mul, reference.silu_and_mul))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """A step, and a cache that holds its keys and values already."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cache: LayerCache
+    paging: tuple[Tensor, Tensor, Tensor]
+    options: tuple[float, int, float]
+    groups: list[int]
+
+    def run(self, kernel: Callable[..., Tensor]) -> Tensor:
+        # Nothing is written: a value halfway between two steps of a cache may go either way.
+        nowhere = torch.full((len(self.q),), -1, dtype=torch.int32)
+        return kernel(
+            self.q, self.k, self.v, *self.cache, nowhere, *self.paging, *self.options, self.groups
+        )
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> Attention:
+    torch.manual_seed(draw(seeds))
+    groups = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
+    heads, dim, width = len(groups), draw(st.integers(1, 130)), draw(st.integers(1, 6))
+    full = width * BLOCK
+    edges = st.sampled_from([0, 1, BLOCK - 1, BLOCK, min(BLOCK + 1, full), full])
+    contexts = draw(st.lists(edges | st.integers(0, full), max_size=17))
+    new = [draw(st.sampled_from([1, min(1, n), max(1, n)]) | st.integers(0, n)) for n in contexts]
+    blocks = max(1, width * len(contexts))
+    cache = new_cache(
+        draw(st.sampled_from(["fp32", "bf16", "int8"])),
+        blocks=blocks,
+        kv_heads=heads,
+        block_size=BLOCK,
+        head_dim=dim,
+    )
+    fill_cache(cache, *torch.randn(2, blocks * BLOCK, heads, dim))
+    paging = (
+        torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32),
+        torch.tensor(contexts, dtype=torch.int32),
+        torch.randperm(blocks)[: width * len(contexts)].view(-1, width).to(torch.int32),
+    )
+    tokens = sum(new) + draw(st.integers(0, 3))
+    window = draw(st.sampled_from([0, 0, 1, 7, BLOCK, 40]))
+    return Attention(
+        q=torch.randn(tokens, sum(groups), dim),
+        k=torch.randn(tokens, heads, dim),
+        v=torch.randn(tokens, heads, dim),
+        cache=cache,
+        paging=paging,
+        options=(dim**-0.5, window, draw(st.sampled_from([0.0, 0.0, 5.0]))),
+        groups=groups,
+    )
+
+
+@examples(200)
+@given(attentions())
+def test_paged_attention(step: Attention) -> None:
+    torch.testing.assert_close(
+        step.run(ops.paged_attention), step.run(reference.paged_attention), rtol=1e-4, atol=1e-5
+    )
