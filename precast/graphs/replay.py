@@ -49,9 +49,9 @@ class Graph:
     def replay(
         self, token_ids: Tensor, positions: Tensor, paging: Paging, rows: Tensor | None = None
     ) -> Tensor:
-        """int64 [T] ids and positions, T at most ``tokens``, to float32 logits [R, vocabulary] of
-        the tokens that ``rows``, int64 [R], names; of all T without it. For R = 0 the head is left
-        out, and what is returned is empty."""
+        """int64 [T] ids and positions, T at most ``tokens``, to this rank's float32 logits [R, V]
+        of the tokens that ``rows``, int64 [R], names; of all T without it. For R = 0 the head is
+        left out, and what is returned is empty."""
         logits: Tensor = self._runner.run(token_ids, positions, list(paging), rows)
         return logits
 

@@ -39,8 +39,6 @@ class PlannedStep:
     layers: int
     tokens: int
     """Rows that are reduced in each layer."""
-    rows: int
-    """Rows of logits that are gathered."""
 
 
 def cases(tokens: int, block: int) -> list[Case]:
@@ -86,11 +84,10 @@ def planned(shape: Shape, tokens: int, block: int) -> list[PlannedStep]:
     layers = len(verification_plan(shape, VERIFY_LAYERS))
     steps = []
     for case in cases(tokens, block):
-        rows = case.tokens if case.rows is None else len(case.rows)
-        steps.append(PlannedStep(layers=layers, tokens=case.tokens, rows=rows))  # eager
-        steps.append(PlannedStep(layers=layers, tokens=tokens, rows=rows))
+        steps.append(PlannedStep(layers=layers, tokens=case.tokens))  # eager
+        steps.append(PlannedStep(layers=layers, tokens=tokens))
     steps += [
-        PlannedStep(layers=count, tokens=tokens, rows=0)
+        PlannedStep(layers=count, tokens=tokens)
         for _ in range(timed_rounds(tokens))
         for count in timed_layers(shape)
     ]

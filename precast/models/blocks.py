@@ -96,13 +96,9 @@ def embed(
 
 
 def head(shape: Shape, hidden: Tensor, weights: HeadWeights) -> Tensor:
-    """Hidden states [T, H] to logits [T, vocabulary of all ranks]."""
+    """Hidden states [T, H] to logits [T, this rank's part of the vocabulary]."""
     normed = rms_norm(hidden, weights.norm, shape.rms_norm_eps)
-    logits = linear(shape.head_format, normed, weights.vocab, shape.vocab_size, False)
-    if shape.tp_size == 1:
-        return logits
-    gathered: Tensor = torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
-    return gathered
+    return linear(shape.head_format, normed, weights.vocab, shape.vocab_size, False)
 
 
 def attention(

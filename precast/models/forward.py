@@ -1,7 +1,10 @@
 """A step without a graph: the architecture's functions called layer by layer."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from precast.models.architectures import architecture_of
@@ -28,5 +31,32 @@ def hidden_states(
 
 
 def logits(shape: Shape, weights: Weights, hidden: Tensor) -> Tensor:
-    """Hidden states [T, H] to logits [T, vocabulary of all ranks]."""
+    """Hidden states [T, H] to logits [T, this rank's part of the vocabulary]."""
     return architecture_of(shape).head(shape, hidden, weights.head)
+
+
+def gathered(shape: Shape, logits: Tensor) -> Tensor:
+    """The ranks' logits side by side: [T, vocabulary]."""
+    if shape.tp_size == 1:
+        return logits
+    whole: Tensor = torch.ops.precast.all_gather(logits, list(shape.vocab_widths))
+    return whole
+
+
+def likeliest(shape: Shape, logits: Tensor) -> list[int]:
+    """Each row's likeliest token in all ranks' logits, the first of equals.
+
+    Ranks tell each other their largest instead of all logits: of 16 rows of 49152, gathering those
+    took 0.5 ms and torch's argmax over them 0.65 ms, this takes 0.05.
+    """
+    values, places = torch.ops.precast.largest(logits)
+    if shape.tp_size == 1:
+        return cast("list[int]", places.tolist())
+    # float32 holds places exactly up to 2^24.
+    mine = torch.stack((values, places.float()), dim=1)
+    starts = list(accumulate(shape.vocab_widths, initial=0))
+    tokens = []
+    for row in torch.ops.precast.all_gather(mine, [2] * shape.tp_size).tolist():
+        rank = max(range(shape.tp_size), key=lambda rank: row[2 * rank])
+        tokens.append(starts[rank] + int(row[2 * rank + 1]))
+    return tokens

@@ -75,6 +75,11 @@ def _silu_and_mul(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
+@torch.library.register_fake("precast::largest")
+def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1], dtype=torch.int64)
+
+
 @torch.library.register_fake("precast::fused_experts")
 def _fused_experts(
     x: Tensor,

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from precast.errors import PrecastError
 from precast.models.blocks import Paging
+from precast.models.forward import gathered, likeliest
 from precast.ops import native
 from precast.process import die_with_parent
 from services.decode_worker import rank_model
@@ -41,7 +43,7 @@ from services.decode_worker.rank_protocol import (
     decode_command,
     frame,
 )
-from services.decode_worker.sampler import sample
+from services.decode_worker.sampler import is_likeliest, sample
 
 GROUP_TIMEOUT_S = 60.0
 """Longest wait for a peer in a collective. A dead peer is noticed at once, by its process state."""
@@ -131,9 +133,9 @@ def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
         logits, shadow = model.shadow(batch, drawing, step.graph_batch_size)
     else:
         logits = model.step(batch, drawing, step.graph_batch_size)
+    tokens, logprobs = _draw(init, model, step.sample, logits)
     if init.tp_rank != 0:
         return None
-    tokens, logprobs = _draw(step.sample, logits)
     return StepDone(
         step_id=step.step_id,
         token_ids=np.array(tokens, dtype=np.int32).tobytes(),
@@ -143,13 +145,25 @@ def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
     )
 
 
+_NOTHING: Final[tuple[int, Logprobs | None]] = (-1, None)
+
+
 def _draw(
-    requests: Sequence[Sampling | None], logits: Tensor
+    init: Init, model: RankModel, requests: Sequence[Sampling | None], logits: Tensor
 ) -> tuple[list[int], list[Logprobs | None]]:
-    """Each sequence's token, -1 where none is drawn, and its log probabilities. ``logits`` has a
-    row for each that draws."""
-    drawn = zip(*sample(logits, [request for request in requests if request]), strict=True)
-    pairs = [next(drawn) if request else (-1, None) for request in requests]
+    """Each sequence's token, -1 where none is drawn, and its log probabilities; rank 0 alone draws.
+    ``logits`` has a row for each that draws."""
+    drawing = [request for request in requests if request is not None]
+    tokens, logprobs = list[int](), list[Logprobs | None]()
+    if drawing and all(map(is_likeliest, drawing)):
+        tokens = likeliest(model.shape, logits)
+        logprobs = [None] * len(drawing)
+    elif drawing:
+        whole = gathered(model.shape, logits)
+        if init.tp_rank == 0:
+            tokens, logprobs = sample(whole, drawing)
+    drawn = iter(zip(tokens, logprobs, strict=True))
+    pairs = [next(drawn, _NOTHING) if request else _NOTHING for request in requests]
     return [token for token, _ in pairs], [logprobs for _, logprobs in pairs]
 
 

@@ -14,7 +14,7 @@ from precast.graphs.factors import needs_of, rank_factors
 from precast.graphs.replay import Graph
 from precast.models.blocks import Paging, Shape
 from precast.models.config import load_config
-from precast.models.forward import hidden_states, logits
+from precast.models.forward import gathered, hidden_states, logits
 from precast.models.kv_cache import LayerCache, new_cache
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
@@ -51,7 +51,7 @@ class RankModel:
     """Graphs on trial (``canary.py``), by batch size."""
 
     def step(self, batch: Batch, drawing: Sequence[int], graph_batch_size: int) -> Tensor:
-        """Runs a step with the graph of a captured size, eagerly for 0. Returns logits
+        """Runs a step with the graph of a captured size, eagerly for 0. Returns this rank's logits
         [len(drawing), V] of the last token of each sequence that draws."""
         rows = _rows(batch, drawing)
         if graph_batch_size:
@@ -84,11 +84,15 @@ class RankModel:
         again = _replay(current, batch, rows)
         ended = time.perf_counter()
         shadow = Shadow(
-            difference=min(relative_difference(tried, again), MAX_DIFFERENCE),
+            difference=min(self._difference(tried, again), MAX_DIFFERENCE),
             candidate_us=(between - started) * 1e6,
             current_us=(ended - between) * 1e6,
         )
         return again[: len(drawing)], shadow
+
+    def _difference(self, tried: Tensor, expected: Tensor) -> float:
+        """Over the logits of all ranks."""
+        return relative_difference(*(gathered(self.shape, part) for part in (tried, expected)))
 
     def load_graph(self, batch_size: int, package: Path, *, candidate: bool = False) -> float:
         """Loads a verified package and swaps it in; returns milliseconds. Raises

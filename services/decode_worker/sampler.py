@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from precast.ops import native as native  # registers the operators
 from services.decode_worker.rank_protocol import Logprobs, Sampling
 
 
@@ -19,7 +20,7 @@ def sample(logits: Tensor, requests: Sequence[Sampling]) -> tuple[list[int], lis
     Logits are changed in place. Logprobs are of the distribution that penalties and bias leave,
     before temperature and cuts, as OpenAI reports them.
     """
-    greedy = logits.argmax(dim=-1).tolist() if any(map(_plain, requests)) else []
+    greedy = torch.ops.precast.largest(logits)[1].tolist() if any(map(_plain, requests)) else []
     tokens: list[int] = []
     logprobs: list[Logprobs | None] = []
     for row, request in enumerate(requests):
@@ -31,6 +32,11 @@ def sample(logits: Tensor, requests: Sequence[Sampling]) -> tuple[list[int], lis
         tokens.append(token)
         logprobs.append(_logprobs(logits[row], token, request.logprobs))
     return tokens, logprobs
+
+
+def is_likeliest(request: Sampling) -> bool:
+    """Whether the request is for the likeliest token as it stands, and for nothing else."""
+    return _plain(request) and request.logprobs < 0
 
 
 def _plain(request: Sampling) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from precast.graphs.factors import rank_factors
 from precast.models.blocks import Paging, Shape
 from precast.models.config import load_config
-from precast.models.forward import hidden_states, logits
+from precast.models.forward import gathered, hidden_states, logits
 from precast.models.kv_cache import LayerCache, new_cache
 from precast.models.precision import Precision
 from precast.models.shape import shape_of
@@ -181,7 +181,7 @@ class Loaded:
 
     def eager(self, tokens: Tensor, positions: Tensor, paging: Paging) -> Tensor:
         hidden = hidden_states(self.shape, self.weights, self.caches, tokens, positions, paging)
-        return logits(self.shape, self.weights, hidden)
+        return gathered(self.shape, logits(self.shape, self.weights, hidden))
 
 
 def load(folder: Path, rank: int = 0, tp: int = 1) -> Loaded:

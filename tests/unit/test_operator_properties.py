@@ -117,6 +117,28 @@ def test_silu_and_mul(seed: int, rows: int, size: int, scale: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@examples(100)
+@given(seeds, st.integers(0, 65), st.integers(1, 5000), st.sampled_from([1, 3, 1000]))
+def test_largest(seed: int, rows: int, size: int, distinct: int) -> None:
+    """The first of equals, wherever in a row it is."""
+    torch.manual_seed(seed)
+    x = torch.randint(-distinct, distinct, (rows, size)).float()
+    values, places = ops.largest(x)
+    assert torch.equal(values, x.amax(dim=1))
+    assert places.tolist() == [row.index(max(row)) for row in x.tolist()]
+
+
+@pytest.mark.parametrize("size", [1, 16, 63, 1025, 4000])
+def test_largest_of_no_numbers(size: int) -> None:
+    """A place within the row whatever it holds; NaN only where there is nothing else."""
+    x = torch.full((3, size), float("nan"))
+    x[1] = -float("inf")
+    x[2, size // 2] = -1e30
+    values, places = ops.largest(x)
+    assert places.tolist() == [0, 0, size // 2]
+    assert values[1:].tolist() == [-float("inf"), pytest.approx(-1e30)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """A step, and a cache that holds its keys and values already."""

@@ -212,6 +212,7 @@ def test_operators_trace() -> None:
         ids = torch.tensor([3, 19])
         torch.library.opcheck(ops.embedding, (ids, packed, 8, int(fmt)), test_utils=tests)
     torch.library.opcheck(ops.paged_attention, tuple(attention_arguments()), test_utils=tests)
+    torch.library.opcheck(ops.largest, (torch.randn(3, 70),), test_utils=tests)
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from services.decode_worker.rank_protocol import Sampling
-from services.decode_worker.sampler import sample
+from services.decode_worker.sampler import is_likeliest, sample
 
 
 def request(**changes: object) -> Sampling:
@@ -24,6 +24,18 @@ def test_greedy_takes_the_largest() -> None:
     tokens, logprobs = sample(logits, (request(temperature=0.0), request(temperature=0.0)))
     assert tokens == [1, 0]
     assert logprobs == [None, None]
+
+
+def test_what_needs_no_logits() -> None:
+    assert is_likeliest(request(temperature=0.0))
+    changes: list[dict[str, object]] = [
+        {"temperature": 0.1},
+        {"temperature": 0.0, "logprobs": 0},
+        {"temperature": 0.0, "logit_bias": {2: 5.0}},
+        {"temperature": 0.0, "presence_penalty": 1.0},
+        {"temperature": 0.0, "frequency_penalty": 1.0},
+    ]
+    assert not any(is_likeliest(request(**changed)) for changed in changes)
 
 
 def test_frequencies_follow_the_softmax() -> None:

@@ -140,6 +140,7 @@ void Communicator::publish_and_await() {
 void Communicator::await(int peer) {
   for (int spins = 0; !arrived(peer); ++spins) {
     if (spins < kSpins) {
+      ThreadPool::instance().fetch_ahead();
       _mm_pause();
     } else {
       await_slowly(peer);

@@ -10,7 +10,6 @@
 #include <atomic>
 #include <climits>
 #include <thread>
-#include <unordered_map>
 
 namespace precast {
 namespace {
@@ -24,31 +23,15 @@ constexpr int kSpins = 4000;
 // follow each other in memory.
 constexpr int kPartsPerThread = 4;
 
-// What a worker fetches ahead, at the most: half of a second cache of 1 MB, which the jobs before it
+// What a thread fetches ahead, at the most: half of a second cache of 1 MB, which the jobs before it
 // use too.
 constexpr int64_t kMostAhead = 512 << 10;
 // Lines that it asks for before it pauses and looks for a job again. Requests above what a core keeps
 // open (24) are dropped: 12 to a pause came at 28 GB/s, all of them; of 16 half were lost.
 constexpr int64_t kLinesAtOnce = 12;
 
-// Learns in which order weights are read: a model's steps are all alike, but for experts, behind which
-// it is often wrong.
-class ReadOrder {
- public:
-  // Notes that `now` is read, and returns what was read after it the last time, or nothing.
-  Stretch follow(Stretch now) {
-    if (after_.size() > kMost) after_.clear();
-    if (previous_ != nullptr) after_[previous_] = now;
-    previous_ = now.at;
-    const auto next = after_.find(now.at);
-    return next == after_.end() ? Stretch{} : next->second;
-  }
-
- private:
-  static constexpr size_t kMost = 1 << 16;  // more linears than a model has: 48 layers of 128 experts
-  std::unordered_map<const void*, Stretch> after_;
-  const void* previous_ = nullptr;
-};
+// More linears than a model has: 48 layers of 128 experts.
+constexpr size_t kMostLinears = 1 << 16;
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
@@ -60,6 +43,12 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
           nullptr, 0);
 }
 
+// What one of the threads fetches of a stretch that is read next.
+Prefetch share_of(Stretch next, int thread, int threads) {
+  const Range mine = share(next.bytes, thread, threads);
+  return {static_cast<const char*>(next.at) + mine.begin, std::min(mine.end - mine.begin, kMostAhead)};
+}
+
 void pin(int64_t core) {
   if (core < 0) return;
   cpu_set_t set;
@@ -69,6 +58,14 @@ void pin(int64_t core) {
 }
 
 }  // namespace
+
+Stretch ReadOrder::follow(Stretch now) {
+  if (after_.size() > kMostLinears) after_.clear();
+  if (previous_ != nullptr) after_[previous_] = now;
+  previous_ = now.at;
+  const auto next = after_.find(now.at);
+  return next == after_.end() ? Stretch{} : next->second;
+}
 
 // Each thread has a slot with a run of parts, and takes from the others' once its own is done. A slot's
 // word is the job's number above the next part, and parts are claimed by compare-and-swap: a worker
@@ -126,17 +123,15 @@ struct ThreadPool::State {
     if (now == seen) return;
     seen = now;
     // Both may be of a later call already, or of two: that fetches something else, no harm done.
-    const Range mine = share(next_bytes.load(std::memory_order_relaxed), self,
-                             static_cast<int>(slots.size()));
-    ahead = Prefetch(next_at.load(std::memory_order_relaxed) + mine.begin,
-                     std::min(mine.end - mine.begin, kMostAhead));
+    const Stretch next{next_at.load(std::memory_order_relaxed),
+                       next_bytes.load(std::memory_order_relaxed)};
+    ahead = share_of(next, self, static_cast<int>(slots.size()));
   }
 
   std::vector<Slot> slots;
   std::vector<Finished> finished;
   uint32_t job = 0;       // the caller's
   uint64_t expected = 0;  // parts that workers have claimed in all jobs; the caller's
-  ReadOrder order;        // the caller's
   alignas(64) std::atomic<uint32_t> next_published{0};
   std::atomic<const char*> next_at{nullptr};
   std::atomic<int64_t> next_bytes{0};
@@ -222,13 +217,16 @@ void ThreadPool::publish(void (*fn)(void*, int, int), void* context) {
 }
 
 void ThreadPool::will_read(Stretch now) {
+  const Stretch next = order_.follow(now);
+  ahead_ = share_of(next, 0, size_);
   if (size_ == 1) return;
   State& s = *state_;
-  const Stretch next = s.order.follow(now);
   s.next_at.store(static_cast<const char*>(next.at), std::memory_order_relaxed);
   s.next_bytes.store(next.bytes, std::memory_order_relaxed);
   s.next_published.fetch_add(1, std::memory_order_release);
 }
+
+void ThreadPool::fetch_ahead() { ahead_.ask(kLinesAtOnce); }
 
 void ThreadPool::run(void (*fn)(void*, int, int), void* context) {
   if (size_ == 1) {

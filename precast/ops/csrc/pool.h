@@ -7,11 +7,24 @@
 
 #include <cstdint>
 #include <functional>
+#include <unordered_map>
 #include <vector>
 
 #include "prefetch.h"
 
 namespace precast {
+
+// Learns in which order weights are read: a model's steps are all alike, but for experts, behind which
+// it is often wrong.
+class ReadOrder {
+ public:
+  // Notes that `now` is read, and returns what was read after it the last time, or nothing.
+  Stretch follow(Stretch now);
+
+ private:
+  std::unordered_map<const void*, Stretch> after_;
+  const void* previous_ = nullptr;
+};
 
 class ThreadPool {
  public:
@@ -35,8 +48,11 @@ class ThreadPool {
   }
 
   // What the next job reads, dealt out to its parts as share() does. The pool learns what is read after
-  // it: workers fetch their shares of that into their caches while they have nothing to do.
+  // it: threads fetch their shares of that into their caches while they have nothing to do.
   void will_read(Stretch now);
+
+  // For a caller that waits for something else than a job: fetches a little of its share.
+  void fetch_ahead();
 
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -50,6 +66,8 @@ class ThreadPool {
   struct State;
   State* state_ = nullptr;
   int size_ = 1;
+  ReadOrder order_;
+  Prefetch ahead_;  // the caller's share
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
