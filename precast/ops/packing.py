@@ -17,7 +17,7 @@ PANEL: Final = 16
 """Output columns that are interleaved."""
 GROUP: Final = 32
 """Inputs that share a scale in the grouped formats."""
-_CHUNK_VALUES: Final = 4 << 20
+_CHUNK_VALUES: Final = 1 << 20
 """Weights that are packed at a time: bounds what packing takes beside its result."""
 
 
