@@ -15,7 +15,7 @@ from precast.models.blocks import Shape
 from precast.models.options import check_architecture, from_factor, to_factor
 from precast.models.shape import ModelShape
 from precast.ops import providers
-from precast.ops.native import PACKING_VERSION, native_isa
+from precast.ops.native import MAX_QUERY_GROUP, PACKING_VERSION, native_isa
 
 _PACKAGE = Path(__file__).parents[1]
 _GRAPH_SOURCES = (
@@ -128,8 +128,8 @@ def shape_from(factors: Mapping[str, str]) -> Shape:
 
 def _groups(text: str) -> tuple[int, ...]:
     groups = tuple(int(size) for size in text.split(",")) if text != "0" else ()
-    if 0 in groups:
-        raise InvalidRequest("query_groups: a KV head has no query heads")
+    if not all(1 <= size <= MAX_QUERY_GROUP for size in groups):
+        raise InvalidRequest(f"query_groups: a KV head has 1 to {MAX_QUERY_GROUP} query heads")
     return groups
 
 

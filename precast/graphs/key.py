@@ -22,7 +22,10 @@ MAX_FACTOR_LENGTH: Final = 512
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+,:-]{0,127}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-Counts = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(,[0-9]+)*\Z", max_length=MAX_FACTOR_LENGTH)]
+_COUNT: Final = "(0|[1-9][0-9]{0,9})"
+Counts = Annotated[
+    str, msgspec.Meta(pattern=rf"^{_COUNT}(,{_COUNT})*\Z", max_length=MAX_FACTOR_LENGTH)
+]
 OptionsText = Annotated[
     str, msgspec.Meta(pattern=r"^\{[A-Za-z0-9_.,:\"\[\]+-]*\}\Z", max_length=MAX_FACTOR_LENGTH)
 ]
@@ -46,7 +49,7 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     vocab_size: Count
     """Vocabulary rows of this shard."""
     vocab_widths: Counts
-    """Vocabulary rows of every rank's shard: the logits are gathered from all of them."""
+    """Vocabulary rows of every rank's shard; every rank embeds all of them."""
     rms_norm_eps: Positive
     options: OptionsText
     """What only this architecture has, as JSON: biases, windows, kinds of layers, experts."""

@@ -39,7 +39,7 @@ class Architecture(Protocol):
         gives."""
 
     def head(self, shape: Shape, hidden: Tensor, weights: HeadWeights) -> Tensor:
-        """Hidden states [T, H] to logits [T, vocabulary of all ranks]."""
+        """Hidden states [T, H] to logits [T, this rank's part of the vocabulary]."""
 
     def load_layer(self, load: Loader[Any], kind: Kind, prefix: str) -> Any:
         """A layer's weights, a named tuple of tensors and lists of them. ``prefix``:

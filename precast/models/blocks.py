@@ -120,7 +120,7 @@ def attention(
     ``window``: tokens that a token sees, itself included; 0: all. ``softcap``: scores become
     softcap * tanh(score / softcap); 0: not. ``scale``: of scores; None: 1 / sqrt(D).
     """
-    if shape.q_heads == 0:  # more ranks than query heads
+    if shape.q_heads == 0:  # none are left for this rank
         return reduce(shape, x.new_zeros(x.shape[0], shape.hidden_size))
     dim = shape.head_dim
     q_size, kv_size = shape.q_heads * dim, shape.kv_heads * dim

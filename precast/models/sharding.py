@@ -1,11 +1,12 @@
 """How a model is cut over the ranks of a tensor-parallel group.
 
 A rank takes neighbouring query heads and holds the KV heads that they attend to, so that the
-fullest rank has as few columns of the projections as can be. Where KV heads divide over the ranks,
-these are whole KV heads with their queries; else a KV head may be held by two ranks, each with some
-of its queries. Ranks that would make nothing less full have no attention. The MLP's columns are
-dealt evenly, whatever the heads: ranks meet behind each of the two, so what one waits for behind
-attention it can't make up for (docs/decisions.md, "Uneven shards").
+fullest rank has as few columns of the projections as can be, and none caches more KV heads than if
+whole ones were dealt. Where they divide over the ranks, whole ones are; else a KV head may be held
+by several ranks, each with some of its queries. Ranks that would make no other less full have no
+attention. The MLP's columns are dealt evenly, whatever the heads: ranks meet behind each of the
+two, so what one waits for behind attention it can't make up for (docs/decisions.md, "Uneven
+shards").
 """
 
 from collections.abc import Sequence
@@ -75,21 +76,21 @@ def _deal_queries(q_heads: int, kv_heads: int, tp: int) -> list[range]:
     """Each rank's query heads."""
     group = q_heads // kv_heads
     for most in count(2):
-        ranks = _fill(q_heads, group, most)
+        ranks = _fill(q_heads, group, most, -(-kv_heads // tp))
         if len(ranks) <= tp:
             return ranks + [range(q_heads, q_heads)] * (tp - len(ranks))
     raise AssertionError("all heads fit one rank")
 
 
-def _fill(q_heads: int, group: int, most: int) -> list[range]:
-    """As many query heads to each rank as fit, with their KV heads, into ``most`` heads: a query
-    head has columns in two projections, a KV head keys and values."""
+def _fill(q_heads: int, group: int, most: int, most_kv: int) -> list[range]:
+    """As many query heads to each rank as fit, with at most ``most_kv`` KV heads, into ``most``
+    heads: a query head has columns in two projections, a KV head keys and values."""
     ranks, start = list[range](), 0
     while start < q_heads:
         stop = start + 1
         while stop < q_heads:
-            more = range(start, stop + 1)
-            if len(more) + len(_held(more, group)) > most:
+            held = len(_held(range(start, stop + 1), group))
+            if held > most_kv or stop + 1 - start + held > most:
                 break
             stop += 1
         ranks.append(range(start, stop))

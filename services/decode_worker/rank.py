@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import torch
@@ -145,25 +144,23 @@ def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
     )
 
 
-_NOTHING: Final[tuple[int, Logprobs | None]] = (-1, None)
-
-
 def _draw(
     init: Init, model: RankModel, requests: Sequence[Sampling | None], logits: Tensor
 ) -> tuple[list[int], list[Logprobs | None]]:
-    """Each sequence's token, -1 where none is drawn, and its log probabilities; rank 0 alone draws.
-    ``logits`` has a row for each that draws."""
+    """Each sequence's token, -1 where none is drawn, and its log probabilities; of ranks but the
+    first, only their part in the collectives. ``logits`` has a row for each that draws."""
     drawing = [request for request in requests if request is not None]
-    tokens, logprobs = list[int](), list[Logprobs | None]()
+    tokens: list[int] = []
+    logprobs: list[Logprobs | None] = [None] * len(drawing)
     if drawing and all(map(is_likeliest, drawing)):
         tokens = likeliest(model.shape, logits)
-        logprobs = [None] * len(drawing)
     elif drawing:
         whole = gathered(model.shape, logits)
-        if init.tp_rank == 0:
-            tokens, logprobs = sample(whole, drawing)
+        if init.tp_rank != 0:
+            return [], []
+        tokens, logprobs = sample(whole, drawing)
     drawn = iter(zip(tokens, logprobs, strict=True))
-    pairs = [next(drawn, _NOTHING) if request else _NOTHING for request in requests]
+    pairs = [(-1, None) if request is None else next(drawn) for request in requests]
     return [token for token, _ in pairs], [logprobs for _, logprobs in pairs]
 
 

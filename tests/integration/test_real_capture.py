@@ -30,7 +30,7 @@ from tests.support.compile_worker import WorkerProcess, compile_worker, connect
 SHAPE = ModelShape(
     architecture="llama",
     hidden_size=64,
-    query_groups=(2, 2),
+    query_groups=(3, 1),
     head_dim=16,
     intermediate_size=128,
     vocab_widths=(256,),

@@ -46,7 +46,8 @@ def assert_same(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -
 
 
 @pytest.mark.parametrize(
-    ("q_heads", "kv_heads", "tps"), [(3, 1, "2,3"), (6, 2, "2,3,4"), (5, 5, "2,3,4"), (4, 2, "8")]
+    ("q_heads", "kv_heads", "tps"),
+    [(3, 1, "2,3"), (6, 2, "2,3,4"), (5, 5, "2,3,4"), (4, 2, "8"), (9, 3, "2,4")],
 )
 def test_any_number_of_ranks_agrees_with_one(
     tmp_path: Path, q_heads: int, kv_heads: int, tps: str

@@ -81,9 +81,12 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
     positions = [[past + i for i in range(len(n))] for past, n in zip(contexts, new, strict=True)]
     slots = [[s * 2 * BLOCK + at for at in own] for s, own in enumerate(positions)]
     lengths = [len(n) for n in new]
-    # Every other step needs no logits: ranks only compare their largest.
+    # Of four steps, one needs no logits (ranks only compare their largest), and one draws for some
+    # of the sequences, by chance for one.
     top = TOP if step_id % 2 == 0 else -1
     greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0, logprobs=top)
+    chance = Sampling(temperature=1, top_p=1, top_k=0, seed=step_id, step=0)
+    mixed = step_id % 4 == 3
     return Step(
         step_id=step_id,
         token_ids=ints(chain(*new)),
@@ -93,7 +96,7 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
         context_lens=ints([past + n for past, n in zip(contexts, lengths, strict=True)]),
         block_tables=ints([b for s in range(len(new)) for b in (2 * s, 2 * s + 1)]),
         block_table_width=2,
-        sample=(greedy,) * len(new),
+        sample=(None, chance, greedy) if mixed else (greedy,) * len(new),
     )
 
 
@@ -117,7 +120,7 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
         tops = [entry.top_logprobs for entry in done.logprobs if entry is not None]
         answers.append({"tokens": tokens, "top_logprobs": tops})
         contexts = [past + len(n) for past, n in zip(contexts, new, strict=True)]
-        new = [[token] for token in tokens]
+        new = [[max(token, 0)] for token in tokens]  # -1: none was drawn
     for connection in connections:
         connection.sendall(frame(Shutdown()))
         connection.close()

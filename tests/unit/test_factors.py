@@ -23,8 +23,9 @@ def test_a_shape_comes_back(groups: str, heads: tuple[int, int]) -> None:
     [
         ({"vocab_size": "24576"}, "none of vocab_widths"),
         ({"tp_size": "2"}, "one entry for each of tp_size"),
-        ({"query_groups": "3,0"}, "a KV head has no query heads"),
-        ({"query_groups": "0,0"}, "a KV head has no query heads"),
+        ({"query_groups": "3,0"}, "a KV head has 1 to 64 query heads"),
+        ({"query_groups": "0,0"}, "a KV head has 1 to 64 query heads"),
+        ({"query_groups": "65"}, "a KV head has 1 to 64 query heads"),
     ],
 )
 def test_factors_that_contradict_each_other(changes: dict[str, str], reason: str) -> None:

@@ -70,14 +70,13 @@ def test_query_heads_are_with_their_kv_heads(q_heads: int, kv_heads: int, tp: in
 @pytest.mark.parametrize("tp", range(1, 9))
 @pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
 def test_projections_are_as_even_as_heads_allow(q_heads: int, kv_heads: int, tp: int) -> None:
-    """No rank has more columns than if whole KV heads were dealt, or query heads alone."""
+    """No rank has more columns, or caches more, than if whole KV heads were dealt."""
     group = q_heads // kv_heads
     shards = [shard(config(kv_heads, group), rank, tp) for rank in range(tp)]
     most = max(len(part.q_heads) + len(part.kv_heads) for part in shards)
     most_kv = -(-kv_heads // tp)
+    assert max(len(part.kv_heads) for part in shards) == most_kv
     assert most <= most_kv * (group + 1)
-    most_q = -(-q_heads // tp)
-    assert most <= most_q + -(-(most_q - 1) // group) + 1
     if tp >= q_heads:
         assert most == 2
     if kv_heads % tp == 0:
@@ -106,6 +105,15 @@ def test_three_kv_heads_over_two_ranks() -> None:
         range(5, 9),
         (1, 3),
     )
+
+
+@pytest.mark.parametrize(
+    ("heads", "tp", "queries"),
+    [((15, 5), 2, [8, 7]), ((15, 5), 4, [4, 4, 4, 3]), ((32, 8), 3, [12, 12, 8])],
+)
+def test_uneven_heads(heads: tuple[int, int], tp: int, queries: list[int]) -> None:
+    model = config(heads[1], heads[0] // heads[1])
+    assert [len(shard(model, rank, tp).q_heads) for rank in range(tp)] == queries
 
 
 def test_more_ranks_than_kv_heads() -> None:

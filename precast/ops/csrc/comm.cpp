@@ -21,7 +21,7 @@ constexpr int64_t kSlotFloats = kSlotBytes / sizeof(float);
 constexpr int64_t kParallelFloats = 32768;  // from here on two fork/joins pay
 constexpr int64_t kSmallBytes = 48;
 constexpr int kMaxRanks = 64;
-constexpr int kSpins = 2000;  // about 50 us; then the core is offered to others
+constexpr int kSpins = 2000;  // 50 us, more while weights are fetched; then the core is offered to others
 constexpr int kYieldsPerLook = 32;
 constexpr double kCheckEvery_s = 0.02;
 

@@ -38,7 +38,8 @@ void silu_and_mul_row(const float* gate, const float* up, float* y, int64_t n) {
   std::memcpy(y + i, rest[2], (n - i) * sizeof(float));
 }
 
-// The largest of n > 0 values, and where it is first. NaN is never it, unless there is nothing else.
+// The largest of n > 0 values, and where it is first. NaN is never it: where there is nothing else but
+// -inf, that, and the first place.
 float largest(const float* x, int64_t n, int64_t* at) {
   constexpr int64_t kBlock = 64 * kLanes;
   float most = -INFINITY;

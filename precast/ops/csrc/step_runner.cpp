@@ -57,7 +57,7 @@ class StepRunner : public torch::CustomClassHolder {
 
   // token_ids, positions: int64 [T], T up to the captured number of tokens. paging: slots,
   // query_starts, context_lens, block_tables as paged_attention takes them. Tokens are added that write
-  // nothing and that no sequence has. Returns logits [R, vocabulary] of the tokens that `rows`, int64
+  // nothing and that no sequence has. Returns this rank's logits [R, V] of the tokens that `rows`, int64
   // [R], names, of all T without it; the head runs on no others, and not at all for R = 0.
   at::Tensor run(const at::Tensor& token_ids, const at::Tensor& positions, Tensors paging,
                  const std::optional<at::Tensor>& rows) {

@@ -101,7 +101,7 @@ def paged_attention(
     softcap: float,
     groups: Sequence[int] = (),
 ) -> Tensor:
-    groups = groups or [q.shape[1] // k.shape[1]] * k.shape[1]
+    sizes = torch.tensor(groups or [q.shape[1] // k.shape[1]] * k.shape[1])
     live = slots >= 0
     if live.any():
         _store(k_cache, v_cache, k[live], v[live], slots[live].long())
@@ -111,7 +111,6 @@ def paged_attention(
         rows = slice(starts[index], starts[index + 1])
         if context and rows.start < rows.stop:
             keys, values = _load(k_cache, v_cache, block_tables[index].long(), q.shape[2], context)
-            sizes = torch.tensor(groups)
             keys, values = (t.repeat_interleave(sizes, dim=1) for t in (keys, values))
             out[rows] = _attend(q[rows], keys, values, scale, window, softcap)
     return out
