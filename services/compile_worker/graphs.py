@@ -104,7 +104,7 @@ class Graphs:
         A capture that is under way already counts, unless it is just ending.
         """
         for _ in range(ENDING_POLLS):
-            job = await self._enqueue(record)
+            job = await self._enqueue(record, await self._next_generation(record.key))
             ending = job.generation <= await self.last_generation(record.key)
             if not ending and (record.phase is not Phase.FAILED or not job.started_at):
                 break
@@ -228,6 +228,9 @@ class Graphs:
         self, spec: dict[str, str], known: GraphRecord | None, model: str, urgency: int
     ) -> GraphRecord:
         key = graph_key(spec, self.build)
+        # Before it is known that nothing is published: a capture that ends meanwhile is of this
+        # number, and a job for it ends at once. One for the number after would make a second.
+        generation = 0 if known else await self._next_generation(key)
         known = known or await self.generations.record(key)  # it may have been published since
         if known:
             await self.index.put(known.with_model(model))
@@ -241,7 +244,7 @@ class Graphs:
             return record
         if self.isa_targets and spec["isa"] not in self.isa_targets:
             return await self._not_built(record)
-        return await self._queue_missing(record, urgency)
+        return await self._queue_missing(record, generation, urgency)
 
     async def _not_built(self, record: GraphRecord) -> GraphRecord:
         """Another compile worker of the fleet may build for this instruction set."""
@@ -252,9 +255,11 @@ class Graphs:
         await self.index.put(record)
         return record
 
-    async def _queue_missing(self, record: GraphRecord, urgency: int) -> GraphRecord:
+    async def _queue_missing(
+        self, record: GraphRecord, generation: int, urgency: int
+    ) -> GraphRecord:
         try:
-            job = await self._enqueue(record, urgency)
+            job = await self._enqueue(record, generation, urgency)
         except RegistryUnavailable as error:
             reason = f"not queued for capture, ask again: {error}"
             return changed(record, phase=Phase.FAILED, generation=0, error=reason)
@@ -264,15 +269,19 @@ class Graphs:
         await self.index.put(record)
         return record
 
-    async def _enqueue(self, record: GraphRecord, urgency: int = 0) -> Job:
-        noted = (await self.generations.standing(record.key)).lifecycle
-        marked = max({*noted.marks, *record.lifecycle.marks}, default=0)
-        last = max(await self.last_generation(record.key), record.generation, marked)
+    async def _next_generation(self, key: str) -> int:
+        """One above all that are in the store, or that something is known of."""
+        marks = {*(await self.generations.standing(key)).lifecycle.marks}
+        if record := self.index.get(key):
+            marks |= {*record.lifecycle.marks, record.generation}
+        return max(await self.last_generation(key), *marks, 0) + 1
+
+    async def _enqueue(self, record: GraphRecord, generation: int, urgency: int = 0) -> Job:
         job = new_job(
             record.key,
             record.factors,
             batch_size=int(record.factors["batch_size"]),
-            generation=last + 1,
+            generation=generation,
             models=record.models,
         )
         return await self.queue.enqueue(job, urgency=urgency)

@@ -249,3 +249,24 @@ async def test_scrub_finds_what_is_damaged_and_has_it_replaced(
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             metrics = answer.read().decode()
         assert 'compile_worker_scrubbed_artifacts_total{result="damaged"} 1.0' in metrics
+
+
+async def test_what_is_published_while_it_is_asked_for_is_not_made_again(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the store and the job: the job must be for what is there by then."""
+    store = DiskStore(tmp_path / "store")
+    registry = Registry.connect(redis_url, lease_ttl_s=30)
+    graphs = await graphs_over(store, registry)
+    untried = Generations.untried
+
+    async def published_first(generations: Generations, key: str) -> bool:
+        assert publish(store, tmp_path, batch_size=1) == key
+        return await untried(generations, key)
+
+    monkeypatch.setattr(Generations, "untried", published_first)
+    await graphs.request([{**FACTORS, "batch_size": "1"}])
+    [job] = await graphs.queue.jobs()
+    assert job.generation == 1
+    assert await graphs.last_generation(job.key) == 1  # so the job ends at once
+    await registry.close()
