@@ -43,10 +43,11 @@ _SAMPLE_S: Final = 0.05
 
 def llama_1b() -> Shape:
     """Llama 3.2 1B's."""
+    kv_heads = CONFIG["num_key_value_heads"]
     return ModelShape(
         architecture="llama",
         hidden_size=CONFIG["hidden_size"],
-        query_groups=(4,) * CONFIG["num_key_value_heads"],
+        query_groups=(CONFIG["num_attention_heads"] // kv_heads,) * kv_heads,
         head_dim=CONFIG["head_dim"],
         intermediate_size=CONFIG["intermediate_size"],
         vocab_widths=(CONFIG["vocab_size"],),

@@ -200,7 +200,7 @@ void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* out,
   float shrink[kMaxTileRows];
   for (int r = 0; r < rows; ++r) {
     q[r] = a.q + (tile.first_token + r / group) * a.q_stride +
-           (a.groups[tile.kv_head] + r % group) * dim;
+           (a.first_query[tile.kv_head] + r % group) * dim;
     maximum[r] = -INFINITY;
     denominator[r] = 0;
   }
@@ -251,7 +251,7 @@ void merge_parts(const AttentionArgs& a, const AttentionTile& tile, const float*
   for (int r = 0; r < rows; ++r) {
     const float* maxima = parts + static_cast<int64_t>(rows) * dim + r;
     const float* x = parts + static_cast<int64_t>(r) * dim;
-    float* y = out + ((tile.first_token + r / group) * a.q_heads + a.groups[tile.kv_head] +
+    float* y = out + ((tile.first_token + r / group) * a.q_heads + a.first_query[tile.kv_head] +
                       r % group) * dim;
     float largest = -INFINITY, denominator = 0;
     for (int p = 0; p < count; ++p) {

@@ -147,7 +147,7 @@ std::vector<int64_t> first_queries(at::IntArrayRef groups, int64_t q_heads, int6
 
 AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at::Tensor& k_cache,
                              const at::Tensor& v_cache, double scale, int64_t window,
-                             double softcap, const std::vector<int64_t>& groups) {
+                             double softcap, const std::vector<int64_t>& first_query) {
   AttentionArgs args{};
   args.type = cache_type(k_cache);
   const int64_t extra = args.type == CacheType::kInt8 ? kScaleBytes : 0;
@@ -167,7 +167,7 @@ AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at:
   args.v_cache = v_cache.const_data_ptr();
   args.q_heads = static_cast<int>(q.size(1));
   args.kv_heads = static_cast<int>(kv_heads);
-  args.groups = groups.data();
+  args.first_query = first_query.data();
   for (int h = 0; h < args.kv_heads; ++h) {
     args.largest_group = std::max(args.largest_group, args.group(h));
   }
@@ -209,8 +209,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                   slots.size(0) == tokens && query_starts.size(0) == sequences + 1 &&
                   block_tables.size(0) == sequences,
               "paged_attention: shapes do not agree");
-  const std::vector<int64_t> first = first_queries(groups, q.size(1), k.size(1));
-  const AttentionArgs args = attention_args(q, k, k_cache, v_cache, scale, window, softcap, first);
+  const std::vector<int64_t> first_query = first_queries(groups, q.size(1), k.size(1));
+  const AttentionArgs args =
+      attention_args(q, k, k_cache, v_cache, scale, window, softcap, first_query);
   check_paging(context_lens, query_starts, block_tables, slots, tokens, k_cache.size(0),
                args.block_size);
   write_cache(args, k, v, slots.const_data_ptr<int32_t>());

@@ -1,4 +1,4 @@
-// Norm, activation and rotary embedding, a row at a time.
+// Norm, activation, rotary embedding and the largest value, a row at a time.
 #pragma once
 
 #include "simd.h"

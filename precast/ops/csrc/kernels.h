@@ -104,13 +104,16 @@ struct AttentionArgs {
                         // four hold the scales, float32 [block_size]
   const void* v_cache;  // [blocks, kv_heads, block_size, head_dim]; int8: head_dim + 4 columns
   int q_heads, kv_heads, head_dim, block_size;
-  const int64_t* groups;  // [kv_heads + 1] first query head of each KV head, and q_heads
+  const int64_t* first_query;  // [kv_heads + 1] first query head of each KV head, and q_heads
   int largest_group;
   float scale;
   float softcap;   // scores become softcap * tanh(score / softcap); 0: none
   int64_t window;  // a token attends to this many, itself included; 0: all
 
-  int group(int kv_head) const { return static_cast<int>(groups[kv_head + 1] - groups[kv_head]); }
+  // Query heads of a KV head.
+  int group(int kv_head) const {
+    return static_cast<int>(first_query[kv_head + 1] - first_query[kv_head]);
+  }
 };
 
 // Query heads to a KV head, at the most.
