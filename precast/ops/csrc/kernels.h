@@ -27,6 +27,8 @@ constexpr int kGroup = 32;
 enum class Format : int64_t { kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
 constexpr int64_t kFormats = 7;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline bool is_grouped(Format f) {
   return f == Format::kQ8_0 || f == Format::kQ4_0 || f == Format::kQ4_1;
 }

@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "kernels.h"
 #include "prefetch.h"
 
 namespace precast {
@@ -70,7 +71,6 @@ class ThreadPool {
   Prefetch ahead_;  // the caller's share
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int64_t begin, end;

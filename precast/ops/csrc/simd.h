@@ -74,6 +74,12 @@ inline vint widen(const int8_t* p) {
 inline void narrow(vint v, int8_t* to) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i lowest = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, lowest);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
+                   _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 #else
   const vbyte bytes = __builtin_convertvector(v, vbyte);
   std::memcpy(to, &bytes, sizeof(bytes));
@@ -134,6 +140,25 @@ inline float to_float(int8_t x) { return static_cast<float>(x); }
 inline float reduce_add(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float reduce_max(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
 inline int32_t reduce_add(vint v) { return _mm512_reduce_add_epi32((__m512i)v); }
+#elif defined(__AVX2__)
+// Half onto half; GCC 12 takes loops over lanes literally.
+template <typename F>
+inline float fold(vfloat v, F&& combine) {
+  __m128 x = combine(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  x = combine(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(combine(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_add(vfloat v) {
+  return fold(v, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+inline float reduce_max(vfloat v) {
+  return fold(v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
+inline int32_t reduce_add(vint v) {
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  x = _mm_add_epi32(x, _mm_unpackhi_epi64(x, x));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 1)));
+}
 #else
 inline float reduce_add(vfloat v) {
   float total = 0;
