@@ -17,7 +17,7 @@ from precast.ops import numa
 LIBRARY = Path(__file__).parent / "_native.so"
 ABI_VERSION = 4
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
-PACKING_VERSION = 2
+PACKING_VERSION = 3
 MAX_QUERY_GROUP = 64
 """Query heads to a KV head, at the most (``csrc/kernels.h``)."""
 

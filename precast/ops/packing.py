@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from precast.ops import native as native  # registers the operators
+from precast.ops.grids import affine_grid, inverse, symmetric_scale
 
 PANEL: Final = 16
 """Output columns that are interleaved."""
@@ -108,7 +109,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Float [N, K] to int8 [N, K] in [-127, 127] and float32 scales [N], symmetric per channel."""
     weight = weight.float()
     scales = weight.abs().amax(dim=1) / 127.0
-    quantized = torch.round(weight * _inverse(scales)[:, None]).clamp_(-127, 127)
+    quantized = torch.round(weight * inverse(scales)[:, None]).clamp_(-127, 127)
     return quantized.to(torch.int8), scales
 
 
@@ -126,16 +127,14 @@ def quantize_groups(weight: Tensor, fmt: Format) -> tuple[Tensor, list[Tensor]]:
     groups = weight.view(weight.shape[0], -1, GROUP)
     if fmt == Format.Q8_0:
         scale = groups.abs().amax(dim=2) / 127.0
-        quantized = torch.round(groups * _inverse(scale)[..., None]).clamp_(-127, 127)
+        quantized = torch.round(groups * inverse(scale)[..., None]).clamp_(-127, 127)
         return quantized.to(torch.int8), [scale.half()]
     if fmt == Format.Q4_0:
-        largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-        scale = largest / -8.0
-        quantized = torch.floor(groups * _inverse(scale)[..., None] + 8.5).clamp_(0, 15)
+        scale = symmetric_scale(groups)
+        quantized = torch.floor(groups * inverse(scale)[..., None] + 8.5).clamp_(0, 15)
         return quantized.to(torch.uint8), [scale.half()]
-    low = groups.amin(dim=2)
-    scale = (groups.amax(dim=2) - low) / 15.0
-    shifted = (groups - low[..., None]) * _inverse(scale)[..., None]
+    scale, low = affine_grid(groups)
+    shifted = (groups - low[..., None]) * inverse(scale)[..., None]
     return torch.floor(shifted + 0.5).clamp_(0, 15).to(torch.uint8), [scale.half(), low.half()]
 
 
@@ -178,7 +177,3 @@ def _unpack_grouped(packed: Tensor, n: int, k: int, fmt: Format) -> Tensor:
 
 def _pad_rows(weight: Tensor) -> Tensor:
     return torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale != 0, 1.0 / scale, torch.zeros_like(scale))

@@ -1,7 +1,10 @@
 """The linear operator in every weight format, for shapes that are multiples of nothing."""
 
+import numpy
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import Tensor
 
 from precast.ops import native
@@ -107,6 +110,56 @@ def test_weights_out_of_such_groups_come_back_exactly(fmt: Format, k: int) -> No
     """A GGUF file that was dequantised at import loses nothing when it is packed again."""
     once = unpack(pack(torch.randn(48, k) * 0.02, fmt), 48, k, fmt)
     assert torch.equal(unpack(pack(once, fmt), 48, k, fmt), once)
+
+
+def any_blocks(kind: GGMLQuantizationType, generator: numpy.random.Generator) -> Tensor:
+    """[48, 512] weights out of a GGUF format's blocks with any values in them, as a quantiser may
+    leave them that searches for scales: not all use both ends of their range."""
+    size, length = GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (48 * 512 // size, length), dtype=numpy.uint8)
+    halves = 2 if kind in (GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K) else 1
+    scales = generator.uniform(0.01, 0.1, (len(blocks), halves)) * [1, -4][:halves]
+    if kind == GGMLQuantizationType.Q4_K:
+        scales = abs(scales)
+    blocks[:, : 2 * halves] = scales.astype(numpy.float16).view(numpy.uint8)
+    if kind != GGMLQuantizationType.Q4_K:  # most of them without an end, some without both
+        values = blocks[:, 2 * halves :]
+        values[::2] = numpy.clip(values[::2] & 15, 3, 12) | 0xA0
+    return torch.from_numpy(dequantize(blocks, kind)).view(48, 512)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fmt"),
+    [
+        (GGMLQuantizationType.Q4_0, Format.Q4_0),
+        (GGMLQuantizationType.Q4_1, Format.Q4_1),
+        (GGMLQuantizationType.Q4_0, Format.Q4_1),
+    ],
+)
+def test_any_blocks_of_a_gguf_file_come_back_exactly(
+    kind: GGMLQuantizationType, fmt: Format
+) -> None:
+    weight = any_blocks(kind, numpy.random.default_rng(0))
+    assert torch.equal(unpack(pack(weight, fmt), 48, 512, fmt), weight)
+
+
+def test_a_k_quant_keeps_its_grid() -> None:
+    """Only its scales and minima, products of two numbers, are rounded to half precision."""
+    weight = any_blocks(GGMLQuantizationType.Q4_K, numpy.random.default_rng(0))
+    error = (unpack(pack(weight, Format.Q4_1), 48, 512, Format.Q4_1) - weight).abs()
+    largest = weight.view(48, -1, 32).abs().amax(2).repeat_interleave(32, 1)
+    assert (error <= largest * 2**-9).all()
+
+
+def test_weights_on_no_grid_keep_their_ends() -> None:
+    """Where a group lies on no grid, its largest weight is -8 steps and its ends are 0 and 15."""
+    weight = torch.randn(16, 64)
+    largest = weight.view(16, 2, 32).abs().amax(2)
+    _, [scale] = quantize_groups(weight, Format.Q4_0)
+    torch.testing.assert_close(scale.float().abs() * 8, largest, rtol=1e-3, atol=0)
+    quantized, _ = quantize_groups(weight, Format.Q4_1)
+    assert (quantized.amin(2) == 0).all()
+    assert (quantized.amax(2) == 15).all()
 
 
 def test_large_weights_are_packed_in_parts() -> None:
