@@ -1,5 +1,7 @@
 """Fixtures of the integration tests."""
 
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,18 @@ from tests.support.s3_server import S3Server, s3_server
 @pytest.fixture(scope="session")
 def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real graph of the tiny model at batch size 1, captured once for all tests."""
-    home = tmp_path_factory.mktemp("capture")
+    of_run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_run = of_run.parent
+    package = of_run / "tiny.pt2"
+    with (of_run / "tiny.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # parallel workers need it about when the first one does
+        if not package.exists():
+            capture_tiny(tmp_path_factory.mktemp("capture")).rename(package)
+    return package
+
+
+def capture_tiny(home: Path) -> Path:
     write_model(home / "models" / "tiny")
     with decode_worker(home, "redis://127.0.0.1:1/0", "tiny", batch_sizes="1") as worker:
         [wanted] = worker.stub().GetGraphSpecs(pb.GetGraphSpecsRequest(), timeout=10).wanted

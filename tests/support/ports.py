@@ -1,14 +1,19 @@
 """Loopback ports for services that bind them a moment later.
 
-They lie below those that the system gives out: no connection and no other server gets one between
-the choice and its use, nor while its owner is dead.
+They lie below those that the system gives out, and each of pytest-xdist's workers counts through a
+part of its own: no connection and no other server gets one between the choice and its use, nor
+while its owner is dead.
 """
 
 import itertools
+import os
 import random
 import socket
 
-FIRST, COUNT = 10_000, 20_000
+PARTS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+PART = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+COUNT = 20_000 // PARTS
+FIRST = 10_000 + COUNT * PART
 _OFFSETS = itertools.count(random.randrange(COUNT))
 
 
