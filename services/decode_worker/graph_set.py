@@ -119,7 +119,12 @@ class GraphSet:
 
     def current(self, batch_size: int) -> Offer | None:
         """What is loaded, or about to be."""
-        return self._pending.get(batch_size) or self._loaded.get(batch_size)
+        if batch_size in self._pending:
+            return self._pending[batch_size]
+        suspect = self._suspect  # being loaded, it is neither pending nor loaded
+        if suspect is not None and suspect.batch_size == batch_size:
+            return suspect
+        return self._loaded.get(batch_size)
 
     def offer(self, offer: Offer) -> None:
         """To be loaded before the next step, unless it is known to be bad or no longer wanted."""

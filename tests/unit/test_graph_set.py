@@ -86,6 +86,24 @@ async def test_an_offer_is_loaded_and_recorded(graphs: GraphSet) -> None:
     assert [(r.batch_size, r.generations) for r in graphs.records()] == [(1, (1,))]
 
 
+async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: GraphSet) -> None:
+    """Or it would be offered again, and loaded twice."""
+    known: list[Offer | None] = []
+
+    class Watched(Ranks):
+        async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
+            known.append(graphs.current(1))
+            assert graphs.current(2) is None
+            return await super().load_graph(command)
+
+    for generation in (1, 2):
+        graphs.offer(offer(generation))
+        known.append(graphs.current(1))
+        await settle(graphs, Watched())
+        known.append(graphs.current(1))
+    assert known == [offer(1)] * 3 + [offer(2)] * 3
+
+
 async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -> None:
     ranks, specs = Ranks(), [{"batch_size": "1"}, {"batch_size": "2"}]
 
