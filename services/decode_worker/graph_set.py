@@ -210,6 +210,8 @@ class GraphSet:
             self._loaded[offer.batch_size] = offer
             self._missed.pop(offer.batch_size, None)
             self._dropping.discard(offer.batch_size)
+            if self._is_bad(offer) or offer.batch_size not in self.batch_sizes:
+                self._dropping.add(offer.batch_size)  # it has become so meanwhile
             log.info(
                 "graph loaded",
                 batch_size=offer.batch_size,
@@ -217,6 +219,7 @@ class GraphSet:
                 generations=offer.generations,
                 load_ms=[round(answer.load_ms, 1) for answer in answers],
             )
+            self._drop(group)
         self._on_change()
 
     def assigned(self, step: ScheduledStep) -> Step:

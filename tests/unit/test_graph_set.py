@@ -104,6 +104,27 @@ async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: Gra
     assert known == [offer(1)] * 3 + [offer(2)] * 3
 
 
+@pytest.mark.parametrize("what", ["quarantined", "size dropped"])
+async def test_an_offer_that_is_given_up_while_it_is_loaded_is_dropped(
+    graphs: GraphSet, what: str
+) -> None:
+    class Slow(Ranks):
+        async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
+            answers = await super().load_graph(command)
+            if what == "quarantined":
+                graphs.quarantine("k", [1])
+            else:
+                graphs.resize([2])
+            return answers
+
+    ranks = Slow()
+    graphs.offer(offer(1))
+    await graphs.apply(cast(RankGroup, ranks))
+    assert ranks.loaded == {}
+    assert graphs.records() == ()
+    assert graphs.current(1) is None
+
+
 async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -> None:
     ranks, specs = Ranks(), [{"batch_size": "1"}, {"batch_size": "2"}]
 
