@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 _TOLERANCE: Final = 0.05
-"""Distance from a grid, in steps, of weights that lie on it: those that went through bfloat16 are
-off by up to 2^-9 of their size. Of 32 other weights all are as close with a chance of 1e-31."""
+"""Distance from a grid, in steps, of weights that lie on it: for those that went through bfloat16,
+which are off by 2^-9 of their size, if they are at most 25 steps from zero."""
 _SAMPLE: Final = 256
-"""Groups that tell whether a weight's others are worth trying: most weights lie on no grid."""
+"""Groups that tell whether others are worth trying: most weights lie on no grid."""
+_WORTH: Final = 1 / 16
+"""The share of them that has to lie on one."""
 
 Grid = tuple[Tensor, Tensor]
 """Scale and minimum of each group [G]; weights are whole multiples of the one above the other."""
@@ -26,11 +28,8 @@ def symmetric_scale(groups: Tensor) -> Tensor:
     """Q4_0's scale of each group, [N, G] of [N, G, 32]: weights are -8 to 7 of it."""
     flat = groups.flatten(0, 1)
     largest = flat.gather(1, flat.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-
-    def grid(chosen: Tensor, steps: int) -> Grid:
-        return largest[chosen] / steps, torch.zeros_like(largest[chosen])
-
-    scale, _ = _best(flat, grid, [-8, *range(7, 0, -1)], (-8, 7))
+    zeros = torch.zeros_like(largest)
+    scale, _ = _best(flat, zeros, largest, [-8, *range(7, 0, -1)], (-8, 7), lambda *at: at[0])
     return scale.view(groups.shape[:2])
 
 
@@ -39,18 +38,8 @@ def affine_grid(groups: Tensor) -> Grid:
     above the other."""
     flat = groups.flatten(0, 1)
     low, high = flat.aminmax(dim=1)
-
-    def grid(chosen: Tensor, steps: int) -> Grid:
-        scale, lowest = (high - low)[chosen] / steps, low[chosen]
-        # A block's lowest weight need not have its minimum: of those that leave all weights within
-        # 15 steps, the one that half precision holds best.
-        minimum = lowest
-        for below in range(1, 16 - steps):
-            other = lowest - below * scale
-            minimum = torch.where(_halving_error(other) < _halving_error(minimum), other, minimum)
-        return scale, minimum
-
-    scale, minimum = _best(flat, grid, list(range(15, 0, -1)), (0, 15))
+    steps = list(range(15, 0, -1))
+    scale, minimum = _best(flat, low, high - low, steps, (0, 15), _best_held)
     return scale.view(groups.shape[:2]), minimum.view(groups.shape[:2])
 
 
@@ -61,43 +50,60 @@ def inverse(scale: Tensor) -> Tensor:
 
 def _best(
     groups: Tensor,
-    grid: Callable[[Tensor, int], Grid],
+    start: Tensor,
+    extent: Tensor,
     steps: list[int],
     ends: tuple[int, int],
+    minimum_of: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Grid:
-    """For each group the grid that it lies on and that half precision holds best; that of the first
-    of ``steps`` where it lies on none. ``grid``: those of chosen groups, with so many steps from
-    end to end."""
-    scale, minimum = grid(torch.arange(groups.shape[0]), steps[0])
-    error = _grid_error(groups, scale, minimum, ends)
+    """For each group the grid with the first of ``steps`` over its extent, or with another one that
+    it lies on and that leaves less error. ``minimum_of``: start, scale and steps to minimum."""
+    scale, minimum = extent / steps[0], start.clone()
+    error = _error(groups, scale, minimum, ends)
+    # Not at equal distances, which would be those of the weight's rows.
     open_ = (error > 0).nonzero().squeeze(1)
-    sample = open_[:: max(1, open_.numel() // _SAMPLE)]
-    if not any(
-        _grid_error(groups[sample], *grid(sample, count), ends).isfinite().any() for count in steps
-    ):
+    order = torch.randperm(open_.numel(), generator=torch.Generator().manual_seed(0))
+    sample = open_[order[:_SAMPLE]]
+    fits = [
+        _on_grid(groups[sample], start[sample], extent[sample] / count, ends) for count in steps
+    ]
+    if sample.numel() == 0 or torch.stack(fits).any(dim=0).float().mean() < _WORTH:
         return scale, minimum
-    for count in steps[1:]:
-        scales, minima = grid(open_, count)
-        errors = _grid_error(groups[open_], scales, minima, ends)
-        better = errors < error[open_]
-        chosen = open_[better]
-        scale[chosen], minimum[chosen], error[chosen] = (
-            scales[better],
-            minima[better],
-            errors[better],
-        )
+    for count in steps:
+        tried = open_[_on_grid(groups[open_], start[open_], extent[open_] / count, ends)]
+        scales = extent[tried] / count
+        minima = minimum_of(start[tried], scales, count)
+        errors = _error(groups[tried], scales, minima, ends)
+        better = errors < error[tried]
+        chosen = tried[better]
+        scale[chosen], minimum[chosen] = scales[better], minima[better]
+        error[chosen] = errors[better]
     return scale, minimum
 
 
-def _grid_error(groups: Tensor, scale: Tensor, minimum: Tensor, ends: tuple[int, int]) -> Tensor:
-    """What half precision makes of each group's grid, at the most; infinite where the group does
-    not lie on it."""
-    steps = (groups - minimum[:, None]) * inverse(scale)[:, None]
+def _best_held(low: Tensor, scale: Tensor, steps: int) -> Tensor:
+    """Of the minima that leave all weights within 15 steps the one that half precision holds best:
+    that is a block's own, which its lowest weight need not have."""
+    minimum = low
+    for below in range(1, 16 - steps):
+        other = low - below * scale
+        minimum = torch.where(_halving_error(other) < _halving_error(minimum), other, minimum)
+    return minimum
+
+
+def _on_grid(groups: Tensor, start: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor:
+    steps = (groups - start[:, None]) * inverse(scale)[:, None]
     whole = steps.round()
-    fits = (steps - whole).abs_().amax(dim=1) <= _TOLERANCE
-    fits &= (whole.amin(dim=1) >= ends[0]) & (whole.amax(dim=1) <= ends[1])
-    error = whole.abs_().amax(dim=1) * _halving_error(scale) + _halving_error(minimum)
-    return torch.where(fits, error, torch.inf)
+    inside = (whole.amin(dim=1) >= ends[0]) & (whole.amax(dim=1) <= ends[1])
+    return inside & ((steps - whole).abs_().amax(dim=1) <= _TOLERANCE)
+
+
+def _error(groups: Tensor, scale: Tensor, minimum: Tensor, ends: tuple[int, int]) -> Tensor:
+    """Sum of the squares of what rounding a group takes, and half precision of its grid."""
+    steps = (groups - minimum[:, None]) * inverse(scale)[:, None]
+    steps = (steps + 0.5).floor_().clamp_(*ends)
+    kept = steps * scale.half().float()[:, None] + minimum.half().float()[:, None]
+    return (kept - groups).square_().sum(dim=1)
 
 
 def _halving_error(x: Tensor) -> Tensor:

@@ -117,12 +117,14 @@ def any_blocks(kind: GGMLQuantizationType, generator: numpy.random.Generator) ->
     leave them that searches for scales: not all use both ends of their range."""
     size, length = GGML_QUANT_SIZES[kind]
     blocks = generator.integers(0, 256, (48 * 512 // size, length), dtype=numpy.uint8)
-    halves = 2 if kind in (GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K) else 1
-    scales = generator.uniform(0.01, 0.1, (len(blocks), halves)) * [1, -4][:halves]
-    if kind == GGMLQuantizationType.Q4_K:
-        scales = abs(scales)
+    halves = 1 if kind == GGMLQuantizationType.Q4_0 else 2
+    scales = generator.uniform(0.01, 0.1, (len(blocks), halves))
+    if kind == GGMLQuantizationType.Q4_0:
+        scales[::3] *= -1
+    elif kind == GGMLQuantizationType.Q4_1:
+        scales[:, 1] *= -4
     blocks[:, : 2 * halves] = scales.astype(numpy.float16).view(numpy.uint8)
-    if kind != GGMLQuantizationType.Q4_K:  # most of them without an end, some without both
+    if kind != GGMLQuantizationType.Q4_K:  # every second one has neither end
         values = blocks[:, 2 * halves :]
         values[::2] = numpy.clip(values[::2] & 15, 3, 12) | 0xA0
     return torch.from_numpy(dequantize(blocks, kind)).view(48, 512)
@@ -130,17 +132,24 @@ def any_blocks(kind: GGMLQuantizationType, generator: numpy.random.Generator) ->
 
 @pytest.mark.parametrize(
     ("kind", "fmt"),
-    [
-        (GGMLQuantizationType.Q4_0, Format.Q4_0),
-        (GGMLQuantizationType.Q4_1, Format.Q4_1),
-        (GGMLQuantizationType.Q4_0, Format.Q4_1),
-    ],
+    [(GGMLQuantizationType.Q4_0, Format.Q4_0), (GGMLQuantizationType.Q4_1, Format.Q4_1)],
 )
 def test_any_blocks_of_a_gguf_file_come_back_exactly(
     kind: GGMLQuantizationType, fmt: Format
 ) -> None:
     weight = any_blocks(kind, numpy.random.default_rng(0))
     assert torch.equal(unpack(pack(weight, fmt), 48, 512, fmt), weight)
+
+
+def test_groups_on_a_grid_are_found_wherever_they_lie() -> None:
+    weight = any_blocks(GGMLQuantizationType.Q4_0, numpy.random.default_rng(0)).repeat(22, 2)
+    weight[:, :32] = torch.randn(len(weight), 32)
+    weight[::4] = torch.randn(len(weight[::4]), 1024)
+    packed = unpack(pack(weight, Format.Q4_0), *weight.shape, Format.Q4_0)
+    found = (packed == weight).view(len(weight), -1, 32).all(2)
+    kept = torch.ones_like(found)
+    kept[:, 0] = kept[::4] = False
+    assert torch.equal(found, kept)
 
 
 def test_a_k_quant_keeps_its_grid() -> None:
@@ -151,15 +160,38 @@ def test_a_k_quant_keeps_its_grid() -> None:
     assert (error <= largest * 2**-9).all()
 
 
-def test_weights_on_no_grid_keep_their_ends() -> None:
-    """Where a group lies on no grid, its largest weight is -8 steps and its ends are 0 and 15."""
-    weight = torch.randn(16, 64)
-    largest = weight.view(16, 2, 32).abs().amax(2)
-    _, [scale] = quantize_groups(weight, Format.Q4_0)
-    torch.testing.assert_close(scale.float().abs() * 8, largest, rtol=1e-3, atol=0)
-    quantized, _ = quantize_groups(weight, Format.Q4_1)
-    assert (quantized.amin(2) == 0).all()
-    assert (quantized.amax(2) == 15).all()
+def rounded_to_nearest(weight: Tensor, fmt: Format) -> Tensor:
+    """As llama.cpp does: the largest weight is -8 steps of Q4_0, the ends are 0 and 15 of Q4_1."""
+    groups = weight.view(len(weight), -1, GROUP)
+    if fmt == Format.Q4_0:
+        scale = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
+        least, (first, last) = torch.zeros_like(scale), (-8, 7)
+    else:
+        least = groups.amin(2, keepdim=True)
+        scale, (first, last) = (groups.amax(2, keepdim=True) - least) / 15, (0, 15)
+    steps = ((groups - least) * (1 / scale) + 0.5).nan_to_num(0).floor().clamp(first, last)
+    return (steps * scale.half().float() + least.half().float()).view_as(weight)
+
+
+@pytest.mark.parametrize("fmt", [Format.Q4_0, Format.Q4_1])
+@pytest.mark.parametrize("kind", ["normal", "sparse", "outliers", "bf16"])
+def test_no_group_is_worse_off_than_rounded_to_nearest(fmt: Format, kind: str) -> None:
+    weight = torch.randn(512, 512)
+    if kind == "sparse":
+        weight *= torch.rand_like(weight) < 2 / GROUP
+    if kind == "outliers":
+        weight *= torch.where(torch.rand_like(weight) < 1 / 64, 1000.0, 1.0)
+    if kind == "bf16":
+        weight = weight.bfloat16().float()
+
+    def errors(packed: Tensor) -> Tensor:
+        return (packed - weight).square().view(512, -1, GROUP).sum(2)
+
+    ours = errors(unpack(pack(weight, fmt), 512, 512, fmt))
+    nearest = errors(rounded_to_nearest(weight, fmt))
+    assert (ours <= nearest * 1.001 + 1e-9).all()
+    if kind == "normal":
+        torch.testing.assert_close(ours, nearest, rtol=1e-3, atol=1e-9)
 
 
 def test_large_weights_are_packed_in_parts() -> None:

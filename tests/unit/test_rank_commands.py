@@ -1,5 +1,6 @@
 """How a rank waits for its leader's commands."""
 
+import os
 import socket
 import threading
 import time
@@ -18,27 +19,29 @@ from services.decode_worker.rank_protocol import (
 COMMAND = DropGraph(batch_size=4)
 
 
-@pytest.mark.parametrize("after_s", [0.0, WATCH_S / 4, 20 * WATCH_S])
-def test_a_command_is_received_whenever_it_comes(after_s: float) -> None:
+pytestmark = pytest.mark.timeout(20)
+
+
+def test_a_rank_watches_before_it_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command comes only once the rank has looked and found none."""
     leader, rank = socket.socketpair()
     with leader, rank:
-        timer = threading.Timer(after_s, leader.sendall, [frame(COMMAND)])
-        timer.start()
+        left = [frame(COMMAND)]
+
+        def others_run() -> None:
+            if left:
+                leader.sendall(left.pop())
+
+        monkeypatch.setattr(os, "sched_yield", others_run)
         assert receive(rank) == COMMAND
-        timer.join()
 
 
-def test_a_frame_that_comes_in_pieces_is_one_command() -> None:
+def test_a_frame_that_comes_in_pieces_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     leader, rank = socket.socketpair()
     with leader, rank:
-        whole = frame(COMMAND)
-
-        def send() -> None:
-            for byte in whole:
-                leader.sendall(bytes([byte]))
-                time.sleep(WATCH_S / 10)
-
-        sender = threading.Thread(target=send)
+        header, body = frame(COMMAND)[:3], frame(COMMAND)[3:]
+        sender = threading.Timer(10 * WATCH_S, leader.sendall, [body])
+        monkeypatch.setattr(os, "sched_yield", lambda: leader.sendall(header))
         sender.start()
         assert receive(rank) == COMMAND
         sender.join()

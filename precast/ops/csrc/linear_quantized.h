@@ -34,6 +34,8 @@ struct Tile {
   Prefetch ahead;  // of the panels behind the tile's own: see share_ahead
 };
 
+inline int64_t per_step(int64_t lines, int64_t steps) { return steps > 0 ? ceil_div(lines, steps) : 0; }
+
 // One scale for each column and each group of a row.
 template <int MR, int NP>
 inline void int8_tile(const LinearArgs& a, const Tile& t) {
@@ -43,7 +45,7 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
   clear(totals);
   int64_t at = t.at;
   Prefetch ahead = t.ahead;
-  const int64_t lines = ceil_div(ahead.lines, a.k / kGroup + 1);
+  const int64_t lines = per_step(ahead.lines, input_groups(a.format, a.k));
   const auto add = [&](int steps) {
     ahead.ask(lines);
     group_dots<Format::kInt8, MR, NP>(
@@ -74,7 +76,7 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
   clear(totals);
   int64_t at = t.at;
   Prefetch ahead = t.ahead;
-  const int64_t lines = ceil_div(ahead.lines, groups / 2);
+  const int64_t lines = per_step(ahead.lines, groups / 2);
   const auto add = [&](int second) {
     const uint8_t* scales = block + 2 * group_bytes(F);
     const auto parameter = [&](int p, int row, int v) {

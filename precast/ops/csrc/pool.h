@@ -71,7 +71,6 @@ class ThreadPool {
   Prefetch ahead_;  // the caller's share
 };
 
-
 struct Range {
   int64_t begin, end;
 };
