@@ -6,8 +6,8 @@
 CMAKE_ARGS="-DGGML_NATIVE=ON". Both sides compute one step's logits from token ids; nothing else is
 in the times. The peer runs with and without flash attention and repacked weights; its best counts,
 chosen anew for each row. Prints medians, their ratio and that of the fastest steps, for 4-bit
-(Q4_0) and 8-bit (Q8_0 against per-channel int8) weights, and the share of the memory bandwidth that
-the decode step's weights take at width 1.
+(Q4_0, Q4_1) and 8-bit (Q8_0 against per-channel int8) weights, and the share of the memory
+bandwidth that the decode step's weights take at width 1.
 """
 
 import argparse
@@ -47,7 +47,7 @@ STEPS = 16
 ROUNDS = 4
 TRIALS = 3
 """Of each of the peer's variants, in turn, before one is chosen by its fastest step."""
-PAIRS = (("q4_0", "q4_0"), ("int8", "q8_0"))
+PAIRS = (("q4_0", "q4_0"), ("q4_1", "q4_1"), ("int8", "q8_0"))
 """Our weights against the peer's."""
 VARIANTS = ((), ("--flash",), ("--repack",), ("--flash", "--repack"))
 """Ways of running the peer."""
