@@ -128,7 +128,7 @@ class GraphSet:
 
     def offer(self, offer: Offer) -> None:
         """To be loaded before the next step, unless it is known to be bad or no longer wanted."""
-        if not self._is_bad(offer) and offer.batch_size in self.batch_sizes:
+        if self._is_wanted(offer):
             self._pending[offer.batch_size] = offer
             self._dropping.discard(offer.batch_size)
 
@@ -158,11 +158,7 @@ class GraphSet:
     def group_started(self, ready: Sequence[Ready]) -> None:
         """A new group has no graphs: what the last one had is loaded again."""
         self.factors = tuple(r.graph_factors for r in ready)
-        kept = {
-            size: offer
-            for size, offer in self._loaded.items()
-            if size in self.batch_sizes and not self._is_bad(offer)
-        }
+        kept = {size: offer for size, offer in self._loaded.items() if self._is_wanted(offer)}
         self._pending = {**kept, **self._pending}
         self._loaded = {}
         self._dropping.clear()
@@ -210,8 +206,8 @@ class GraphSet:
             self._loaded[offer.batch_size] = offer
             self._missed.pop(offer.batch_size, None)
             self._dropping.discard(offer.batch_size)
-            if self._is_bad(offer) or offer.batch_size not in self.batch_sizes:
-                self._dropping.add(offer.batch_size)  # it has become so meanwhile
+            if not self._is_wanted(offer):  # any more: it was when it began to be loaded
+                self._dropping.add(offer.batch_size)
             log.info(
                 "graph loaded",
                 batch_size=offer.batch_size,
@@ -255,6 +251,9 @@ class GraphSet:
         tried.append(_Tried(offer=offer))
         del tried[:-MAX_TRIED]
         return tried[-1]
+
+    def _is_wanted(self, offer: Offer) -> bool:
+        return offer.batch_size in self.batch_sizes and not self._is_bad(offer)
 
     def _is_bad(self, offer: Offer) -> bool:
         return offer.identity in self._bad or not self._quarantined.isdisjoint(offer.identity)

@@ -63,13 +63,6 @@ inline __m256i load_inputs(const int8_t* x) { return _mm256_set1_epi32(load4(x))
 
 inline __m256i add_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-template <int MR>
-inline void clear(__m256i (&sums)[MR][kVectors]) {
-  for (auto& row : sums) {
-    for (__m256i& sum : row) sum = _mm256_setzero_si256();
-  }
-}
-
 // Sums stay in registers only if GCC 12 neither puts off their additions nor repeats an input's
 // broadcast for each vector of a panel: left alone it did both, and kept a group's inputs and products
 // on the stack. Four bits at 16 rows of 576 to 1536, one core: 129 billion operations a second, 208 so.

@@ -17,16 +17,6 @@ namespace {
 // 4 by 3 fill the registers.
 constexpr int kRows = 4, kPanels = kVectors == 1 ? 3 : 1;
 
-// Not `= {}`, for which GCC 12 calls memset in memory.
-template <int MR, int NP>
-inline void clear(vfloat (&totals)[MR][NP][kVectors]) {
-  for (auto& row : totals) {
-    for (auto& panel : row) {
-      for (vfloat& vector : panel) vector = vfloat{};
-    }
-  }
-}
-
 // Rows of inputs against panels: where a tile begins.
 struct Tile {
   int64_t row, panel;

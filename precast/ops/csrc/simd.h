@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "prefetch.h"
@@ -41,6 +42,16 @@ inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 inline vfloat splat(float x) { return vfloat{} + x; }
 inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
 inline vfloat as_float(vint v) { return (vfloat)v; }
+
+// Clears arrays of vectors, one by one. Not `= {}`, for which GCC 12 calls memset in memory.
+template <typename T>
+inline void clear(T& x) {
+  if constexpr (std::is_array_v<T>) {
+    for (auto& part : x) clear(part);
+  } else {
+    x = T{};
+  }
+}
 
 // bf16 and fp16 share their storage type, so they are told apart by tags.
 struct BFloat16 {
