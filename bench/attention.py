@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, read_bandwidth, smollm2
-from precast.graphs.capture_models import Span, random_cache, step_inputs
+from precast.graphs.capture.export import Span, random_cache, step_inputs
 from precast.models.precision import KvDtype
 from precast.ops import native
-from precast.process import available_cpus
+from precast.system.process import available_cpus
 
 WORKING_SET = 128 << 20
 ROUNDS = 15

@@ -28,11 +28,11 @@ from rich.table import Table
 from bench.decode_step import BLOCK_SIZE, smollm2
 from bench.llama_1b import CONFIG
 from precast.graphs.factors import rank_factors
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.models.blocks import Shape
+from precast.models.layers import Shape
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
-from precast.redis_server import start_redis
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.system.redis_server import start_redis
 from tests.support.compile_worker import compile_worker, connect
 
 SIZES: Final = "1,2,4,8,12,16,24,32,64,256"

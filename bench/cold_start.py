@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, LAYERS, capture, smollm2
-from precast.graphs import capture_models as models
-from precast.graphs.replay import Graph
-from precast.models.importer import import_model
-from precast.models.weights import random_weights
-from precast.redis_server import start_redis
+from precast.graphs.capture import export as models
+from precast.graphs.runner import Graph
+from precast.models.importing.importer import import_model
+from precast.models.load import random_weights
+from precast.system.redis_server import start_redis
 from tests.support.compile_worker import compile_worker
 from tests.support.decode_worker import decode_worker
 

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from precast.ops import native
-from precast.process import available_cpus, parse_cpus
-from precast.shared_memory import new_segment_name
+from precast.system.process import available_cpus, parse_cpus
+from precast.system.shared_memory import new_segment_name
 
 SIZES = (48, 2 << 10, 8 << 10, 32 << 10, 128 << 10, 1 << 20)
 """Bytes."""

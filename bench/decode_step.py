@@ -26,17 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.torch_eager import TorchOperators
-from precast.graphs import capture_models as models
-from precast.graphs.capture_models import Span
+from precast.graphs import runner as graph_runner
+from precast.graphs.capture import export as models
+from precast.graphs.capture.export import Span
 from precast.graphs.factors import rank_factors
-from precast.graphs.replay import Graph
-from precast.models.blocks import Shape
+from precast.graphs.runner import Graph
+from precast.models.layers import Shape
+from precast.models.load import random_weights
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
-from precast.models.weights import random_weights
 from precast.ops import native, providers
-from precast.ops.memory import Arena
-from precast.process import available_cpus, pin
+from precast.system.memory import Arena
+from precast.system.process import available_cpus, pin
 
 LAYERS = 30
 BLOCK_SIZE = 32
@@ -74,7 +75,7 @@ def capture_factors(factors: dict[str, str], batch_size: int, out: Path) -> Path
     """The same for a rank's graph factors, in a folder of their own."""
     if not (out / "graph.pt2").exists():
         out.mkdir(parents=True, exist_ok=True)
-        program = [sys.executable, "-m", "precast.graphs.capture"]
+        program = [sys.executable, "-m", "precast.graphs.capture.entry"]
         subprocess.run(
             [*program, "--out", str(out), "--kept", str(out.parent / "kept")],
             input=json.dumps({**factors, "batch_size": str(batch_size)}).encode(),
@@ -154,7 +155,7 @@ def measure(shape: Shape, spans: list[Span], package: Path) -> Steps:
         ROUNDS if tokens < 64 else ROUNDS // 4,
     )
     use(ours, 1)
-    _embedding, layers, head = models.runner_weights(weights, caches)
+    _embedding, layers, head = graph_runner.runner_weights(weights, caches)
     read = [*head, *(tensor for layer in layers for tensor in layer[2:])]
     return Steps(
         graph_s=graph_s,

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.redis_server import start_redis
-from precast.rpc import open_channel
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.rpc.server import open_channel
+from precast.system.redis_server import start_redis
 from tests.support.gateway_stack import MODEL, Gateway, Stack, Worker, eventually, running_stack
 
 PROMPT = list(range(60, 100))

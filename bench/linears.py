@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from precast.ops import native
-from precast.ops.memory import Arena
 from precast.ops.packing import Format, pack
-from precast.process import available_cpus, pin
+from precast.system.memory import Arena
+from precast.system.process import available_cpus, pin
 
 WORKING_SET = 192 << 20
 ROUNDS = 9

@@ -28,9 +28,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from bench.decode_step import capture, read_bandwidth
-from precast.graphs.capture_models import runner_weights
-from precast.models.blocks import Paging
+from precast.graphs.runner import runner_weights
 from precast.models.config import load_config
+from precast.models.layers import Paging
 from precast.models.precision import (
     Precision,
     Quantization,
@@ -40,9 +40,9 @@ from precast.models.precision import (
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.ops import native
-from precast.process import available_cpus
-from services.decode_worker.rank_model import Batch, RankModel, load
-from services.decode_worker.rank_protocol import Init
+from precast.system.process import available_cpus
+from services.decode_worker.ranks.model import Batch, RankModel, load
+from services.decode_worker.ranks.protocol import Init
 
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],

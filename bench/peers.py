@@ -27,18 +27,18 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, capture, read_bandwidth, smollm2
-from precast.graphs import capture_models as models
-from precast.graphs.replay import Graph
-from precast.models.blocks import Paging
+from precast.graphs import runner as graph_runner
+from precast.graphs.runner import Graph
 from precast.models.config import load_config
 from precast.models.forward import hidden_states, logits
-from precast.models.importer import find_built_in, import_model
+from precast.models.importing.importer import find_built_in, import_model
 from precast.models.kv_cache import new_cache
+from precast.models.layers import Paging
+from precast.models.load import Weights, load_weights
 from precast.models.precision import KvDtype
 from precast.models.sharding import shard
-from precast.models.weights import Weights, load_weights
 from precast.ops import native
-from precast.process import available_cpus
+from precast.system.process import available_cpus
 
 Cores = tuple[int, ...]
 MODEL = "smollm2-135m-instruct"
@@ -104,7 +104,7 @@ class Precast:
 
     def weight_bytes(self) -> int:
         """What a step at width 1 reads."""
-        _embed, layers, head = models.runner_weights(self.weights, self.caches)
+        _embed, layers, head = graph_runner.runner_weights(self.weights, self.caches)
         return sum(t.nbytes for t in [*head, *(t for layer in layers for t in layer[2:])])
 
     def decode(self, graph: Graph, width: int) -> list[float]:

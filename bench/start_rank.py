@@ -1,6 +1,6 @@
 """A simulated rank that wants graphs, for ``start_together.py``."""
 
-from services.decode_worker import simulated_rank
+from tests.support import simulated_rank
 from tests.support.compile_worker import FACTORS
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.signing import TrustedKeys
-from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
-from precast.models.importer import import_model
-from precast.redis_server import free_port, start_redis
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.signing import TrustedKeys
+from precast.models.importing.importer import import_model
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
+from precast.system.redis_server import free_port, start_redis
 from tests.support.compile_worker import FACTORS, ROOT, WorkerProcess, compile_worker, connect
 from tests.support.decode_worker import DecodeWorker, eventually
 from tests.support.models import write_model
@@ -53,8 +53,8 @@ GRAPH_BYTES = 1_250_000
 REAL_MODEL = "smollm2-135m-instruct"
 READY_S = 180.0
 SIMULATED = (
-    "import sys; from precast.settings import DecodeWorkerSettings, load_settings;"
-    "from services.decode_worker.rank_launch import RankLauncher;"
+    "import sys; from precast.config.settings import DecodeWorkerSettings, load_settings;"
+    "from services.decode_worker.ranks.launcher import RankLauncher;"
     "launcher = RankLauncher('bench.start_rank'); launcher.start_early(1);"
     "from services.decode_worker.main import run;"
     "sys.exit(run(load_settings(DecodeWorkerSettings), launcher))"

@@ -21,14 +21,14 @@ from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, capture_factors
 from bench.llama_1b import precision_of
-from precast.models.importer import import_model
+from precast.models.importing.importer import import_model
 from precast.models.precision import Quantization
 from precast.ops import native
-from precast.process import available_cpus
-from precast.shared_memory import new_segment_name
-from services.decode_worker.rank_group import RankGroup
-from services.decode_worker.rank_launch import RankLauncher
-from services.decode_worker.rank_protocol import Init, LoadGraph, Sampling, Step
+from precast.system.process import available_cpus
+from precast.system.shared_memory import new_segment_name
+from services.decode_worker.ranks.group import RankGroup
+from services.decode_worker.ranks.launcher import RankLauncher
+from services.decode_worker.ranks.protocol import Init, LoadGraph, Sampling, Step
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 128

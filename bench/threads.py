@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precast.ops import native
-from precast.process import available_cpus, pin
+from precast.system.process import available_cpus, pin
 
 CALLS = 2000
 PAUSE_S = 0.002

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bench.decode_step import BLOCK_SIZE, CONTEXT, LAYERS, alternate, smollm2
-from precast.graphs import capture_models as models
-from precast.graphs import code_build, code_gen
-from precast.graphs.capture_models import Part, StepInputs
-from precast.graphs.code_build import Build
-from precast.models.blocks import Shape
+from precast.graphs import runner as graph_runner
+from precast.graphs.capture import build as code_build
+from precast.graphs.capture import codegen as code_gen
+from precast.graphs.capture import export as models
+from precast.graphs.capture.build import Build
+from precast.graphs.capture.export import Part, StepInputs
 from precast.models.kv_cache import LayerCache
-from precast.models.weights import Weights, random_weights
+from precast.models.layers import Shape
+from precast.models.load import Weights, random_weights
 from precast.ops import native
-from precast.process import available_cpus
+from precast.system.process import available_cpus
 
 ISA = "x86-64-v3"
 
@@ -140,10 +142,10 @@ def measure(shape: Shape, batch_size: int, folder: Path) -> list[str]:
     layered, layered_s = compiled(layered_parts(model), folder / f"layered-{batch_size}", kept)
     parts, bound = unrolled_parts(model)
     unrolled, unrolled_s = compiled(parts, folder / f"unrolled-{batch_size}", kept)
-    by_layer = runner(layered, models.layer_models(shape), batch_size)
+    by_layer = runner(layered, graph_runner.layer_models(shape), batch_size)
     by_layer.bind(
-        *models.runner_weights(model.weights, model.caches),
-        *models.runner_plan(shape, model.weights),
+        *graph_runner.runner_weights(model.weights, model.caches),
+        *graph_runner.runner_plan(shape, model.weights),
     )
     whole = runner(unrolled, [], batch_size)
     whole.bind(bound, [], [], [], [])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.redis_server import RedisServer, start_redis
+from precast.system.redis_server import RedisServer, start_redis
 from tests.support.capture import HOME
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
+from precast.config.settings import CommonSettings, load_settings
 from precast.errors import CompilerUnavailable, ConfigError, GraphNotFound
-from precast.settings import CommonSettings, load_settings
 
 if TYPE_CHECKING:
     import grpc.aio
 
-    from precast.graphs.v1 import graphs_service_pb2 as pb
+    from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 
 CALL_TIMEOUT_S: Final = 10.0
 
@@ -51,7 +51,7 @@ async def channel(
     """A channel to a compile worker; failed calls come out as ``PrecastError``."""
     import grpc.aio
 
-    from precast.rpc import error_of, open_channel
+    from precast.rpc.server import error_of, open_channel
 
     address = address or await registered(settings)
     async with open_channel(address) as opened:
@@ -66,7 +66,7 @@ async def channel(
 
 async def registered(settings: CommonSettings) -> str:
     """The address of a compile worker that has a lease."""
-    from precast.registry import Registry
+    from precast.fleet.leases import Registry
 
     registry = Registry.connect(settings.redis_url)
     try:
@@ -94,8 +94,8 @@ async def list_graphs(
     channel: "grpc.aio.Channel", model: str, batch_size: int
 ) -> "list[pb.GraphState]":
     """Graphs of a model and a size; "" and 0: of all."""
-    from precast.graphs.v1 import graphs_service_pb2 as pb
-    from precast.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
+    from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+    from precast.proto.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
 
     request = pb.ListGraphsRequest(model=model, batch_size=batch_size)
     stub: Any = GraphsServiceStub(channel)

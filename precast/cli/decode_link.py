@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from precast.cli.compile_link import CALL_TIMEOUT_S
+from precast.config.settings import CommonSettings, load_settings
 from precast.errors import PrecastError, WorkerUnavailable
-from precast.settings import CommonSettings, load_settings
 
 
 async def ask_worker(
@@ -15,8 +15,8 @@ async def ask_worker(
     chooses what is called. Raises ``WorkerUnavailable``."""
     import grpc.aio
 
-    from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-    from precast.rpc import error_of, open_channel
+    from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+    from precast.rpc.server import error_of, open_channel
 
     address = worker if ":" in worker else await _address(worker, redis_url)
     async with open_channel(address) as channel:
@@ -31,7 +31,7 @@ async def ask_worker(
 
 
 async def _address(worker: str, redis_url: str | None) -> str:
-    from precast.registry import Registry
+    from precast.fleet.leases import Registry
 
     registry = Registry.connect(load_settings(CommonSettings, redis_url=redis_url).redis_url)
     try:

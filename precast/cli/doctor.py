@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precast.cli.failures import EXIT_FAILED, reported
-from precast.settings import DecodeWorkerSettings, load_settings
+from precast.config.settings import DecodeWorkerSettings, load_settings
 
 _MARKS = {"ok": "ok", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
 
@@ -27,7 +27,7 @@ def doctor(
     kernel_provider: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
 ) -> None:
     """Say whether this machine can serve; exit code 1 if not. Settings are a decode worker's."""
-    from precast.machine import examine
+    from precast.doctor import examine
 
     settings = load_settings(
         DecodeWorkerSettings,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precast.cli.failures import reported
+from precast.config.settings import CommonSettings, load_settings
 from precast.errors import ConfigError
 from precast.models.precision import (
     KvDtype,
@@ -21,10 +22,9 @@ from precast.models.precision import (
     WeightDtype,
     default_head_quantization,
 )
-from precast.settings import CommonSettings, load_settings
 
 if TYPE_CHECKING:
-    from precast.evaluation import Score
+    from precast.evaluation.perplexity import Score
 
 
 @reported
@@ -50,11 +50,11 @@ def evaluate(
 ) -> None:
     """Perplexity and first choices of a model against its fp32 weights."""
     precisions = _precisions(weight_dtype, quantization, kv_dtype)
-    from precast.evaluation import TEXT
-    from precast.evaluation import evaluate as run
-    from precast.models.catalog import find_model
+    from precast.evaluation.perplexity import TEXT
+    from precast.evaluation.perplexity import evaluate as run
+    from precast.models.importing.catalog import find_model
     from precast.ops.native import start_threads
-    from precast.process import available_cpus
+    from precast.system.process import available_cpus
 
     folder = find_model(load_settings(CommonSettings, home=home).home / "models", model).path
     content = _read(text or TEXT)

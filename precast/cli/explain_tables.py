@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precast.cli.graph_tables import SHOWN_KEY, phase
-from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 
 _MAX_VALUE = 60
 

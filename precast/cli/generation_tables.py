@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
-from precast.admin.v1 import admin_service_pb2 as admin
 from precast.cli.graph_tables import age
+from precast.proto.admin.v1 import admin_service_pb2 as admin
 
 _STATE = "GENERATION_STATE_"
 

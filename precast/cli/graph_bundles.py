@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 import typer
 
 from precast.cli.failures import reported
+from precast.config.settings import CompileWorkerSettings, DecodeWorkerSettings, load_settings
 from precast.errors import ConfigError
-from precast.settings import CompileWorkerSettings, DecodeWorkerSettings, load_settings
 
 if TYPE_CHECKING:
-    from precast.graphs.store import ArtifactStore
-    from precast.graphs.transfer import Imported
+    from precast.graphs.artifacts.store import ArtifactStore
+    from precast.graphs.artifacts.transfer import Imported
 
 STANDARD: Final = "-"
 
@@ -35,9 +35,9 @@ def export(
     home: HomeOption = None,
 ) -> None:
     """Write the graphs that serve to a file, to be imported elsewhere."""
-    from precast.graphs.bundle import write_bundle
-    from precast.graphs.signing import TrustedKeys
-    from precast.graphs.transfer import serving_artifacts
+    from precast.graphs.artifacts.bundle import write_bundle
+    from precast.graphs.artifacts.signing import TrustedKeys
+    from precast.graphs.artifacts.transfer import serving_artifacts
 
     settings = _settings(cache, home)
     with _disk_errors():
@@ -67,9 +67,9 @@ def import_(
 
 
 def _import(source: BinaryIO, settings: CompileWorkerSettings | DecodeWorkerSettings) -> "Imported":
-    from precast.graphs.fetch import GraphCache
-    from precast.graphs.signing import TrustedKeys
-    from precast.graphs.transfer import import_into_cache, import_into_store
+    from precast.graphs.artifacts.cache import GraphCache
+    from precast.graphs.artifacts.signing import TrustedKeys
+    from precast.graphs.artifacts.transfer import import_into_cache, import_into_store
 
     trusted = TrustedKeys.load(settings.trusted_keys_dir)
     if isinstance(settings, DecodeWorkerSettings):
@@ -85,7 +85,7 @@ def _settings(cache: bool, home: str | None) -> CompileWorkerSettings | DecodeWo
 
 
 def _store(settings: CompileWorkerSettings | DecodeWorkerSettings) -> "ArtifactStore":
-    from precast.graphs.store import open_store
+    from precast.graphs.artifacts.store import open_store
 
     if isinstance(settings, DecodeWorkerSettings):
         return open_store(settings.cache_dir, None)

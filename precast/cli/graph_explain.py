@@ -24,7 +24,7 @@ from precast.errors import ConfigError
 if TYPE_CHECKING:
     import grpc.aio
 
-    from precast.graphs.v1 import graphs_service_pb2 as pb
+    from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 
 
 @reported
@@ -78,8 +78,8 @@ def _read_factors(path: Path) -> dict[str, str]:
 async def _explain(
     channel: "grpc.aio.Channel", key: str | None, specs: list[dict[str, str]], limit: int
 ) -> "list[pb.ExplainGraphResponse]":
-    from precast.graphs.v1 import graphs_service_pb2 as pb
-    from precast.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
+    from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+    from precast.proto.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
 
     requests = [
         pb.ExplainGraphRequest(spec=pb.GraphSpec(factors=spec), limit=limit) for spec in specs
@@ -95,7 +95,7 @@ async def _worker_specs(
     worker: str, batch_size: int, redis_url: str | None
 ) -> list[dict[str, str]]:
     """Factors of the graphs that a decode worker wants. Raises ``WorkerUnavailable``."""
-    from precast.decode.v1 import decode_service_pb2 as pb
+    from precast.proto.decode.v1 import decode_service_pb2 as pb
 
     request = pb.GetGraphSpecsRequest(batch_size=batch_size)
     answer = await ask_worker(worker, redis_url, lambda stub: stub.GetGraphSpecs, request)

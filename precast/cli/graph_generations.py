@@ -32,8 +32,8 @@ def generations(
     redis_url: RedisOption = None,
 ) -> None:
     """List a graph's generations: which one serves, and what became of the others."""
-    from precast.admin.v1 import admin_service_pb2 as admin
     from precast.cli import generation_tables
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     answer = _call("ListGenerations", admin.ListGenerationsRequest(), key, address, redis_url)
     if as_json:
@@ -52,7 +52,7 @@ def rollback(
     redis_url: RedisOption = None,
 ) -> None:
     """Make workers go back to an earlier generation while they serve."""
-    from precast.admin.v1 import admin_service_pb2 as admin
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     request = admin.RollBackGraphRequest(generation=to)
     answer = _call("RollBackGraph", request, key, address, redis_url)
@@ -67,7 +67,7 @@ def pin_generation(
     redis_url: RedisOption = None,
 ) -> None:
     """Fix the generation that serves: a recompile moves no worker until it is unpinned."""
-    from precast.admin.v1 import admin_service_pb2 as admin
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     request = admin.PinGenerationRequest(generation=generation)
     _call("PinGeneration", request, key, address, redis_url)
@@ -79,7 +79,7 @@ def unpin_generation(
     key: KeyArgument, address: AddressOption = None, redis_url: RedisOption = None
 ) -> None:
     """Let newer generations serve again."""
-    from precast.admin.v1 import admin_service_pb2 as admin
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     answer = _call("UnpinGeneration", admin.UnpinGenerationRequest(), key, address, redis_url)
     typer.echo(f"{key}  generation {answer.generation} serves")
@@ -91,7 +91,7 @@ def _call(
     """The admin service's answer to ``request`` for the graph whose key begins so."""
 
     async def call(channel: "grpc.aio.Channel") -> Any:
-        from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+        from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 
         request.key = find_graph(await list_graphs(channel, "", 0), prefix).key
         stub: Any = AdminServiceStub(channel)

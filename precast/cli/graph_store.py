@@ -26,8 +26,8 @@ def gc(
     redis_url: RedisOption = None,
 ) -> None:
     """Remove what exceeds the store's bound: superseded generations, then what nobody runs."""
-    from precast.admin.v1 import admin_service_pb2 as admin
     from precast.cli import store_tables
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     request = admin.CollectGarbageRequest(dry_run=dry_run)
     answer = _call("CollectGarbage", request, address, redis_url)
@@ -42,8 +42,8 @@ def scrub(
     as_json: JsonOption = False, address: AddressOption = None, redis_url: RedisOption = None
 ) -> None:
     """Read every artifact back and put aside what isn't what was signed; exit code 1 if any."""
-    from precast.admin.v1 import admin_service_pb2 as admin
     from precast.cli import store_tables
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     answer = _call("ScrubStore", admin.ScrubStoreRequest(), address, redis_url)
     if as_json:
@@ -65,8 +65,8 @@ def resign(
 ) -> None:
     """Sign artifacts with the present key, so that another can be revoked; exit code 1 if any is
     left."""
-    from precast.admin.v1 import admin_service_pb2 as admin
     from precast.cli import store_tables
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     request = admin.ResignGraphsRequest(signers=signer or [])
     answer = _call("ResignGraphs", request, address, redis_url)
@@ -80,7 +80,7 @@ def resign(
 
 def _call(method: str, request: Any, address: str | None, redis_url: str | None) -> Any:
     async def call(channel: "grpc.aio.Channel") -> Any:
-        from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+        from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 
         stub: Any = AdminServiceStub(channel)
         return await getattr(stub, method)(request, timeout=TIMEOUT_S)

@@ -9,8 +9,8 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 
-from precast.admin.v1 import admin_service_pb2 as admin
-from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.admin.v1 import admin_service_pb2 as admin
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 
 SHOWN_KEY: Final = 12
 _STAGE: Final = "RECOMPILE_STAGE_"

@@ -15,7 +15,7 @@ from precast.cli.decode_link import ask_worker
 from precast.cli.failures import reported
 
 if TYPE_CHECKING:
-    from precast.decode.v1 import decode_service_pb2 as pb
+    from precast.proto.decode.v1 import decode_service_pb2 as pb
 
 
 @reported
@@ -29,7 +29,7 @@ def traffic(
     """Show a decode worker's steps by size, their padding, and which sizes have graphs."""
     from google.protobuf.json_format import MessageToDict
 
-    from precast.decode.v1 import decode_service_pb2 as pb
+    from precast.proto.decode.v1 import decode_service_pb2 as pb
 
     request = pb.GetStatusRequest()
     status = asyncio.run(ask_worker(worker, redis_url, lambda stub: stub.GetStatus, request))
@@ -63,6 +63,6 @@ def _shown(status: "pb.GetStatusResponse") -> RenderableType:
 
 
 def _origin(size: "pb.GraphSize") -> str:
-    from precast.decode.v1 import decode_service_pb2 as pb
+    from precast.proto.decode.v1 import decode_service_pb2 as pb
 
     return pb.GraphSizeOrigin.Name(size.origin).removeprefix("GRAPH_SIZE_ORIGIN_").lower()

@@ -99,7 +99,7 @@ def recompile(
     redis_url: RedisOption = None,
 ) -> None:
     """Capture graphs again and follow until live workers have swapped them in."""
-    from precast.admin.v1 import admin_service_pb2 as admin
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     if not (keys or model or batch_size or all_):
         raise ConfigError("say which graphs: KEYS, --model, --batch-size or --all")
@@ -120,8 +120,8 @@ async def _recompile(
     channel: "grpc.aio.Channel", request: Any, prefixes: list[str], as_json: bool
 ) -> bool:
     """Print each event; whether any job failed."""
-    from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
     from precast.cli import graph_tables
+    from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 
     if prefixes:
         graphs = await list_graphs(channel, "", 0)

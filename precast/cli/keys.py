@@ -11,11 +11,11 @@ from rich.table import Table
 
 from precast.cli.compile_link import JsonOption
 from precast.cli.failures import reported
+from precast.config.settings import CompileWorkerSettings, load_settings
 from precast.errors import ConfigError
-from precast.settings import CompileWorkerSettings, load_settings
 
 if TYPE_CHECKING:
-    from precast.graphs.signing import TrustedKeys
+    from precast.graphs.artifacts.signing import TrustedKeys
 
 app = typer.Typer(help="Keys that sign graphs, and those that workers trust.", no_args_is_help=True)
 
@@ -56,7 +56,7 @@ def list_(
 @reported
 def rotate(home: HomeOption = None, folder: FolderOption = None) -> None:
     """Make a new signing key; the old one stays trusted until it is revoked."""
-    from precast.graphs.signing import replace_signer
+    from precast.graphs.artifacts.signing import replace_signer
 
     settings = _settings(home, folder)
     old = _own_id(settings)
@@ -78,7 +78,7 @@ def trust(
     folder: FolderOption = None,
 ) -> None:
     """Trust what a public key signs."""
-    from precast.graphs.signing import read_public, trust_key
+    from precast.graphs.artifacts.signing import read_public, trust_key
 
     settings = _settings(home, folder)
     key = read_public(file)
@@ -115,14 +115,14 @@ def _settings(home: str | None, folder: str | None) -> CompileWorkerSettings:
 
 
 def _trusted(settings: CompileWorkerSettings) -> "TrustedKeys":
-    from precast.graphs.signing import TrustedKeys
+    from precast.graphs.artifacts.signing import TrustedKeys
 
     return TrustedKeys.load(settings.trusted_keys_dir)
 
 
 def _own_id(settings: CompileWorkerSettings) -> str | None:
     """Of the signing key; None where there is none, as on a decode worker's machine."""
-    from precast.graphs.signing import load_signer
+    from precast.graphs.artifacts.signing import load_signer
 
     try:
         return load_signer(settings.signing_key).id

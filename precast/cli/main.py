@@ -7,7 +7,7 @@ import typer
 from precast import __version__
 from precast.cli import doctor, evaluate, graphs, keys, models, serve, services
 from precast.cli.options import settings_command
-from precast.settings import (
+from precast.config.settings import (
     CompileWorkerSettings,
     DecodeWorkerSettings,
     GatewaySettings,

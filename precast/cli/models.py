@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precast.cli.failures import reported
-from precast.settings import CommonSettings, load_settings
+from precast.config.settings import CommonSettings, load_settings
 
 app = typer.Typer(help="Import models and list them.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def import_(
     home: HomeOption = None,
 ) -> None:
     """Import a model into the home folder."""
-    from precast.models.importer import import_model
+    from precast.models.importing.importer import import_model
 
     console = Console(stderr=True)
     with console.status(f"importing {source}") as status:
@@ -55,7 +55,7 @@ def list_(
     home: HomeOption = None,
 ) -> None:
     """List the models in the home folder, broken ones too."""
-    from precast.models.catalog import BrokenModel, list_models
+    from precast.models.importing.catalog import BrokenModel, list_models
 
     models = list_models(_models_dir(home))
     if as_json:

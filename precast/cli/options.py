@@ -8,7 +8,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from precast.cli.failures import reported
-from precast.settings import CommonSettings, load_settings
+from precast.config.settings import CommonSettings, load_settings
 
 
 def settings_command(

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from precast.cli import stack as stacks
 from precast.cli.view import View, open_view, print_settings
+from precast.config.settings import ServeSettings
 from precast.errors import ConfigError, PrecastError
-from precast.settings import ServeSettings
 
 if TYPE_CHECKING:
     from precast.cli.supervisor import Supervisor
@@ -44,8 +44,8 @@ def _shown_host(host: str) -> str:
 
 def _import_model(settings: ServeSettings, view: View) -> None:
     """Make sure that the model is there and can be served. Raises ``PrecastError``."""
-    from precast.models.catalog import find_model
-    from precast.models.importer import BUILT_IN, import_model
+    from precast.models.importing.catalog import find_model
+    from precast.models.importing.importer import BUILT_IN, import_model
 
     models_dir = settings.home / "models"
     if settings.model in BUILT_IN:
@@ -94,7 +94,7 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
 async def _until_redis_answers(
     plan: stacks.Stack, supervisor: "Supervisor", stop: asyncio.Event
 ) -> None:
-    from precast.redis_server import answers
+    from precast.system.redis_server import answers
 
     end = time.monotonic() + REDIS_DEADLINE_S
     while not stop.is_set():
@@ -123,6 +123,6 @@ def _tail(log: Path) -> str:
 
 def _sweep_shared_memory() -> None:
     """Remove what killed ranks have left; ranks that end by themselves clean up."""
-    from precast.shared_memory import sweep_segments
+    from precast.system.shared_memory import sweep_segments
 
     sweep_segments()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from precast.cli.failures import reported
-from precast.settings import (
+from precast.config.settings import (
     CommonSettings,
     CompileWorkerSettings,
     DecodeWorkerSettings,
@@ -17,7 +17,7 @@ from precast.settings import (
 )
 
 if TYPE_CHECKING:
-    from services.decode_worker.rank_launch import RankLauncher
+    from services.decode_worker.ranks.launcher import RankLauncher
 
 
 def run_gateway(settings: GatewaySettings) -> None:
@@ -40,7 +40,7 @@ def run_decode_worker(settings: DecodeWorkerSettings) -> None:
         from services.decode_worker import replicas
 
         raise typer.Exit(replicas.run(settings, _serve_replica))
-    from services.decode_worker.rank_launch import RankLauncher
+    from services.decode_worker.ranks.launcher import RankLauncher
 
     launcher = RankLauncher()
     launcher.start_early(settings.tp)

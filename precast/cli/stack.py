@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from precast.cli.supervisor import ChildSpec
+from precast.config.settings import ServeSettings, describe
 from precast.errors import ConfigError
-from precast.settings import ServeSettings, describe
 
 LOOPBACK: Final = "127.0.0.1"
 REDIS: Final = "redis"
@@ -49,7 +49,7 @@ class Stack:
 def plan(settings: ServeSettings) -> Stack:
     """The stack that these settings describe. Raises ``ConfigError`` if a port is taken."""
     # imported here: the redis client would slow down every other command
-    from precast.redis_server import redis_command
+    from precast.system.redis_server import redis_command
 
     _check_ports(settings)
     redis_url, port = _redis(settings)
@@ -117,7 +117,7 @@ def _redis(settings: ServeSettings) -> tuple[str, int | None]:
     A Redis that was asked for is used if it answers. By default we start our own, on a free port if
     something else has Redis's: a stranger's data is none of our business.
     """
-    from precast.redis_server import answers, free_port, loopback_port
+    from precast.system.redis_server import answers, free_port, loopback_port
 
     asked_for = {row.name: row.source for row in describe(settings)}["redis_url"] != "default"
     port = loopback_port(settings.redis_url)

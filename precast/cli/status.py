@@ -10,7 +10,7 @@ import httpx
 from precast.cli import stack
 from precast.cli.supervisor import Child
 from precast.errors import RegistryUnavailable
-from precast.registry import CompileLease, DecodeLease, Registry
+from precast.fleet.leases import CompileLease, DecodeLease, Registry
 
 _TIMEOUT_S: Final = 1.0
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from precast.admin.v1 import admin_service_pb2 as admin
 from precast.cli.graph_tables import SHOWN_KEY, age
+from precast.proto.admin.v1 import admin_service_pb2 as admin
 
 
 def collected(answer: admin.CollectGarbageResponse) -> dict[str, object]:

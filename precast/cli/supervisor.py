@@ -12,7 +12,7 @@ from typing import Final
 
 from precast.cli.failures import EXIT_USAGE
 from precast.errors import ConfigError
-from precast.process import bound_to_parent
+from precast.system.process import bound_to_parent
 
 BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Wait before each restart in a row; the last one from then on."""

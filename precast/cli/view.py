@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from precast.settings import CommonSettings, describe
+from precast.config.settings import CommonSettings, describe
 
 if TYPE_CHECKING:
     from precast.cli.status import Captures, Status

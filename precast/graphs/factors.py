@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from precast.errors import InvalidRequest
-from precast.models.blocks import Shape
+from precast.models.layers import Shape
 from precast.models.options import check_architecture, from_factor, to_factor
 from precast.models.shape import ModelShape
 from precast.ops import providers
@@ -19,17 +19,18 @@ from precast.ops.native import MAX_QUERY_GROUP, PACKING_VERSION, native_isa
 
 _PACKAGE = Path(__file__).parents[1]
 _GRAPH_SOURCES = (
-    "models/blocks.py",
+    "models/layers.py",
     "models/kv_cache.py",
-    "models/loader.py",
+    "models/weights/loader.py",
     "models/shape.py",
     "models/options.py",
     "ops/native.py",
     "ops/providers/reference.py",
-    "graphs/code_gen.py",
-    "graphs/code_build.py",
     "graphs/targets.py",
-    "graphs/capture_models.py",
+    "graphs/capture/build.py",
+    "graphs/capture/codegen.py",
+    "graphs/capture/compiler.py",
+    "graphs/capture/export.py",
 )
 """Beside the architecture's own module."""
 

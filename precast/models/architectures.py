@@ -5,16 +5,16 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from precast.models import gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
-from precast.models.blocks import (
+from precast.models.kv_cache import LayerCache
+from precast.models.layers import (
     EmbedWeights,
     HeadWeights,
     Paging,
     Rope,
     Shape,
 )
-from precast.models.kv_cache import LayerCache
-from precast.models.loader import Loader
 from precast.models.options import Kind
+from precast.models.weights.loader import Loader
 
 
 class Architecture(Protocol):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from precast.models.architectures import architecture_of
-from precast.models.blocks import Paging, Rope, Shape
 from precast.models.kv_cache import LayerCache
-from precast.models.weights import Weights
+from precast.models.layers import Paging, Rope, Shape
+from precast.models.load import Weights
 
 
 def hidden_states(

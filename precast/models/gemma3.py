@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from precast.models import blocks
-from precast.models.blocks import (
+from precast.models import layers as blocks
+from precast.models.kv_cache import LayerCache
+from precast.models.layers import (
     AttentionWeights,
     EmbedWeights,
     HeadWeights,
@@ -22,10 +23,9 @@ from precast.models.blocks import (
     rms_norm,
     soft_cap,
 )
-from precast.models.kv_cache import LayerCache
-from precast.models.loader import Loader
 from precast.models.options import Gemma3Options, Kind
 from precast.models.shape import ModelShape
+from precast.models.weights.loader import Loader
 
 
 class LayerWeights(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from precast.ops.memory import mapped_zeros
+from precast.system.memory import mapped_zeros
 
 KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 SCALE_BYTES: Final = 4

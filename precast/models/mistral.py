@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from precast.models.blocks import (
+from precast.models.kv_cache import LayerCache
+from precast.models.layers import (
     DecoderWeights,
     Paging,
     Rope,
@@ -12,10 +13,9 @@ from precast.models.blocks import (
     head,
     rms_norm,
 )
-from precast.models.kv_cache import LayerCache
-from precast.models.loader import Loader, head_norm
 from precast.models.options import Kind, WindowOptions
 from precast.models.shape import ModelShape
+from precast.models.weights.loader import Loader, head_norm
 
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 

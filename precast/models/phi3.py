@@ -6,7 +6,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from precast.models.blocks import (
+from precast.models.kv_cache import LayerCache
+from precast.models.layers import (
     AttentionWeights,
     DecoderWeights,
     MlpWeights,
@@ -18,10 +19,9 @@ from precast.models.blocks import (
     head,
     rms_norm,
 )
-from precast.models.kv_cache import LayerCache
-from precast.models.loader import Loader, Part, Rows, head_norm
 from precast.models.options import Kind, WindowOptions
 from precast.models.shape import ModelShape
+from precast.models.weights.loader import Loader, Part, Rows, head_norm
 
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 

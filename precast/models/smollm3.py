@@ -5,7 +5,8 @@ Those use a second rope that rotates by nothing, so that one captured layer serv
 
 from torch import Tensor
 
-from precast.models.blocks import (
+from precast.models.kv_cache import LayerCache
+from precast.models.layers import (
     DecoderWeights,
     Paging,
     Rope,
@@ -15,10 +16,9 @@ from precast.models.blocks import (
     head,
     rms_norm,
 )
-from precast.models.kv_cache import LayerCache
-from precast.models.loader import Loader, head_norm
 from precast.models.options import Kind, SmolLM3Options
 from precast.models.shape import ModelShape
+from precast.models.weights.loader import Loader, head_norm
 
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from precast.errors import ConfigError
-from precast.ops import numa
+from precast.system import numa
 
 LIBRARY = Path(__file__).parent / "_native.so"
 ABI_VERSION = 4

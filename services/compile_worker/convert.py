@@ -4,20 +4,20 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.errors import InvalidRequest
-from precast.graphs.artifact import Manifest
-from precast.graphs.failure import Mismatch
-from precast.graphs.lifecycle import CRASH_SIGNALS, MAX_REASON, Verdict
-from precast.graphs.v1 import graphs_service_pb2 as graphs_pb
-from precast.job import Job, Stage
+from precast.fleet.queue.job import Job, Stage
+from precast.graphs.artifacts.manifest import Manifest
+from precast.graphs.artifacts.versions import CRASH_SIGNALS, MAX_REASON, Verdict
+from precast.graphs.capture.verify.failure import Mismatch
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
+from services.compile_worker.catalog.entry import GraphRecord, Phase, Trial
+from services.compile_worker.catalog.versions import Generation
 from services.compile_worker.explain import Explanation
 from services.compile_worker.failures import Failure
-from services.compile_worker.generations import Generation
-from services.compile_worker.recompile import After
-from services.compile_worker.record import GraphRecord, Phase, Trial
-from services.compile_worker.resign import Resigned
-from services.compile_worker.upkeep import Collected, Damage, Scrubbed
+from services.compile_worker.maintenance.resign import Resigned
+from services.compile_worker.maintenance.store import Collected, Damage, Scrubbed
+from services.compile_worker.rollout.recompile import After
 
 PHASES: Final = {
     Phase.QUEUED: graphs_pb.GRAPH_PHASE_QUEUED,

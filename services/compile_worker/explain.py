@@ -6,8 +6,8 @@ from typing import Final
 
 from precast.errors import GraphNotFound, InvalidRequest
 from precast.graphs.key import Differences, key_of_factors, nearest
+from services.compile_worker.catalog.entry import GraphRecord
 from services.compile_worker.graphs import Graphs
-from services.compile_worker.record import GraphRecord
 
 DEFAULT_NEAREST: Final = 3
 MAX_NEAREST: Final = 100

@@ -9,9 +9,9 @@ from typing import Final
 
 import msgspec
 
-from precast.graphs.failure import FOLDER, Mismatch, read_mismatch, write_factors
+from precast.fleet.queue.job import Job
+from precast.graphs.capture.verify.failure import FOLDER, Mismatch, read_mismatch, write_factors
 from precast.graphs.key import spec_part
-from precast.job import Job
 
 MAX_FAILURES_KEPT: Final = 16
 MAX_SOURCE_BYTES: Final = 1 << 20
@@ -34,7 +34,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     def command(self) -> str:
         """Captures and verifies the same graph again, with the same inputs."""
         out = f"{self.folder}/again"
-        return f"python -m precast.graphs.capture --out {out} < {self.folder}/factors.json"
+        return f"python -m precast.graphs.capture.entry --out {out} < {self.folder}/factors.json"
 
 
 @dataclass(frozen=True, kw_only=True)

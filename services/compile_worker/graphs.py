@@ -17,20 +17,20 @@ from precast.errors import (
     Overloaded,
     RegistryUnavailable,
 )
-from precast.graphs.artifact import Manifest, encode_manifest, file_digest
+from precast.fleet.queue.job import Job, Stage, new_job
+from precast.fleet.queue.queue import CaptureQueue
+from precast.graphs.artifacts.manifest import Manifest, encode_manifest, file_digest
+from precast.graphs.artifacts.signing import Signer
+from precast.graphs.artifacts.store import ArtifactStore, GenerationExists, StoredArtifact
+from precast.graphs.artifacts.versions import Verdict
 from precast.graphs.key import graph_key, parse_spec, spec_part
-from precast.graphs.lifecycle import Verdict
-from precast.graphs.signing import Signer
-from precast.graphs.store import ArtifactStore, GenerationExists, StoredArtifact
-from precast.job import Job, Stage, new_job
-from precast.jobs import CaptureQueue
 from precast.log import get_logger
-from services.compile_worker.child import CaptureReport
+from services.compile_worker.catalog.entry import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
+from services.compile_worker.catalog.gc_policy import surplus
+from services.compile_worker.catalog.index import GraphIndex
+from services.compile_worker.catalog.versions import Generations
 from services.compile_worker.failures import Failure
-from services.compile_worker.generations import Generations
-from services.compile_worker.index import GraphIndex
-from services.compile_worker.record import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
-from services.compile_worker.retention import surplus
+from services.compile_worker.sandbox.capture import CaptureReport
 
 log = get_logger(__name__)
 

@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from typing import Final
 
 from precast import log as logging
+from precast.config.settings import CompileWorkerSettings
 from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
-from precast.graphs import targets
+from precast.fleet.leases import CompileLease, Heartbeat, Registry
+from precast.fleet.queue.queue import CaptureQueue
+from precast.graphs.artifacts.store import open_store
+from precast.graphs.artifacts.trust import SigningKey, TrustFolder
+from precast.graphs.capture import compiler
 from precast.graphs.key import build_digest
-from precast.graphs.scratch import sweep
-from precast.graphs.store import open_store
-from precast.graphs.trust import SigningKey, TrustFolder
-from precast.jobs import CaptureQueue
-from precast.process import available_cpus
-from precast.registry import CompileLease, Heartbeat, Registry
-from precast.rpc import Server, start_server
-from precast.settings import CompileWorkerSettings
-from services.compile_worker.canary import Canaries, CanaryPolicy
-from services.compile_worker.child import CaptureLimits
+from precast.rpc.server import Server, start_server
+from precast.system.process import available_cpus
+from precast.system.scratch import sweep
+from services.compile_worker.catalog.index import GraphIndex
+from services.compile_worker.catalog.versions import Generations
 from services.compile_worker.failures import Failures
-from services.compile_worker.fork_client import ForkServer
-from services.compile_worker.generations import Generations
 from services.compile_worker.graphs import Graphs
-from services.compile_worker.index import GraphIndex
+from services.compile_worker.grpc_server import services
+from services.compile_worker.maintenance.store import Upkeep
 from services.compile_worker.metrics import Metrics
-from services.compile_worker.server import services
-from services.compile_worker.upkeep import Upkeep
+from services.compile_worker.rollout.canary import Canaries, CanaryPolicy
+from services.compile_worker.sandbox.capture import CaptureLimits
+from services.compile_worker.sandbox.client import ForkServer
 from services.compile_worker.worker import MAX_ATTEMPTS, Worker
 
 log = logging.get_logger(__name__)
@@ -52,12 +52,12 @@ class CaptureProgram:
     module: str
     """See ``fork_server``."""
     arguments: Sequence[str]
-    build_factors: Callable[[], Mapping[str, str]] = targets.build_factors
+    build_factors: Callable[[], Mapping[str, str]] = compiler.build_factors
 
 
 def capture_program(settings: CompileWorkerSettings) -> CaptureProgram:
     kept = str(settings.build_dir)
-    return CaptureProgram(module="precast.graphs.capture", arguments=("--kept", kept))
+    return CaptureProgram(module="precast.graphs.capture.entry", arguments=("--kept", kept))
 
 
 def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) -> int:

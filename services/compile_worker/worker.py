@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Final
 
 from precast.errors import CaptureFailed, PrecastError, RegistryUnavailable, StoreUnavailable
-from precast.graphs.artifact import GRAPH_FILE
+from precast.fleet.queue.job import Stage, replace_job
+from precast.fleet.queue.queue import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold
+from precast.graphs.artifacts.manifest import GRAPH_FILE
 from precast.graphs.key import spec_part
-from precast.graphs.scratch import scratch_folder
-from precast.job import Stage, replace_job
-from precast.jobs import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold
 from precast.log import get_logger
-from services.compile_worker.child import CaptureLimits, run_capture
+from precast.system.scratch import scratch_folder
 from services.compile_worker.failures import Failure, Failures
-from services.compile_worker.fork_client import ForkServer
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.metrics import Metrics
+from services.compile_worker.sandbox.capture import CaptureLimits, run_capture
+from services.compile_worker.sandbox.client import ForkServer
 
 log = get_logger(__name__)
 

@@ -13,30 +13,30 @@ from typing import Final
 import psutil
 
 from precast import log as logging
+from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
-from precast.graphs.fetch import GraphCache
-from precast.graphs.trust import TrustFolder
+from precast.fleet.leases import Heartbeat, Registry
+from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.trust import TrustFolder
 from precast.models.config import ModelConfig, load_config
 from precast.models.precision import cached_head_bytes
 from precast.models.sharding import kv_heads_held
-from precast.models.tokenizer import load_tokenizer
-from precast.process import available_cpus
-from precast.registry import Heartbeat, Registry
-from precast.rpc import Server, start_server
-from precast.settings import DecodeWorkerSettings
-from precast.shared_memory import new_segment_name, sweep_segments
-from services.decode_worker import server as grpc_server
-from services.decode_worker.adaptation import keep_adapting
-from services.decode_worker.capture_set import CaptureSet, kept_sizes
-from services.decode_worker.engine import Engine
-from services.decode_worker.graph_set import GraphSet
-from services.decode_worker.graph_shelf import GraphShelf
-from services.decode_worker.graphs_client import GraphsClient
+from precast.rpc.server import Server, start_server
+from precast.system.process import available_cpus
+from precast.system.shared_memory import new_segment_name, sweep_segments
+from precast.tokenizer.load import load_tokenizer
+from services.decode_worker import grpc_server
+from services.decode_worker.engine.engine import Engine
+from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.graphs.autotune.loop import keep_adapting
+from services.decode_worker.graphs.autotune.policy import CaptureSet, kept_sizes
+from services.decode_worker.graphs.compiler_client import GraphsClient
+from services.decode_worker.graphs.loader import GraphShelf
+from services.decode_worker.graphs.manager import GraphSet
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.rank_group import GroupFailed
-from services.decode_worker.rank_launch import RankLauncher
-from services.decode_worker.rank_protocol import Init
-from services.decode_worker.scheduler import Scheduler
+from services.decode_worker.ranks.group import GroupFailed
+from services.decode_worker.ranks.launcher import RankLauncher
+from services.decode_worker.ranks.protocol import Init
 from services.decode_worker.worker import Worker
 
 log = logging.get_logger(__name__)

@@ -16,12 +16,12 @@ from typing import Final
 
 from structlog.contextvars import bind_contextvars
 
+from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.models.config import load_config
-from precast.process import ONE_THREAD, ForkedChild, available_cpus
-from precast.settings import DecodeWorkerSettings
-from services.decode_worker.rank_launch import RankLauncher
+from precast.system.process import ONE_THREAD, ForkedChild, available_cpus
+from services.decode_worker.ranks.launcher import RankLauncher
 
 log = get_logger(__name__)
 
@@ -57,8 +57,8 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     os.environ.update(ONE_THREAD)  # ranks compute in threads of their own
     gc.disable()
     # imported here: numpy starts its threads as it is imported
-    from services.decode_worker import rank
     from services.decode_worker.main import split_cores, tokenizer_of
+    from services.decode_worker.ranks import process as rank
 
     settings = with_kv_blocks(settings)
     tokenizer_of(settings.model_dir)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
-from precast.decode.v1 import decode_service_pb2 as pb
+from precast.config.settings import DecodeWorkerSettings
 from precast.errors import (
     ContextLengthExceeded,
     InvalidRequest,
@@ -12,17 +12,17 @@ from precast.errors import (
     Overloaded,
     PrecastError,
 )
+from precast.fleet.leases import DecodeLease, WorkerState
 from precast.models.config import ModelConfig
-from precast.registry import DecodeLease, WorkerState
-from precast.settings import DecodeWorkerSettings
-from services.decode_worker.admission import make_sequence
-from services.decode_worker.detokenizer import Detokenizer
-from services.decode_worker.engine import Engine
-from services.decode_worker.graph_set import GraphSet
-from services.decode_worker.outbox import Outbox
-from services.decode_worker.requests import Request, error_response
-from services.decode_worker.scheduler import Scheduler
-from services.decode_worker.traffic_report import traffic_report
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.tokenizer.detokenizer import Detokenizer
+from services.decode_worker.engine.admission import make_sequence
+from services.decode_worker.engine.engine import Engine
+from services.decode_worker.engine.request import Request, error_response
+from services.decode_worker.engine.response_buffer import Outbox
+from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.graphs.autotune.report import traffic_report
+from services.decode_worker.graphs.manager import GraphSet
 
 _STATES = {
     "starting": pb.WORKER_STATE_STARTING,

@@ -9,16 +9,16 @@ from msgspec import Struct
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
-from precast.registry import Registry
-from precast.settings import GatewaySettings
-from services.gateway import errors, responses
-from services.gateway.admission import Admission
+from precast.config.settings import GatewaySettings
+from precast.fleet.leases import Registry
+from precast.tokenizer.chat_template import TokenizerStore
 from services.gateway.metrics import Metrics
-from services.gateway.plan import Plan, Planner
-from services.gateway.schemas import ChatRequest, CompletionRequest
-from services.gateway.streaming import GenerationResponse
-from services.gateway.tokenizer import TokenizerStore
-from services.gateway.workers import WorkerPool
+from services.gateway.middleware import Admission
+from services.gateway.openai import errors, responses
+from services.gateway.openai.prepare import Plan, Planner
+from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.streaming import GenerationResponse
+from services.gateway.routing.pool import WorkerPool
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:

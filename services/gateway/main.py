@@ -11,9 +11,9 @@ from typing import Final
 import uvicorn
 
 from precast import log as logs
+from precast.config.settings import GatewaySettings
 from precast.errors import ConfigError
 from precast.log import get_logger
-from precast.settings import GatewaySettings
 from services.gateway.app import create_app
 
 log = get_logger(__name__)

@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import httpx
 
-from precast.admin.v1 import admin_service_pb2_grpc
-from precast.decode.v1 import decode_service_pb2, decode_service_pb2_grpc
-from precast.process import available_cpus
+from precast.proto.admin.v1 import admin_service_pb2_grpc
+from precast.proto.decode.v1 import decode_service_pb2, decode_service_pb2_grpc
+from precast.system.process import available_cpus
 
 ROOT = Path(__file__).parents[2]
 FILES = ("deploy/docker-compose.yml", "deploy/docker-compose.test.yml")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.models.importer import import_model
+from precast.models.importing.importer import import_model
 
 DEMO = "smollm2-135m-instruct"
 

@@ -21,7 +21,7 @@ from compose_stack import (
     warnings_in,
 )
 
-from precast.admin.v1 import admin_service_pb2 as admin
+from precast.proto.admin.v1 import admin_service_pb2 as admin
 
 pytestmark = [
     pytest.mark.skipif(

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from precast.evaluation import TEXT, evaluate
+from precast.evaluation.perplexity import TEXT, evaluate
 from precast.models.precision import Precision
 from precast.ops.native import start_threads
-from precast.process import available_cpus
+from precast.system.process import available_cpus
 
 BOUNDS = [
     (Precision(quantization="q8_0", head_quantization="q8_0"), 0.015),

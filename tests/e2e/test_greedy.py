@@ -12,8 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.redis_server import start_redis
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.system.redis_server import start_redis
 from tests.support.compile_worker import compile_worker
 from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker, eventually
 

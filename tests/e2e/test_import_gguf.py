@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from precast.models.config import load_config
-from precast.models.importer import find_built_in
-from precast.models.tokenizer import load_tokenizer
+from precast.models.importing.importer import find_built_in
+from precast.tokenizer.load import load_tokenizer
 
 pytestmark = pytest.mark.timeout(300)
 TEXTS = (

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from precast.graphs.disk_store import TEMPORARY, DiskStore
-from precast.graphs.signing import TrustedKeys
-from precast.models.importer import import_model
+from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
+from precast.graphs.artifacts.signing import TrustedKeys
+from precast.models.importing.importer import import_model
 from tests.support.http_load import check_outcomes
 from tests.support.serve_stack import Serve, poll, segments, serving
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.redis_server import start_redis
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.system.redis_server import start_redis
 from tests.support.capture import run_capture
 from tests.support.decode_worker import decode_worker
 from tests.support.models import write_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
-from precast.graphs.disk_store import DiskStore
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from tests.support.decode_worker import DecodeWorker, eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
 from tests.support.native_faults import crashing, slow, wrong

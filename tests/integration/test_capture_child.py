@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from precast.errors import CaptureFailed
-from services.compile_worker.child import CaptureLimits, run_capture
-from services.compile_worker.fork_client import ForkServer
+from services.compile_worker.sandbox.capture import CaptureLimits, run_capture
+from services.compile_worker.sandbox.client import ForkServer
 from tests.support.compile_worker import FACTORS, ROOT, program, starts, wait_until
 
 LIMITS = CaptureLimits(timeout_s=20, memory_bytes=1 << 30)

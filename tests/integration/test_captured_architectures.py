@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from precast.graphs.replay import Graph
-from precast.models.blocks import Paging
+from precast.graphs.runner import Graph
+from precast.models.layers import Paging
 from tests.support.architectures import Loaded, forward, load, reference, write_model
 from tests.support.capture import run_capture
 

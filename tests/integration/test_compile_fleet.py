@@ -11,11 +11,11 @@ import psutil
 import pytest
 import redis
 
-from precast.graphs.disk_store import TEMPORARY, DiskStore
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.signing import TrustedKeys
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.redis_server import RedisServer, loopback_port, start_redis
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
+from precast.graphs.artifacts.signing import TrustedKeys
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.system.redis_server import RedisServer, loopback_port, start_redis
 from tests.support.compile_worker import (
     FACTORS,
     WorkerProcess,

@@ -13,13 +13,13 @@ import grpc.aio
 import pytest
 from safetensors.torch import load_file
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
 from precast.errors import ArtifactRejected
-from precast.graphs.disk_store import QUARANTINE, DiskStore
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.signing import TrustedKeys
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.registry import DecodeLease, LoadedGraphRecord, Registry
+from precast.fleet.leases import DecodeLease, LoadedGraphRecord, Registry
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.disk_store import QUARANTINE, DiskStore
+from precast.graphs.artifacts.signing import TrustedKeys
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from tests.support.compile_worker import (
     FACTORS,
     Client,

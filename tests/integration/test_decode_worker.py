@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from precast.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1 import decode_service_pb2 as pb
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.models import VOCABULARY
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from tests.support.compile_worker import BUILD, FACTORS, compile_worker, connect
 from tests.support.decode_worker import decode_worker, eventually
 from tests.support.models import write_model

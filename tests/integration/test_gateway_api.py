@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from precast.redis_server import start_redis
+from precast.system.redis_server import start_redis
 from tests.support.gateway_stack import Gateway, Worker, eventually, running_stack
 
 PROMPT = "the quick brown fox 🦊 jumps"

@@ -15,8 +15,8 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from precast.redis_server import RedisServer, start_redis
-from precast.registry import DecodeLease, Registry
+from precast.fleet.leases import DecodeLease, Registry
+from precast.system.redis_server import RedisServer, start_redis
 from tests.support.gateway_stack import Gateway, Stack, eventually, make_model_folder, running_stack
 
 BODY = {"model": "tiny", "prompt": "the fox", "max_tokens": 4}

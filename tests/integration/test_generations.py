@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from precast.graphs.disk_store import DiskStore
-from precast.redis_server import start_redis
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.system.redis_server import start_redis
 from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
 from tests.support.native_faults import crashing

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from precast.errors import GraphNotFound, PrecastError
-from precast.graphs.disk_store import DiskStore
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
-from precast.rpc import Service, open_channel, start_server
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
+from precast.rpc.server import Service, open_channel, start_server
 from tests.support.artifacts import graph_file, manifest_for, signed, trust
 from tests.support.compile_worker import FACTORS
 from tests.support.hostile import GOOD, GRAPH, MANIFEST, STRANGER, liar

@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
-from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
-from precast.decode.v1 import decode_service_pb2 as pb
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+from precast.proto.decode.v1 import decode_service_pb2 as pb
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.graph_fleet import ask, generation, traffic

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from precast.healthcheck import failure
-from precast.rpc import start_server
+from precast.rpc.healthcheck import failure
+from precast.rpc.server import start_server
 from tests.support.ports import free_port
 
 pytestmark = pytest.mark.timeout(30)

@@ -17,22 +17,26 @@ from typing import Any
 import pytest
 
 from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, PrecastError
-from precast.graphs.bundle import write_bundle
-from precast.graphs.disk_store import DiskStore
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.signing import Signature
-from precast.graphs.transfer import import_into_cache, import_into_store, serving_artifacts
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
-from precast.jobs import CaptureQueue
-from precast.registry import Registry
-from precast.rpc import Service, open_channel, start_server
-from services.compile_worker.canary import Canaries, CanaryPolicy
-from services.compile_worker.generations import Generations
+from precast.fleet.leases import Registry
+from precast.fleet.queue.queue import CaptureQueue
+from precast.graphs.artifacts.bundle import write_bundle
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.signing import Signature
+from precast.graphs.artifacts.transfer import (
+    import_into_cache,
+    import_into_store,
+    serving_artifacts,
+)
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
+from precast.rpc.server import Service, open_channel, start_server
+from services.compile_worker.catalog.index import GraphIndex
+from services.compile_worker.catalog.versions import Generations
 from services.compile_worker.graphs import Graphs
-from services.compile_worker.index import GraphIndex
+from services.compile_worker.grpc_server import GraphsServicer
 from services.compile_worker.metrics import Metrics
-from services.compile_worker.server import GraphsServicer
+from services.compile_worker.rollout.canary import Canaries, CanaryPolicy
 from tests.support.artifacts import graph_file, manifest_for, signed, trust
 from tests.support.compile_worker import BUILD, FACTORS
 from tests.support.hostile import (

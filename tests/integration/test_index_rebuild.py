@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import redis
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.signing import TrustedKeys
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.registry import connect_redis
-from services.compile_worker.index import CHANNEL, HASH, GraphIndex
-from services.compile_worker.record import GraphRecord, Phase
+from precast.fleet.leases import connect_redis
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.signing import TrustedKeys
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from services.compile_worker.catalog.entry import GraphRecord, Phase
+from services.compile_worker.catalog.index import CHANNEL, HASH, GraphIndex
 from tests.support.compile_worker import (
     FACTORS,
     Client,

@@ -10,10 +10,10 @@ import pytest
 import pytest_asyncio
 
 from precast.errors import JobNotFound, Overloaded, RegistryUnavailable
-from precast.job import Job, Stage, new_job, replace_job
-from precast.jobs import HISTORY, CaptureQueue, Claim, Hold
-from precast.redis_server import RedisServer, loopback_port, start_redis
-from precast.registry import Registry
+from precast.fleet.leases import Registry
+from precast.fleet.queue.job import Job, Stage, new_job, replace_job
+from precast.fleet.queue.queue import HISTORY, CaptureQueue, Claim, Hold
+from precast.system.redis_server import RedisServer, loopback_port, start_redis
 
 pytestmark = pytest.mark.asyncio
 TTL_S = 0.6
@@ -268,7 +268,7 @@ async def test_names_of_dead_workers_are_forgotten(
     await queue.enqueue(job())
     await claimed(queue, "busy")
     await queue.claim("idle")
-    monkeypatch.setattr("precast.jobs._FORGET_CONSUMER_MS", -1)
+    monkeypatch.setattr("precast.fleet.queue.queue._FORGET_CONSUMER_MS", -1)
     await queue.forget_dead_consumers()
     rows = await registry.redis.xinfo_consumers("precast:jobs:build", "compile")
     assert [row["name"] for row in rows] == [b"busy"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from precast.graphs.disk_store import DiskStore
+from precast.graphs.artifacts.disk_store import DiskStore
 from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
 from tests.support.ports import free_port

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from services.decode_worker.rank_launch import RankLauncher
+from services.decode_worker.ranks.launcher import RankLauncher
 
-MODULE = "services.decode_worker.simulated_rank"
+MODULE = "tests.support.simulated_rank"
 
 
 def test_early_ranks_are_given_out_first_and_the_rest_ended() -> None:

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.signing import TrustedKeys
+from precast.graphs.artifacts.store import StoredArtifact
+from precast.graphs.capture.verify.failure import read_mismatch
 from precast.graphs.factors import needs_of, rank_factors
-from precast.graphs.failure import read_mismatch
-from precast.graphs.fetch import GraphCache, fetch_graph
-from precast.graphs.signing import TrustedKeys
-from precast.graphs.store import StoredArtifact
-from precast.graphs.v1 import graphs_service_pb2 as pb
 from precast.models.options import LlamaOptions
 from precast.models.shape import ModelShape
 from precast.ops import providers
-from services.compile_worker import fork_server
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from services.compile_worker.sandbox import server as fork_server
 from tests.support.capture import BUILD_DIR, run_capture
 from tests.support.compile_worker import WorkerProcess, compile_worker, connect
 
@@ -123,9 +123,9 @@ def leaves_no_files_behind(package: Path, folder: Path) -> None:
     program = f"""
 import os, torch
 from pathlib import Path
-from precast.graphs import capture_models as models
-from precast.graphs.replay import Graph
-from precast.models.weights import random_weights
+from precast.graphs.capture import export as models
+from precast.graphs.runner import Graph
+from precast.models.load import random_weights
 from tests.integration.test_real_capture import SHAPE
 generator = torch.Generator().manual_seed(0)
 plan = models.verification_plan(SHAPE, 2)
@@ -144,7 +144,8 @@ os.kill(os.getpid(), 9)
 
 WRONG = """
 import sys
-from precast.graphs import capture, capture_models
+from precast.graphs.capture import entry as capture
+from precast.graphs.capture import export as capture_models
 right, calls = capture_models.eager_step, []
 
 def wrong(*arguments, **named):

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from precast.errors import ConfigError
-from precast.redis_server import (
+from precast.system.redis_server import (
     answers,
     find_redis_server,
     loopback_port,
@@ -70,7 +70,7 @@ def test_the_wheel_serves_where_path_has_none(
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     port = free_port()
     script = (
-        "import pathlib, time, precast.redis_server as r;"
+        "import pathlib, time, precast.system.redis_server as r;"
         f"r.start_redis(pathlib.Path({str(tmp_path)!r}), {port}); print('up', flush=True);"
         "time.sleep(60)"
     )

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from precast.errors import ConfigError, RegistryUnavailable
-from precast.redis_server import RedisServer, start_redis
-from precast.registry import CompileLease, DecodeLease, Heartbeat, LoadedGraphRecord, Registry
+from precast.fleet.leases import CompileLease, DecodeLease, Heartbeat, LoadedGraphRecord, Registry
+from precast.system.redis_server import RedisServer, start_redis
 from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from precast.config.settings import DecodeWorkerSettings, load_settings
 from precast.errors import ConfigError
-from precast.settings import DecodeWorkerSettings, load_settings
 from services.decode_worker.replicas import replica
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.ports import free_ports

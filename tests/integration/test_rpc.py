@@ -10,8 +10,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.errors import (
     ConfigError,
     GraphNotFound,
@@ -19,7 +17,9 @@ from precast.errors import (
     Overloaded,
     RegistryUnavailable,
 )
-from precast.rpc import Server, Service, error_of, open_channel, start_server
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.rpc.server import Server, Service, error_of, open_channel, start_server
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["DecodeService"]
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from precast.models.blocks import Paging
-from precast.settings import DecodeWorkerSettings, load_settings
-from services.decode_worker import rank_model
+from precast.config.settings import DecodeWorkerSettings, load_settings
+from precast.models.layers import Paging
 from services.decode_worker.main import rank_inits
-from services.decode_worker.rank_model import Batch, RankModel
+from services.decode_worker.ranks import model as rank_model
+from services.decode_worker.ranks.model import Batch, RankModel
 from tests.support.models import write_model
 from tests.support.native_faults import wrong
 

@@ -10,8 +10,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from precast.graphs.store import open_store
-from precast.graphs.v1 import graphs_service_pb2 as pb
+from precast.graphs.artifacts.store import open_store
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from tests.support.compile_worker import (
     FACTORS,
     Client,

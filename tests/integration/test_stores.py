@@ -14,8 +14,13 @@ import msgspec
 import pytest
 
 from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
-from precast.graphs import bucket, object_store
-from precast.graphs.store import MAX_NOTE_BYTES, ArtifactStore, GenerationExists, open_store
+from precast.graphs.artifacts import bucket, object_store
+from precast.graphs.artifacts.store import (
+    MAX_NOTE_BYTES,
+    ArtifactStore,
+    GenerationExists,
+    open_store,
+)
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
 from tests.support.compile_worker import ROOT, wait_until
 from tests.support.s3_server import S3Server, s3_server
@@ -234,8 +239,9 @@ def test_removed_artifact_is_gone_and_an_open_file_stays(opener: Opener, tmp_pat
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from precast.graphs import bucket, disk_store
-from precast.graphs.store import open_store
+from precast.graphs.artifacts import bucket
+from precast.graphs.artifacts import disk_store
+from precast.graphs.artifacts.store import open_store
 from tests.support.artifacts import *
 
 def stall(*_):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.graphs.disk_store import DiskStore
+from precast.graphs.artifacts.disk_store import DiskStore
 from precast.graphs.targets import lesser, runs
 from precast.ops.native import native_isa
+from precast.proto.decode.v1 import decode_service_pb2 as pb
 from tests.support.compile_worker import compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.graph_fleet import Fleet, ask

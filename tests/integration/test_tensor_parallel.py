@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from precast.ops.cpu import this_cpu
+from precast.system.cpu import this_cpu
 from tests.support.models import tensors, write_model
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1 import decode_service_pb2 as pb
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
-from precast.graphs.bucket import Bucket
-from precast.graphs.disk_store import DiskStore
-from precast.graphs.lifecycle import Lifecycle, encode_lifecycle
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.jobs import CaptureQueue
-from precast.registry import DecodeLease, LoadedGraphRecord, Registry
-from services.compile_worker.generations import Generations
+from precast.fleet.leases import DecodeLease, LoadedGraphRecord, Registry
+from precast.fleet.queue.queue import CaptureQueue
+from precast.graphs.artifacts.bucket import Bucket
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.versions import Lifecycle, encode_lifecycle
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from services.compile_worker.catalog.entry import Phase
+from services.compile_worker.catalog.index import GraphIndex
+from services.compile_worker.catalog.versions import Generations
 from services.compile_worker.graphs import Graphs
-from services.compile_worker.index import GraphIndex
+from services.compile_worker.maintenance.store import Upkeep
 from services.compile_worker.metrics import Metrics
-from services.compile_worker.record import Phase
-from services.compile_worker.upkeep import Upkeep
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed, trust
 from tests.support.compile_worker import (
     BUILD,

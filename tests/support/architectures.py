@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from precast.graphs.factors import rank_factors
-from precast.models.blocks import Paging, Shape
 from precast.models.config import load_config
 from precast.models.forward import gathered, hidden_states, logits
 from precast.models.kv_cache import LayerCache, new_cache
+from precast.models.layers import Paging, Shape
+from precast.models.load import Weights, load_weights
 from precast.models.precision import Precision
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
-from precast.models.weights import Weights, load_weights
 from precast.ops import native
 
 VOCABULARY = 160

@@ -6,9 +6,9 @@ from pathlib import Path
 from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from precast.graphs.artifact import Manifest, encode_manifest
+from precast.graphs.artifacts.manifest import Manifest, encode_manifest
+from precast.graphs.artifacts.signing import Signature, Signer, TrustedKeys
 from precast.graphs.key import graph_key
-from precast.graphs.signing import Signature, Signer, TrustedKeys
 from tests.support.compile_worker import BUILD, FACTORS
 
 

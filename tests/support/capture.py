@@ -18,7 +18,7 @@ def run_capture(
     factors: Mapping[str, str], out: Path, build_dir: Path = BUILD_DIR
 ) -> subprocess.CompletedProcess[str]:
     """One capture into ``out``, as the compile worker starts it."""
-    command = [sys.executable, "-m", "precast.graphs.capture", "--out", str(out)]
+    command = [sys.executable, "-m", "precast.graphs.capture.entry", "--out", str(out)]
     return subprocess.run(
         [*command, "--kept", str(build_dir)],
         input=json.dumps(dict(factors)),

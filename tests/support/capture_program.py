@@ -120,7 +120,7 @@ def differ(_: Path) -> int:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from precast.graphs.failure import FAILURE_FILE, FOLDER, TENSORS_FILE, Mismatch
+    from precast.graphs.capture.verify.failure import FAILURE_FILE, FOLDER, TENSORS_FILE, Mismatch
 
     mismatch = Mismatch(
         case="block edges",

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precast.graphs.disk_store import TEMPORARY, DiskStore
-from precast.graphs.signing import TrustedKeys
+from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
+from precast.graphs.artifacts.signing import TrustedKeys
 from tests.support.capture_program import factors_of
 from tests.support.chaos_stack import CALM_S, MODEL, TOKENS, Chaos, chaos
 from tests.support.compile_worker import starts, wait_until

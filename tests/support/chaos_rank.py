@@ -6,7 +6,7 @@
 import os
 from pathlib import Path
 
-from services.decode_worker import simulated_rank
+from tests.support import simulated_rank
 from tests.support.capture_program import factors_of
 from tests.support.compile_worker import FACTORS
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import grpc
 
-from precast.decode.v1 import decode_service_pb2 as decode_pb
-from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
-from precast.redis_server import start_redis
+from precast.proto.decode.v1 import decode_service_pb2 as decode_pb
+from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
+from precast.system.redis_server import start_redis
 from tests.support.capture import BUILD_DIR
 from tests.support.chaos_rank import set_factors
 from tests.support.compile_worker import ROOT, program, starts, wait_until
@@ -51,9 +51,9 @@ EMPTIED = 0.3
 """How likely a Redis starts again with nothing in it."""
 CALM_S = 120.0
 DECODE_WORKER = (
-    "import sys, json; from precast.settings import DecodeWorkerSettings, load_settings;"
+    "import sys, json; from precast.config.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.main import run;"
-    "from services.decode_worker.rank_launch import RankLauncher;"
+    "from services.decode_worker.ranks.launcher import RankLauncher;"
     "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
     "sys.exit(run(settings, RankLauncher('tests.support.chaos_rank')))"
 )

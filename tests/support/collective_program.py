@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from precast.ops.native import join_group
-from precast.shared_memory import new_segment_name
+from precast.system.shared_memory import new_segment_name
 
 TIMEOUT_S = 60.0
 NOTICED_S = 1.0

@@ -19,11 +19,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from precast.admin.v1 import admin_service_pb2_grpc as admin_grpc
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
-from precast.rpc import open_channel
-from precast.settings import CompileWorkerSettings, load_settings
+from precast.config.settings import CompileWorkerSettings, load_settings
+from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
+from precast.rpc.server import open_channel
 from services.compile_worker.main import CaptureProgram, run
 from tests.support.capture import BUILD_DIR
 from tests.support.ports import free_port

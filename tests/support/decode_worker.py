@@ -15,8 +15,8 @@ from typing import Any
 
 import grpc
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ import httpx
 import openai
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ class Stack:
             **settings,
         }
         code = (
-            "import sys, json; from precast.settings import GatewaySettings, load_settings;"
+            "import sys, json; from precast.config.settings import GatewaySettings, load_settings;"
             "from services.gateway.main import run;"
             "sys.exit(run(load_settings(GatewaySettings, **json.loads(sys.argv[1]))))"
         )

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
-from precast.admin.v1 import admin_service_pb2 as admin_pb
-from precast.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker, eventually
 from tests.support.models import write_model

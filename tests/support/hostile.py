@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from precast.graphs.v1 import graphs_service_pb2 as pb
-from precast.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
-from precast.rpc import Service, open_channel, start_server
+from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from precast.proto.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
+from precast.rpc.server import Service, open_channel, start_server
 from tests.support.artifacts import manifest_for, new_signer, signed
 
 GOOD, STRANGER = new_signer(), new_signer()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from precast.graphs.bundle import MAX_GRAPHS
+from precast.graphs.artifacts.bundle import MAX_GRAPHS
 
 
 def rewritten(

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from precast.decode.v1 import decode_service_pb2_grpc as pb_grpc
-from precast.registry import DecodeLease, Heartbeat, Registry
-from precast.rpc import Service, start_server
+from precast.fleet.leases import DecodeLease, Heartbeat, Registry
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.rpc.server import Service, start_server
 
 FAULTS: Final = {
     "!invalid": pb.ERROR_CODE_INVALID_ARGUMENT,

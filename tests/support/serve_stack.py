@@ -19,7 +19,7 @@ from tests.support.http_load import Load
 from tests.support.ports import free_port
 
 MODEL = "smollm2-135m-instruct"
-RANK = "services.decode_worker.rank"
+RANK = "services.decode_worker.ranks.process"
 STOP_DEADLINE_S = 30.0
 
 

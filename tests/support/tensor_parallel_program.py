@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from precast.models.precision import Precision
-from precast.process import die_with_parent
-from precast.shared_memory import new_segment_name
-from services.decode_worker import rank
-from services.decode_worker.rank_protocol import (
+from precast.system.process import die_with_parent
+from precast.system.shared_memory import new_segment_name
+from services.decode_worker.ranks import process as rank
+from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
     Init,
     Ready,

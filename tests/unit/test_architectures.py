@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from precast.models.config import ARCHITECTURES
-from precast.shared_memory import new_segment_name
+from precast.system.shared_memory import new_segment_name
 from tests.support.architectures import CONFIGS, SEQUENCES, forward, load, reference, write_model
 
 BOUND = 1e-4

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from precast.errors import ArtifactRejected, GraphNotFound
-from precast.graphs.bundle import write_bundle
-from precast.graphs.disk_store import DiskStore
-from precast.graphs.fetch import GraphCache
-from precast.graphs.lifecycle import Lifecycle, Verdict, encode_lifecycle
-from precast.graphs.transfer import import_into_cache, import_into_store, serving_artifacts
+from precast.graphs.artifacts.bundle import write_bundle
+from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.transfer import (
+    import_into_cache,
+    import_into_store,
+    serving_artifacts,
+)
+from precast.graphs.artifacts.versions import Lifecycle, Verdict, encode_lifecycle
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed, trust
 from tests.support.compile_worker import FACTORS
 

@@ -2,8 +2,13 @@
 
 from collections import Counter
 
-from services.decode_worker.capture_set import IDLE_WINDOWS, CaptureSet, Change, kept_sizes
-from services.decode_worker.traffic import MIN_STEPS, Traffic, Window
+from services.decode_worker.graphs.autotune.policy import (
+    IDLE_WINDOWS,
+    CaptureSet,
+    Change,
+    kept_sizes,
+)
+from services.decode_worker.graphs.autotune.stats import MIN_STEPS, Traffic, Window
 
 LINEAR = {1: 10.0, 4: 40.0, 8: 80.0, 64: 640.0}
 FLAT = {1: 10.0, 4: 40.0, 8: 40.1, 64: 640.0}

@@ -8,7 +8,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, UnsupportedArchitecture
-from precast.models.catalog import BrokenModel, ModelInfo, check_model, find_model, list_models
+from precast.models.importing.catalog import (
+    BrokenModel,
+    ModelInfo,
+    check_model,
+    find_model,
+    list_models,
+)
 from tests.support.models import config, tensors, write_model
 
 

@@ -16,11 +16,7 @@ from typer.testing import CliRunner
 from precast.cli import stack
 from precast.cli.main import app
 from precast.cli.options import settings_command
-from precast.errors import ConfigError
-from precast.graphs.disk_store import DiskStore
-from precast.graphs.signing import load_or_create_signer
-from precast.redis_server import RedisServer
-from precast.settings import (
+from precast.config.settings import (
     CommonSettings,
     CompileWorkerSettings,
     DecodeWorkerSettings,
@@ -28,6 +24,10 @@ from precast.settings import (
     ServeSettings,
     load_settings,
 )
+from precast.errors import ConfigError
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.signing import load_or_create_signer
+from precast.system.redis_server import RedisServer
 from tests.support.artifacts import graph_file, manifest_for, signed
 from tests.support.models import write_model
 from tests.support.ports import free_port

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from precast.ops import native
-from precast.shared_memory import FOLDER, new_segment_name
+from precast.system.shared_memory import FOLDER, new_segment_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def test_a_name_is_used_once() -> None:
 def test_a_dev_shm_that_is_too_small_is_a_clear_error() -> None:
     """In a mount namespace of its own, with a /dev/shm of 1 MiB."""
     program = (
-        "from precast.ops import native; from precast.shared_memory import *\n"
+        "from precast.ops import native; from precast.system.shared_memory import *\n"
         "try: native.join_group(new_segment_name(), 0, 2, 1.0)\n"
         "except RuntimeError as error: print(str(error).splitlines()[0])\n"
         "print(list(FOLDER.iterdir()))"

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from precast.errors import CaptureFailed
-from precast.graphs.bounds import KV_BOUNDS, LINEAR_BOUNDS, bound_of
-from precast.graphs.comparison import Outputs, compare
-from precast.graphs.failure import MAX_TENSOR_BYTES, Mismatch, read_mismatch
-from precast.job import new_job
+from precast.fleet.queue.job import new_job
+from precast.graphs.capture.verify.compare import Outputs, compare
+from precast.graphs.capture.verify.failure import MAX_TENSOR_BYTES, Mismatch, read_mismatch
+from precast.graphs.capture.verify.tolerances import KV_BOUNDS, LINEAR_BOUNDS, bound_of
 from precast.models.precision import KvDtype, Quantization, WeightDtype
 from services.compile_worker.failures import MAX_FAILURES_KEPT, Failures
 

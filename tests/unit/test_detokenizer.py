@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from services.decode_worker.detokenizer import Detokenizer
+from precast.tokenizer.detokenizer import Detokenizer
 
 PROMPT = "say:"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from precast import machine
-from precast.models.catalog import list_models
-from precast.ops.cpu import this_cpu
-from precast.settings import DecodeWorkerSettings, load_settings
+from precast import doctor as machine
+from precast.config.settings import DecodeWorkerSettings, load_settings
+from precast.models.importing.catalog import list_models
+from precast.system.cpu import this_cpu
 from tests.support.models import write_model
 
 ROOT = Path(__file__).parents[2]

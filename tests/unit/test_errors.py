@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from precast import errors
-from precast.rpc import status_of
+from precast.rpc.server import status_of
 
 KINDS = [
     kind

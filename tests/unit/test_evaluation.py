@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from precast.errors import ConfigError
-from precast.evaluation import TEXT, evaluate, windows
+from precast.evaluation.perplexity import TEXT, evaluate, windows
 from precast.models.precision import Precision
 from tests.support.models import write_model
 

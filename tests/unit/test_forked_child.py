@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from precast.process import ForkedChild
+from precast.system.process import ForkedChild
 from tests.support.decode_worker import eventually
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from services.gateway.errors import from_validation
-from services.gateway.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.errors import from_validation
+from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 
 COMPLETION = {"model": "m", "prompt": "p"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from precast.errors import InvalidRequest, ModelCorrupt
-from services.gateway.tokenizer import ModelTokenizer, TokenizerStore, load_tokenizer
+from precast.tokenizer.chat_template import ModelTokenizer, TokenizerStore, load_tokenizer
 from tests.support.gateway_stack import make_model_folder
 
 HI = [{"role": "user", "content": "hi"}]

@@ -6,12 +6,12 @@ from typing import cast
 
 import pytest
 
-from services.decode_worker import canary
-from services.decode_worker.graph_set import FIRST_REPLAYS, GraphSet
-from services.decode_worker.offers import Crash, Offer
-from services.decode_worker.rank_group import GroupFailed, RankGroup
-from services.decode_worker.rank_protocol import GraphLoaded, LoadGraph, Ready, Step
-from services.decode_worker.scheduler import ScheduledStep
+from services.decode_worker.engine.scheduler import ScheduledStep
+from services.decode_worker.graphs import shadow_trial as canary
+from services.decode_worker.graphs.candidates import Crash, Offer
+from services.decode_worker.graphs.manager import FIRST_REPLAYS, GraphSet
+from services.decode_worker.ranks.group import GroupFailed, RankGroup
+from services.decode_worker.ranks.protocol import GraphLoaded, LoadGraph, Ready, Step
 
 
 class Ranks:

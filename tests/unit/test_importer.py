@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, UnsupportedArchitecture
-from precast.models import gguf_conversion, importer
-from precast.models.importer import find_built_in, import_model
+from precast.models.importing import gguf as gguf_conversion
+from precast.models.importing import importer
+from precast.models.importing.importer import find_built_in, import_model
 from tests.support.models import write_model
 
 DEADLINE_S = 30.0
@@ -94,7 +95,7 @@ def test_a_killed_import_leaves_no_model_and_the_next_one_works(tmp_path: Path) 
     program = f"""
 import time
 from pathlib import Path
-from precast.models.importer import import_model
+from precast.models.importing.importer import import_model
 def report(stage):
     print(stage, flush=True)
     if stage == "checking":

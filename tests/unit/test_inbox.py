@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from precast.decode.v1 import decode_service_pb2 as pb
 from precast.errors import WorkerUnavailable
-from services.gateway.inbox import MAX_EVENTS, Inbox
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.routing.event_queue import MAX_EVENTS, Inbox
 
 FINISHED = pb.GenerationFinished(reason=pb.FINISH_REASON_STOP, completion_tokens=1)
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from precast.errors import UnsupportedSpec
-from precast.graphs import targets
+from precast.graphs.capture import compiler
 from precast.graphs.key import (
     KEY_LENGTH,
     SPEC_NAMES,
@@ -76,15 +76,15 @@ def other_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def other_flags(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    options = targets.inductor_options
-    patch.setattr(targets, "inductor_options", lambda isa: {**options(isa), "cpp.threads": 2})
+    options = compiler.inductor_options
+    patch.setattr(compiler, "inductor_options", lambda isa: {**options(isa), "cpp.threads": 2})
 
 
 OTHER_BUILDS = {"compiler": other_compiler, "flags": other_flags}
 
 
 def test_every_build_factor_has_a_sensitivity_test() -> None:
-    assert set(OTHER_BUILDS) == set(targets.build_factors())
+    assert set(OTHER_BUILDS) == set(compiler.build_factors())
     assert not set(OTHER_BUILDS) & SPEC_NAMES
 
 
@@ -92,9 +92,9 @@ def test_every_build_factor_has_a_sensitivity_test() -> None:
 def test_build_factor_changes_the_key(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    build = targets.build_factors()
+    build = compiler.build_factors()
     OTHER_BUILDS[name](monkeypatch, tmp_path)
-    other = targets.build_factors()
+    other = compiler.build_factors()
     assert list(explain(build, other)) == [name]
     assert graph_key(FACTORS, other) != graph_key(FACTORS, build)
     assert build_digest(other) != build_digest(build)
@@ -111,7 +111,7 @@ time.time = lambda: clock() + float(sys.argv[4])
 
 import torch
 from pathlib import Path
-from precast.graphs.targets import build_factors
+from precast.graphs.capture.compiler import build_factors
 from precast.graphs.factors import rank_factors
 from precast.graphs.key import graph_key
 from precast.models.config import load_config

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precast.graphs.lifecycle import (
+from precast.graphs.artifacts.versions import (
     MAX_MARKS,
     Lifecycle,
     Mark,

@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from precast import log
-from precast.settings import GatewaySettings, load_settings
+from precast.config.settings import GatewaySettings, load_settings
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from structlog.testing import capture_logs
 from torch import Tensor
 
 from precast.models.kv_cache import new_cache
-from precast.ops import numa
-from precast.ops.memory import CHUNK, Arena
-from precast.process import available_cpus
+from precast.system import numa
+from precast.system.memory import CHUNK, Arena
+from precast.system.process import available_cpus
 
 MAPS = Path("/proc/self/numa_maps")
 pytestmark = pytest.mark.skipif(not MAPS.exists(), reason="a kernel without NUMA")

@@ -2,8 +2,8 @@
 
 import asyncio
 
-from precast.decode.v1 import decode_service_pb2 as pb
-from services.decode_worker.outbox import MAX_UNREAD_ENDINGS, Outbox
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.response_buffer import MAX_UNREAD_ENDINGS, Outbox
 
 
 async def test_unread_deltas_of_a_request_are_merged_and_precede_its_end() -> None:

@@ -9,12 +9,11 @@ import torch
 from safetensors.numpy import save_file
 from torch.utils._pytree import tree_leaves
 
-from precast.models import packed_files
 from precast.models.config import load_config
+from precast.models.load import Weights, load_weights, packed_files
 from precast.models.precision import Precision
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
-from precast.models.weights import Weights, load_weights
 from tests.support.models import tensors, write_model
 
 

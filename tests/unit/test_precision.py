@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from precast.config.settings import DecodeWorkerSettings, load_settings
 from precast.models.config import load_config
 from precast.models.kv_cache import new_cache
 from precast.models.precision import KvDtype, cached_head_bytes
-from precast.settings import DecodeWorkerSettings, load_settings
 from services.decode_worker import main
 from tests.support.models import write_model
 

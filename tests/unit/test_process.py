@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.process import available_cpus, parse_cpus, pin
+from precast.system.process import available_cpus, parse_cpus, pin
 
 
 def is_running(pid: int) -> bool:
@@ -35,7 +35,7 @@ def start_parent(script: str) -> tuple[subprocess.Popen[bytes], int]:
 
 def test_a_bound_command_ends_when_its_parent_is_killed() -> None:
     parent, child = start_parent(
-        "import subprocess, time; from precast.process import bound_to_parent as b\n"
+        "import subprocess, time; from precast.system.process import bound_to_parent as b\n"
         "p = subprocess.Popen(b(['sleep', '600'])); print(p.pid, flush=True); time.sleep(600)"
     )
     # the shim becomes the command only after it has bound itself
@@ -51,7 +51,7 @@ def test_a_bound_command_ends_when_its_parent_is_killed() -> None:
 def test_a_child_whose_parent_is_gone_already_ends() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
-    script = f"import signal, precast.process as p; p.die_with_parent(parent={gone.pid})"
+    script = f"import signal, precast.system.process as p; p.die_with_parent(parent={gone.pid})"
     assert subprocess.run([sys.executable, "-c", script], timeout=20).returncode == -9
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from precast.errors import ConfigError
 from precast.models.kv_cache import LayerCache, new_cache, read_cache
 from precast.ops import providers
-from precast.ops.cpu import Cpu, parse_cpuinfo, this_cpu
 from precast.ops.native import ABI_VERSION
 from precast.ops.packing import Format, pack
 from precast.ops.providers import reference, sgl_kernel
 from precast.ops.providers.base import Choice, Needs
+from precast.system.cpu import Cpu, parse_cpuinfo, this_cpu
 
 UPSTREAM = Path(__file__).parents[1] / "support" / "upstream"
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from services.decode_worker.rank import WATCH_S, receive
-from services.decode_worker.rank_protocol import (
+from services.decode_worker.ranks.process import WATCH_S, receive
+from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
     DropGraph,

@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precast.graphs.lifecycle import Lifecycle, Verdict
-from precast.graphs.store import Holding
-from services.compile_worker.generations import Standing
-from services.compile_worker.retention import plan, surplus
+from precast.graphs.artifacts.store import Holding
+from precast.graphs.artifacts.versions import Lifecycle, Verdict
+from services.compile_worker.catalog.gc_policy import plan, surplus
+from services.compile_worker.catalog.versions import Standing
 
 Ages = Mapping[str, Mapping[int, float]]
 """When each generation of each key was used."""

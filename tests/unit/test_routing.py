@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.gateway.routing import Candidate, Load, choose
+from services.gateway.routing.policy import Candidate, Load, choose
 
 
 def candidate(worker_id: str, **values: int) -> Candidate:

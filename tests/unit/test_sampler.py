@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from services.decode_worker.rank_protocol import Sampling
-from services.decode_worker.sampler import is_likeliest, sample
+from services.decode_worker.ranks.protocol import Sampling
+from services.decode_worker.ranks.sampler import is_likeliest, sample
 
 
 def request(**changes: object) -> Sampling:

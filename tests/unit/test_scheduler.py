@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from precast.errors import ContextLengthExceeded, Overloaded
-from services.decode_worker.blocks import BlockPool, OutOfBlocks
-from services.decode_worker.scheduler import (
+from services.decode_worker.engine.kv_cache import BlockPool, OutOfBlocks
+from services.decode_worker.engine.scheduler import (
     FinishReason,
     SamplingSpec,
     ScheduledStep,

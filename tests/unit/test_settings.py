@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.errors import ConfigError
-from precast.settings import (
+from precast.config.settings import (
     SETTINGS,
     CommonSettings,
     CompileWorkerSettings,
@@ -17,6 +16,7 @@ from precast.settings import (
     describe,
     load_settings,
 )
+from precast.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

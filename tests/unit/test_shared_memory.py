@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 
-from precast.shared_memory import FOLDER, new_segment_name, remove_segment, sweep_segments
+from precast.system.shared_memory import FOLDER, new_segment_name, remove_segment, sweep_segments
 
 
 def test_segments_of_the_dead_go_and_those_of_the_living_stay() -> None:
     made = subprocess.run(
-        [sys.executable, "-c", "from precast.shared_memory import *; print(new_segment_name())"],
+        [
+            sys.executable,
+            "-c",
+            "from precast.system.shared_memory import *; print(new_segment_name())",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from precast.errors import ArtifactRejected, ConfigError
-from precast.graphs.signing import Signature, Signer, TrustedKeys, load_or_create_signer
+from precast.graphs.artifacts.signing import Signature, Signer, TrustedKeys, load_or_create_signer
 from tests.support.artifacts import new_signer, trust
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.decode_worker.step_cost import graph_for
+from services.decode_worker.graphs.cost import graph_for
 
 MEASURED = {1: 10.0, 8: 24.0, 64: 136.0}
 """On one line from 8 to 64: two more for each token."""

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from precast.errors import ArtifactRejected, GraphNotFound
-from precast.graphs.disk_store import QUARANTINE, DiskStore
-from precast.graphs.scratch import scratch_folder, sweep
+from precast.graphs.artifacts.disk_store import QUARANTINE, DiskStore
+from precast.system.scratch import scratch_folder, sweep
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
 
 SIGNER = new_signer()

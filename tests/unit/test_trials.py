@@ -4,14 +4,14 @@ from typing import cast
 
 import pytest
 
-from precast.registry import DecodeLease, LoadedGraphRecord, generation_of
-from services.compile_worker.canary import CanaryPolicy, objection
-from services.compile_worker.record import GraphRecord, Phase, Trial
-from services.decode_worker.canary import Assignment, Canary
-from services.decode_worker.graph_set import GraphSet
-from services.decode_worker.offers import Crash
-from services.decode_worker.rank_group import RankGroup
-from services.decode_worker.rank_protocol import Shadow
+from precast.fleet.leases import DecodeLease, LoadedGraphRecord, generation_of
+from services.compile_worker.catalog.entry import GraphRecord, Phase, Trial
+from services.compile_worker.rollout.canary import CanaryPolicy, objection
+from services.decode_worker.graphs.candidates import Crash
+from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.graphs.shadow_trial import Assignment, Canary
+from services.decode_worker.ranks.group import RankGroup
+from services.decode_worker.ranks.protocol import Shadow
 from tests.support.compile_worker import FACTORS
 from tests.unit.test_graph_set import Ranks, begin, offer, ready, settle
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from precast.errors import ArtifactRejected, ConfigError
-from precast.graphs.disk_store import DiskStore
-from precast.graphs.fetch import GraphCache
-from precast.graphs.signing import Signature, Signer, replace_signer, trust_key
-from precast.graphs.trust import SigningKey, TrustFolder
+from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.signing import Signature, Signer, replace_signer, trust_key
+from precast.graphs.artifacts.trust import SigningKey, TrustFolder
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
 from tests.support.compile_worker import FACTORS
 

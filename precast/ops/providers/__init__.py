@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from precast.errors import ConfigError
-from precast.ops.cpu import Cpu, this_cpu
 from precast.ops.providers import reference, sgl_kernel
 from precast.ops.providers.base import (
     NATIVE,
@@ -29,6 +28,7 @@ from precast.ops.providers.base import (
     Needs,
     Selection,
 )
+from precast.system.cpu import Cpu, this_cpu
 
 __all__ = [
     "OPERATORS",

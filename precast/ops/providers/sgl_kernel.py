@@ -13,10 +13,10 @@ from typing import Final
 
 import torch
 
-from precast.ops.cpu import Cpu
 from precast.ops.packing import Format
 from precast.ops.providers import sgl_adapters as adapters
 from precast.ops.providers.base import NATIVE, OPERATORS, Choice, Kernel, Needs, Selection
+from precast.system.cpu import Cpu
 
 NAME: Final = "sgl_kernel"
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,338 @@
+"""Settings of every service: flag over environment over file over default.
+
+* flags: keyword arguments of ``load_settings``; ``None`` means not given
+* environment: ``PRECAST_<NAME>``; an empty variable counts as not set
+* file: ``precast.toml`` in the working directory, or the one that ``PRECAST_CONFIG`` names. Common
+  settings stand at its top, those of one service in its table::
+
+      log_level = "debug"
+      [decode-worker]
+      model = "smollm2-135m-instruct"
+      batch_sizes = [1, 2, 4]
+
+A wrong value, or an unknown key in the file, raises ``ConfigError`` with one line.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from precast.config.sources import ENV_PREFIX, FileSource, describe_error, read_file, source_of
+from precast.config.types import (
+    AbsolutePath,
+    Address,
+    BatchSizes,
+    Buckets,
+    Cores,
+    Count,
+    Names,
+    Port,
+    RedisUrl,
+    Seconds,
+    StoreUrl,
+    reachable,
+)
+from precast.errors import ConfigError
+from precast.models.precision import (
+    KvDtype,
+    Precision,
+    Quantization,
+    WeightDtype,
+    default_head_quantization,
+    default_kv_dtype,
+)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class CommonSettings(BaseSettings):
+    """What every service has."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,  # they are the flags' help
+    )
+    section: ClassVar[str] = ""
+    """This service's table in the settings file."""
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    home: AbsolutePath = Path("~/.precast")
+    """Folder that holds models, artifacts, keys and logs."""
+    redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, FileSource(settings_cls, _file_values(cls))
+
+
+class GatewaySettings(CommonSettings):
+    """``precast gateway``: HTTP in front of the decode workers."""
+
+    section: ClassVar[str] = "gateway"
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
+    request_timeout_s: Seconds = 600.0
+    """Longest that one request may take, queueing included."""
+    max_body_bytes: Count = 8 << 20
+    max_in_flight: Count = 1024
+    """Requests in the gateway at once; more are answered with 429."""
+    worker_refresh_s: Seconds = 0.5
+    """How often the list of live workers is read."""
+    drain_timeout_s: Seconds = 30.0
+    """How long running requests may go on after a stop was asked for."""
+
+
+class CompileWorkerSettings(CommonSettings):
+    """``precast compile-worker``: captures graphs and hands them out."""
+
+    section: ClassVar[str] = "compile-worker"
+
+    listen: Address = "127.0.0.1:7100"
+    advertise: Address = Field(default_factory=lambda data: reachable(data["listen"]))
+    """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
+    metrics_port: Port = 0
+    """Prometheus metrics over HTTP; 0: none."""
+    store_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "store")
+    """Folder of the artifacts, or of copies where ``store_url`` says that they are elsewhere."""
+    store_url: StoreUrl | None = None
+    """s3://bucket/prefix to keep artifacts there; none: in ``store_dir``."""
+    store_max_mb: Count = 8192
+    """Most that artifacts may take; what nobody runs goes first."""
+    scrub_interval_s: Seconds = 21_600.0
+    """How often every artifact is read back and compared with its signature."""
+    signing_key: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "keys" / "signing.key"
+    )
+    """Ed25519 private key; made on the first start."""
+    trusted_keys_dir: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "keys" / "trusted"
+    )
+    """Folder where the public half of ``signing_key`` is put for decode workers."""
+    build_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "build")
+    """What captures share: headers and compiled parts. To be trusted like the signing key."""
+    capture_timeout_s: Seconds = 300.0
+    """Longest that one capture may take before it is killed."""
+    capture_memory_mb: Count = 4096
+    """Resident memory of one capture, its compilers included."""
+    capture_nice: int = Field(default=10, ge=0, le=19)
+    """Added to a capture's niceness: decode workers on the same machine come first."""
+    capture_cpus: Cores = ()
+    """CPU ids that captures may use; empty: all that the process may."""
+    parallel_captures: Count = 1
+    max_queued: Count = 1024
+    canary_steps: int = Field(default=32, ge=0, le=10_000)
+    """Steps in which one worker compares a new generation with the serving one before all take it
+    up; 0: none."""
+    canary_live_s: float = Field(default=20.0, ge=0.0, le=3600.0)
+    """Seconds in which these are steps of requests; what is missing then is made up."""
+    canary_max_slowdown: float = Field(default=0.25, ge=0.0)
+    """Most that a new generation's step may take longer: 0.25 is a quarter."""
+    isa_targets: Names = ()
+    """Instruction sets to build for; empty: whichever a decode worker asks for."""
+
+
+class DecodeWorkerSettings(CommonSettings):
+    """``precast decode-worker``: a model replica, or several, with a process for each
+    tensor-parallel rank."""
+
+    section: ClassVar[str] = "decode-worker"
+
+    listen: Address = "127.0.0.1:7200"
+    advertise: Address = Field(default_factory=lambda data: reachable(data["listen"]))
+    """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
+    models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
+    model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of a folder in ``models_dir``."""
+    weight_dtype: WeightDtype = "fp32"
+    """Of the embedding table, and of linears that are not quantised."""
+    quantization: Quantization = "none"
+    """Of the layers' linears: int8 (a scale for each channel), or GGUF's q8_0, q4_0 and q4_1."""
+    head_quantization: Quantization = Field(
+        default_factory=lambda data: default_head_quantization(data["quantization"])
+    )
+    """Of the output projection; as the layers', but q8_0 where they have 4 bits."""
+    kv_dtype: KvDtype = Field(
+        default_factory=lambda data: default_kv_dtype(data["weight_dtype"], data["quantization"])
+    )
+    """Of the KV cache; bf16, but fp32 where the weights are."""
+    tp: int = Field(default=1, ge=1, le=64)
+    """Tensor-parallel ranks."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Workers to run in one start, on ports that follow each other; the cores are dealt out."""
+    cores: Cores = ()
+    """CPU ids, dealt out to replicas and ranks in order; empty: all that the process may use."""
+    batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
+    """Sequences in a decode step to have graphs for."""
+    prefill_buckets: Buckets = (16, 64, 256)
+    """Tokens in a step with prompts in it to have graphs for; empty: such steps run eagerly where
+    no batch size fits them."""
+    adapt_graphs: bool = True
+    """Have graphs for further sizes of decode steps where traffic shows that they pay, and drop
+    those that it never uses."""
+    max_graphs: Count = 16
+    """Most sizes to have graphs for after adaptation."""
+    adapt_interval_s: Seconds = 60.0
+    """How often traffic is looked at; what has fewer than 500 steps is added to the next look."""
+    max_batch_size: Count = Field(default_factory=lambda data: max(data["batch_sizes"]))
+    max_context_length: Count | None = None
+    """Tokens of a sequence; none: the model's own."""
+    kv_blocks: Count | None = None
+    """Blocks of the KV cache; none: as many as a full batch of full contexts may need, capped."""
+    block_size: int = Field(default=32, ge=16, le=256, multiple_of=16)
+    """Tokens of a KV block."""
+    max_waiting: Count = 256
+    """Requests in the queue; more are refused as overloaded."""
+    prefill_chunk: Count = 256
+    """Most tokens of a step with prompts in it."""
+    trusted_keys_dir: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "keys" / "trusted"
+    )
+    """Public keys whose artifacts may be loaded."""
+    allow_unsigned_graphs: bool = False
+    """For development: load graphs that no trusted key has signed. Whoever can reach this worker's
+    compile worker or cache can then have any code run."""
+    cache_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "graphs")
+    packed_dir: AbsolutePath = Field(
+        default_factory=lambda data: data["home"] / "cache" / "weights"
+    )
+    """Where weights are kept as they were quantised and packed."""
+    wait_for_graphs: bool = False
+    """Become ready only once every batch size has its graph."""
+    compile_address: Address | None = None
+    """The compile worker; none: whichever has a lease."""
+    kernel_provider: Literal["native", "reference", "sgl_kernel"] = "native"
+    """Who implements the operators; what it can't serve falls to native. reference: plain torch."""
+    metrics_port: Port = 0
+    """Prometheus metrics over HTTP; 0: none."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_batch_size < max(self.batch_sizes):
+            raise ValueError(
+                f"max_batch_size = {self.max_batch_size} is less than the largest of "
+                f"batch_sizes = {','.join(map(str, self.batch_sizes))}"
+            )
+        ranks = self.tp * self.replicas
+        if self.cores and len(self.cores) < ranks:
+            what = f"tp = {self.tp}" if self.replicas == 1 else f"{ranks} ranks"
+            raise ValueError(f"cores names {len(self.cores)} CPUs, too few for {what}")
+        return self
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Tokens of a step to have graphs for."""
+        return tuple(sorted({*self.batch_sizes, *self.prefill_buckets}))
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(
+            weight_dtype=self.weight_dtype,
+            quantization=self.quantization,
+            head_quantization=self.head_quantization,
+            kv_dtype=self.kv_dtype,
+        )
+
+    @property
+    def model_dir(self) -> Path:
+        return self.models_dir / self.model
+
+
+class ServeSettings(CommonSettings):
+    """``precast serve``: every service on this machine."""
+
+    section: ClassVar[str] = "serve"
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    weight_dtype: WeightDtype = "fp32"
+    quantization: Quantization = "q4_1"
+    head_quantization: Quantization = Field(
+        default_factory=lambda data: default_head_quantization(data["quantization"])
+    )
+    kv_dtype: KvDtype = Field(
+        default_factory=lambda data: default_kv_dtype(data["weight_dtype"], data["quantization"])
+    )
+    tp: int = Field(default=1, ge=1, le=64)
+    cores: Cores = ()
+    batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
+    prefill_buckets: Buckets = (16, 64, 256)
+    max_context_length: Count | None = None
+    compile_port: Port = 7100
+    decode_port: Port = 7200
+
+
+SETTINGS: tuple[type[CommonSettings], ...] = (
+    GatewaySettings,
+    CompileWorkerSettings,
+    DecodeWorkerSettings,
+    ServeSettings,
+)
+"""Every class that has a table in the settings file."""
+
+_PASSWORD = re.compile(r"^(\w+://[^@/]*:)[^@/]*@")
+_S = TypeVar("_S", bound=CommonSettings)
+
+
+class SettingRow(NamedTuple):
+    """One setting as printed at a start."""
+
+    name: str
+    value: str
+    source: str
+
+
+def load_settings(cls: type[_S], **flags: Any) -> _S:
+    """Settings of one service out of flags, environment, file and defaults.
+
+    Flags that are ``None`` count as not given. Raises ``ConfigError`` with one line that names each
+    wrong setting, its value and where the value came from.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    unknown = sorted(set(given) - set(cls.model_fields))
+    if unknown:
+        raise ConfigError(f"{unknown[0]} = {given[unknown[0]]!r} (flag): unknown setting")
+    file_values = _file_values(cls)
+    try:
+        settings = cls(**given)
+    except ValidationError as error:
+        raise ConfigError(describe_error(error, given, file_values)) from None
+    for name in cls.model_fields:
+        settings._sources[name] = source_of(name, given, file_values)
+    return settings
+
+
+def describe(settings: CommonSettings) -> list[SettingRow]:
+    """Every setting with its value and source, to print at a start."""
+    return [
+        SettingRow(name, _shown(getattr(settings, name)), settings._sources.get(name, "flag"))
+        for name in type(settings).model_fields
+    ]
+
+
+def _file_values(cls: type[CommonSettings]) -> dict[str, Any]:
+    sections = {kind.section: set(kind.model_fields) for kind in SETTINGS}
+    return read_file(cls.section, sections, set(CommonSettings.model_fields))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else _PASSWORD.sub(r"\1***@", str(value))

@@ -1,0 +1,93 @@
+"""Types of settings that flags and environment give as text and a file may give as lists."""
+
+import socket
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import NoDecode
+
+from precast.system.process import parse_cpus
+
+
+def absolute(path: Path) -> Path:
+    """With ``~`` expanded, relative to the working directory of the start."""
+    try:
+        return path.expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # no home folder is known, or a loop of links
+        raise ValueError(str(error)) from None
+
+
+def _split(value: object) -> object:
+    """``"1, 2"`` to ``["1", "2"]``; anything else as it is."""
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _cores(value: object) -> object:
+    return parse_cpus(value) if isinstance(value, str) and value.strip() else _split(value)
+
+
+MAX_BUCKET = 8192
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes:
+        raise ValueError("must be different sizes of at least 1")
+    return _buckets(sizes)
+
+
+def _buckets(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if sizes and (min(sizes) < 1 or len(set(sizes)) != len(sizes)):
+        raise ValueError("must be different sizes of at least 1")
+    if sizes and max(sizes) > MAX_BUCKET:
+        raise ValueError(f"must be sizes of at most {MAX_BUCKET}")
+    return tuple(sorted(sizes))
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be host:port")
+    return value
+
+
+def reachable(listen: str) -> str:
+    """The address under which others reach a server that listens at ``listen``."""
+    host, _, port = listen.rpartition(":")
+    wildcard = host in ("0.0.0.0", "[::]", "*")
+    return f"{socket.gethostname()}:{port}" if wildcard else listen
+
+
+def _redis_url(value: str) -> str:
+    if not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+def _store_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme != "s3" or not parts.netloc or "@" in parts.netloc or parts.query:
+        raise ValueError("must be s3://bucket or s3://bucket/prefix")
+    return value.rstrip("/")
+
+
+# NoDecode: pydantic-settings would otherwise want JSON in an environment variable.
+BatchSizes = Annotated[
+    tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_ascending)
+]
+Buckets = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split), AfterValidator(_buckets)]
+"""Like ``BatchSizes``, but there may be none."""
+Cores = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_cores)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Address = Annotated[str, AfterValidator(_address)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+StoreUrl = Annotated[str, AfterValidator(_store_url)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Count = Annotated[int, Field(ge=1)]

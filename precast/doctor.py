@@ -1,0 +1,236 @@
+"""Whether this machine can serve: findings about its hardware, its software and its surroundings.
+
+Each finding is ``ok``, a ``warning`` (it serves, but slower, or not everything) or a ``problem``
+(it can't serve). Nothing is changed and nothing is left behind.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final, Literal
+
+import psutil
+
+from precast.config.settings import DecodeWorkerSettings
+from precast.errors import PrecastError
+from precast.models.importing.catalog import BrokenModel, list_models
+from precast.system.cpu import this_cpu
+from precast.system.process import available_cpus
+from precast.system.shared_memory import FOLDER
+
+State = Literal["ok", "warning", "problem"]
+_GROUP_BYTES_A_RANK: Final = 2 << 20
+_ROOMY_SHM: Final = 64 << 20
+_BANDWIDTH_BYTES: Final = 256 << 20
+_BANDWIDTH_S: Final = 1.0
+_REDIS_TIMEOUT_S: Final = 1.0
+_HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_NODES: Final = Path("/sys/devices/system/node")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    name: str
+    state: State
+    detail: str
+    """What was found, and what to do about it where that is something."""
+
+
+def examine(settings: DecodeWorkerSettings) -> Iterator[Finding]:
+    """Every finding, as it is made; takes about two seconds, one of them for the memory."""
+    checks: list[Callable[[DecodeWorkerSettings], Finding]] = [
+        _cpu,
+        _numa,
+        _memory,
+        _huge_pages,
+        _shared_memory,
+        _torch,
+        _kernels,
+        _compiler,
+        _redis,
+    ]
+    for check in checks:
+        yield check(settings)
+    yield from _models(settings)
+    if not _native_problem():
+        yield _bandwidth()
+        yield from _providers(settings)
+
+
+def _cpu(settings: DecodeWorkerSettings) -> Finding:
+    cpu, cores = this_cpu(), available_cpus()
+    extras = [name for name, there in (("AVX-512", cpu.avx512), ("AMX", cpu.amx)) if there]
+    found = f"{cpu.model}, {len(cores)} cores of {os.cpu_count()}"
+    missing = sorted(set(settings.cores) - set(cores))
+    if missing:
+        return _finding("cpu", "problem", f"{found}; cores: {missing[0]} is not one of them")
+    if not {"avx2", "fma"} <= cpu.flags:
+        return _finding("cpu", "warning", f"{found}; no AVX2: kernels will be slow")
+    if len(cores) < settings.tp:
+        return _finding("cpu", "warning", f"{found}: too few for tp = {settings.tp}")
+    return _finding("cpu", "ok", ", ".join([found, "AVX2", *extras]))
+
+
+def _numa(settings: DecodeWorkerSettings) -> Finding:
+    nodes = sorted(path.name for path in _NODES.glob("node[0-9]*")) or ["node0"]
+    if len(nodes) > settings.tp:
+        advice = f"{len(nodes)} nodes: tp = {len(nodes)} keeps each rank's weights on its own"
+        return _finding("numa", "warning", advice)
+    return _finding("numa", "ok", f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}")
+
+
+def _memory(settings: DecodeWorkerSettings) -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available >> 20} MiB available of {memory.total >> 20}"
+    return _finding("memory", "warning" if memory.available < 1 << 30 else "ok", found)
+
+
+def _huge_pages(settings: DecodeWorkerSettings) -> Finding:
+    try:
+        chosen = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
+    except OSError:
+        chosen = None
+    value = chosen[1] if chosen else "not there"
+    if value in ("always", "madvise"):
+        return _finding("huge pages", "ok", value)
+    return _finding("huge pages", "warning", f"{value}: weights are read about a third slower")
+
+
+def _shared_memory(settings: DecodeWorkerSettings) -> Finding:
+    needed = settings.tp * _GROUP_BYTES_A_RANK + (1 << 20) if settings.tp > 1 else 0
+    try:
+        usage = shutil.disk_usage(FOLDER)
+    except OSError as error:
+        return _finding("shared memory", "problem" if needed else "warning", str(error))
+    found = f"{usage.free >> 20} MiB free of {usage.total >> 20} in {FOLDER}"
+    if usage.free < needed:
+        return _finding(
+            "shared memory", "problem", f"{found}: tp = {settings.tp} needs {needed >> 20} MiB"
+        )
+    return _finding("shared memory", "ok" if usage.free >= _ROOMY_SHM else "warning", found)
+
+
+def _torch(settings: DecodeWorkerSettings) -> Finding:
+    try:
+        return _finding("torch", "ok", version("torch"))
+    except PackageNotFoundError:
+        return _finding("torch", "problem", "not installed")
+
+
+def _native_problem() -> str:
+    """Why our kernels can't be used; empty if they can."""
+    try:
+        from precast.ops import native
+
+        native.native_isa()
+    except (PrecastError, ImportError, OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _kernels(settings: DecodeWorkerSettings) -> Finding:
+    if problem := _native_problem():
+        return _finding("native kernels", "problem", problem)
+    from precast.ops.native import native_isa
+
+    return _finding("native kernels", "ok", native_isa())
+
+
+def _compiler(settings: DecodeWorkerSettings) -> Finding:
+    name = os.environ.get("CXX", "g++")
+    try:
+        done = subprocess.run(
+            [name, "-dumpfullversion"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return _finding(
+            "compiler", "warning", f"no {name}: decode workers need none, compile workers do"
+        )
+    return _finding("compiler", "ok", f"{name} {done.stdout.strip()}")
+
+
+def _redis(settings: DecodeWorkerSettings) -> Finding:
+    import redis
+
+    host = settings.redis_url.rpartition("@")[2].removeprefix("redis://")
+    try:
+        client = redis.Redis.from_url(
+            settings.redis_url,
+            socket_timeout=_REDIS_TIMEOUT_S,
+            socket_connect_timeout=_REDIS_TIMEOUT_S,
+        )
+        with client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return _finding("redis", "warning", f"{host}: {reason}; precast serve starts its own")
+    return _finding("redis", "ok", host)
+
+
+def _models(settings: DecodeWorkerSettings) -> Iterator[Finding]:
+    found = list_models(settings.models_dir)
+    if not found:
+        advice = f"none in {settings.models_dir}; `precast models import` adds one"
+        yield _finding("model", "warning", advice)
+    for model in found:
+        if isinstance(model, BrokenModel):
+            yield _finding(f"model {model.name}", "warning", f"can't be served: {model.problem}")
+        else:
+            size = f"{model.parameters / 1e6:.0f}M parameters, {model.size_bytes >> 20} MiB"
+            yield _finding(f"model {model.name}", "ok", f"{model.architecture}, {size}")
+
+
+def _bandwidth() -> Finding:
+    """Reads memory with a thread on each core for about a second."""
+    import torch
+
+    from precast.ops import native
+    from precast.system.memory import Arena
+
+    native.start_threads(available_cpus())
+    data = Arena().empty((_BANDWIDTH_BYTES,)).view(torch.int64).fill_(1)
+    fastest, end = float("inf"), time.perf_counter() + _BANDWIDTH_S
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        torch.ops.precast.read_memory(data)
+        fastest = min(fastest, time.perf_counter() - started)
+    return _finding("memory bandwidth", "ok", f"{_BANDWIDTH_BYTES / fastest / 1e9:.1f} GB/s read")
+
+
+def _providers(settings: DecodeWorkerSettings) -> Iterator[Finding]:
+    """Who would serve each operator of the model that is set, and why not who was asked for."""
+    from precast.ops import providers
+    from precast.ops.packing import Format
+
+    formats = (settings.quantization, settings.head_quantization)
+    plain = settings.weight_dtype
+    needs = providers.Needs(
+        weight_dtype=plain,
+        formats=frozenset(Format[(plain if f == "none" else f).upper()] for f in formats),
+        kv_dtype=settings.kv_dtype,
+        head_dim=_head_dim(settings),
+    )
+    selection = providers.select(settings.kernel_provider, needs)
+    for name, text in providers.described(selection).items():
+        state: State = "warning" if selection.choices[name].reason else "ok"
+        yield _finding(f"operator {name}", state, text)
+    yield _finding("operator collectives", "ok", "native")
+
+
+def _head_dim(settings: DecodeWorkerSettings) -> int:
+    from precast.models.config import load_config
+
+    try:
+        return load_config(settings.model_dir).head_dim
+    except PrecastError:
+        return 64  # most models'
+
+
+def _finding(name: str, state: State, detail: str) -> Finding:
+    return Finding(name=name, state=state, detail=detail)

@@ -1,0 +1,1 @@
+"""What quantisation costs a model."""

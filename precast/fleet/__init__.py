@@ -1,0 +1,1 @@
+"""What the processes of a fleet know of each other, through Redis."""

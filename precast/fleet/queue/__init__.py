@@ -1,0 +1,1 @@
+"""The queue of captures: single-flight jobs in a Redis stream."""

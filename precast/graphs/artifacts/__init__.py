@@ -1,0 +1,1 @@
+"""Graphs as signed artifacts: manifests, trust, stores, caches, bundles."""

@@ -1,0 +1,1 @@
+"""Makes graphs: export, code generation, build, verification. Nothing that serves imports this."""

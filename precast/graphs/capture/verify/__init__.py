@@ -1,0 +1,1 @@
+"""Compares a captured graph with eager steps."""

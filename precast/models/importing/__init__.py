@@ -1,0 +1,1 @@
+"""Models into the home folder: the catalog, and what can be imported."""

@@ -1,0 +1,57 @@
+"""A checkpoint's tensors: which files a folder has, and each tensor by its name."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from safetensors import safe_open
+
+from precast.errors import ModelCorrupt
+
+if TYPE_CHECKING:
+    from torch import Tensor  # headers are read without it
+
+_INDEX: Final = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those of its index if it has one. Raises ``ModelCorrupt``."""
+    index = folder / _INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelCorrupt(f"{folder}: no .safetensors file")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelCorrupt(f"{index}: not an index of safetensors files") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelCorrupt(f"{folder}: {name} is missing, but {_INDEX} names it")
+    return [folder / name for name in names]
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, by name.
+
+    Each is mapped for as long as it is used: pages of an open file count as the process's memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    def get(self, name: str, shape: tuple[int, ...]) -> "Tensor":
+        if name not in self._files:
+            raise ModelCorrupt(f"{self._folder}: tensor {name} is missing")
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelCorrupt(
+                f"{self._folder}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}"
+            )
+        return tensor

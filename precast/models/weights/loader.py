@@ -1,0 +1,252 @@
+"""Reads a layer's weights out of a checkpoint, cut for one rank and packed for the kernels.
+
+Architectures say which tensors they have in these terms, once: the same words load a checkpoint and
+make the random weights that a capture is verified with (``Source``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from precast.models.config import ModelConfig
+from precast.models.layers import (
+    AttentionWeights,
+    DecoderWeights,
+    ExpertWeights,
+    Linear,
+    MlpWeights,
+)
+from precast.models.shape import ModelShape, O_co
+from precast.models.sharding import Shard
+from precast.ops import providers
+from precast.ops.packing import Format, pack_into, packed_size
+from precast.system.memory import Arena
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The whole tensor. Raises ModelCorrupt if it is missing or of another shape."""
+
+
+class Part(NamedTuple):
+    """A rank's share of rows or columns, and how many there are over all ranks."""
+
+    start: int
+    stop: int
+    total: int
+
+    def __mul__(self, size: int) -> "Part":  # type: ignore[override]
+        """The share in units that ``size`` of make one of these."""
+        return Part(self.start * size, self.stop * size, self.total * size)
+
+
+class Cut(NamedTuple):
+    """A rank's share of a model's layers."""
+
+    q_heads: Part
+    kv_heads: Part
+    mlp: Part
+    experts: Part
+
+
+def cut_of(config: ModelConfig, shard: Shard) -> Cut:
+    def part(share: range, total: int) -> Part:
+        return Part(share.start, share.stop, total)
+
+    return Cut(
+        part(shard.q_heads, config.q_heads),
+        part(shard.kv_heads, config.kv_heads),
+        part(shard.mlp, config.intermediate_size),
+        part(shard.experts, config.expert_size),
+    )
+
+
+class Rows(NamedTuple):
+    """Some rows of a matrix that has ``total``."""
+
+    name: str
+    """Of the module: without ".weight"."""
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader(Generic[O_co]):
+    source: Source
+    shape: ModelShape[O_co]
+    cut: Cut
+    arena: Arena
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Linears that were packed before, by name."""
+    packed: dict[str, Tensor] = field(default_factory=dict)
+    """Those that this loader has given out."""
+
+    def norm(self, name: str, size: int | None = None) -> Tensor:
+        """float32 [size], by default [H]."""
+        return self.source.get(f"{name}.weight", (size or self.shape.hidden_size,)).float()
+
+    def decoder(
+        self,
+        prefix: str,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norms: bool = False,
+        mlp_bias: bool = False,
+    ) -> DecoderWeights:
+        """A layer by the names that most architectures use."""
+        return DecoderWeights(
+            attention_norm=self.norm(f"{prefix}input_layernorm"),
+            attention=self.attention(
+                f"{prefix}self_attn.",
+                qkv_bias=qkv_bias,
+                output_bias=output_bias,
+                qk_norms=qk_norms,
+            ),
+            mlp_norm=self.norm(f"{prefix}post_attention_layernorm"),
+            mlp=self.mlp(f"{prefix}mlp.", bias=mlp_bias),
+        )
+
+    def attention(
+        self,
+        prefix: str,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norms: bool = False,
+    ) -> AttentionWeights:
+        """``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps ``q_norm`` and ``k_norm``."""
+        dim = self.shape.head_dim
+        names = (f"{prefix}{name}_norm" for name in ("q", "k")) if qk_norms else ()
+        q, kv = self.cut.q_heads * dim, self.cut.kv_heads * dim
+        parts = [
+            Rows(f"{prefix}{name}_proj", *cut) for name, cut in zip("qkv", (q, kv, kv), strict=True)
+        ]
+        return AttentionWeights(
+            qkv=self.rows(parts, qkv_bias),
+            output=self.columns(f"{prefix}o_proj", q, output_bias),
+            qk_norms=[self.norm(name, dim) for name in names],
+        )
+
+    def mlp(self, prefix: str, *, bias: bool = False) -> MlpWeights:
+        """``gate_proj``, ``up_proj`` and ``down_proj``."""
+        gate_up = [Rows(f"{prefix}{name}_proj", *self.cut.mlp) for name in ("gate", "up")]
+        return MlpWeights(
+            gate_up=self.rows(gate_up, bias),
+            down=self.columns(f"{prefix}down_proj", self.cut.mlp, bias),
+        )
+
+    def experts(self, prefix: str, count: int) -> ExpertWeights:
+        """The router ``gate`` and, for each expert, what ``mlp`` reads."""
+        hidden, cut = self.shape.hidden_size, self.cut.experts
+
+        def share(expert: int, name: str) -> Tensor:
+            weight = self.source.get(
+                f"{prefix}experts.{expert}.{name}_proj.weight", (cut.total, hidden)
+            )
+            return weight[cut.start : cut.stop]
+
+        def down(expert: int) -> Tensor:
+            name = f"{prefix}experts.{expert}.down_proj.weight"
+            return self.source.get(name, (hidden, cut.total))[:, cut.start : cut.stop]
+
+        def gate_up(expert: int) -> Tensor:
+            return torch.cat([share(expert, "gate"), share(expert, "up")])
+
+        router = f"{prefix}gate"
+        return ExpertWeights(
+            router=self.linear(
+                router,
+                lambda: self.source.get(f"{router}.weight", (count, hidden)),
+                fmt=self.shape.format_of("none"),
+            ),
+            gate_up=self._stack(f"{prefix}experts.gate_up", count, gate_up),
+            down=self._stack(f"{prefix}experts.down", count, down),
+        )
+
+    def _stack(self, name: str, count: int, weight: Callable[[int], Tensor]) -> Tensor:
+        """``count`` packed linears in one tensor, packed now unless they are kept."""
+        if name in self.kept:
+            packed = self.arena.copy(self.kept[name])
+        else:
+            fmt = self.shape.linear_format
+            first = weight(0)
+            size = packed_size(first.shape[0], first.shape[1], fmt)
+            packed = self.arena.empty((count, *size))
+            for index in range(count):
+                pack_into(packed[index], first if index == 0 else weight(index), fmt)
+        self.packed[name] = packed
+        return packed
+
+    def rows(self, parts: Sequence[Rows], bias: bool = False) -> Linear:
+        """One linear of rows of several matrices, one below the other."""
+        hidden = self.shape.hidden_size
+
+        def weight() -> Tensor:
+            shares = [
+                self.source.get(f"{part.name}.weight", (part.total, hidden))[part.start : part.stop]
+                for part in parts
+            ]
+            return shares[0] if len(shares) == 1 else torch.cat(shares)
+
+        added = [
+            self.source.get(f"{part.name}.bias", (part.total,))[part.start : part.stop]
+            for part in parts
+            if bias
+        ]
+        return self.linear(parts[0].name, weight, torch.cat(added) if added else None)
+
+    def columns(self, name: str, part: Part, bias: bool = False) -> Linear:
+        """A linear of this rank's columns. Ranks' results are summed: the first adds the bias."""
+        hidden = self.shape.hidden_size
+
+        def weight() -> Tensor:
+            whole = self.source.get(f"{name}.weight", (hidden, part.total))
+            return whole[:, part.start : part.stop]
+
+        added = self.source.get(f"{name}.bias", (hidden,)) if bias else None
+        if added is not None and part.start > 0:
+            added = torch.zeros_like(added)
+        return self.linear(name, weight, added)
+
+    def linear(
+        self,
+        name: str,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None = None,
+        fmt: Format | None = None,
+        pack: "Packer | None" = None,
+    ) -> Linear:
+        """A linear of [N, K] weights, packed now unless it is kept; ``fmt``: the layers' if None;
+        ``pack``: ``pack_in`` if None."""
+        if name in self.kept:
+            packed = self.arena.copy(self.kept[name])
+        else:
+            fmt = self.shape.linear_format if fmt is None else fmt
+            packed = (pack or pack_in)(self.arena, weight(), fmt)
+        self.packed[name] = packed
+        return [packed] if bias is None else [packed, self.arena.copy(bias.float())]
+
+
+def head_norm(load: Loader[O_co]) -> Tensor:
+    return load.norm("model.norm")
+
+
+Packer = Callable[[Arena, Tensor, Format], Tensor]
+
+
+def pack_in(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
+    """A linear's [N, K] weights packed in the arena's memory, as the kernel provider wants them."""
+    custom = providers.active().pack
+    return arena.copy(custom(weight, fmt)) if custom else pack_table(arena, weight, fmt)
+
+
+def pack_table(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
+    """An embedding table [V, H] packed in the arena's memory."""
+    return pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)

@@ -1,0 +1,1 @@
+"""Generated code: change protos/ and run `make protos`."""

@@ -1,0 +1,1 @@
+"""The machine: CPU, memory, NUMA, processes, shared memory, and the embedded Redis."""

@@ -1,0 +1,1 @@
+"""What has been captured: entries, their index in Redis, versions."""

@@ -1,0 +1,299 @@
+"""Which generation of a graph serves: decisions by workers' reports, canaries and operators.
+
+A decision is written beside the artifacts in the store first, then told through the index. Every
+compile worker brings together what store and index know (``lifecycle.py``), so that a decision
+outlives this process, Redis, and a store that was not in reach when it was made.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+import msgspec
+
+from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest, PrecastError
+from precast.graphs.artifacts.manifest import Manifest
+from precast.graphs.artifacts.signing import Signature
+from precast.graphs.artifacts.store import ArtifactStore, StoredArtifact
+from precast.graphs.artifacts.trust import Trust
+from precast.graphs.artifacts.versions import (
+    Lifecycle,
+    Verdict,
+    decode_lifecycle,
+    encode_lifecycle,
+    previous,
+)
+from precast.log import get_logger
+from services.compile_worker.catalog.entry import (
+    GraphRecord,
+    barred_record,
+    changed,
+    published_record,
+)
+from services.compile_worker.catalog.index import GraphIndex
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One generation as an operator sees it."""
+
+    number: int
+    verdict: Verdict
+    serving: bool
+    pinned: bool
+    held: bool
+    """Newer than what serves, and the graph is pinned."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a key's generations stand."""
+
+    there: list[int]
+    """Published ones in the store, ascending."""
+    lifecycle: Lifecycle
+    """All that store and index know of them."""
+
+    @property
+    def serving(self) -> int:
+        """The generation that workers should run; 0: none."""
+        return self.lifecycle.serving(self.there)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generations:
+    """Decisions on generations, over one store and index."""
+
+    store: ArtifactStore
+    index: GraphIndex
+    trusted: Trust
+
+    def look(self, key: str) -> Standing:
+        """What store and index know of a key. Reads the store: not for an event loop."""
+        record = self.index.get(key)
+        noted = self._noted(key)
+        lifecycle = noted.merged(record.lifecycle) if record else noted
+        return Standing(there=self.store.generations(key), lifecycle=lifecycle)
+
+    async def standing(self, key: str) -> Standing:
+        """``look`` in a thread."""
+        return await asyncio.to_thread(self.look, key)
+
+    async def decide(self, key: str, lifecycle: Lifecycle) -> None:
+        """Write a decision beside the artifacts, then tell everybody what serves now."""
+        await asyncio.to_thread(self.persist, key, lifecycle)
+        await self.refresh(key)
+
+    def manifest(self, key: str, generation: int) -> Manifest | None:
+        """What was signed of a generation; None if it is gone or damaged."""
+        try:
+            return self.open(key, generation).manifest
+        except (GraphNotFound, ArtifactRejected):
+            return None
+
+    def nominate(self, key: str, generation: int, *, known: bool = False) -> None:
+        """Make a generation a candidate before it is published, unless another process has
+        published and judged it already. ``known``: published, and nobody has judged it."""
+        now = self.look(key)
+        if generation not in now.lifecycle.marks and (known or generation not in now.there):
+            self.persist(key, now.lifecycle.marked(generation, Verdict.CANDIDATE))
+
+    def persist(self, key: str, lifecycle: Lifecycle) -> None:
+        """Write down what the store's note doesn't know yet."""
+
+        def change(note: bytes | None) -> bytes | None:
+            noted = _decoded(key, note)
+            merged = noted.merged(lifecycle)
+            return encode_lifecycle(merged) if merged != noted else None
+
+        self.store.update_note(key, change)
+
+    def listed(self, key: str) -> list[Generation]:
+        """Every generation that is in the store or was taken out of service, newest first.
+
+        Reads the store: not for an event loop. Raises ``GraphNotFound``.
+        """
+        now, aside = self.look(key), self.store.put_aside(key)
+        lifecycle, serving = now.lifecycle, now.serving
+        quarantined = lifecycle.having(Verdict.QUARANTINED)
+        numbers = sorted({*now.there, *aside, *quarantined}, reverse=True)
+        if not numbers:
+            raise GraphNotFound(f"no generation of graph {key[:64]!r}")
+        return [
+            Generation(
+                number=number,
+                verdict=Verdict.QUARANTINED if number in aside else lifecycle.verdict(number),
+                serving=number == serving,
+                pinned=number == lifecycle.pin.generation,
+                held=lifecycle.pin.generation > 0 and number > serving,
+                reason=aside.get(number, "") or lifecycle.reason(number),
+            )
+            for number in numbers
+        ]
+
+    async def roll_back(self, key: str, to: int) -> int:
+        """Serve an earlier generation (0: the one before) and withdraw what is newer.
+
+        Returns its number. Raises ``GraphNotFound`` or ``InvalidRequest``.
+        """
+        now = await self.standing(key)
+        lifecycle = now.lifecycle
+        if lifecycle.pin.generation:
+            raise InvalidRequest(
+                f"graph {key} is pinned to generation {lifecycle.pin.generation}; unpin it first"
+            )
+        target = to or previous(lifecycle, now.there)
+        if not target:
+            raise InvalidRequest(f"graph {key} has no earlier generation to go back to")
+        _check_servable(key, target, now)
+        for number in now.there:
+            if number > target and lifecycle.verdict(number) is not Verdict.QUARANTINED:
+                reason = f"rolled back to generation {target} by hand"
+                lifecycle = lifecycle.marked(number, Verdict.WITHDRAWN, reason)
+        lifecycle = lifecycle.marked(target, Verdict.GOOD, "chosen by hand")
+        await self.decide(key, lifecycle)
+        return target
+
+    async def pin(self, key: str, generation: int) -> None:
+        """Fix the serving generation; 0 frees it. Raises ``GraphNotFound`` or
+        ``InvalidRequest``."""
+        now = await self.standing(key)
+        if generation:
+            _check_servable(key, generation, now)
+        elif not now.there:
+            raise GraphNotFound(f"no generation of graph {key[:64]!r}")
+        await self.decide(key, now.lifecycle.pinned(generation))
+
+    async def follow(self) -> None:
+        """Take over what other compile workers decide of generations, until cancelled."""
+        with self.index.changes.subscribe() as changes:
+            while True:
+                record = await changes.next()
+                try:
+                    await self._take_over(record)
+                except PrecastError as error:
+                    log.warning("not taken over", key=record.key, reason=str(error))
+
+    async def refresh(self, key: str) -> None:
+        """Tell everybody which generation serves now."""
+        record = await self.record(key)
+        known = self.index.get(key)
+        lifecycle = (await self.standing(key)).lifecycle
+        if record is None and known and lifecycle != known.lifecycle:
+            record = barred_record(known, lifecycle)
+        if record:
+            await self.index.put(record)
+
+    async def quarantine(self, key: str, generation: int, reason: str) -> None:
+        """Take a generation out of service everywhere and for good."""
+        lifecycle = (await self.standing(key)).lifecycle
+        if lifecycle.verdict(generation) is not Verdict.QUARANTINED:
+            log.error("graph quarantined", key=key, generation=generation, reason=reason)
+            await self.decide(key, lifecycle.marked(generation, Verdict.QUARANTINED, reason))
+
+    async def untried(self, key: str) -> bool:
+        """Whether nothing serves but there is a candidate, which waits for a worker to try it."""
+        now = await self.standing(key)
+        return not now.serving and bool({*now.lifecycle.having(Verdict.CANDIDATE)} & {*now.there})
+
+    async def crashed(self, key: str, generation: int, reason: str) -> None:
+        """Quarantine a generation that crashed a worker. Raises ``GraphNotFound``."""
+        known = self.index.get(key) is not None or generation in (await self.standing(key)).there
+        if not known or generation < 1:
+            raise GraphNotFound(f"no graph {key[:64]!r}, generation {generation}")
+        await self.quarantine(key, generation, reason)
+
+    async def _take_over(self, record: GraphRecord) -> None:
+        """Write down a decision that came through the index, and act upon it."""
+        now = await self.standing(record.key)
+        if now.there:
+            await asyncio.to_thread(self.persist, record.key, record.lifecycle)
+        # what serves may lie in another worker's store: then it is not ours to say
+        ours = record.generation in now.there or not record.generation
+        if now.there and ours and now.serving != record.generation:
+            await self.refresh(record.key)
+
+    async def record(self, key: str) -> GraphRecord | None:
+        """The record of the generation that serves, its files checked; damaged ones are put
+        aside."""
+        while number := (now := await self.standing(key)).serving:
+            lifecycle = now.lifecycle
+            record = self.index.get(key)
+            if record and record.generation == number:
+                same = record.lifecycle == lifecycle
+                return record if same else changed(record, lifecycle=lifecycle)
+            try:
+                artifact = await asyncio.to_thread(self.open, key, number)
+            except GraphNotFound:  # removed meanwhile
+                return None
+            except ArtifactRejected as error:
+                log.error("artifact put aside", key=key, generation=number, reason=str(error))
+                await asyncio.to_thread(self.store.quarantine, key, number, str(error))
+                continue
+            if not artifact.manifest.verified and number not in lifecycle.marks:
+                await asyncio.to_thread(self.nominate, key, number, known=True)
+                continue
+            aside = await asyncio.to_thread(self.store.put_aside, key)
+            found = published_record(artifact.manifest, record, lifecycle)
+            return changed(found, aside=aside, signer=artifact.signature.signer)
+        return None
+
+    async def barred(self, key: str) -> GraphRecord | None:
+        """The record of a graph that the index doesn't know, all of whose generations are out of
+        service."""
+        now = await self.standing(key)
+        lifecycle = now.lifecycle
+        if not lifecycle.marks or not now.there:
+            return None
+        try:
+            artifact = await asyncio.to_thread(self.open, key, now.there[-1])
+        except (GraphNotFound, ArtifactRejected):
+            return None
+        return barred_record(published_record(artifact.manifest, None, lifecycle), lifecycle)
+
+    def open(self, key: str, generation: int) -> StoredArtifact:
+        """An artifact whose digest, and signature if its signer is known here, are right.
+
+        Raises ``GraphNotFound`` or ``ArtifactRejected``.
+        """
+        artifact = self.store.open(key, generation)
+        self._verify(artifact.manifest_bytes, artifact.signature)
+        return artifact
+
+    def check(self, key: str, generation: int) -> None:
+        """The same for what the store itself has, whatever copies there are."""
+        self._verify(*self.store.read_back(key, generation))
+
+    def _verify(self, manifest: bytes, signature: Signature) -> None:
+        # another compile worker's key may be unknown here; whoever fetches decides whom to trust
+        if signature.signer in self.trusted.keys:
+            self.trusted.verify(manifest, signature)
+
+    def _noted(self, key: str) -> Lifecycle:
+        try:
+            return _decoded(key, self.store.read_note(key))
+        except (ArtifactRejected, OSError) as error:
+            log.error("note on generations can't be read", key=key, reason=str(error))
+            return Lifecycle()
+
+
+def _decoded(key: str, note: bytes | None) -> Lifecycle:
+    """A damaged note counts as none: what it said comes back out of the index, if that knows."""
+    try:
+        return decode_lifecycle(note) if note is not None else Lifecycle()
+    except msgspec.DecodeError as error:
+        log.error("note on generations can't be read", key=key, reason=str(error))
+        return Lifecycle()
+
+
+def _check_servable(key: str, generation: int, now: Standing) -> None:
+    if now.lifecycle.verdict(generation) is Verdict.QUARANTINED:
+        raise InvalidRequest(
+            f"generation {generation} of graph {key} is quarantined: "
+            f"{now.lifecycle.reason(generation)}"
+        )
+    if generation not in now.there:
+        known = ", ".join(map(str, now.there)) or "none"
+        raise GraphNotFound(f"graph {key} has no generation {generation} (there are: {known})")

@@ -1,0 +1,290 @@
+"""gRPC servicers: convert, call, convert back."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest
+from precast.fleet.queue.job import Job
+from precast.graphs.artifacts.store import StoredArtifact
+from precast.graphs.key import is_key
+from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
+from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
+from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
+from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
+from precast.rpc.server import Service
+from services.compile_worker.catalog.entry import GraphRecord
+from services.compile_worker.convert import (
+    STAGES,
+    canary_progress,
+    collected_message,
+    crash_reason,
+    explanation,
+    generation_message,
+    graph_state,
+    job_message,
+    resigned_message,
+    scrubbed_message,
+    trial_of,
+)
+from services.compile_worker.explain import explain_factors, explain_key
+from services.compile_worker.graphs import Graphs
+from services.compile_worker.maintenance.resign import resign
+from services.compile_worker.maintenance.store import Upkeep
+from services.compile_worker.metrics import Metrics
+from services.compile_worker.rollout.canary import Canaries
+from services.compile_worker.rollout.recompile import (
+    DEFAULT_ADOPTION_S,
+    MAX_ADOPTION_S,
+    POLL_S,
+    Progress,
+    Selection,
+    recompile,
+    select,
+)
+
+CHUNK_BYTES: Final = 256 << 10
+MAX_SPECS: Final = 1024
+MAX_KEYS: Final = 4096
+_CANCEL_WAIT_S: Final = 15.0
+
+
+class GraphsServicer(graphs_grpc.GraphsServiceServicer):
+    """``precast.graphs.v1.GraphsService``."""
+
+    def __init__(self, graphs: Graphs, canaries: Canaries, metrics: Metrics) -> None:
+        self._graphs = graphs
+        self._canaries = canaries
+        self._metrics = metrics
+
+    async def RequestGraphs(
+        self, request: graphs_pb.RequestGraphsRequest, context: Any
+    ) -> graphs_pb.RequestGraphsResponse:
+        if len(request.specs) > MAX_SPECS:
+            raise InvalidRequest(f"{len(request.specs)} specs in one request; {MAX_SPECS} may be")
+        specs = [dict(spec.factors) for spec in request.specs]
+        urgencies = [spec.urgency for spec in request.specs]
+        records = await self._graphs.request(specs, request.model, urgencies)
+        return graphs_pb.RequestGraphsResponse(states=map(self._state, records))
+
+    async def FetchGraph(
+        self, request: graphs_pb.FetchGraphRequest, context: Any
+    ) -> AsyncIterator[graphs_pb.FetchGraphResponse]:
+        try:
+            artifact = await self._graphs.fetch(request.key, request.generation, request.worker_id)
+        except ArtifactRejected:
+            self._metrics.fetches.labels("rejected").inc()
+            raise
+        with artifact.graph_path.open("rb") as file:  # held open: it may be pruned meanwhile
+            yield graphs_pb.FetchGraphResponse(header=_header(artifact))
+            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield graphs_pb.FetchGraphResponse(chunk=chunk)
+        self._metrics.fetches.labels("sent").inc()
+
+    async def WatchGraphs(
+        self, request: graphs_pb.WatchGraphsRequest, context: Any
+    ) -> AsyncIterator[graphs_pb.WatchGraphsResponse]:
+        wanted = set(request.keys)
+        _check_keys(wanted)
+        with self._graphs.index.changes.subscribe() as changes:
+            for key in sorted(wanted):
+                if self._graphs.index.get(key) is None:
+                    raise GraphNotFound(f"no graph {key}")
+            for record in self._graphs.index.records():
+                if not wanted or record.key in wanted:
+                    yield graphs_pb.WatchGraphsResponse(state=self._state(record))
+            while True:
+                record = await changes.next()
+                if not wanted or record.key in wanted:
+                    yield graphs_pb.WatchGraphsResponse(state=self._state(record))
+
+    async def ListGraphs(
+        self, request: graphs_pb.ListGraphsRequest, context: Any
+    ) -> graphs_pb.ListGraphsResponse:
+        matching = [
+            record
+            for record in self._graphs.index.records()
+            if request.model in ("", *record.models)
+            and request.batch_size in (0, int(record.factors["batch_size"]))
+        ]
+        return graphs_pb.ListGraphsResponse(graphs=map(self._state, matching))
+
+    async def ExplainGraph(
+        self, request: graphs_pb.ExplainGraphRequest, context: Any
+    ) -> graphs_pb.ExplainGraphResponse:
+        if request.WhichOneof("wanted") == "key":
+            return explanation(explain_key(self._graphs, request.key, request.limit))
+        factors = dict(request.spec.factors)
+        return explanation(explain_factors(self._graphs, factors, request.limit))
+
+    async def ReportCrash(
+        self, request: graphs_pb.ReportCrashRequest, context: Any
+    ) -> graphs_pb.ReportCrashResponse:
+        reason = crash_reason(request.worker_id, request.signal)
+        await self._graphs.generations.crashed(request.key, request.generation, reason)
+        return graphs_pb.ReportCrashResponse()
+
+    async def ReportCanary(
+        self, request: graphs_pb.ReportCanaryRequest, context: Any
+    ) -> graphs_pb.ReportCanaryResponse:
+        await self._canaries.report(
+            request.key, trial_of(request, self._canaries.policy.trial_steps)
+        )
+        return graphs_pb.ReportCanaryResponse()
+
+    def _state(self, record: GraphRecord) -> graphs_pb.GraphState:
+        return graph_state(record, self._canaries.policy.live_s)
+
+
+class AdminServicer(admin_grpc.AdminServiceServicer):
+    """``precast.admin.v1.AdminService``."""
+
+    def __init__(self, upkeep: Upkeep, *, capture_s: float) -> None:
+        self._graphs = upkeep.graphs
+        self._registry = upkeep.registry
+        self._upkeep = upkeep
+        self._capture_s = capture_s
+        """Longest that one capture may take, from its claim to its end."""
+
+    async def Recompile(
+        self, request: admin_pb.RecompileRequest, context: Any
+    ) -> AsyncIterator[admin_pb.RecompileResponse]:
+        records = select(self._graphs, _selection(request))
+        ahead = await self._graphs.queue.length()
+        progress = recompile(
+            self._graphs,
+            self._registry,
+            records,
+            adoption_s=min(request.adoption_deadline_s or DEFAULT_ADOPTION_S, MAX_ADOPTION_S),
+            capture_s=self._capture_s * (ahead + len(records)),
+        )
+        async for step in progress:
+            yield _recompile_response(step)
+
+    async def ListJobs(
+        self, request: admin_pb.ListJobsRequest, context: Any
+    ) -> admin_pb.ListJobsResponse:
+        jobs = await self._graphs.queue.jobs()
+        return admin_pb.ListJobsResponse(jobs=map(job_message, jobs))
+
+    async def CancelJob(
+        self, request: admin_pb.CancelJobRequest, context: Any
+    ) -> admin_pb.CancelJobResponse:
+        job = await self._graphs.queue.cancel(request.job_id)
+        if job.stage.ended and not job.started_at:
+            await self._graphs.cancelled(job)
+        return admin_pb.CancelJobResponse(job=job_message(await self._until_ended(job)))
+
+    async def ListGenerations(
+        self, request: admin_pb.ListGenerationsRequest, context: Any
+    ) -> admin_pb.ListGenerationsResponse:
+        known = self._graphs.generations
+        messages = [
+            generation_message(
+                generation, await asyncio.to_thread(known.manifest, request.key, generation.number)
+            )
+            for generation in await asyncio.to_thread(known.listed, request.key)
+        ]
+        return admin_pb.ListGenerationsResponse(generations=messages)
+
+    async def RollBackGraph(
+        self, request: admin_pb.RollBackGraphRequest, context: Any
+    ) -> admin_pb.RollBackGraphResponse:
+        serving = await self._graphs.generations.roll_back(request.key, request.generation)
+        return admin_pb.RollBackGraphResponse(generation=serving)
+
+    async def PinGeneration(
+        self, request: admin_pb.PinGenerationRequest, context: Any
+    ) -> admin_pb.PinGenerationResponse:
+        if not request.generation:
+            raise InvalidRequest("pin to which generation?")
+        await self._graphs.generations.pin(request.key, request.generation)
+        return admin_pb.PinGenerationResponse()
+
+    async def UnpinGeneration(
+        self, request: admin_pb.UnpinGenerationRequest, context: Any
+    ) -> admin_pb.UnpinGenerationResponse:
+        await self._graphs.generations.pin(request.key, 0)
+        now = await self._graphs.generations.standing(request.key)
+        return admin_pb.UnpinGenerationResponse(generation=now.serving)
+
+    async def CollectGarbage(
+        self, request: admin_pb.CollectGarbageRequest, context: Any
+    ) -> admin_pb.CollectGarbageResponse:
+        found = await self._upkeep.collect(dry_run=request.dry_run)
+        return collected_message(found, self._upkeep.max_bytes)
+
+    async def ScrubStore(
+        self, request: admin_pb.ScrubStoreRequest, context: Any
+    ) -> admin_pb.ScrubStoreResponse:
+        return scrubbed_message(await self._upkeep.scrub())
+
+    async def ResignGraphs(
+        self, request: admin_pb.ResignGraphsRequest, context: Any
+    ) -> admin_pb.ResignGraphsResponse:
+        return resigned_message(await resign(self._graphs, set(request.signers)))
+
+    async def _until_ended(self, job: Job) -> Job:
+        """The job once its capture has been killed, or as it is when that takes too long."""
+        end = time.monotonic() + _CANCEL_WAIT_S
+        while not job.stage.ended and time.monotonic() < end:
+            await asyncio.sleep(POLL_S)
+            job = await self._graphs.queue.get(job.id)
+        return job
+
+
+def services(canaries: Canaries, upkeep: Upkeep, capture_s: float) -> list[Service]:
+    """Everything that the compile worker's server offers."""
+    return [
+        Service(
+            descriptor=graphs_pb.DESCRIPTOR.services_by_name["GraphsService"],
+            servicer=GraphsServicer(upkeep.graphs, canaries, upkeep.metrics),
+            add_to_server=graphs_grpc.add_GraphsServiceServicer_to_server,
+        ),
+        Service(
+            descriptor=admin_pb.DESCRIPTOR.services_by_name["AdminService"],
+            servicer=AdminServicer(upkeep, capture_s=capture_s),
+            add_to_server=admin_grpc.add_AdminServiceServicer_to_server,
+        ),
+    ]
+
+
+def _check_keys(keys: set[str]) -> None:
+    if len(keys) > MAX_KEYS:
+        raise InvalidRequest(f"{len(keys)} keys in one request; {MAX_KEYS} may be")
+    for key in keys:
+        if not is_key(key):
+            raise InvalidRequest(f"{key[:64]!r} is no graph key (32 hex digits)")
+
+
+def _header(artifact: StoredArtifact) -> graphs_pb.ArtifactHeader:
+    return graphs_pb.ArtifactHeader(
+        manifest=artifact.manifest_bytes,
+        signature=artifact.signature.signature,
+        signer=artifact.signature.signer,
+    )
+
+
+def _selection(request: admin_pb.RecompileRequest) -> Selection:
+    _check_keys(set(request.keys))
+    return Selection(
+        keys=tuple(request.keys),
+        model=request.model,
+        batch_sizes=tuple(request.batch_sizes),
+        everything=request.all,
+    )
+
+
+def _recompile_response(progress: Progress) -> admin_pb.RecompileResponse:
+    return admin_pb.RecompileResponse(
+        job_id=progress.job.id,
+        key=progress.job.key,
+        stage=STAGES[progress.stage],
+        generation=progress.job.generation,
+        detail=progress.detail,
+        batch_size=progress.job.batch_size,
+        adopted=progress.adopted,
+        workers=progress.workers,
+        canary=canary_progress(progress.trial) if progress.trial else None,
+    )

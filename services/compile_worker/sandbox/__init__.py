@@ -1,0 +1,1 @@
+"""Captures run in child processes with limits."""

@@ -1,0 +1,1 @@
+"""The leader: scheduling, requests, KV cache bookkeeping."""

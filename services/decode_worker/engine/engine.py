@@ -1,0 +1,282 @@
+"""The leader's loop: schedule a step, let the ranks compute it, hand out what it made.
+
+While the ranks compute one step, the previous step's tokens are turned into text and sent: that
+work costs no step time. When the group of ranks fails, running requests end with an error, queued
+ones wait, and a new group is started.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from precast.log import get_logger
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine import scheduler as scheduling
+from services.decode_worker.engine.request import Request
+from services.decode_worker.engine.scheduler import ScheduledStep, Scheduler
+from services.decode_worker.graphs.autotune.stats import Traffic
+from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.metrics import Metrics
+from services.decode_worker.ranks.group import GroupFailed, RankGroup
+from services.decode_worker.ranks.launcher import RankLauncher
+from services.decode_worker.ranks.protocol import Init, Logprobs, Ready
+
+log = get_logger(__name__)
+
+STEP_TIMEOUT_S: Final = 60.0
+"""Bound of one step. Prefill chunks are small, so only a hung rank takes this long."""
+RESTART_BACKOFF_S: Final = (0.0, 0.5, 1.0, 2.0, 5.0)
+
+_REASONS: Final = {
+    scheduling.FinishReason.STOP: pb.FINISH_REASON_STOP,
+    scheduling.FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What one step gave one sequence."""
+
+    request: Request
+    token: int
+    logprobs: Logprobs | None
+    finished: scheduling.FinishReason | None
+
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        graphs: GraphSet,
+        inits: Callable[[], Sequence[Init]],
+        launcher: RankLauncher,
+        metrics: Metrics,
+        step_timeout_s: float = STEP_TIMEOUT_S,
+    ) -> None:
+        """``inits`` gives each start of the group its ranks' first commands."""
+        self._scheduler = scheduler
+        self._graphs = graphs
+        self._inits = inits
+        self._launcher = launcher
+        self._metrics = metrics
+        self._step_timeout_s = step_timeout_s
+        self._requests: dict[str, Request] = {}
+        self._wake = asyncio.Event()
+        self._next_step_id = 0
+        self._draining = False
+        self.up = False
+        """Whether a group of ranks is running."""
+        self.started = asyncio.Event()
+        """Set once the first group runs."""
+        self.ready: tuple[Ready, ...] = ()
+        self.restarts = 0
+        self._crashed: Mapping[int, str] = {}
+        """Ranks of the last group that died of their own native code, and the signal."""
+        self.traffic = Traffic()
+        self.graph_steps = 0
+        self.eager_steps = 0
+        """Steps that only decoded."""
+        self.graph_prompt_steps = 0
+        self.eager_prompt_steps = 0
+        """Steps with tokens of prompts."""
+
+    @property
+    def running(self) -> int:
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        return self._scheduler.waiting
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises Overloaded or ContextLengthExceeded."""
+        self._scheduler.add(request.sequence)
+        self._requests[request.request_id] = request
+        self._wake.set()
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request and frees its blocks; returns whether it was there."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        self._scheduler.abort(request_id)
+        request.finish(pb.FINISH_REASON_ABORTED, flush=False)
+        return True
+
+    def nudge(self) -> None:
+        """Something changed that the loop should look at."""
+        self._wake.set()
+
+    async def drain(self, deadline_s: float) -> tuple[int, int]:
+        """Admits nothing more and waits; returns how many requests finished and were aborted."""
+        self._draining = True
+        before = len(self._requests)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self._requests:  # noqa: ASYNC110 - any of many requests may be the last
+                    await asyncio.sleep(0.02)
+        left = list(self._requests)
+        for request_id in left:
+            self.abort(request_id)
+        return before - len(left), len(left)
+
+    async def run(self) -> None:
+        """Serves until cancelled. A first group that can't start raises GroupFailed."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                await self._run_group()
+            except GroupFailed as failure:
+                if not self.started.is_set():
+                    raise
+                self._lose_group(str(failure), self._crashed)
+            failures = failures + 1 if time.monotonic() - began < 30.0 else 1
+            pause = RESTART_BACKOFF_S[min(failures, len(RESTART_BACKOFF_S)) - 1]
+            await asyncio.sleep(pause)
+
+    async def _run_group(self) -> None:
+        group = await RankGroup.start(self._inits(), self._launcher)
+        try:
+            self.ready = group.ready
+            self._graphs.group_started(group.ready)
+            self.up = True
+            self.started.set()
+            log.info(
+                "ranks ready",
+                ranks=len(group.ready),
+                load_s=[round(ready.load_s, 2) for ready in group.ready],
+                weight_mb=[ready.weight_bytes >> 20 for ready in group.ready],
+                kernels=group.ready[0].kernels,
+            )
+            await self._steps(group)
+        finally:
+            self.up = False
+            await group.stop()
+            self._crashed = group.crashed()
+
+    def _lose_group(self, reason: str, crashed: Mapping[int, str]) -> None:
+        self.restarts += 1
+        self._metrics.restarts.inc()
+        self._graphs.group_failed(crashed)
+        lost = self._scheduler.fail_running()
+        signals = [f"rank {rank}: {name}" for rank, name in crashed.items()]
+        log.error(
+            "ranks failed; restarting them",
+            reason=reason,
+            crashed=signals,
+            lost_requests=len(lost),
+        )
+        for sequence in lost:
+            request = self._requests.pop(sequence.request_id, None)
+            if request is not None:
+                request.fail(pb.ERROR_CODE_INTERNAL, f"the worker failed: {reason}")
+
+    async def _steps(self, group: RankGroup) -> None:
+        outcomes: list[_Outcome] = []
+        while True:
+            await self._graphs.apply(group)
+            self._wake.clear()
+            await self._probe(group)
+            step = self._scheduler.schedule(self._next_step_id)
+            if step is not None:
+                self._next_step_id += 1
+                message = self._graphs.assigned(step)
+                group.send_step(message)
+            self._emit(outcomes)
+            outcomes = []
+            if step is None:
+                if not self._graphs.pending:  # one graph is loaded between two steps
+                    await self._idle(group)
+                continue
+            done = await group.step_done(self._step_timeout_s)
+            self._count(step, message.graph_batch_size, done.step_us)
+            self._graphs.ran(message, done.shadow)
+            tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+            outcomes = self._apply(step, tokens, done.logprobs)
+            # Streams get their turn even when every step is ready at once.
+            await asyncio.sleep(0)
+
+    async def _probe(self, group: RankGroup) -> None:
+        """Tries a candidate on a made-up step when live ones have not come in time."""
+        probe = self._graphs.canary.probe(self._next_step_id)
+        if probe is not None:
+            self._next_step_id += 1
+            group.send_step(probe)
+            done = await group.step_done(self._step_timeout_s)
+            self._graphs.canary.observe(done.shadow)
+
+    async def _idle(self, group: RankGroup) -> None:
+        """Waits for work, or raises when the group fails meanwhile."""
+        wake = asyncio.ensure_future(self._wake.wait())
+        either: set[asyncio.Future[Any]] = {wake, group.failed}
+        await asyncio.wait(
+            either,
+            timeout=self._graphs.canary.due_s(),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not wake.done():
+            wake.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await wake
+        if group.failed.done():
+            raise GroupFailed(group.failed.result())
+
+    def _apply(
+        self, step: ScheduledStep, tokens: list[int], logprobs: tuple[Logprobs | None, ...]
+    ) -> list[_Outcome]:
+        by_sequence = dict(
+            zip((s.request_id for s in step.sequences), logprobs, strict=True) if logprobs else ()
+        )
+        outcomes = []
+        for sequence, token, finished in self._scheduler.apply(step, tokens):
+            request = self._requests.get(sequence.request_id)
+            if request is None or request.sequence is not sequence:
+                continue  # aborted while the step ran
+            if finished is not None:
+                del self._requests[sequence.request_id]
+            outcomes.append(
+                _Outcome(
+                    request=request,
+                    token=token,
+                    logprobs=by_sequence.get(sequence.request_id),
+                    finished=finished,
+                )
+            )
+        return outcomes
+
+    def _emit(self, outcomes: list[_Outcome]) -> None:
+        for outcome in outcomes:
+            request = outcome.request
+            if request.ended:
+                continue
+            stopped = request.push(outcome.token, outcome.logprobs)
+            if stopped:
+                self._scheduler.finish(request.request_id)
+                self._requests.pop(request.request_id, None)
+                request.finish(pb.FINISH_REASON_STOP, flush=False)
+            elif outcome.finished is not None:
+                request.finish(_REASONS[outcome.finished], flush=True)
+
+    def _count(self, step: ScheduledStep, graph_batch_size: int, step_us: int) -> None:
+        if step.prompt_tokens:
+            self.graph_prompt_steps += graph_batch_size > 0
+            self.eager_prompt_steps += graph_batch_size == 0
+        else:
+            self.graph_steps += graph_batch_size > 0
+            self.eager_steps += graph_batch_size == 0
+        self.traffic.count(step.tokens, graph_batch_size, decoding=not step.prompt_tokens)
+        self._metrics.step(step.decoding, step.prompt_tokens, graph_batch_size, step_us)

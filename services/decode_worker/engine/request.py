@@ -1,0 +1,81 @@
+"""One running request in the leader: its sequence, its text so far, and where its output goes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.tokenizer.detokenizer import Detokenizer
+from services.decode_worker.engine.response_buffer import Outbox
+from services.decode_worker.engine.scheduler import Sequence
+from services.decode_worker.ranks.protocol import Logprobs
+
+
+@dataclass(kw_only=True)
+class Request:
+    sequence: Sequence
+    detokenizer: Detokenizer
+    outbox: Outbox
+    on_end: Callable[[str], None]
+    """Called once with the request's id when it has ended."""
+    hidden_token_ids: frozenset[int]
+    """End-of-sequence and stop tokens: counted and reported, but not part of the text."""
+    completion_tokens: int = 0
+    ended: bool = field(default=False, init=False)
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request_id
+
+    def push(self, token: int, logprobs: Logprobs | None) -> bool:
+        """Sends what a new token adds; returns whether a stop string has ended the request."""
+        self.completion_tokens += 1
+        text, stopped = "", False
+        if token not in self.hidden_token_ids:
+            text, stopped = self.detokenizer.push([token])
+        delta = pb.TokenDelta(token_ids=[token], text=text)
+        if logprobs is not None:
+            delta.logprobs.append(self._logprob(token, logprobs))
+        self.outbox.delta(self.request_id, delta)
+        return stopped
+
+    def finish(self, reason: "pb.FinishReason.ValueType", *, flush: bool) -> None:
+        """Ends the request; ``flush`` sends text that was held back for a possible stop string."""
+        if self.ended:
+            return
+        if flush and (rest := self.detokenizer.flush()):
+            self.outbox.delta(self.request_id, pb.TokenDelta(text=rest))
+        finished = pb.GenerationFinished(
+            reason=reason,
+            prompt_tokens=len(self.sequence.prompt),
+            completion_tokens=self.completion_tokens,
+        )
+        self._end(pb.GenerateResponse(request_id=self.request_id, finished=finished))
+
+    def fail(self, code: "pb.ErrorCode.ValueType", message: str) -> None:
+        if not self.ended:
+            self._end(error_response(self.request_id, code, message))
+
+    def _end(self, response: pb.GenerateResponse) -> None:
+        self.ended = True
+        self.outbox.end(response)
+        self.on_end(self.request_id)
+
+    def _logprob(self, token: int, logprobs: Logprobs) -> pb.TokenLogprob:
+        piece = self.detokenizer.piece
+        return pb.TokenLogprob(
+            token_id=token,
+            logprob=logprobs.logprob,
+            text=piece(token),
+            top=[
+                pb.TopLogprob(token_id=other, logprob=score, text=piece(other))
+                for other, score in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+            ],
+        )
+
+
+def error_response(
+    request_id: str, code: "pb.ErrorCode.ValueType", message: str
+) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        request_id=request_id, error=pb.GenerationError(code=code, message=message)
+    )

@@ -1,0 +1,1 @@
+"""Which graphs a worker replays, and where they come from."""

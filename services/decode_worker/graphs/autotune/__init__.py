@@ -1,0 +1,1 @@
+"""The captured sizes follow the traffic."""

@@ -1,0 +1,38 @@
+"""Changes the sizes that a worker has graphs for, one at a time, as its traffic shows."""
+
+import asyncio
+
+from precast.log import get_logger
+from services.decode_worker.graphs.autotune.policy import CaptureSet
+from services.decode_worker.graphs.autotune.stats import Traffic
+from services.decode_worker.graphs.manager import GraphSet
+
+log = get_logger(__name__)
+
+
+async def keep_adapting(
+    policy: CaptureSet, graphs: GraphSet, traffic: Traffic, interval_s: float
+) -> None:
+    """Looks at a window of steps every ``interval_s``, while no graph is missing or on trial: what
+    is on its way would change the picture."""
+    while True:
+        await asyncio.sleep(interval_s)
+        if not graphs.missing and not graphs.canary.busy:
+            adapt(policy, graphs, traffic)
+
+
+def adapt(policy: CaptureSet, graphs: GraphSet, traffic: Traffic) -> None:
+    """Makes the change that the last window calls for, if any."""
+    window = traffic.take_window()
+    change = policy.change(graphs.layer_us, window) if window else None
+    if change is None:
+        return
+    sizes = set(graphs.batch_sizes)
+    graphs.resize(sizes | {change.size} if change.added else sizes - {change.size})
+    log.info(
+        "capture set changed",
+        batch_size=change.size,
+        change="added" if change.added else "dropped",
+        reason=change.reason,
+        sizes=graphs.batch_sizes,
+    )

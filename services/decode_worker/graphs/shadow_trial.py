@@ -1,0 +1,240 @@
+"""Trying a new generation of a graph on live steps, beside the one that serves.
+
+A compile worker chooses one decode worker for this. Its ranks load the candidate next to the
+current graph, and for some steps compute both: current, candidate, current again, with the same
+inputs. Each replay writes the same cache slots, those of the step's new tokens, and reads what it
+has written and what was there before. The current graph is last, so the cache and the tokens that
+go out are its own whatever the candidate wrote; and its second time is compared with the
+candidate's, both with warm caches. What follows from it is for the compile worker to decide.
+
+Where traffic is too thin to give enough steps in time, the leader makes up the rest: a step with
+the graph's own batch size that reads block 0 and writes nothing (slots of -1).
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from precast.log import get_logger
+from services.decode_worker.ranks.group import RankGroup
+from services.decode_worker.ranks.protocol import LoadGraph, Shadow, Step
+
+log = get_logger(__name__)
+
+MAX_DEATHS: Final = 2
+LOAD_POLL_S: Final = 0.1
+PROBE_CONTEXT: Final = 8
+"""Cached tokens that a made-up step reads: no more than the smallest block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a compile worker wants tried."""
+
+    key: str
+    generation: int
+    batch_size: int
+    paths: tuple[str, ...]
+    """The candidate for ranks of this key, the graph that serves for others."""
+    keys: tuple[str, ...]
+    generations: tuple[int, ...]
+    steps: int
+    live_s: float
+    """How long to wait for live steps before the rest is made up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How a trial stands."""
+
+    key: str
+    generation: int
+    steps: int
+    difference: float
+    """Largest of logits, relative to the largest logit."""
+    time_ratio: float
+    """Candidate to current, of the median step times; 0: not known yet."""
+    finished: bool
+    failure: str
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    assignment: Assignment
+    loaded: bool = False
+    live_until: float = 0.0
+    """On the monotonic clock."""
+    samples: list[Shadow] = field(default_factory=list)
+    deaths: int = 0
+    failure: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.failure) or len(self.samples) >= self.assignment.steps
+
+    def report(self) -> Report:
+        current = statistics.median(s.current_us for s in self.samples) if self.samples else 0.0
+        candidate = statistics.median(s.candidate_us for s in self.samples) if self.samples else 0.0
+        return Report(
+            key=self.assignment.key,
+            generation=self.assignment.generation,
+            steps=len(self.samples),
+            difference=max((s.difference for s in self.samples), default=0.0),
+            time_ratio=candidate / max(current, 1.0),
+            finished=self.finished,
+            failure=self.failure,
+        )
+
+
+class Canary:
+    """One trial at a time; others wait for their turn."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._trials: dict[str, _Trial] = {}
+        """By key, first come first tried."""
+        self._drop: set[int] = set()
+        self._shadowing = False
+        """Whether the candidate runs in the ranks now."""
+
+    def knows(self, key: str, generation: int) -> bool:
+        trial = self._trials.get(key)
+        return trial is not None and trial.assignment.generation == generation
+
+    def assign(self, assignment: Assignment) -> None:
+        """To be loaded between two steps."""
+        self.withdraw(assignment.key)
+        self._trials[assignment.key] = _Trial(assignment=assignment)
+
+    def withdraw(self, key: str) -> None:
+        """The compile worker has decided, or has chosen another worker."""
+        trial = self._trials.pop(key, None)
+        if trial is not None and trial.loaded:
+            self._drop.add(trial.assignment.batch_size)
+
+    def withdraw_size(self, batch_size: int) -> None:
+        """There is no graph of a size to compare with any more."""
+        for key, trial in list(self._trials.items()):
+            if trial.loaded and trial.assignment.batch_size == batch_size:
+                self.withdraw(key)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on trial, or about to be."""
+        return self._active() is not None
+
+    def reports(self) -> list[Report]:
+        """How each trial stands that has begun."""
+        return [t.report() for t in self._trials.values() if t.loaded or t.failure]
+
+    def due_s(self) -> float | None:
+        """Seconds until there is something to do without a live step; None: nothing."""
+        if self._drop:
+            return 0.0
+        trial = self._active()
+        if trial is None:
+            return None
+        return max(0.0, trial.live_until - self._clock()) if trial.loaded else LOAD_POLL_S
+
+    def shadows(self, batch_size: int) -> bool:
+        """Whether the candidate is to be tried in a step that replays this size; notes that it
+        is."""
+        trial = self._active()
+        self._shadowing = bool(trial and trial.loaded and trial.assignment.batch_size == batch_size)
+        return self._shadowing
+
+    def probe(self, step_id: int) -> Step | None:
+        """A made-up step, once live ones have not come in time."""
+        trial = self._active()
+        if trial is None or not trial.loaded or self._clock() < trial.live_until:
+            return None
+        self._shadowing = True
+        return probe_step(step_id, trial.assignment.batch_size)
+
+    def observe(self, shadow: Shadow | None) -> None:
+        """What a step with the candidate in it has given."""
+        trial, self._shadowing = self._active(), False
+        if shadow is not None and trial is not None:
+            trial.samples.append(shadow)
+
+    def blame(self, crashed: Mapping[int, str]) -> Assignment | None:
+        """The ranks have died: the candidate if it was in them when they crashed.
+
+        Without a crash it is tried once more, then given up.
+        """
+        trial, shadowing = self._active(), self._shadowing
+        self._shadowing = False
+        for other in self._trials.values():
+            other.loaded = False
+        self._drop.clear()
+        if trial is None or not shadowing:
+            return None
+        if crashed:
+            trial.failure = f"crashed a rank with {', '.join(sorted(set(crashed.values())))}"
+            return trial.assignment
+        trial.deaths += 1
+        if trial.deaths >= MAX_DEATHS:
+            trial.failure = f"the ranks ended {trial.deaths} times while it was tried"
+        return None
+
+    async def apply(self, group: RankGroup, current: Callable[[int], bool]) -> None:
+        """Drops or loads a candidate between two steps; ``current`` says whether there is a graph
+        of a size to compare with. Raises GroupFailed."""
+        for size in self._drop:
+            group.drop_graph(size, candidate=True)
+        self._drop.clear()
+        trial = self._active()
+        if trial is None or trial.loaded or not current(trial.assignment.batch_size):
+            return
+        self._shadowing = True
+        answers = await group.load_graph(_load(trial.assignment))
+        self._shadowing = False
+        refusals = [answer.error for answer in answers if answer.error is not None]
+        trial.loaded = True
+        trial.live_until = self._clock() + trial.assignment.live_s
+        trial.failure = f"refused: {refusals[0]}" if refusals else ""
+        log.info(
+            "canary loaded",
+            key=trial.assignment.key,
+            generation=trial.assignment.generation,
+            refused=trial.failure,
+        )
+
+    def _active(self) -> _Trial | None:
+        """The trial that is under way."""
+        return next((trial for trial in self._trials.values() if not trial.finished), None)
+
+
+def probe_step(step_id: int, rows: int) -> Step:
+    """A decode step of ``rows`` sequences that writes nothing and draws nothing."""
+
+    def ints(values: "np.ndarray[Any, Any]") -> bytes:
+        return values.astype(np.int32).tobytes()
+
+    return Step(
+        step_id=step_id,
+        token_ids=ints(np.arange(rows) % 16),
+        positions=ints(np.full(rows, PROBE_CONTEXT - 1)),
+        slots=ints(np.full(rows, -1)),
+        query_starts=ints(np.arange(rows + 1)),
+        context_lens=ints(np.full(rows, PROBE_CONTEXT)),
+        block_tables=ints(np.zeros(rows)),
+        block_table_width=1,
+        sample=(None,) * rows,
+        graph_batch_size=rows,
+        shadow=True,
+    )
+
+
+def _load(assignment: Assignment) -> LoadGraph:
+    return LoadGraph(
+        batch_size=assignment.batch_size,
+        paths=assignment.paths,
+        keys=assignment.keys,
+        generations=assignment.generations,
+        candidate=True,
+    )

@@ -1,0 +1,118 @@
+"""DecodeService: convert, call the worker, convert back."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from precast.errors import InvalidRequest
+from precast.log import get_logger
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.rpc.server import Service
+from services.decode_worker.engine.request import error_response
+from services.decode_worker.engine.response_buffer import Outbox
+from services.decode_worker.worker import Worker
+
+log = get_logger(__name__)
+
+DEFAULT_DRAIN_S: Final = 30
+MAX_DRAIN_S: Final = 3600
+
+
+class DecodeServicer(pb_grpc.DecodeServiceServicer):
+    """``precast.decode.v1.DecodeService``."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        stream = _Stream(self._worker)
+        reader = asyncio.create_task(stream.read(request_iterator))
+        try:
+            async for response in stream.outbox.responses():
+                yield response
+        finally:
+            reader.cancel()
+            stream.abort_all()
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        return pb.AbortResponse(found=self._worker.abort(request.request_id))
+
+    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:
+        if request.deadline_s > MAX_DRAIN_S:
+            raise InvalidRequest(f"deadline_s = {request.deadline_s}: at most {MAX_DRAIN_S}")
+        finished, aborted = await self._worker.drain(request.deadline_s or DEFAULT_DRAIN_S)
+        return pb.DrainResponse(finished=finished, aborted=aborted)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        return self._worker.status()
+
+    async def GetGraphSpecs(
+        self, request: pb.GetGraphSpecsRequest, context: Any
+    ) -> pb.GetGraphSpecsResponse:
+        return self._worker.graph_specs(request.batch_size)
+
+
+class _Stream:
+    """One Generate call: the requests that came on it and what goes back."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.outbox = Outbox()
+        self._live: set[str] = set()
+        self._half_closed = False
+
+    async def read(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
+        """Starts and aborts requests until the client half-closes; the rest is then still sent."""
+        try:
+            async for request in requests:
+                await self.outbox.room()
+                self._handle(request)
+        finally:
+            self._half_closed = True
+            self._close_if_done()
+
+    def abort_all(self) -> None:
+        for request_id in list(self._live):
+            self._worker.abort(request_id)
+
+    def _handle(self, request: pb.GenerateRequest) -> None:
+        action = request.WhichOneof("action")
+        if action == "start":
+            self._start(request.request_id, request.start)
+        elif action == "abort":
+            if request.request_id in self._live:
+                self._worker.abort(request.request_id)
+        else:
+            self.outbox.end(
+                error_response(
+                    request.request_id,
+                    pb.ERROR_CODE_INVALID_ARGUMENT,
+                    "a message needs start or abort",
+                )
+            )
+
+    def _start(self, request_id: str, start: pb.StartGeneration) -> None:
+        refusal = self._worker.start(request_id, start, self.outbox, self._ended)
+        if refusal is None:
+            self._live.add(request_id)
+        else:
+            self.outbox.end(refusal)
+
+    def _ended(self, request_id: str) -> None:
+        self._live.discard(request_id)
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._half_closed and not self._live:
+            self.outbox.close()
+
+
+def service(worker: Worker) -> Service:
+    return Service(
+        descriptor=pb.DESCRIPTOR.services_by_name["DecodeService"],
+        servicer=DecodeServicer(worker),
+        add_to_server=pb_grpc.add_DecodeServiceServicer_to_server,
+    )

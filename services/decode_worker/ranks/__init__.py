@@ -1,0 +1,1 @@
+"""Rank processes: protocol, launch, the model and the sampler."""

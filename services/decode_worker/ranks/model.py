@@ -1,0 +1,156 @@
+"""A rank's model: its shard of the weights, its KV cache, and the graphs it can replay."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from precast.errors import ConfigError
+from precast.graphs.difference import relative_difference
+from precast.graphs.factors import needs_of, rank_factors
+from precast.graphs.runner import Graph
+from precast.models.config import load_config
+from precast.models.forward import gathered, hidden_states, logits
+from precast.models.kv_cache import LayerCache, new_cache
+from precast.models.layers import Paging, Shape
+from precast.models.load import Weights, load_weights
+from precast.models.shape import shape_of
+from precast.models.sharding import shard
+from precast.ops import providers
+from services.decode_worker.ranks.protocol import MAX_DIFFERENCE, Init, Shadow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's tensors: int64 ids and positions [T], and where their keys and values go."""
+
+    token_ids: Tensor
+    positions: Tensor
+    paging: Paging
+
+    @property
+    def sequences(self) -> int:
+        return self.paging.context_lens.shape[0]
+
+
+@dataclass(kw_only=True)
+class RankModel:
+    shape: Shape
+    weights: Weights
+    caches: list[LayerCache]
+    factors: dict[str, str]
+    vocab_size: int
+    load_s: float
+    kernels: dict[str, str]
+    """Who serves each operator, and why it is not who was asked for."""
+    graphs: dict[int, Graph] = field(default_factory=dict)
+    candidates: dict[int, Graph] = field(default_factory=dict)
+    """Graphs on trial (``canary.py``), by batch size."""
+
+    def step(self, batch: Batch, drawing: Sequence[int], graph_batch_size: int) -> Tensor:
+        """Runs a step with the graph of a captured size, eagerly for 0. Returns this rank's logits
+        [len(drawing), V] of the last token of each sequence that draws."""
+        rows = _rows(batch, drawing)
+        if graph_batch_size:
+            return _replay(self.graphs[graph_batch_size], batch, rows)
+        hidden = hidden_states(
+            self.shape, self.weights, self.caches, batch.token_ids, batch.positions, batch.paging
+        )
+        if not drawing:
+            return hidden.new_empty(0, 0)
+        return logits(self.shape, self.weights, hidden if rows is None else hidden[rows])
+
+    def shadow(
+        self, batch: Batch, drawing: Sequence[int], graph_batch_size: int
+    ) -> tuple[Tensor, Shadow | None]:
+        """``step`` with the candidate tried between two replays of the graph that serves.
+
+        The last replay writes over what the candidate has written, so the cache ends up as if there
+        were no candidate.
+        """
+        candidate = self.candidates.get(graph_batch_size)
+        if candidate is None:
+            return self.step(batch, drawing, graph_batch_size), None
+        current = self.graphs[graph_batch_size]
+        compared = drawing or range(batch.sequences)
+        rows = _rows(batch, compared)
+        _replay(current, batch, rows)
+        started = time.perf_counter()
+        tried = _replay(candidate, batch, rows)
+        between = time.perf_counter()
+        again = _replay(current, batch, rows)
+        ended = time.perf_counter()
+        shadow = Shadow(
+            difference=min(self._difference(tried, again), MAX_DIFFERENCE),
+            candidate_us=(between - started) * 1e6,
+            current_us=(ended - between) * 1e6,
+        )
+        return again[: len(drawing)], shadow
+
+    def _difference(self, tried: Tensor, expected: Tensor) -> float:
+        """Over the logits of all ranks."""
+        return relative_difference(*(gathered(self.shape, part) for part in (tried, expected)))
+
+    def load_graph(self, batch_size: int, package: Path, *, candidate: bool = False) -> float:
+        """Loads a verified package and swaps it in; returns milliseconds. Raises
+        ArtifactRejected."""
+        started = time.perf_counter()
+        graph = Graph(package, batch_size, self.shape, self.weights, self.caches)
+        (self.candidates if candidate else self.graphs)[batch_size] = graph
+        return (time.perf_counter() - started) * 1e3
+
+
+def load(init: Init) -> RankModel:
+    """Loads the rank's shard and allocates its KV cache. Raises PrecastError with one line."""
+    started = time.perf_counter()
+    folder = Path(init.model_dir)
+    config = load_config(folder)
+    if init.max_context_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_context_length={init.max_context_length} exceeds the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    part = shard(config, init.tp_rank, init.tp_size)
+    shape = shape_of(config, part, init.precision)
+    selection = providers.select(init.kernel_provider, needs_of(shape))
+    providers.start(selection)  # before weights are packed, because each has its own formats
+    weights = load_weights(
+        folder, config, part, shape, init.max_context_length, Path(init.packed_dir)
+    )
+    return RankModel(
+        shape=shape,
+        weights=weights,
+        caches=[
+            new_cache(
+                shape.kv_dtype,
+                blocks=init.kv_blocks,
+                kv_heads=shape.kv_heads,
+                block_size=init.block_size,
+                head_dim=shape.head_dim,
+                token_major=selection.token_major_cache,
+            )
+            for _ in range(config.num_layers)
+        ],
+        factors=rank_factors(
+            shape,
+            block_size=init.block_size,
+            torch_version=str(torch.__version__),
+        ),
+        vocab_size=config.vocab_size,
+        load_s=time.perf_counter() - started,
+        kernels=providers.described(selection),
+    )
+
+
+def _replay(graph: Graph, batch: Batch, rows: Tensor | None) -> Tensor:
+    return graph.replay(batch.token_ids, batch.positions, batch.paging, rows)
+
+
+def _rows(batch: Batch, sequences: Sequence[int]) -> Tensor | None:
+    """int64 rows of the sequences' last tokens; None where these are all rows there are."""
+    if len(sequences) == batch.sequences == len(batch.token_ids):
+        return None
+    return batch.paging.query_starts[1:].long()[torch.tensor(sequences, dtype=torch.int64)] - 1

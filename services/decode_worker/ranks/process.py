@@ -1,0 +1,236 @@
+"""One tensor-parallel rank: ``python -m services.decode_worker.ranks.process --fd N``.
+
+Reads commands from its leader's socket and computes. It holds no state that a step doesn't name but
+weights, KV cache and graphs, and lives and dies with its leader.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from precast.errors import PrecastError
+from precast.models.forward import gathered, likeliest
+from precast.models.layers import Paging
+from precast.ops import native
+from precast.system.process import die_with_parent
+from services.decode_worker.ranks import model as rank_model
+from services.decode_worker.ranks.model import Batch, RankModel
+from services.decode_worker.ranks.protocol import (
+    FRAME_HEADER,
+    MAX_FRAME_BYTES,
+    DropGraph,
+    GraphLoaded,
+    Init,
+    LoadGraph,
+    Logprobs,
+    RankFailed,
+    Ready,
+    Reply,
+    Sampling,
+    Shutdown,
+    Step,
+    StepDone,
+    decode_command,
+    frame,
+)
+from services.decode_worker.ranks.sampler import is_likeliest, sample
+
+WATCH_S = 0.001
+"""How long a rank looks for the next command before it sleeps. Woken from sleep, ranks begin a step
+at different times and wait for each other: steps of two ranks take 1 % less this way."""
+GROUP_TIMEOUT_S = 60.0
+"""Longest wait for a peer in a collective. A dead peer is noticed at once, by its process state."""
+
+
+def receive(connection: socket.socket) -> Init | LoadGraph | DropGraph | Step | Shutdown:
+    """The next command; Shutdown when the leader is gone. Raises ValueError for a broken frame."""
+    _watch(connection)
+    header = _read(connection, FRAME_HEADER.size)
+    if header is None:
+        return Shutdown()
+    (size,) = FRAME_HEADER.unpack(header)
+    if size > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {size} bytes")
+    body = _read(connection, size)
+    return Shutdown() if body is None else decode_command(body)
+
+
+def _watch(connection: socket.socket) -> None:
+    """Looks for bytes until there are some, for WATCH_S at the most; others may have the core."""
+    until = time.perf_counter() + WATCH_S
+    while time.perf_counter() < until:
+        try:
+            connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            os.sched_yield()
+        else:
+            return
+
+
+def _read(connection: socket.socket, size: int) -> bytes | None:
+    buffer = bytearray(size)
+    view, filled = memoryview(buffer), 0
+    while filled < size:
+        count = connection.recv_into(view[filled:])
+        if count == 0:
+            return None
+        filled += count
+    return bytes(buffer)
+
+
+def serve(connection: socket.socket) -> None:
+    """Runs commands until Shutdown. Raises PrecastError or RuntimeError when it can't go on."""
+    init = receive(connection)
+    if isinstance(init, Shutdown):
+        return
+    if not isinstance(init, Init):
+        raise ValueError(f"expected Init, got {type(init).__name__}")
+    native.start_threads(init.cores)
+    model = rank_model.load(init)
+    if init.tp_size > 1:
+        native.join_group(init.group_id, init.tp_rank, init.tp_size, GROUP_TIMEOUT_S)
+    _send(connection, _ready(init, model))
+    while not isinstance(command := receive(connection), Shutdown):
+        reply = _run(init, model, command)
+        if reply is not None:
+            _send(connection, reply)
+
+
+def _run(init: Init, model: RankModel, command: object) -> Reply | None:
+    if isinstance(command, Step):
+        return _step(init, model, command)
+    if isinstance(command, LoadGraph):
+        return _load_graph(init, model, command)
+    if isinstance(command, DropGraph):
+        (model.candidates if command.candidate else model.graphs).pop(command.batch_size, None)
+        return None
+    raise ValueError(f"unexpected command {type(command).__name__}")
+
+
+def _ready(init: Init, model: RankModel) -> Ready:
+    return Ready(
+        tp_rank=init.tp_rank,
+        load_s=model.load_s,
+        weight_bytes=model.weights.nbytes(),
+        vocab_size=model.vocab_size,
+        kernels=model.kernels,
+        graph_factors=model.factors,
+    )
+
+
+def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded:
+    error, load_ms = None, 0.0
+    try:
+        path = Path(command.paths[init.tp_rank])
+        load_ms = model.load_graph(command.batch_size, path, candidate=command.candidate)
+    except PrecastError as refused:
+        error = str(refused)
+    return GraphLoaded(
+        tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=load_ms, error=error
+    )
+
+
+def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
+    started = time.perf_counter()
+    batch = _batch(step)
+    drawing = [index for index, request in enumerate(step.sample) if request is not None]
+    shadow = None
+    if step.shadow:
+        logits, shadow = model.shadow(batch, drawing, step.graph_batch_size)
+    else:
+        logits = model.step(batch, drawing, step.graph_batch_size)
+    tokens, logprobs = _draw(init, model, step.sample, logits)
+    if init.tp_rank != 0:
+        return None
+    return StepDone(
+        step_id=step.step_id,
+        token_ids=np.array(tokens, dtype=np.int32).tobytes(),
+        logprobs=_reported(logprobs),
+        step_us=int((time.perf_counter() - started) * 1e6),
+        shadow=shadow,
+    )
+
+
+def _draw(
+    init: Init, model: RankModel, requests: Sequence[Sampling | None], logits: Tensor
+) -> tuple[list[int], list[Logprobs | None]]:
+    """Each sequence's token, -1 where none is drawn, and its log probabilities; of ranks but the
+    first, only their part in the collectives. ``logits`` has a row for each that draws."""
+    drawing = [request for request in requests if request is not None]
+    tokens: list[int] = []
+    logprobs: list[Logprobs | None] = [None] * len(drawing)
+    if drawing and all(map(is_likeliest, drawing)):
+        tokens = likeliest(model.shape, logits)
+    elif drawing:
+        whole = gathered(model.shape, logits)
+        if init.tp_rank != 0:
+            return [], []
+        tokens, logprobs = sample(whole, drawing)
+    drawn = iter(zip(tokens, logprobs, strict=True))
+    pairs = [(-1, None) if request is None else next(drawn) for request in requests]
+    return [token for token, _ in pairs], [logprobs for _, logprobs in pairs]
+
+
+def _reported(logprobs: list[Logprobs | None]) -> tuple[Logprobs | None, ...]:
+    return tuple(logprobs) if any(entry is not None for entry in logprobs) else ()
+
+
+def _batch(step: Step) -> Batch:
+    return Batch(
+        token_ids=_ints(step.token_ids).long(),
+        positions=_ints(step.positions).long(),
+        paging=Paging(
+            slots=_ints(step.slots),
+            query_starts=_ints(step.query_starts),
+            context_lens=_ints(step.context_lens),
+            block_tables=_ints(step.block_tables).view(-1, step.block_table_width),
+        ),
+    )
+
+
+def _ints(data: bytes) -> Tensor:
+    # A copy, because the message's bytes are read-only and torch tensors are not.
+    return torch.from_numpy(np.frombuffer(data, dtype=np.int32).copy())
+
+
+def _send(connection: socket.socket, message: Reply) -> None:
+    connection.sendall(frame(message))
+
+
+def run(connection: socket.socket) -> int:
+    """A rank's whole life; returns its exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader decides when ranks stop
+    try:
+        with torch.inference_mode():
+            serve(connection)
+    except (PrecastError, RuntimeError, ValueError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        connection.sendall(frame(RankFailed(tp_rank=-1, message=lines[0])))
+        return 1
+    except (BrokenPipeError, ConnectionResetError):
+        return 0  # the leader is gone
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="services.decode_worker.ranks.process")
+    parser.add_argument("--fd", type=int, required=True)
+    connection = socket.socket(fileno=parser.parse_args().fd)
+    die_with_parent(signal.SIGKILL)
+    return run(connection)
+
+
+if __name__ == "__main__":
+    # The pool's threads and torch's are still there: skip their teardown.
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""OpenAI's API: bodies, answers, errors, streams."""

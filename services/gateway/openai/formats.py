@@ -1,0 +1,227 @@
+"""Events of generations as OpenAI's JSON: chunks of a stream, or one whole answer.
+
+A format belongs to one request. ``Choice`` is what has come of one choice so far.
+"""
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec import UNSET, Struct, UnsetType
+
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.openai import responses as api
+from services.gateway.openai.prepare import Plan
+
+
+@dataclass(kw_only=True)
+class Choice:
+    """A choice of a whole answer."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[pb.TokenLogprob] = field(default_factory=list)
+    finished: pb.GenerationFinished | None = None
+
+    def add(self, delta: pb.TokenDelta) -> None:
+        self.text.append(delta.text)
+        self.logprobs.extend(delta.logprobs)
+
+
+class Format(Protocol):
+    """How one endpoint shows a generation."""
+
+    def opening(self, index: int) -> Struct | None:
+        """The chunk before the first delta of a choice."""
+
+    def delta(self, index: int, delta: pb.TokenDelta) -> Struct | None:
+        """The chunk of a delta; None if it has nothing to show."""
+
+    def closing(self, index: int, finished: pb.GenerationFinished) -> Struct:
+        """The chunk with the finish reason."""
+
+    def totals(self, usage: api.Usage) -> Struct:
+        """The chunk with the usage of the whole request."""
+
+    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
+        """The answer to a request that doesn't stream."""
+
+
+def make_format(plan: Plan) -> Format:
+    return CompletionFormat(plan) if plan.endpoint == "completions" else ChatFormat(plan)
+
+
+def usage_of(plan: Plan, completion_tokens: int) -> api.Usage:
+    """Prompts count once, however many choices they have."""
+    return api.Usage(
+        prompt_tokens=plan.prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=plan.prompt_tokens + completion_tokens,
+    )
+
+
+def finish_reason(finished: pb.GenerationFinished | None) -> str:
+    assert finished is not None, "shown before it finished"
+    return "length" if finished.reason == pb.FINISH_REASON_LENGTH else "stop"
+
+
+class CompletionFormat:
+    """``/v1/completions``."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._offsets = [len(echo) for echo in plan.echoes]
+        """Characters of each choice's text up to its next token."""
+        self._usage: UnsetType | None = None if plan.include_usage else UNSET
+
+    def opening(self, index: int) -> Struct | None:
+        echo = self._plan.echoes[index]
+        return self._chunk(api.CompletionChoice(index=index, text=echo)) if echo else None
+
+    def delta(self, index: int, delta: pb.TokenDelta) -> Struct | None:
+        if not delta.text and not delta.logprobs:
+            return None
+        logprobs = self._logprobs(index, delta.logprobs)
+        choice = api.CompletionChoice(index=index, text=delta.text, logprobs=logprobs)
+        return self._chunk(choice)
+
+    def closing(self, index: int, finished: pb.GenerationFinished) -> Struct:
+        reason = finish_reason(finished)
+        return self._chunk(api.CompletionChoice(index=index, text="", finish_reason=reason))
+
+    def totals(self, usage: api.Usage) -> Struct:
+        return self._answer([], usage)
+
+    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
+        shown = [
+            api.CompletionChoice(
+                index=index,
+                text=self._plan.echoes[index] + "".join(choice.text),
+                logprobs=self._logprobs(index, choice.logprobs),
+                finish_reason=finish_reason(choice.finished),
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return self._answer(shown, usage)
+
+    def _chunk(self, choice: api.CompletionChoice) -> Struct:
+        return self._answer([choice], self._usage)
+
+    def _answer(
+        self, choices: list[api.CompletionChoice], usage: api.Usage | UnsetType | None
+    ) -> Struct:
+        return api.Completion(
+            id=self._id,
+            created=self._created,
+            model=self._plan.model,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _logprobs(
+        self, index: int, tokens: Sequence[pb.TokenLogprob]
+    ) -> api.CompletionLogprobs | None:
+        if not tokens:
+            return None
+        return api.CompletionLogprobs(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[_top_by_text(token) for token in tokens],
+            text_offset=[self._advance(index, token.text) for token in tokens],
+        )
+
+    def _advance(self, index: int, text: str) -> int:
+        offset = self._offsets[index]
+        self._offsets[index] += len(text)
+        return offset
+
+
+def _top_by_text(token: pb.TokenLogprob) -> dict[str, float]:
+    """The alternatives; the chosen token is always among them, as with OpenAI."""
+    top = {alternative.text: alternative.logprob for alternative in token.top}
+    return {**top, token.text: token.logprob}
+
+
+class ChatFormat:
+    """``/v1/chat/completions``."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._usage: UnsetType | None = None if plan.include_usage else UNSET
+
+    def opening(self, index: int) -> Struct | None:
+        delta = api.ChatDelta(role="assistant", content="")
+        return self._chunk(api.ChatChunkChoice(index=index, delta=delta))
+
+    def delta(self, index: int, delta: pb.TokenDelta) -> Struct | None:
+        if not delta.text and not delta.logprobs:
+            return None
+        shown = api.ChatDelta(content=delta.text)
+        logprobs = _chat_logprobs(delta.logprobs)
+        return self._chunk(api.ChatChunkChoice(index=index, delta=shown, logprobs=logprobs))
+
+    def closing(self, index: int, finished: pb.GenerationFinished) -> Struct:
+        reason = finish_reason(finished)
+        choice = api.ChatChunkChoice(index=index, delta=api.ChatDelta(), finish_reason=reason)
+        return self._chunk(choice)
+
+    def totals(self, usage: api.Usage) -> Struct:
+        return self._answer([], usage)
+
+    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
+        shown = [
+            api.ChatChoice(
+                index=index,
+                message=api.ChatMessage(content="".join(choice.text)),
+                logprobs=_chat_logprobs(choice.logprobs),
+                finish_reason=finish_reason(choice.finished),
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return api.ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._plan.model,
+            choices=shown,
+            usage=usage,
+        )
+
+    def _chunk(self, choice: api.ChatChunkChoice) -> Struct:
+        return self._answer([choice], self._usage)
+
+    def _answer(
+        self, choices: list[api.ChatChunkChoice], usage: api.Usage | UnsetType | None
+    ) -> Struct:
+        return api.ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._plan.model,
+            choices=choices,
+            usage=usage,
+        )
+
+
+def _chat_logprobs(tokens: Iterable[pb.TokenLogprob]) -> api.ChatLogprobs | None:
+    content = [
+        api.ChatLogprob(
+            token=token.text,
+            logprob=token.logprob,
+            bytes=_bytes(token.text),
+            top_logprobs=[
+                api.TopLogprob(token=top.text, logprob=top.logprob, bytes=_bytes(top.text))
+                for top in token.top
+            ],
+        )
+        for token in tokens
+    ]
+    return api.ChatLogprobs(content=content) if content else None
+
+
+def _bytes(text: str) -> list[int] | None:
+    """A token's bytes; None where its text stands for a part of a character."""
+    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())

@@ -1,0 +1,1 @@
+"""Workers: which there are, which one gets a request, and the connection to it."""

@@ -1,0 +1,112 @@
+"""A rank without a model: ``python -m tests.support.simulated_rank --fd N``.
+
+Speaks the rank protocol and draws tokens that depend on position alone, to measure and load the
+leader by itself. ``PRECAST_SIMULATED_STEP_MS`` is how long each step takes (default 0).
+"""
+
+import argparse
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from precast.system.process import die_with_parent
+from services.decode_worker.ranks.protocol import (
+    FRAME_HEADER,
+    Command,
+    DropGraph,
+    GraphLoaded,
+    Init,
+    LoadGraph,
+    Ready,
+    Reply,
+    Shutdown,
+    Step,
+    StepDone,
+    decode_command,
+    frame,
+)
+
+VOCABULARY = 256
+Load = Callable[[Path], str | None]
+"""What becomes of a graph that is to be loaded: why it is refused, or None."""
+
+
+def accept(_: Path) -> str | None:
+    return None
+
+
+def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply | None:
+    """What a rank answers, or None. Tokens are the sequences' context lengths, wrapped."""
+    if isinstance(command, LoadGraph):
+        error = load(Path(command.paths[init.tp_rank]))
+        return GraphLoaded(
+            tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=0.0, error=error
+        )
+    if isinstance(command, Step):
+        time.sleep(step_s)
+        return _draw(command, step_s) if init.tp_rank == 0 else None
+    assert isinstance(command, DropGraph)
+    return None
+
+
+def _draw(step: Step, step_s: float) -> StepDone:
+    lengths = np.frombuffer(step.context_lens, dtype=np.int32) % VOCABULARY
+    drawn = np.array([sample is not None for sample in step.sample])
+    return StepDone(
+        step_id=step.step_id,
+        token_ids=np.where(drawn, lengths, -1).astype(np.int32).tobytes(),
+        logprobs=(),
+        step_us=int(step_s * 1e6),
+    )
+
+
+def _receive(connection: socket.socket) -> Command:
+    """The next command; Shutdown when the leader is gone."""
+    header = connection.recv(FRAME_HEADER.size, socket.MSG_WAITALL)
+    if len(header) < FRAME_HEADER.size:
+        return Shutdown()
+    (size,) = FRAME_HEADER.unpack(header)
+    body = connection.recv(size, socket.MSG_WAITALL)
+    return decode_command(body) if len(body) == size else Shutdown()
+
+
+def serve(
+    connection: socket.socket, step_s: float, graph_factors: Mapping[str, str], load: Load
+) -> None:
+    init = _receive(connection)
+    if not isinstance(init, Init):
+        return
+    ready = Ready(
+        tp_rank=init.tp_rank,
+        load_s=0.0,
+        weight_bytes=0,
+        kernels={},
+        vocab_size=VOCABULARY,
+        graph_factors=dict(graph_factors),
+    )
+    connection.sendall(frame(ready))
+    while not isinstance(command := _receive(connection), Shutdown):
+        if (reply := reply_to(command, init, step_s, load)) is not None:
+            connection.sendall(frame(reply))
+
+
+def main(graph_factors: Mapping[str, str], load: Load = accept) -> None:
+    """Serve as a rank that wants graphs of these factors; none: it wants no graphs."""
+    parser = argparse.ArgumentParser(prog="tests.support.simulated_rank")
+    parser.add_argument("--fd", type=int, required=True)
+    connection = socket.socket(fileno=parser.parse_args().fd)
+    die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    step_s = float(os.environ.get("PRECAST_SIMULATED_STEP_MS", "0")) / 1e3
+    with suppress(ConnectionError):  # the leader is gone
+        serve(connection, step_s, graph_factors, load)
+
+
+if __name__ == "__main__":
+    main({})
