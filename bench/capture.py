@@ -133,7 +133,7 @@ async def measure(shape: Shape, sizes: Sequence[int], further: int, parallel: in
 
             async def captured(*wanted: int) -> float:
                 started = time.perf_counter()
-                specs = [{**factors, "batch_size": str(size)} for size in wanted]
+                specs = [{**factors, "num_tokens": str(size)} for size in wanted]
                 keys = [state.key for state in await client.request(*specs)]
                 over = (pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED)
                 states = await client.until(keys, *over, deadline_s=DEADLINE_S)

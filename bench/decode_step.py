@@ -65,20 +65,20 @@ def smollm2(quantization: str, head_quantization: str | None = None) -> Shape:
     )
 
 
-def capture(shape: Shape, batch_size: int, folder: Path) -> Path:
+def capture(shape: Shape, num_tokens: int, folder: Path) -> Path:
     """The package for one batch size; captured if the folder lacks it."""
     factors = rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__))
-    return capture_factors(factors, batch_size, folder / f"{shape.quantization}-{batch_size}")
+    return capture_factors(factors, num_tokens, folder / f"{shape.quantization}-{num_tokens}")
 
 
-def capture_factors(factors: dict[str, str], batch_size: int, out: Path) -> Path:
+def capture_factors(factors: dict[str, str], num_tokens: int, out: Path) -> Path:
     """The same for a rank's graph factors, in a folder of their own."""
     if not (out / "graph.pt2").exists():
         out.mkdir(parents=True, exist_ok=True)
         program = [sys.executable, "-m", "precast.graphs.capture.entry"]
         subprocess.run(
             [*program, "--out", str(out), "--kept", str(out.parent / "kept")],
-            input=json.dumps({**factors, "batch_size": str(batch_size)}).encode(),
+            input=json.dumps({**factors, "num_tokens": str(num_tokens)}).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             check=True,

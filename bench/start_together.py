@@ -157,7 +157,7 @@ async def fetch(fleet: Fleet, clients: int) -> float:
     They share one process, so this is no less than what the compile worker takes.
     """
     trusted = TrustedKeys.load(fleet.compiler.home / "keys" / "trusted")
-    specs = [{**FACTORS, "batch_size": str(size)} for size in SIZES]
+    specs = [{**FACTORS, "num_tokens": str(size)} for size in SIZES]
 
     async def take_all(folder: Path) -> None:
         cache = GraphCache(folder, trusted)
@@ -175,7 +175,7 @@ async def fetch(fleet: Fleet, clients: int) -> float:
 async def capture_all(fleet: Fleet) -> None:
     """Fill the store with the graphs of ``FACTORS``."""
     async with connect(fleet.compiler) as client:
-        states = await client.request(*({**FACTORS, "batch_size": str(size)} for size in SIZES))
+        states = await client.request(*({**FACTORS, "num_tokens": str(size)} for size in SIZES))
         await client.until([s.key for s in states], graphs_pb.GRAPH_PHASE_PUBLISHED, deadline_s=60)
 
 

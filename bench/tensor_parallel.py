@@ -74,10 +74,10 @@ async def load_graphs(group: RankGroup, widths: list[int], graphs: Path, name: s
         ]
         answers = await group.load_graph(
             LoadGraph(
-                batch_size=width,
+                num_tokens=width,
                 paths=tuple(map(str, paths)),
                 keys=("",) * len(paths),
-                generations=(1,) * len(paths),
+                versions=(1,) * len(paths),
             )
         )
         assert all(answer.error is None for answer in answers), answers
@@ -93,7 +93,7 @@ def step(step_id: int, width: int) -> Step:
     greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0)
     return Step(
         step_id=step_id,
-        graph_batch_size=width,
+        graph_size=width,
         token_ids=ints(np.arange(width) + 100),
         positions=ints(np.full(width, CONTEXT)),
         slots=ints(tables[:, CONTEXT // BLOCK_SIZE] * BLOCK_SIZE + CONTEXT % BLOCK_SIZE),

@@ -59,7 +59,7 @@ class ModelNotFound(NotFound):
 
 
 class GraphNotFound(NotFound):
-    """No graph of this key or generation."""
+    """No graph of this key or version."""
 
 
 class JobNotFound(NotFound):

@@ -3,7 +3,7 @@
 Standard-library loggers (uvicorn, grpc, ...) go through the same formatter. Usage::
 
     log = precast.log.get_logger(__name__)
-    log.info("graph loaded", batch_size=4, load_ms=11.8)
+    log.info("graph loaded", num_tokens=4, load_ms=11.8)
 
 Events are short phrases without values in them; values are keywords with their unit in the name.
 """

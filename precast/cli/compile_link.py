@@ -91,13 +91,13 @@ def find_graph(graphs: "list[pb.GraphState]", prefix: str) -> "pb.GraphState":
 
 
 async def list_graphs(
-    channel: "grpc.aio.Channel", model: str, batch_size: int
+    channel: "grpc.aio.Channel", model: str, num_tokens: int
 ) -> "list[pb.GraphState]":
     """Graphs of a model and a size; "" and 0: of all."""
     from precast.proto.graphs.v1 import graphs_service_pb2 as pb
     from precast.proto.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
 
-    request = pb.ListGraphsRequest(model=model, batch_size=batch_size)
+    request = pb.ListGraphsRequest(model=model, num_tokens=num_tokens)
     stub: Any = GraphsServiceStub(channel)
     answer = await stub.ListGraphs(request, timeout=CALL_TIMEOUT_S)
     return list(answer.graphs)

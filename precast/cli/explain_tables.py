@@ -26,7 +26,7 @@ def tables(answers: Sequence[pb.ExplainGraphResponse]) -> RenderableType:
 
 
 def _headline(answer: pb.ExplainGraphResponse) -> Text:
-    words = [answer.key[:SHOWN_KEY], f"batch {answer.factors.get('batch_size', '?')}:"]
+    words = [answer.key[:SHOWN_KEY], f"batch {answer.factors.get('num_tokens', '?')}:"]
     if not answer.HasField("state"):
         words.append("nobody has asked for it")
     else:
@@ -40,7 +40,7 @@ def _table(answer: pb.ExplainGraphResponse) -> RenderableType:
         return Text("  no graph is published to compare it with")
     table = Table("nearest", "factor", "wanted", "have")
     for near in answer.nearest:
-        name = f"{near.key[:SHOWN_KEY]} generation {near.generation}"
+        name = f"{near.key[:SHOWN_KEY]} version {near.version}"
         if not near.differences:
             table.add_row(name, "none differs", "", "")
         for row, difference in enumerate(near.differences):
@@ -63,7 +63,7 @@ def _value(answer: pb.ExplainGraphResponse) -> dict[str, object]:
         "nearest": [
             {
                 "key": near.key,
-                "generation": near.generation,
+                "version": near.version,
                 "models": list(near.models),
                 "differences": {
                     d.name: {

@@ -30,7 +30,7 @@ CacheOption = Annotated[
 def export(
     file: Annotated[str, typer.Argument(metavar="FILE", help="File to write; -: standard output.")],
     model: Annotated[str, typer.Option(help="Only graphs of this model.")] = "",
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Only these sizes.")] = None,
+    num_tokens: Annotated[list[int] | None, typer.Option(min=1, help="Only these sizes.")] = None,
     cache: CacheOption = False,
     home: HomeOption = None,
 ) -> None:
@@ -45,7 +45,7 @@ def export(
             _store(settings),
             TrustedKeys.load(settings.trusted_keys_dir),
             model=model,
-            batch_sizes=batch_size or (),
+            sizes=num_tokens or (),
         )
         with _written(file) as target:
             write_bundle(target, artifacts)

@@ -38,7 +38,7 @@ def explain(
         str | None,
         typer.Option(metavar="ID", help="Graphs that this decode worker misses; HOST:PORT does."),
     ] = None,
-    batch_size: Annotated[
+    num_tokens: Annotated[
         int, typer.Option(min=0, help="With --worker: this size, missing or not.")
     ] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Most graphs to compare with.")] = 3,
@@ -54,7 +54,7 @@ def explain(
     specs = [_read_factors(factors)] if factors else []
 
     async def ask(channel: "grpc.aio.Channel") -> "list[pb.ExplainGraphResponse]":
-        wanted = await _worker_specs(worker, batch_size, redis_url) if worker else specs
+        wanted = await _worker_specs(worker, num_tokens, redis_url) if worker else specs
         return await _explain(channel, key, wanted, limit)
 
     answers = run(ask, address, redis_url)
@@ -92,11 +92,11 @@ async def _explain(
 
 
 async def _worker_specs(
-    worker: str, batch_size: int, redis_url: str | None
+    worker: str, num_tokens: int, redis_url: str | None
 ) -> list[dict[str, str]]:
     """Factors of the graphs that a decode worker wants. Raises ``WorkerUnavailable``."""
     from precast.proto.decode.v1 import decode_service_pb2 as pb
 
-    request = pb.GetGraphSpecsRequest(batch_size=batch_size)
+    request = pb.GetGraphSpecsRequest(num_tokens=num_tokens)
     answer = await ask_worker(worker, redis_url, lambda stub: stub.GetGraphSpecs, request)
     return [dict(wanted.factors) for wanted in answer.wanted]

@@ -25,7 +25,7 @@ def gc(
     address: AddressOption = None,
     redis_url: RedisOption = None,
 ) -> None:
-    """Remove what exceeds the store's bound: superseded generations, then what nobody runs."""
+    """Remove what exceeds the store's bound: superseded versions, then what nobody runs."""
     from precast.cli import store_tables
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 

@@ -24,7 +24,7 @@ def to_json(graphs: Sequence[pb.GraphState], *, single: bool = False) -> str:
 
 
 def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
-    """One line a graph, by model and batch size."""
+    """One line a graph, by model and size."""
     if not graphs:
         return "no graphs"
     key = Column("key", no_wrap=True, min_width=SHOWN_KEY)
@@ -32,9 +32,9 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
     for graph in sorted(graphs, key=_order):
         table.add_row(
             graph.key[:SHOWN_KEY],
-            graph.factors.get("batch_size", ""),
+            graph.factors.get("num_tokens", ""),
             phase(graph) + (f", {len(graph.put_aside)} put aside" if graph.put_aside else ""),
-            str(graph.generation or ""),
+            str(graph.version or ""),
             f"{graph.layer_us:.0f} µs" if graph.layer_us else "",
             f"{graph.capture_s:.1f} s" if graph.capture_s else "",
             f"{graph.size_bytes / 2**20:.1f} MiB" if graph.size_bytes else "",
@@ -88,15 +88,15 @@ def event_json(event: admin.RecompileResponse) -> str:
         event, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     value["stage"] = _stage(event)
-    value["generation"] = event.generation
+    value["version"] = event.version
     return json.dumps(value, sort_keys=True)
 
 
 def event_line(event: admin.RecompileResponse) -> str:
     """One line for people."""
-    words = [event.key[:SHOWN_KEY], f"batch {event.batch_size}", _stage(event)]
-    if event.generation:
-        words.append(f"generation {event.generation}")
+    words = [event.key[:SHOWN_KEY], f"batch {event.num_tokens}", _stage(event)]
+    if event.version:
+        words.append(f"version {event.version}")
     if event.stage == admin.RECOMPILE_STAGE_ADOPTED:
         words.append(f"by {event.adopted} of {event.workers} workers")
     if event.HasField("canary"):
@@ -119,7 +119,7 @@ def _dict(graph: pb.GraphState) -> dict[str, Any]:
     # protobuf's JSON writes 64-bit numbers as strings
     return value | {
         "phase": phase(graph),
-        "generation": graph.generation,
+        "version": graph.version,
         "size_bytes": graph.size_bytes,
     }
 
@@ -134,7 +134,7 @@ def _stage(event: admin.RecompileResponse) -> str:
 
 
 def _order(graph: pb.GraphState) -> tuple[str, int, str]:
-    size = graph.factors.get("batch_size", "0")
+    size = graph.factors.get("num_tokens", "0")
     return ",".join(graph.models), int(size) if size.isdecimal() else 0, graph.key
 
 

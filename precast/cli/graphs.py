@@ -17,14 +17,14 @@ from precast.cli.compile_link import (
 from precast.cli.failures import EXIT_FAILED, reported
 from precast.cli.graph_bundles import export, import_
 from precast.cli.graph_explain import explain
-from precast.cli.graph_generations import (
-    generations,
-    pin_generation,
-    rollback,
-    unpin_generation,
-)
 from precast.cli.graph_store import gc, resign, scrub
 from precast.cli.graph_traffic import traffic
+from precast.cli.graph_versions import (
+    pin_version,
+    rollback,
+    unpin_version,
+    versions,
+)
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at captured graphs and capture them again.", no_args_is_help=True)
 
 app.command()(explain)
-app.command()(generations)
+app.command()(versions)
 app.command()(rollback)
-app.command()(pin_generation)
-app.command()(unpin_generation)
+app.command()(pin_version)
+app.command()(unpin_version)
 app.command()(export)
 app.command("import")(import_)
 app.command()(gc)
@@ -51,7 +51,7 @@ RECOMPILE_TIMEOUT_S: Final = 3600.0
 @reported
 def list_(
     model: Annotated[str, typer.Option(help="Only graphs asked for by this model.")] = "",
-    batch_size: Annotated[int, typer.Option(min=0, help="Only this size; 0: all.")] = 0,
+    num_tokens: Annotated[int, typer.Option(min=0, help="Only this size; 0: all.")] = 0,
     as_json: JsonOption = False,
     address: AddressOption = None,
     redis_url: RedisOption = None,
@@ -59,7 +59,7 @@ def list_(
     """List captured, queued and failed graphs."""
     from precast.cli import graph_tables
 
-    graphs = run(lambda channel: list_graphs(channel, model, batch_size), address, redis_url)
+    graphs = run(lambda channel: list_graphs(channel, model, num_tokens), address, redis_url)
     if as_json:
         typer.echo(graph_tables.to_json(graphs))
     else:
@@ -89,7 +89,7 @@ def show(
 def recompile(
     keys: Annotated[list[str] | None, typer.Argument(help="Keys, or how they begin.")] = None,
     model: Annotated[str, typer.Option(help="Every graph of this model.")] = "",
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="These sizes.")] = None,
+    num_tokens: Annotated[list[int] | None, typer.Option(min=1, help="These sizes.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every graph.")] = False,
     adoption_deadline: Annotated[
         int, typer.Option(min=0, help="Seconds that live workers have to swap; 0: the default.")
@@ -101,11 +101,11 @@ def recompile(
     """Capture graphs again and follow until live workers have swapped them in."""
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 
-    if not (keys or model or batch_size or all_):
-        raise ConfigError("say which graphs: KEYS, --model, --batch-size or --all")
+    if not (keys or model or num_tokens or all_):
+        raise ConfigError("say which graphs: KEYS, --model, --num-tokens or --all")
     request = admin.RecompileRequest(
         model=model,
-        batch_sizes=batch_size or [],
+        sizes=num_tokens or [],
         all=all_,
         adoption_deadline_s=adoption_deadline,
     )

@@ -17,7 +17,7 @@ def collected(answer: admin.CollectGarbageResponse) -> dict[str, object]:
         "removed": [
             {
                 "key": artifact.key,
-                "generation": artifact.generation,
+                "version": artifact.version,
                 "size_bytes": artifact.size_bytes,
                 "used_at_s": artifact.used_at_s,
                 "reason": artifact.reason,
@@ -33,7 +33,7 @@ def collected_table(answer: admin.CollectGarbageResponse, *, dry_run: bool) -> R
     for artifact in answer.removed:
         rows.add_row(
             artifact.key[:SHOWN_KEY],
-            str(artifact.generation),
+            str(artifact.version),
             _mib(artifact.size_bytes),
             age(artifact.used_at_s),
             artifact.reason,
@@ -78,7 +78,7 @@ def resigned_table(answer: admin.ResignGraphsResponse) -> RenderableType:
 
 
 def _damaged(artifacts: Iterable[admin.DamagedArtifact]) -> list[dict[str, object]]:
-    return [{"key": a.key, "generation": a.generation, "reason": a.reason} for a in artifacts]
+    return [{"key": a.key, "version": a.version, "reason": a.reason} for a in artifacts]
 
 
 def _damage_table(
@@ -86,7 +86,7 @@ def _damage_table(
 ) -> RenderableType:
     rows = Table("key", "gen", why)
     for artifact in artifacts:
-        rows.add_row(artifact.key[:SHOWN_KEY], str(artifact.generation), artifact.reason)
+        rows.add_row(artifact.key[:SHOWN_KEY], str(artifact.version), artifact.reason)
     return Group(rows, sums) if rows.row_count else sums
 
 

@@ -138,12 +138,12 @@ class CompileWorkerSettings(CommonSettings):
     parallel_captures: Count = 1
     max_queued: Count = 1024
     canary_steps: int = Field(default=32, ge=0, le=10_000)
-    """Steps in which one worker compares a new generation with the serving one before all take it
+    """Steps in which one worker compares a new version with the serving one before all take it
     up; 0: none."""
     canary_live_s: float = Field(default=20.0, ge=0.0, le=3600.0)
     """Seconds in which these are steps of requests; what is missing then is made up."""
     canary_max_slowdown: float = Field(default=0.25, ge=0.0)
-    """Most that a new generation's step may take longer: 0.25 is a quarter."""
+    """Most that a new version's step may take longer: 0.25 is a quarter."""
     isa_targets: Names = ()
     """Instruction sets to build for; empty: whichever a decode worker asks for."""
 

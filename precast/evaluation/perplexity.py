@@ -25,7 +25,7 @@ from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.tokenizer.load import load_tokenizer
 
-TEXT: Final = Path(__file__).with_name("evaluation.txt")
+TEXT: Final = Path(__file__).with_name("text.txt")
 BLOCK_SIZE: Final = 32
 _ROWS: Final = 64
 """Tokens whose logits exist at once."""

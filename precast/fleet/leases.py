@@ -47,14 +47,14 @@ class _Lease(BaseModel):
 
 
 class LoadedGraphRecord(BaseModel):
-    """A batch size that a decode worker replays from a graph."""
+    """A graph size (tokens of a step) that a decode worker replays from a graph."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    batch_size: int
+    num_tokens: int
     keys: tuple[str, ...]
     """One for each rank."""
-    generations: tuple[int, ...]
+    versions: tuple[int, ...]
 
 
 class DecodeLease(_Lease):
@@ -87,12 +87,12 @@ class CompileLease(_Lease):
     capturing: int = 0
 
 
-def generation_of(lease: DecodeLease, key: str) -> int | None:
-    """The oldest generation of the key among a worker's ranks; None if it doesn't run it."""
+def version_of(lease: DecodeLease, key: str) -> int | None:
+    """The oldest version of the key among a worker's ranks; None if it doesn't run it."""
     pairs = [
-        pair for graph in lease.graphs for pair in zip(graph.keys, graph.generations, strict=False)
+        pair for graph in lease.graphs for pair in zip(graph.keys, graph.versions, strict=False)
     ]
-    return min((generation for name, generation in pairs if name == key), default=None)
+    return min((version for name, version in pairs if name == key), default=None)
 
 
 Lease = DecodeLease | CompileLease

@@ -39,7 +39,7 @@ ISA_LEVELS = {"scalar": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 
 def rank_factors(shape: Shape, *, block_size: int, torch_version: str) -> dict[str, str]:
-    """A rank's spec factors but for the batch size."""
+    """A rank's spec factors but for the number of tokens."""
     return {
         "architecture": shape.architecture,
         "hidden_size": str(shape.hidden_size),

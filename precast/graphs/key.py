@@ -62,7 +62,7 @@ class SpecFactors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Format of the output projection."""
     packing_version: Name
     """Layout of packed weights that the kernels expect."""
-    batch_size: Count
+    num_tokens: Count
     """Tokens of a step: one each of decoding sequences, more of a prompt."""
     block_size: Count
     """Tokens in one block of the KV cache."""

@@ -12,7 +12,7 @@ from precast.graphs.capture.verify.failure import Mismatch
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
 from services.compile_worker.catalog.entry import GraphRecord, Phase, Trial
-from services.compile_worker.catalog.versions import Generation
+from services.compile_worker.catalog.versions import Version
 from services.compile_worker.explain import Explanation
 from services.compile_worker.failures import Failure
 from services.compile_worker.maintenance.resign import Resigned
@@ -38,11 +38,11 @@ STAGES: Final[Mapping[Stage | After, admin_pb.RecompileStage.ValueType]] = {
     After.ROLLED_BACK: admin_pb.RECOMPILE_STAGE_ROLLED_BACK,
     After.ADOPTED: admin_pb.RECOMPILE_STAGE_ADOPTED,
 }
-GENERATION_STATES: Final = {
-    Verdict.GOOD: admin_pb.GENERATION_STATE_PREVIOUS,
-    Verdict.CANDIDATE: admin_pb.GENERATION_STATE_CANARY,
-    Verdict.WITHDRAWN: admin_pb.GENERATION_STATE_ROLLED_BACK,
-    Verdict.QUARANTINED: admin_pb.GENERATION_STATE_QUARANTINED,
+VERSION_STATES: Final = {
+    Verdict.GOOD: admin_pb.VERSION_STATE_PREVIOUS,
+    Verdict.CANDIDATE: admin_pb.VERSION_STATE_CANARY,
+    Verdict.WITHDRAWN: admin_pb.VERSION_STATE_ROLLED_BACK,
+    Verdict.QUARANTINED: admin_pb.VERSION_STATE_QUARANTINED,
 }
 
 
@@ -51,7 +51,7 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
     return graphs_pb.GraphState(
         key=record.key,
         phase=PHASES[record.phase],
-        generation=record.generation,
+        version=record.version,
         signer=record.signer,
         factors=record.factors,
         models=record.models,
@@ -64,7 +64,7 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
         quarantined=record.lifecycle.having(Verdict.QUARANTINED),
         canary=_assignment(record, live_s),
         failed_capture=_failed_capture(record.failure),
-        put_aside=[f"generation {number}: {why}" for number, why in sorted(record.aside.items())],
+        put_aside=[f"version {number}: {why}" for number, why in sorted(record.aside.items())],
     )
 
 
@@ -97,11 +97,11 @@ def _mismatch(found: Mismatch) -> graphs_pb.Mismatch:
 
 def _assignment(record: GraphRecord, live_s: float) -> graphs_pb.CanaryAssignment | None:
     trial = record.trial
-    if trial is None or record.lifecycle.verdict(trial.generation) is not Verdict.CANDIDATE:
+    if trial is None or record.lifecycle.verdict(trial.version) is not Verdict.CANDIDATE:
         return None
     return graphs_pb.CanaryAssignment(
         worker_id=trial.worker_id,
-        generation=trial.generation,
+        version=trial.version,
         steps=trial.wanted,
         live_s=live_s,
     )
@@ -123,7 +123,7 @@ def trial_of(request: graphs_pb.ReportCanaryRequest, wanted: int) -> Trial:
     if not all(0 <= number < math.inf for number in numbers):
         raise InvalidRequest(f"canary measures {numbers} are not finite and positive")
     return Trial(
-        generation=request.generation,
+        version=request.version,
         worker_id=request.worker_id,
         wanted=wanted,
         steps=request.steps,
@@ -138,7 +138,7 @@ def job_message(job: Job) -> admin_pb.Job:
     return admin_pb.Job(
         job_id=job.id,
         key=job.key,
-        batch_size=job.batch_size,
+        num_tokens=job.num_tokens,
         stage=STAGES[job.stage],
         detail=job.detail,
         queued_at_s=job.queued_at,
@@ -154,13 +154,13 @@ def crash_reason(worker_id: str, signal: str) -> str:
     return f"crashed a rank of {worker_id[:128]} with {signal}"
 
 
-def generation_message(generation: Generation, manifest: Manifest | None) -> admin_pb.Generation:
+def version_message(version: Version, manifest: Manifest | None) -> admin_pb.Version:
     """``manifest``: None if the artifact can't be read any more."""
-    message = admin_pb.Generation(
-        generation=generation.number,
-        state=generation_state(generation),
-        pinned=generation.pinned,
-        reason=generation.reason,
+    message = admin_pb.Version(
+        version=version.number,
+        state=version_state(version),
+        pinned=version.pinned,
+        reason=version.reason,
     )
     if manifest:
         message.published_at_s = manifest.created_at
@@ -170,12 +170,12 @@ def generation_message(generation: Generation, manifest: Manifest | None) -> adm
     return message
 
 
-def generation_state(generation: Generation) -> admin_pb.GenerationState.ValueType:
-    if generation.serving:
-        return admin_pb.GENERATION_STATE_SERVING
-    if generation.held and generation.verdict in (Verdict.GOOD, Verdict.CANDIDATE):
-        return admin_pb.GENERATION_STATE_WAITING
-    return GENERATION_STATES[generation.verdict]
+def version_state(version: Version) -> admin_pb.VersionState.ValueType:
+    if version.serving:
+        return admin_pb.VERSION_STATE_SERVING
+    if version.held and version.verdict in (Verdict.GOOD, Verdict.CANDIDATE):
+        return admin_pb.VERSION_STATE_WAITING
+    return VERSION_STATES[version.verdict]
 
 
 def collected_message(found: Collected, bound: int) -> admin_pb.CollectGarbageResponse:
@@ -183,7 +183,7 @@ def collected_message(found: Collected, bound: int) -> admin_pb.CollectGarbageRe
         removed=[
             admin_pb.RemovedArtifact(
                 key=removal.holding.key,
-                generation=removal.holding.generation,
+                version=removal.holding.version,
                 size_bytes=removal.holding.size,
                 used_at_s=removal.holding.used_at,
                 reason=removal.reason,
@@ -211,8 +211,7 @@ def resigned_message(found: Resigned) -> admin_pb.ResignGraphsResponse:
 
 def _damaged(damages: Iterable[Damage]) -> list[admin_pb.DamagedArtifact]:
     return [
-        admin_pb.DamagedArtifact(key=d.key, generation=d.generation, reason=d.reason)
-        for d in damages
+        admin_pb.DamagedArtifact(key=d.key, version=d.version, reason=d.reason) for d in damages
     ]
 
 
@@ -224,7 +223,7 @@ def explanation(found: Explanation) -> graphs_pb.ExplainGraphResponse:
         nearest=[
             graphs_pb.NearGraph(
                 key=record.key,
-                generation=record.generation,
+                version=record.version,
                 models=record.models,
                 differences=[
                     graphs_pb.FactorDifference(name=name, wanted=wanted, have=have)

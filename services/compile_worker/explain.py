@@ -49,7 +49,7 @@ def explain_factors(graphs: Graphs, factors: Mapping[str, str], limit: int) -> E
 
 
 def _explain(graphs: Graphs, factors: Mapping[str, str], limit: int) -> Explanation:
-    published = {record.key: record for record in graphs.index.records() if record.generation}
+    published = {record.key: record for record in graphs.index.records() if record.version}
     others = {key: record.factors for key, record in published.items()}
     key = key_of_factors(factors)
     found = nearest(factors, others, min(limit or DEFAULT_NEAREST, MAX_NEAREST))

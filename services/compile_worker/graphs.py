@@ -21,14 +21,14 @@ from precast.fleet.queue.job import Job, Stage, new_job
 from precast.fleet.queue.queue import CaptureQueue
 from precast.graphs.artifacts.manifest import Manifest, encode_manifest, file_digest
 from precast.graphs.artifacts.signing import Signer
-from precast.graphs.artifacts.store import ArtifactStore, GenerationExists, StoredArtifact
+from precast.graphs.artifacts.store import ArtifactStore, StoredArtifact, VersionExists
 from precast.graphs.artifacts.versions import Verdict
 from precast.graphs.key import graph_key, parse_spec, spec_part
 from precast.log import get_logger
 from services.compile_worker.catalog.entry import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
 from services.compile_worker.catalog.gc_policy import surplus
 from services.compile_worker.catalog.index import GraphIndex
-from services.compile_worker.catalog.versions import Generations
+from services.compile_worker.catalog.versions import Versions
 from services.compile_worker.failures import Failure
 from services.compile_worker.sandbox.capture import CaptureReport
 
@@ -50,7 +50,7 @@ class Graphs:
     store: ArtifactStore
     index: GraphIndex
     queue: CaptureQueue
-    generations: Generations
+    versions: Versions
     signing: Callable[[], Signer]
     """The key that signs now: it may be replaced at any time."""
     build: Mapping[str, str]
@@ -59,7 +59,7 @@ class Graphs:
     """Instruction sets that it builds for; empty: any."""
     backoff_s: float = BACKOFF_S
     canary: bool = False
-    """Whether a further generation has to pass a canary before it serves."""
+    """Whether a further version has to pass a canary before it serves."""
     published: asyncio.Event = field(default_factory=asyncio.Event)
     """Set after each publication."""
 
@@ -71,7 +71,7 @@ class Graphs:
         """Fill the index from the store; damaged artifacts are put aside."""
         keys = await asyncio.to_thread(self.store.published_keys)
         for key, found in zip(keys, await self._looked_up(keys), strict=True):
-            record = found or await self.generations.barred(key)
+            record = found or await self.versions.barred(key)
             if record:
                 self.index.restore(record)
 
@@ -90,7 +90,7 @@ class Graphs:
         if len(model) > MAX_MODEL_LABEL:
             raise InvalidRequest(f"model label is longer than {MAX_MODEL_LABEL} characters")
         wanted = [self._check(factors) for factors in specs]
-        order = sorted(range(len(wanted)), key=lambda i: int(wanted[i]["batch_size"]))
+        order = sorted(range(len(wanted)), key=lambda i: int(wanted[i]["num_tokens"]))
         known = await self._looked_up([graph_key(spec, self.build) for spec in wanted])
         urgency = dict(enumerate(urgencies))
         states = {
@@ -99,13 +99,13 @@ class Graphs:
         return [states[i] for i in range(len(wanted))]
 
     async def recapture(self, record: GraphRecord) -> Job:
-        """Queue a further generation of a known graph, whatever became of the ones before.
+        """Queue a further version of a known graph, whatever became of the ones before.
 
         A capture that is under way already counts, unless it is just ending.
         """
         for _ in range(ENDING_POLLS):
-            job = await self._enqueue(record, await self._next_generation(record.key))
-            ending = job.generation <= await self.last_generation(record.key)
+            job = await self._enqueue(record, await self._next_version(record.key))
+            ending = job.version <= await self.last_version(record.key)
             if not ending and (record.phase is not Phase.FAILED or not job.started_at):
                 break
             await asyncio.sleep(ENDING_POLL_S)
@@ -113,27 +113,27 @@ class Graphs:
             await self.index.put(changed(record, phase=Phase.QUEUED, failures=0, retry_at=0.0))
         return job
 
-    async def fetch(self, key: str, generation: int, worker_id: str) -> StoredArtifact:
+    async def fetch(self, key: str, version: int, worker_id: str) -> StoredArtifact:
         """An artifact with its digest and signature checked; a candidate for its canary alone.
 
         A damaged one is put aside and queued for capture again. Raises ``GraphNotFound``, or
         ``ArtifactRejected`` for the damaged one.
         """
-        now = await self.generations.standing(key)
-        number = generation or now.serving
+        now = await self.versions.standing(key)
+        number = version or now.serving
         lifecycle = now.lifecycle
         if not number:
             raise GraphNotFound(f"no artifact of graph {key} serves")
         if lifecycle.verdict(number) is Verdict.QUARANTINED:
             raise GraphNotFound(
-                f"generation {number} of graph {key} is quarantined: {lifecycle.reason(number)}"
+                f"version {number} of graph {key} is quarantined: {lifecycle.reason(number)}"
             )
         trial = record.trial if (record := self.index.get(key)) else None
-        chosen = trial is not None and (trial.generation, trial.worker_id) == (number, worker_id)
+        chosen = trial is not None and (trial.version, trial.worker_id) == (number, worker_id)
         if lifecycle.verdict(number) is Verdict.CANDIDATE and not chosen:
-            raise GraphNotFound(f"generation {number} of graph {key} is not promoted yet")
+            raise GraphNotFound(f"version {number} of graph {key} is not promoted yet")
         try:
-            artifact = await asyncio.to_thread(self.generations.open, key, number)
+            artifact = await asyncio.to_thread(self.versions.open, key, number)
             await asyncio.to_thread(self.store.touch, key, number)
             return artifact
         except ArtifactRejected as error:
@@ -162,49 +162,49 @@ class Graphs:
         """Sign and publish what a capture made. If another process was first, its artifact
         stays."""
         await asyncio.to_thread(self._publish, job, report, graph)
-        await self.generations.refresh(job.key)
+        await self.versions.refresh(job.key)
         self.published.set()
 
-    async def last_generation(self, key: str) -> int:
+    async def last_version(self, key: str) -> int:
         """The highest number that the store has used; 0: none."""
-        return await asyncio.to_thread(self.store.last_generation, key)
+        return await asyncio.to_thread(self.store.last_version, key)
 
-    async def put_aside(self, key: str, generation: int, reason: str) -> None:
+    async def put_aside(self, key: str, version: int, reason: str) -> None:
         """Take a damaged artifact out of service. Unless a newer one serves, the graph is queued
         for capture again."""
-        log.error("artifact put aside", key=key, generation=generation, reason=reason)
-        superseded = generation < (await self.generations.standing(key)).serving
-        await asyncio.to_thread(self.store.quarantine, key, generation, reason)
-        record = await self.generations.record(key) or self.index.get(key)
+        log.error("artifact put aside", key=key, version=version, reason=reason)
+        superseded = version < (await self.versions.standing(key)).serving
+        await asyncio.to_thread(self.store.quarantine, key, version, reason)
+        record = await self.versions.record(key) or self.index.get(key)
         if record is None:
             return
-        record = changed(record, aside={**record.aside, generation: reason})
+        record = changed(record, aside={**record.aside, version: reason})
         await self.index.put(record)
         if not superseded and self.buildable(record):
-            await self._replace(record, generation)
+            await self._replace(record, version)
 
-    async def _replace(self, record: GraphRecord, generation: int) -> None:
-        """Capture a graph again whose generation was put aside."""
+    async def _replace(self, record: GraphRecord, version: int) -> None:
+        """Capture a graph again whose version was put aside."""
         try:
             await self.recapture(record)
         except (RegistryUnavailable, Overloaded) as error:
             log.warning("not queued for capture again", key=record.key, reason=str(error))
             return
         now = self.index.get(record.key)
-        if now and now.generation == generation:  # else it has been captured already
-            await self.index.put(changed(now, phase=Phase.QUEUED, generation=0))
+        if now and now.version == version:  # else it has been captured already
+            await self.index.put(changed(now, phase=Phase.QUEUED, version=0))
 
-    async def remove(self, key: str, generation: int, reason: str) -> None:
+    async def remove(self, key: str, version: int, reason: str) -> None:
         """Delete an artifact to make room; its number stays used."""
-        log.info("artifact removed", key=key, generation=generation, reason=reason)
-        now = await self.generations.standing(key)
-        if generation == now.serving:
-            noted = now.lifecycle.marked(generation, Verdict.GOOD, "was removed to make room")
-            await asyncio.to_thread(self.generations.persist, key, noted)
-        await asyncio.to_thread(self.store.remove, key, generation)
+        log.info("artifact removed", key=key, version=version, reason=reason)
+        now = await self.versions.standing(key)
+        if version == now.serving:
+            noted = now.lifecycle.marked(version, Verdict.GOOD, "was removed to make room")
+            await asyncio.to_thread(self.versions.persist, key, noted)
+        await asyncio.to_thread(self.store.remove, key, version)
         record = self.index.get(key)
-        if record and record.generation == generation == now.serving:
-            await self.index.put(changed(record, phase=Phase.REMOVED, generation=0))
+        if record and record.version == version == now.serving:
+            await self.index.put(changed(record, phase=Phase.REMOVED, version=0))
 
     def buildable(self, record: GraphRecord) -> bool:
         """Whether this worker's tool chain is the one that the key was made for."""
@@ -220,7 +220,7 @@ class Graphs:
 
         async def look_up(key: str) -> GraphRecord | None:
             async with some:
-                return await self.generations.record(key)
+                return await self.versions.record(key)
 
         return list(await asyncio.gather(*map(look_up, keys)))
 
@@ -230,58 +230,56 @@ class Graphs:
         key = graph_key(spec, self.build)
         # Before it is known that nothing is published: a capture that ends meanwhile is of this
         # number, and a job for it ends at once. One for the number after would make a second.
-        generation = 0 if known else await self._next_generation(key)
-        known = known or await self.generations.record(key)  # it may have been published since
+        version = 0 if known else await self._next_version(key)
+        known = known or await self.versions.record(key)  # it may have been published since
         if known:
             await self.index.put(known.with_model(model))
             return known.with_model(model)
         fresh = GraphRecord(key=key, phase=Phase.QUEUED, factors={**spec, **self.build})
-        record = self.index.get(key) or await self.generations.barred(key) or fresh
+        record = self.index.get(key) or await self.versions.barred(key) or fresh
         record = record.with_model(model)
         if record.phase is Phase.FAILED and time.time() < record.retry_at:
             return record
-        if await self.generations.untried(key):
+        if await self.versions.untried(key):
             return record
         if self.isa_targets and spec["isa"] not in self.isa_targets:
             return await self._not_built(record)
-        return await self._queue_missing(record, generation, urgency)
+        return await self._queue_missing(record, version, urgency)
 
     async def _not_built(self, record: GraphRecord) -> GraphRecord:
         """Another compile worker of the fleet may build for this instruction set."""
         if record.phase in (Phase.QUEUED, Phase.CAPTURING) and self.index.get(record.key):
             return record
         reason = f"{record.factors['isa']}: this compile worker builds for {self._targets}"
-        record = changed(record, phase=Phase.FAILED, generation=0, error=reason)
+        record = changed(record, phase=Phase.FAILED, version=0, error=reason)
         await self.index.put(record)
         return record
 
-    async def _queue_missing(
-        self, record: GraphRecord, generation: int, urgency: int
-    ) -> GraphRecord:
+    async def _queue_missing(self, record: GraphRecord, version: int, urgency: int) -> GraphRecord:
         try:
-            job = await self._enqueue(record, generation, urgency)
+            job = await self._enqueue(record, version, urgency)
         except RegistryUnavailable as error:
             reason = f"not queued for capture, ask again: {error}"
-            return changed(record, phase=Phase.FAILED, generation=0, error=reason)
+            return changed(record, phase=Phase.FAILED, version=0, error=reason)
         phase = Phase.QUEUED if job.stage is Stage.QUEUED else Phase.CAPTURING
-        if (record.phase, record.generation) != (phase, 0) or not self.index.get(record.key):
-            record = changed(record, phase=phase, generation=0)
+        if (record.phase, record.version) != (phase, 0) or not self.index.get(record.key):
+            record = changed(record, phase=phase, version=0)
         await self.index.put(record)
         return record
 
-    async def _next_generation(self, key: str) -> int:
+    async def _next_version(self, key: str) -> int:
         """One above all that are in the store, or that something is known of."""
-        marks = {*(await self.generations.standing(key)).lifecycle.marks}
+        marks = {*(await self.versions.standing(key)).lifecycle.marks}
         if record := self.index.get(key):
-            marks |= {*record.lifecycle.marks, record.generation}
-        return max(await self.last_generation(key), *marks, 0) + 1
+            marks |= {*record.lifecycle.marks, record.version}
+        return max(await self.last_version(key), *marks, 0) + 1
 
-    async def _enqueue(self, record: GraphRecord, generation: int, urgency: int = 0) -> Job:
+    async def _enqueue(self, record: GraphRecord, version: int, urgency: int = 0) -> Job:
         job = new_job(
             record.key,
             record.factors,
-            batch_size=int(record.factors["batch_size"]),
-            generation=generation,
+            num_tokens=int(record.factors["num_tokens"]),
+            version=version,
             models=record.models,
         )
         return await self.queue.enqueue(job, urgency=urgency)
@@ -289,7 +287,7 @@ class Graphs:
     async def _unsuccessful(
         self, record: GraphRecord, error: str, failures: int, wait_s: float
     ) -> None:
-        phase = Phase.PUBLISHED if record.generation else Phase.FAILED
+        phase = Phase.PUBLISHED if record.version else Phase.FAILED
         retry_at = time.time() + wait_s
         await self.index.put(
             changed(record, phase=phase, error=error, failures=failures, retry_at=retry_at)
@@ -303,7 +301,7 @@ class Graphs:
         manifest = encode_manifest(
             Manifest(
                 key=job.key,
-                generation=job.generation,
+                version=job.version,
                 factors=job.factors,
                 models=job.models,
                 size=graph.stat().st_size,
@@ -316,14 +314,14 @@ class Graphs:
                 verified=report.verified,
             )
         )
-        tried = self.canary and self.generations.look(job.key).serving
+        tried = self.canary and self.versions.look(job.key).serving
         if tried or not report.verified:
-            self.generations.nominate(job.key, job.generation)
+            self.versions.nominate(job.key, job.version)
         try:
             self.store.publish(manifest, self.signing().sign(manifest), graph)
-        except GenerationExists:
+        except VersionExists:
             log.warning("published by another process first", key=job.key)
         else:
-            log.info("graph published", key=job.key, generation=job.generation)
-        for number in surplus(self.generations.look(job.key)):
+            log.info("graph published", key=job.key, version=job.version)
+        for number in surplus(self.versions.look(job.key)):
             self.store.remove(job.key, number)

@@ -21,12 +21,12 @@ from services.compile_worker.convert import (
     collected_message,
     crash_reason,
     explanation,
-    generation_message,
     graph_state,
     job_message,
     resigned_message,
     scrubbed_message,
     trial_of,
+    version_message,
 )
 from services.compile_worker.explain import explain_factors, explain_key
 from services.compile_worker.graphs import Graphs
@@ -72,7 +72,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         self, request: graphs_pb.FetchGraphRequest, context: Any
     ) -> AsyncIterator[graphs_pb.FetchGraphResponse]:
         try:
-            artifact = await self._graphs.fetch(request.key, request.generation, request.worker_id)
+            artifact = await self._graphs.fetch(request.key, request.version, request.worker_id)
         except ArtifactRejected:
             self._metrics.fetches.labels("rejected").inc()
             raise
@@ -106,7 +106,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
             record
             for record in self._graphs.index.records()
             if request.model in ("", *record.models)
-            and request.batch_size in (0, int(record.factors["batch_size"]))
+            and request.num_tokens in (0, int(record.factors["num_tokens"]))
         ]
         return graphs_pb.ListGraphsResponse(graphs=map(self._state, matching))
 
@@ -122,7 +122,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         self, request: graphs_pb.ReportCrashRequest, context: Any
     ) -> graphs_pb.ReportCrashResponse:
         reason = crash_reason(request.worker_id, request.signal)
-        await self._graphs.generations.crashed(request.key, request.generation, reason)
+        await self._graphs.versions.crashed(request.key, request.version, reason)
         return graphs_pb.ReportCrashResponse()
 
     async def ReportCanary(
@@ -176,38 +176,38 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
             await self._graphs.cancelled(job)
         return admin_pb.CancelJobResponse(job=job_message(await self._until_ended(job)))
 
-    async def ListGenerations(
-        self, request: admin_pb.ListGenerationsRequest, context: Any
-    ) -> admin_pb.ListGenerationsResponse:
-        known = self._graphs.generations
+    async def ListVersions(
+        self, request: admin_pb.ListVersionsRequest, context: Any
+    ) -> admin_pb.ListVersionsResponse:
+        known = self._graphs.versions
         messages = [
-            generation_message(
-                generation, await asyncio.to_thread(known.manifest, request.key, generation.number)
+            version_message(
+                version, await asyncio.to_thread(known.manifest, request.key, version.number)
             )
-            for generation in await asyncio.to_thread(known.listed, request.key)
+            for version in await asyncio.to_thread(known.listed, request.key)
         ]
-        return admin_pb.ListGenerationsResponse(generations=messages)
+        return admin_pb.ListVersionsResponse(versions=messages)
 
     async def RollBackGraph(
         self, request: admin_pb.RollBackGraphRequest, context: Any
     ) -> admin_pb.RollBackGraphResponse:
-        serving = await self._graphs.generations.roll_back(request.key, request.generation)
-        return admin_pb.RollBackGraphResponse(generation=serving)
+        serving = await self._graphs.versions.roll_back(request.key, request.version)
+        return admin_pb.RollBackGraphResponse(version=serving)
 
-    async def PinGeneration(
-        self, request: admin_pb.PinGenerationRequest, context: Any
-    ) -> admin_pb.PinGenerationResponse:
-        if not request.generation:
-            raise InvalidRequest("pin to which generation?")
-        await self._graphs.generations.pin(request.key, request.generation)
-        return admin_pb.PinGenerationResponse()
+    async def PinVersion(
+        self, request: admin_pb.PinVersionRequest, context: Any
+    ) -> admin_pb.PinVersionResponse:
+        if not request.version:
+            raise InvalidRequest("pin to which version?")
+        await self._graphs.versions.pin(request.key, request.version)
+        return admin_pb.PinVersionResponse()
 
-    async def UnpinGeneration(
-        self, request: admin_pb.UnpinGenerationRequest, context: Any
-    ) -> admin_pb.UnpinGenerationResponse:
-        await self._graphs.generations.pin(request.key, 0)
-        now = await self._graphs.generations.standing(request.key)
-        return admin_pb.UnpinGenerationResponse(generation=now.serving)
+    async def UnpinVersion(
+        self, request: admin_pb.UnpinVersionRequest, context: Any
+    ) -> admin_pb.UnpinVersionResponse:
+        await self._graphs.versions.pin(request.key, 0)
+        now = await self._graphs.versions.standing(request.key)
+        return admin_pb.UnpinVersionResponse(version=now.serving)
 
     async def CollectGarbage(
         self, request: admin_pb.CollectGarbageRequest, context: Any
@@ -271,7 +271,7 @@ def _selection(request: admin_pb.RecompileRequest) -> Selection:
     return Selection(
         keys=tuple(request.keys),
         model=request.model,
-        batch_sizes=tuple(request.batch_sizes),
+        sizes=tuple(request.sizes),
         everything=request.all,
     )
 
@@ -281,9 +281,9 @@ def _recompile_response(progress: Progress) -> admin_pb.RecompileResponse:
         job_id=progress.job.id,
         key=progress.job.key,
         stage=STAGES[progress.stage],
-        generation=progress.job.generation,
+        version=progress.job.version,
         detail=progress.detail,
-        batch_size=progress.job.batch_size,
+        num_tokens=progress.job.num_tokens,
         adopted=progress.adopted,
         workers=progress.workers,
         canary=canary_progress(progress.trial) if progress.trial else None,

@@ -24,7 +24,7 @@ from precast.rpc.server import Server, start_server
 from precast.system.process import available_cpus
 from precast.system.scratch import sweep
 from services.compile_worker.catalog.index import GraphIndex
-from services.compile_worker.catalog.versions import Generations
+from services.compile_worker.catalog.versions import Versions
 from services.compile_worker.failures import Failures
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.grpc_server import services
@@ -75,7 +75,7 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
     graphs = await _open_graphs(settings, program, registry)
     capture_s = settings.capture_timeout_s * MAX_ATTEMPTS
     canaries = Canaries(
-        generations=graphs.generations,
+        versions=graphs.versions,
         registry=registry,
         policy=CanaryPolicy(
             steps=settings.canary_steps,
@@ -134,7 +134,7 @@ async def _open_graphs(
         store=store,
         index=index,
         queue=queue,
-        generations=Generations(store=store, index=index, trusted=trusted),
+        versions=Versions(store=store, index=index, trusted=trusted),
         signing=signing.now,
         build=build,
         isa_targets=tuple(settings.isa_targets),
@@ -196,7 +196,7 @@ async def _work_until_stopped(
         tasks = [asyncio.create_task(worker.run()) for worker in workers]
         tasks += [
             asyncio.create_task(graphs.index.run()),
-            asyncio.create_task(graphs.generations.follow()),
+            asyncio.create_task(graphs.versions.follow()),
             asyncio.create_task(canaries.run()),
             asyncio.create_task(upkeep.run()),
             asyncio.create_task(_count_jobs(graphs.queue, metrics)),

@@ -99,7 +99,7 @@ class Worker:
 
     async def _see_through(self, claim: Claim) -> None:
         job = claim.job
-        log.info("capture claimed", key=job.key, batch_size=job.batch_size, attempt=job.attempts)
+        log.info("capture claimed", key=job.key, num_tokens=job.num_tokens, attempt=job.attempts)
         held = Held(claim, self.queue, self.consumer)
         started = time.monotonic()
         with self.metrics.capturing.track_inprogress():
@@ -115,7 +115,7 @@ class Worker:
         log.info(
             "capture ended",
             key=job.key,
-            batch_size=job.batch_size,
+            num_tokens=job.num_tokens,
             outcome=str(outcome),
             detail=held.claim.job.detail,
             seconds=round(seconds, 2),
@@ -124,8 +124,8 @@ class Worker:
     async def _work(self, held: Held) -> None:
         """Bring a job to its end, or give it up where it was lost."""
         job = held.claim.job
-        if await self.graphs.last_generation(job.key) >= job.generation:
-            await self.graphs.generations.refresh(job.key)
+        if await self.graphs.last_version(job.key) >= job.version:
+            await self.graphs.versions.refresh(job.key)
             await self._end(held, Stage.PUBLISHED, "was published already")
         elif job.attempts > MAX_ATTEMPTS:
             reason = f"{MAX_ATTEMPTS} compile workers ended while capturing it"

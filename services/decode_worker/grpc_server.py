@@ -52,7 +52,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def GetGraphSpecs(
         self, request: pb.GetGraphSpecsRequest, context: Any
     ) -> pb.GetGraphSpecsResponse:
-        return self._worker.graph_specs(request.batch_size)
+        return self._worker.graph_specs(request.num_tokens)
 
 
 class _Stream:

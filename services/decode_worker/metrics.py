@@ -31,7 +31,7 @@ class Metrics:
         self._steps = Counter(
             "decode_worker_steps",
             "Steps by the captured size that ran, 0 for eager",
-            ["graph_batch_size"],
+            ["graph_size"],
             registry=self.registry,
         )
         self._tokens = Counter(
@@ -63,13 +63,11 @@ class Metrics:
     def serve(self, port: int) -> None:
         start_http_server(port, registry=self.registry)
 
-    def step(
-        self, decode_tokens: int, prompt_tokens: int, graph_batch_size: int, step_us: int
-    ) -> None:
+    def step(self, decode_tokens: int, prompt_tokens: int, graph_size: int, step_us: int) -> None:
         self._tokens.labels("decode").inc(decode_tokens)
         self._tokens.labels("prefill").inc(prompt_tokens)
-        self._steps.labels(str(graph_batch_size)).inc()
-        self._padding.inc(max(0, graph_batch_size - decode_tokens - prompt_tokens))
+        self._steps.labels(str(graph_size)).inc()
+        self._padding.inc(max(0, graph_size - decode_tokens - prompt_tokens))
         phase = "prefill" if prompt_tokens else "decode"
         self._sizes.labels(phase).observe(decode_tokens + prompt_tokens)
         self._seconds.labels(phase).observe(step_us / 1e6)

@@ -149,18 +149,18 @@ class Worker:
             captures_wanted=self._graphs.missing,
         )
 
-    def graph_specs(self, batch_size: int) -> pb.GetGraphSpecsResponse:
+    def graph_specs(self, num_tokens: int) -> pb.GetGraphSpecsResponse:
         """The distinct graphs of a size; of all sizes whose graph is missing for 0."""
-        sizes = (batch_size,) if batch_size else self._graphs.missing
-        unknown = [size for size in sizes if size not in self._graphs.batch_sizes]
+        sizes = (num_tokens,) if num_tokens else self._graphs.missing
+        unknown = [size for size in sizes if size not in self._graphs.sizes]
         if unknown:
-            captured = ", ".join(map(str, self._graphs.batch_sizes))
-            raise InvalidRequest(f"batch_size = {unknown[0]}: this worker has graphs of {captured}")
+            captured = ", ".join(map(str, self._graphs.sizes))
+            raise InvalidRequest(f"num_tokens = {unknown[0]}: this worker has graphs of {captured}")
         specs = [
-            pb.WantedGraph(batch_size=wanted.batch_size, factors=spec)
+            pb.WantedGraph(num_tokens=wanted.num_tokens, factors=spec)
             for wanted in self._graphs.wanted
             for number, spec in enumerate(wanted.specs)
-            if wanted.batch_size in sizes and spec not in wanted.specs[:number]
+            if wanted.num_tokens in sizes and spec not in wanted.specs[:number]
         ]
         return pb.GetGraphSpecsResponse(wanted=specs)
 
@@ -179,7 +179,7 @@ class Worker:
             kv_blocks_free=lease.kv_blocks_free,
             graphs=[
                 pb.LoadedGraph(
-                    batch_size=graph.batch_size, keys=graph.keys, generations=graph.generations
+                    num_tokens=graph.num_tokens, keys=graph.keys, versions=graph.versions
                 )
                 for graph in lease.graphs
             ],

@@ -131,12 +131,12 @@ class Stack:
             return stub.GetStatus(decode_service_pb2.GetStatusRequest(), timeout=5)
 
     def graphs(self, worker: str) -> dict[int, tuple[int, ...]]:
-        """Generations of each batch size's graph; empty while the worker can't be reached."""
+        """Versions of each batch size's graph; empty while the worker can't be reached."""
         try:
             loaded = self.status(worker).graphs
         except (grpc.RpcError, AssertionError):
             return {}
-        return {graph.batch_size: tuple(graph.generations) for graph in loaded}
+        return {graph.num_tokens: tuple(graph.versions) for graph in loaded}
 
     def has_all_graphs(self, worker: str) -> bool:
         return sorted(self.graphs(worker)) == [*self.batch_sizes, self.prefill_bucket]

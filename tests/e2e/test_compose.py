@@ -149,7 +149,7 @@ def test_workers_replay_captured_graphs(stack: Stack) -> None:
     assert eager == 0
 
 
-def test_recompiling_swaps_a_new_generation_in_while_serving(stack: Stack) -> None:
+def test_recompiling_swaps_a_new_version_in_while_serving(stack: Stack) -> None:
     before = {worker: stack.graphs(worker)[1] for worker in DECODE_WORKERS}
     channel, stub = stack.admin()
     request = admin.RecompileRequest(batch_sizes=[1], adoption_deadline_s=120)
@@ -164,7 +164,7 @@ def test_recompiling_swaps_a_new_generation_in_while_serving(stack: Stack) -> No
     for worker in DECODE_WORKERS:
         after = stack.graphs(worker)[1]
         assert all(new > old for new, old in zip(after, before[worker], strict=True))
-        assert after == (last.generation,)
+        assert after == (last.version,)
     assert stack.complete().status_code == 200
 
 

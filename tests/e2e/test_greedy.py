@@ -58,7 +58,7 @@ def prompts(demo_model: Path) -> list[list[int]]:
 def greedy_continuation(demo_model: Path) -> Continuation:
     """transformers' choice at every position of the output, each given the output before it.
 
-    Equal to the output if and only if greedy generation would give the output, and one forward pass
+    Equal to the output if and only if greedy version would give the output, and one forward pass
     instead of one for each token; none for an output that was judged before.
     """
     from transformers import AutoModelForCausalLM
@@ -145,4 +145,4 @@ def test_eager_then_graphs(
         check_sizes(GRAPH_SIZES, worker, prompts, greedy_continuation)
         status = worker.status()
         assert (status.eager_steps, status.graph_steps > 0) == (eager.eager_steps, True)
-        assert [graph.batch_size for graph in status.graphs] == [1, 8]
+        assert [graph.num_tokens for graph in status.graphs] == [1, 8]

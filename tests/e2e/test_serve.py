@@ -107,7 +107,7 @@ def test_no_artifact_is_half_written(home: Path, stack: Serve) -> None:
         for key in keys:
             artifact = store.open(key)  # compares size and digest
             trusted.verify(artifact.manifest_bytes, artifact.signature)
-            assert store.generations(key) == [1]
+            assert store.versions(key) == [1]
     assert list((home / "captures").iterdir()) == []
     assert list((home / "store" / TEMPORARY).iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""A new generation is tried by one worker, then promoted everywhere or rolled back."""
+"""A new version is tried by one worker, then promoted everywhere or rolled back."""
 
 import contextlib
 import threading
@@ -11,7 +11,7 @@ import pytest
 from precast.graphs.artifacts.disk_store import DiskStore
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from tests.support.decode_worker import DecodeWorker, eventually
-from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
+from tests.support.graph_fleet import Fleet, ask, fleet, new_home, runs, traffic, version
 from tests.support.native_faults import crashing, slow, wrong
 
 pytestmark = pytest.mark.timeout(300)
@@ -29,7 +29,7 @@ def home(tmp_path: Path, tiny_package: Path) -> Path:
 
 @contextlib.contextmanager
 def two_workers(home: Path, redis_url: str, **settings: Any) -> Iterator[tuple[Fleet, Any]]:
-    """A fleet with two decode workers that run generation 1, each with a cache of its own."""
+    """A fleet with two decode workers that run version 1, each with a cache of its own."""
     with (
         fleet(home, redis_url, **settings) as graphs,
         graphs.decode_worker(cache_dir=home / "one") as one,
@@ -49,7 +49,7 @@ def stages(events: list[Any]) -> list[int]:
     return list(dict.fromkeys(event.stage for event in events))
 
 
-def test_a_good_generation_is_tried_by_one_worker_and_promoted(home: Path, redis_url: str) -> None:
+def test_a_good_version_is_tried_by_one_worker_and_promoted(home: Path, redis_url: str) -> None:
     settings = {**NOISE, "canary_steps": 20, "canary_live_s": 60.0}
     with two_workers(home, redis_url, **settings) as (graphs, (one, two)):
         # only live steps can end the canary in time, so both need some
@@ -64,18 +64,18 @@ def test_a_good_generation_is_tried_by_one_worker_and_promoted(home: Path, redis
         assert sorted([tried(one), tried(two)]) == [False, True]
         chosen = one if tried(one) else two
         assert trial.worker_id == chosen.status().worker_id
-        assert (generation(one), generation(two)) == (2, 2)
-        assert "agreed with generation 1" in graphs.reason(2)
+        assert (version(one), version(two)) == (2, 2)
+        assert "agreed with version 1" in graphs.reason(2)
 
 
 @pytest.mark.parametrize(
     ("fault", "settings", "said"),
     [
-        ("slow", {"canary_max_slowdown": 2.0}, "times as long as generation 1"),
-        ("wrong", NOISE, "differs from generation 1"),
+        ("slow", {"canary_max_slowdown": 2.0}, "times as long as version 1"),
+        ("wrong", NOISE, "differs from version 1"),
     ],
 )
-def test_a_bad_generation_is_rolled_back_while_requests_go_on(
+def test_a_bad_version_is_rolled_back_while_requests_go_on(
     home: Path,
     redis_url: str,
     tiny_package: Path,
@@ -95,8 +95,8 @@ def test_a_bad_generation_is_rolled_back_while_requests_go_on(
             assert graphs.states() == {2: "quarantined", 1: "serving"}
             key = graphs.key()
             for worker, cache in zip(workers, ("one", "two"), strict=True):
-                assert (generation(worker), worker.status().restarts) == (1, 0)
-                assert DiskStore(home / cache).generations(key) == [1]
+                assert (version(worker), worker.status().restarts) == (1, 0)
+                assert DiskStore(home / cache).versions(key) == [1]
             assert sum(map(tried, workers)) == 1
             # requests try this one too: without any it would wait for them
             assert graphs.cli("recompile", key).returncode == 1
@@ -145,7 +145,7 @@ def test_another_worker_takes_over_from_a_dead_canary(home: Path, redis_url: str
         following.join(60)
         assert events[-1].stage == ADOPTED
         assert tried(left)
-        assert generation(left) == 2
+        assert version(left) == 2
         assert len({event.canary.worker_id for event in events if event.stage == CANARY}) == 2
 
 
@@ -168,7 +168,7 @@ def test_a_candidate_outlives_its_compile_worker(home: Path, redis_url: str) -> 
             threading.Thread(target=swallow, args=(graphs,)).start()
             eventually(lambda: tried(worker))
             graphs.compiler.kill()
-        assert generation(worker) == 1
+        assert version(worker) == 1
         with fleet(home, redis_url, **settings):
             runs(worker, 2)
 

@@ -16,7 +16,7 @@ BOUND = 1e-4
 
 
 def capture(model: Loaded, out: Path) -> Path:
-    done = run_capture({**model.factors, "batch_size": str(TOKENS)}, out)
+    done = run_capture({**model.factors, "num_tokens": str(TOKENS)}, out)
     assert done.returncode == 0, done.stderr
     return out / "graph.pt2"
 

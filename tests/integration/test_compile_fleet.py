@@ -29,8 +29,8 @@ pytestmark = pytest.mark.asyncio
 PUBLISHED = pb.GRAPH_PHASE_PUBLISHED
 
 
-def spec(how: str = "llama", batch_size: int = 1) -> dict[str, str]:
-    return {**FACTORS, "architecture": how, "batch_size": str(batch_size)}
+def spec(how: str = "llama", num_tokens: int = 1) -> dict[str, str]:
+    return {**FACTORS, "architecture": how, "num_tokens": str(num_tokens)}
 
 
 async def until(condition: Callable[[], Any], deadline_s: float = 20.0) -> Any:
@@ -42,10 +42,10 @@ def open_gate(ledger: Path) -> None:
 
 
 def whole(store: DiskStore, key: str) -> list[int]:
-    """The key's generations, each checked in full; nothing half-written lies about."""
-    for generation in store.generations(key):
-        store.open(key, generation)
-    return store.generations(key)
+    """The key's versions, each checked in full; nothing half-written lies about."""
+    for version in store.versions(key):
+        store.open(key, version)
+    return store.versions(key)
 
 
 def leftovers(home: Path) -> list[Path]:
@@ -70,7 +70,7 @@ async def test_killed_workers_job_is_done_by_the_next(tmp_path: Path, redis_url:
             assert again.key == state.key
             done = await client.until([state.key], PUBLISHED)
         await until(lambda: leftovers(home) == [])
-    assert done[state.key].generation == 1
+    assert done[state.key].version == 1
     assert whole(DiskStore(home / "store"), state.key) == [1]
     assert len(starts(ledger)) == 2
 
@@ -79,7 +79,7 @@ async def test_workers_that_share_a_store_capture_a_key_once(
     tmp_path: Path, redis_url: str
 ) -> None:
     home, ledger = tmp_path / "home", tmp_path / "ledger"
-    specs = [spec(batch_size=size) for size in range(1, 13)]
+    specs = [spec(num_tokens=size) for size in range(1, 13)]
     with (
         compile_worker(home, redis_url, ledger) as one,
         compile_worker(home, redis_url, ledger) as two,
@@ -190,7 +190,7 @@ async def serves_without_redis(
     cache = GraphCache(tmp_path / "cache", TrustedKeys.load(worker.home / "keys" / "trusted"))
     fetched = await fetch_graph(client.graphs, cache, key, spec=spec())
     assert fetched.manifest.key == key
-    known, unknown = await client.request(spec(), spec(batch_size=7))
+    known, unknown = await client.request(spec(), spec(num_tokens=7))
     assert known.phase == PUBLISHED
     assert unknown.phase == pb.GRAPH_PHASE_FAILED
     assert "ask again: Redis" in unknown.error
@@ -215,7 +215,7 @@ async def test_kills_at_many_moments_lose_and_double_nothing(
 ) -> None:
     """Workers are killed one after the other, each a little later in its work."""
     home, ledger = tmp_path / "home", tmp_path / "ledger"
-    specs = [spec(batch_size=size) for size in range(1, 9)]
+    specs = [spec(num_tokens=size) for size in range(1, 9)]
     keys: list[str] = []
     for work_s in (0.0, 0.06, 0.13, 0.3):
         with compile_worker(home, redis_url, ledger) as worker:

@@ -34,8 +34,8 @@ from tests.support.ports import free_port
 PUBLISHED, FAILED = pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED
 
 
-def spec(how: str = "llama", batch_size: int = 1) -> dict[str, str]:
-    return {**FACTORS, "architecture": how, "batch_size": str(batch_size)}
+def spec(how: str = "llama", num_tokens: int = 1) -> dict[str, str]:
+    return {**FACTORS, "architecture": how, "num_tokens": str(num_tokens)}
 
 
 def cache_of(tmp_path: Path, worker: WorkerProcess) -> GraphCache:
@@ -51,7 +51,7 @@ async def published(client: Client, *specs: dict[str, str]) -> list[str]:
 
 
 async def test_captures_each_graph_once_and_hands_it_out(tmp_path: Path, redis_url: str) -> None:
-    specs = [spec(batch_size=size) for size in (4, 1, 2)]
+    specs = [spec(num_tokens=size) for size in (4, 1, 2)]
     ledger = tmp_path / "ledger"
     with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
         async with connect(worker) as client:
@@ -63,9 +63,9 @@ async def test_captures_each_graph_once_and_hands_it_out(tmp_path: Path, redis_u
             fetched = await fetch_graph(client.graphs, cache, keys[0], spec=specs[0])
             listed = await client.graphs.ListGraphs(pb.ListGraphsRequest(model="tiny"), timeout=5)
             none = await client.graphs.ListGraphs(pb.ListGraphsRequest(model="other"), timeout=5)
-            one = await client.graphs.ListGraphs(pb.ListGraphsRequest(batch_size=2), timeout=5)
+            one = await client.graphs.ListGraphs(pb.ListGraphsRequest(num_tokens=2), timeout=5)
     assert [state.key for state in again] == keys
-    assert {state.generation for state in done.values()} == {1}
+    assert {state.version for state in done.values()} == {1}
     assert [size for _, _, size in starts(ledger)] == ["1", "2", "4"]
     assert fetched.manifest.key == keys[0]
     assert fetched.manifest.models == ("tiny",)
@@ -84,11 +84,11 @@ async def test_what_traffic_misses_is_captured_first(tmp_path: Path, redis_url: 
     missed = {1: 0, 2: 5, 4: 0, 8: 900, 16: 5}
     with compile_worker(tmp_path / "home", redis_url, ledger) as worker:
         async with connect(worker) as client:
-            await client.request(spec(batch_size=32))
+            await client.request(spec(num_tokens=32))
             await asyncio.to_thread(wait_until, lambda: starts(ledger))
-            await client.request(*[spec(batch_size=size) for size in missed])
+            await client.request(*[spec(num_tokens=size) for size in missed])
             specs = [
-                pb.GraphSpec(factors=spec(batch_size=size), urgency=count)
+                pb.GraphSpec(factors=spec(num_tokens=size), urgency=count)
                 for size, count in missed.items()
             ]
             answer = await client.graphs.RequestGraphs(
@@ -121,9 +121,9 @@ async def test_restarted_worker_captures_nothing_twice(tmp_path: Path, redis_url
 ERRORS: list[tuple[str, Any, str, str]] = [
     (
         "RequestGraphs",
-        pb.RequestGraphsRequest(specs=[pb.GraphSpec(factors={**FACTORS, "batch_size": "0"})]),
+        pb.RequestGraphsRequest(specs=[pb.GraphSpec(factors={**FACTORS, "num_tokens": "0"})]),
         "INVALID_ARGUMENT",
-        "batch_size",
+        "num_tokens",
     ),
     (
         "RequestGraphs",
@@ -145,7 +145,7 @@ ERRORS: list[tuple[str, Any, str, str]] = [
     ),
     ("FetchGraph", pb.FetchGraphRequest(key="0" * 32), "NOT_FOUND", "0" * 32),
     ("FetchGraph", pb.FetchGraphRequest(key="../../keys"), "NOT_FOUND", "no graph key"),
-    ("FetchGraph", pb.FetchGraphRequest(key="0" * 32, generation=2**64 - 1), "NOT_FOUND", "0"),
+    ("FetchGraph", pb.FetchGraphRequest(key="0" * 32, version=2**64 - 1), "NOT_FOUND", "0"),
     ("WatchGraphs", pb.WatchGraphsRequest(keys=["0" * 32]), "NOT_FOUND", "0" * 32),
     ("WatchGraphs", pb.WatchGraphsRequest(keys=["x"]), "INVALID_ARGUMENT", "'x'"),
     ("Recompile", admin_pb.RecompileRequest(), "INVALID_ARGUMENT", "recompile what"),
@@ -252,7 +252,7 @@ async def test_recompile_starts_a_failed_capture_again(tmp_path: Path, redis_url
     assert len(starts(ledger)) == 2
 
 
-def decode_lease(name: str, key: str, generation: int) -> DecodeLease:
+def decode_lease(name: str, key: str, version: int) -> DecodeLease:
     return DecodeLease(
         worker_id=name,
         address="127.0.0.1:1",
@@ -262,7 +262,7 @@ def decode_lease(name: str, key: str, generation: int) -> DecodeLease:
         max_context_length=1,
         weight_dtype="fp32",
         quantization="int8",
-        graphs=(LoadedGraphRecord(batch_size=1, keys=(key,), generations=(generation,)),),
+        graphs=(LoadedGraphRecord(num_tokens=1, keys=(key,), versions=(version,)),),
     )
 
 
@@ -272,7 +272,7 @@ async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_
         tmp_path / "home", redis_url, tmp_path / "ledger", canary_steps=0
     ) as worker:
         async with connect(worker) as client:
-            [key, other] = await published(client, spec(), spec(batch_size=2))
+            [key, other] = await published(client, spec(), spec(num_tokens=2))
             await registry.publish(decode_lease("one", key, 1))
             await registry.publish(decode_lease("two", key, 1))
             await registry.publish(decode_lease("elsewhere", other, 1))
@@ -283,7 +283,7 @@ async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_
                 if step.stage == admin_pb.RECOMPILE_STAGE_ADOPTED:
                     name = ("one", "two", "")[step.adopted]
                     if name:
-                        await registry.publish(decode_lease(name, key, step.generation))
+                        await registry.publish(decode_lease(name, key, step.version))
             cache = cache_of(tmp_path, worker)
             newest = await fetch_graph(client.graphs, cache, key, spec=spec())
     await registry.close()
@@ -293,8 +293,8 @@ async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_
     stages = ["QUEUED", "CAPTURING", "CAPTURED", "VERIFIED", "PUBLISHED"]
     assert names == [*stages, "ADOPTED", "ADOPTED", "ADOPTED"]
     assert [(step.adopted, step.workers) for step in steps[5:]] == [(0, 2), (1, 2), (2, 2)]
-    assert {(step.key, step.generation, step.batch_size) for step in steps} == {(key, 2, 1)}
-    assert newest.manifest.generation == 2
+    assert {(step.key, step.version, step.num_tokens) for step in steps} == {(key, 2, 1)}
+    assert newest.manifest.version == 2
 
 
 async def test_adoption_has_a_deadline(tmp_path: Path, redis_url: str) -> None:
@@ -348,11 +348,11 @@ async def test_damaged_artifact_is_refused_put_aside_and_captured_again(
                 await fetch_graph(client.graphs, cache, key, spec=spec())
 
             def second() -> bool:
-                return store.generations(key) == [2]
+                return store.versions(key) == [2]
 
             await asyncio.to_thread(wait_until, second)
             fetched = await fetch_graph(client.graphs, cache, key, spec=spec())
-            assert fetched.manifest.generation == 2
+            assert fetched.manifest.version == 2
             assert worker.process.poll() is None
     [aside] = (worker.home / "store" / QUARANTINE).iterdir()
     assert "digest" in (aside / "reason.txt").read_text()
@@ -378,10 +378,10 @@ async def test_graph_that_could_not_be_run_serves_nobody_untried(
                 await waits_untried(client, state.key)
                 if empty:
                     await client.admin.RollBackGraph(
-                        admin_pb.RollBackGraphRequest(key=state.key, generation=1), timeout=10
+                        admin_pb.RollBackGraphRequest(key=state.key, version=1), timeout=10
                     )
                     done = await client.until([state.key], PUBLISHED)
-                    assert done[state.key].generation == 1
+                    assert done[state.key].version == 1
     assert len(starts(ledger)) == 1
 
 
@@ -394,14 +394,14 @@ async def flush(redis_url: str) -> None:
 async def waits_untried(client: Client, key: str) -> None:
     for _ in range(3):
         [state] = await client.request(spec("foreign"))
-        assert (state.key, state.generation) == (key, 0)
+        assert (state.key, state.version) == (key, 0)
         if "waits for a worker of x86-64-v3" in state.error:
             break
         await asyncio.sleep(1)
     assert state.phase == pb.GRAPH_PHASE_CAPTURING
     assert "waits for a worker of x86-64-v3 to try it" in state.error
-    for generation in (0, 1):
-        call: Any = client.graphs.FetchGraph(pb.FetchGraphRequest(key=key, generation=generation))
+    for version in (0, 1):
+        call: Any = client.graphs.FetchGraph(pb.FetchGraphRequest(key=key, version=version))
         with pytest.raises(grpc.aio.AioRpcError):
             await call.read()
 

@@ -41,7 +41,7 @@ def precast(*arguments: Any) -> "subprocess.CompletedProcess[str]":
 async def test_nearest_graphs_and_the_factors_that_differ(tmp_path: Path, redis_url: str) -> None:
     with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger") as worker:
         async with connect(worker) as client:
-            far = {**FACTORS, "batch_size": "2", "isa": "x86-64-v4"}
+            far = {**FACTORS, "num_tokens": "2", "isa": "x86-64-v4"}
             refused = {**FACTORS, "architecture": "refuse"}
             states = await client.request(FACTORS, far, refused)
             here, there, failed = (state.key for state in states)
@@ -79,7 +79,7 @@ async def test_nearest_graphs_and_the_factors_that_differ(tmp_path: Path, redis_
         assert value["phase"] == "published"
         assert value["nearest"][0] == {
             "key": here,
-            "generation": 1,
+            "version": 1,
             "models": ["tiny"],
             "differences": {},
         }
@@ -119,13 +119,13 @@ async def test_a_decode_worker_says_why_it_has_no_graph(tmp_path: Path, redis_ur
 def says_why(home: Path, redis_url: str, compiler: str, ledger: Path) -> None:
     with decode_worker(home, redis_url, "tiny", batch_sizes="1,4") as worker:
         eventually(lambda: worker.log.read_text().count("graph missing") == 2)
-        assert "batch_size: wanted 4, have 1" in worker.log.read_text()
+        assert "num_tokens: wanted 4, have 1" in worker.log.read_text()
         link = ("--address", compiler, "--redis-url", redis_url)
-        [value] = explained("--worker", worker.address, "--batch-size", 4, *link)
-        assert value["factors"]["batch_size"] == "4"
-        assert value["nearest"][0]["differences"]["batch_size"] == {"wanted": "4", "have": "1"}
+        [value] = explained("--worker", worker.address, "--num-tokens", 4, *link)
+        assert value["factors"]["num_tokens"] == "4"
+        assert value["nearest"][0]["differences"]["num_tokens"] == {"wanted": "4", "have": "1"}
         missing = explained("--worker", "decode-", *link)
-        assert [value["factors"]["batch_size"] for value in missing] == ["1", "4"]
-        refused = precast("graphs", "explain", "--worker", worker.address, "--batch-size", 3, *link)
+        assert [value["factors"]["num_tokens"] for value in missing] == ["1", "4"]
+        refused = precast("graphs", "explain", "--worker", worker.address, "--num-tokens", 3, *link)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
-        assert "batch_size = 3" in refused.stderr
+        assert "num_tokens = 3" in refused.stderr

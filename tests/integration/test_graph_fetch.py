@@ -25,7 +25,7 @@ async def test_good_stream_is_kept(tmp_path: Path) -> None:
     cache = GraphCache(tmp_path, trust(GOOD))
     async with liar() as (_, stub):
         for _ in range(2):  # the second time it is there already
-            fetched = await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, generation=1)
+            fetched = await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, version=1)
             assert fetched.graph_path.read_bytes() == GRAPH
     assert cache.find(FACTORS) == fetched
     assert GraphCache(tmp_path, trust(GOOD)).find(FACTORS) == fetched
@@ -55,12 +55,12 @@ async def test_server_error_keeps_its_meaning(tmp_path: Path) -> None:
     await channel.close()
 
 
-def test_cache_falls_back_to_an_older_good_generation(tmp_path: Path) -> None:
+def test_cache_falls_back_to_an_older_good_version(tmp_path: Path) -> None:
     cache = GraphCache(tmp_path / "cache", trust(GOOD))
     artifacts = []
-    for generation in (1, 2):
-        made = graph_file(tmp_path, seed=generation)
-        manifest = manifest_for(made.read_bytes(), generation=generation)
+    for version in (1, 2):
+        made = graph_file(tmp_path, seed=version)
+        manifest = manifest_for(made.read_bytes(), version=version)
         artifacts.append(cache.add(*signed(manifest, GOOD), made))
     assert cache.find(FACTORS) == artifacts[1]
     artifacts[1].graph_path.write_bytes(b"damaged")
@@ -87,17 +87,17 @@ def test_cache_is_bounded_and_forgets_what_was_not_used(tmp_path: Path) -> None:
     specs = []
     for number in range(5):
         made = graph_file(tmp_path, seed=number)
-        manifest = manifest_for(made.read_bytes(), batch_size=str(number + 1))
+        manifest = manifest_for(made.read_bytes(), num_tokens=str(number + 1))
         cache.add(*signed(manifest, GOOD), made)
-        specs.append({**FACTORS, "batch_size": str(number + 1)})
+        specs.append({**FACTORS, "num_tokens": str(number + 1)})
         assert cache.find(specs[0]) is not None, "what is used stays"
     assert [cache.find(spec) is not None for spec in specs] == [True, False, False, True, True]
 
 
-def test_few_generations_are_kept_and_always_the_one_just_fetched(tmp_path: Path) -> None:
+def test_few_versions_are_kept_and_always_the_one_just_fetched(tmp_path: Path) -> None:
     cache = GraphCache(tmp_path / "cache", trust(GOOD))
-    for generation in (5, 6, 7, 1):  # 1: the store was emptied and has begun anew
-        made = graph_file(tmp_path, seed=generation)
-        manifest = manifest_for(made.read_bytes(), generation=generation)
+    for version in (5, 6, 7, 1):  # 1: the store was emptied and has begun anew
+        made = graph_file(tmp_path, seed=version)
+        manifest = manifest_for(made.read_bytes(), version=version)
         assert cache.add(*signed(manifest, GOOD), made).manifest == manifest
-    assert DiskStore(tmp_path / "cache").generations(MANIFEST.key) == [1, 6, 7]
+    assert DiskStore(tmp_path / "cache").versions(MANIFEST.key) == [1, 6, 7]

@@ -18,7 +18,7 @@ from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
-from tests.support.graph_fleet import ask, generation, traffic
+from tests.support.graph_fleet import ask, traffic, version
 
 MODEL = "tiny"
 CAPTURE_S = 240
@@ -47,7 +47,7 @@ def no_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
     assert not calls.exists(), calls.read_text()
 
 
-def test_eager_at_first_then_a_graph_then_its_next_generation(
+def test_eager_at_first_then_a_graph_then_its_next_version(
     tiny_home: Path, tiny_redis: str, compiler: WorkerProcess, no_compiler: dict[str, str]
 ) -> None:
     with decode_worker(
@@ -55,7 +55,7 @@ def test_eager_at_first_then_a_graph_then_its_next_generation(
     ) as worker:
         eager = ask(worker)
         assert worker.status().eager_steps > 0
-        eventually(lambda: generation(worker) == 1, CAPTURE_S)
+        eventually(lambda: version(worker) == 1, CAPTURE_S)
         before = worker.status()
         assert ask(worker) == eager
         assert worker.status().graph_steps > before.graph_steps
@@ -64,13 +64,13 @@ def test_eager_at_first_then_a_graph_then_its_next_generation(
         stages = recompile_under_traffic(worker, compiler, eager)
         assert admin_pb.RECOMPILE_STAGE_PUBLISHED in [s.stage for s in stages]
         last = stages[-1]
-        assert (last.stage, last.adopted, last.workers, last.generation) == (
+        assert (last.stage, last.adopted, last.workers, last.version) == (
             admin_pb.RECOMPILE_STAGE_ADOPTED,
             1,
             1,
             2,
         )
-        assert generation(worker) == 2
+        assert version(worker) == 2
         assert ask(worker) == eager
 
 
@@ -98,7 +98,7 @@ def test_a_warm_cache_needs_no_compile_worker(
         wait_for_graphs=True,
         compile_address="127.0.0.1:1",
     ) as worker:
-        assert generation(worker) == 2
+        assert version(worker) == 2
         ask(worker)
         assert worker.status().eager_steps == 0
 
@@ -133,7 +133,7 @@ def test_imported_graphs_need_no_compile_worker(
         wait_for_graphs=True,
         compile_address="127.0.0.1:1",
     ) as worker:
-        assert generation(worker) == 2
+        assert version(worker) == 2
         ask(worker)
         status = worker.status()
         assert (status.eager_steps, status.graph_steps > 0) == (0, True)
@@ -151,13 +151,13 @@ def test_graphs_come_back_after_a_rank_died(tiny_home: Path, tiny_redis: str) ->
         expected = ask(worker)
         os.kill(worker.ranks()[0], signal.SIGKILL)
         eventually(lambda: worker.status().restarts == 1 and worker.is_ready())
-        eventually(lambda: generation(worker) == 2)
+        eventually(lambda: version(worker) == 2)
         assert ask(worker) == expected
         assert worker.status().eager_steps == 0
 
 
 def test_a_damaged_artifact_is_never_loaded(tiny_home: Path, tiny_redis: str) -> None:
-    """Every cached generation is damaged: the worker says so, stays up and serves eagerly."""
+    """Every cached version is damaged: the worker says so, stays up and serves eagerly."""
     damaged = list((tiny_home / "cache" / "graphs").rglob("graph.pt2"))
     assert damaged
     for path in damaged:

@@ -32,7 +32,7 @@ from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
 from precast.rpc.server import Service, open_channel, start_server
 from services.compile_worker.catalog.index import GraphIndex
-from services.compile_worker.catalog.versions import Generations
+from services.compile_worker.catalog.versions import Versions
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.grpc_server import GraphsServicer
 from services.compile_worker.metrics import Metrics
@@ -78,15 +78,15 @@ async def test_no_tampered_stream_is_accepted(tmp_path: Path) -> None:
             servicer.stream = MUTATIONS[name](Stream(), rng)
             key = rng.choice((MANIFEST.key, *PATHS)) if name == "stranger" else MANIFEST.key
             with pytest.raises(ArtifactRejected) as refusal:
-                await fetch_graph(stub, cache, key, spec=FACTORS, generation=1)
+                await fetch_graph(stub, cache, key, spec=FACTORS, version=1)
             reasons.setdefault(name, set()).add(str(refusal.value))
             assert everything_under(tmp_path) == [], name
         servicer.stream = Stream()
         for key in PATHS:
             with pytest.raises(ArtifactRejected, match="asked for"):
-                await fetch_graph(stub, cache, key, spec=FACTORS, generation=1)
+                await fetch_graph(stub, cache, key, spec=FACTORS, version=1)
         assert everything_under(tmp_path) == []
-        await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, generation=1)
+        await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, version=1)
     assert sum(map(len, reasons.values())) >= len(MUTATIONS) == len(reasons)
     assert all(len(reason) >= len("not signed") for found in reasons.values() for reason in found)
 
@@ -113,14 +113,14 @@ def _unsigned(folder: Path, rng: random.Random) -> None:
 
 def _swapped(folder: Path, rng: random.Random) -> None:
     """Manifest and signature of another good artifact."""
-    other = manifest_for(rng.randbytes(5000), batch_size=str(rng.randrange(1, 9)))
+    other = manifest_for(rng.randbytes(5000), num_tokens=str(rng.randrange(1, 9)))
     raw, signature = signed(other, GOOD)
     (folder / "manifest.json").write_bytes(raw)
     (folder / "manifest.sig").write_bytes(signature.encode())
 
 
 def _linked_away(folder: Path, rng: random.Random) -> None:
-    """The artifact itself, but elsewhere: its generation or its key is a link."""
+    """The artifact itself, but elsewhere: its version or its key is a link."""
     place = rng.choice([folder, folder.parent])
     outside = folder.parents[2] / "outside"
     shutil.move(place, outside)
@@ -178,17 +178,17 @@ async def compile_service(
 ) -> AsyncIterator[grpc_pb.GraphsServiceStub]:
     """A compile worker's service over a store, in this process."""
     store, index = DiskStore(root), GraphIndex(registry.redis)
-    generations = Generations(store=store, index=index, trusted=TRUSTED)
+    versions = Versions(store=store, index=index, trusted=TRUSTED)
     graphs = Graphs(
         store=store,
         index=index,
         queue=CaptureQueue(registry.redis, "hostile"),
-        generations=generations,
+        versions=versions,
         signing=lambda: GOOD,
         build=BUILD,
     )
     policy = CanaryPolicy(steps=0, live_s=0.0, max_slowdown=0.0)
-    canaries = Canaries(generations=generations, registry=registry, policy=policy)
+    canaries = Canaries(versions=versions, registry=registry, policy=policy)
     service = Service(
         descriptor=pb.DESCRIPTOR.services_by_name["GraphsService"],
         servicer=GraphsServicer(graphs, canaries, Metrics()),
@@ -212,17 +212,17 @@ async def test_no_damaged_artifact_of_a_store_reaches_a_worker(
     for case in damaged(tmp_path / "stores", STORED):
         async with compile_service(case.root, registry) as stub:
             with pytest.raises((ArtifactRejected, GraphNotFound)) as refusal:
-                await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, generation=1)
+                await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, version=1)
             assert str(refusal.value), case.name
     assert everything_under(tmp_path / "cache") == []
     made = graph_file(tmp_path, size=5000)
     DiskStore(tmp_path / "good").publish(*signed(manifest_for(made.read_bytes()), GOOD), made)
     async with compile_service(tmp_path / "good", registry) as stub:
         for key in (*PATHS, "f" * 32):
-            call: Any = stub.FetchGraph(pb.FetchGraphRequest(key=key, generation=1))
+            call: Any = stub.FetchGraph(pb.FetchGraphRequest(key=key, version=1))
             with pytest.raises(Exception, match=r"no graph key|no artifact"):
                 await call.read()
-        await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, generation=1)
+        await fetch_graph(stub, cache, MANIFEST.key, spec=FACTORS, version=1)
     await registry.close()
 
 
@@ -231,7 +231,7 @@ def bundle_of(folder: Path) -> bytes:
     store = DiskStore(folder / "store")
     for size in (1, 2, 4):
         path = graph_file(folder, seed=size, size=3000)
-        manifest = manifest_for(path.read_bytes(), batch_size=str(size))
+        manifest = manifest_for(path.read_bytes(), num_tokens=str(size))
         store.publish(*signed(manifest, GOOD), path)
     file = io.BytesIO()
     write_bundle(file, serving_artifacts(store, TRUSTED))
@@ -280,7 +280,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     store = DiskStore(root)
     (root / MANIFEST.key).symlink_to(outside)
     made = graph_file(tmp_path)
-    raw, signature = signed(manifest_for(made.read_bytes(), generation=2), GOOD)
+    raw, signature = signed(manifest_for(made.read_bytes(), version=2), GOOD)
     refused: list[Callable[[], object]] = [
         lambda: store.publish(raw, signature, made),
         lambda: store.update_note(MANIFEST.key, lambda _: b"note"),

@@ -29,7 +29,7 @@ from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.asyncio
 PUBLISHED = pb.GRAPH_PHASE_PUBLISHED
-SPECS = [{**FACTORS, "batch_size": str(size)} for size in (1, 2, 4)]
+SPECS = [{**FACTORS, "num_tokens": str(size)} for size in (1, 2, 4)]
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -58,15 +58,15 @@ async def listed(client: Client) -> dict[str, Any]:
     """What the index says of each graph, but for the time of its last change."""
     answer = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)
     return {
-        graph.key: (graph.phase, graph.generation, graph.published_at_s, sorted(graph.models))
+        graph.key: (graph.phase, graph.version, graph.published_at_s, sorted(graph.models))
         for graph in answer.graphs
     }
 
 
-async def generations(client: Client, key: str) -> list[Any]:
-    request = admin_pb.ListGenerationsRequest(key=key)
-    answer = await client.admin.ListGenerations(request, timeout=5)
-    return [(each.generation, each.state, each.pinned, each.reason) for each in answer.generations]
+async def versions(client: Client, key: str) -> list[Any]:
+    request = admin_pb.ListVersionsRequest(key=key)
+    answer = await client.admin.ListVersions(request, timeout=5)
+    return [(each.version, each.state, each.pinned, each.reason) for each in answer.versions]
 
 
 async def recompiled(client: Client, key: str) -> None:
@@ -79,7 +79,7 @@ async def test_emptied_redis_is_filled_again(
     store: dict[str, str], tmp_path: Path, redis_url: str
 ) -> None:
     """While the worker runs, and when it is started on an empty Redis: graphs, the models that
-    asked for them, and all decisions on generations."""
+    asked for them, and all decisions on versions."""
     home, ledger = tmp_path / "home", tmp_path / "ledger"
     settings = {"canary_steps": 0, **store}
     with compile_worker(home, redis_url, ledger, **settings) as worker:
@@ -91,14 +91,12 @@ async def test_emptied_redis_is_filled_again(
                 await recompiled(client, key)
             rollback = admin_pb.RollBackGraphRequest(key=keys[0])
             await client.admin.RollBackGraph(rollback, timeout=5)
-            pin = admin_pb.PinGenerationRequest(key=keys[1], generation=1)
-            await client.admin.PinGeneration(pin, timeout=5)
-            crash = pb.ReportCrashRequest(
-                worker_id="w", key=keys[2], generation=1, signal="SIGSEGV"
-            )
+            pin = admin_pb.PinVersionRequest(key=keys[1], version=1)
+            await client.admin.PinVersion(pin, timeout=5)
+            crash = pb.ReportCrashRequest(worker_id="w", key=keys[2], version=1, signal="SIGSEGV")
             await client.graphs.ReportCrash(crash, timeout=5)
             known = await listed(client)
-            decided = [await generations(client, key) for key in keys]
+            decided = [await versions(client, key) for key in keys]
             assert [(known[key][1], known[key][3]) for key in keys] == [
                 (1, ["first", "second"]),
                 (1, ["first", "second"]),
@@ -113,11 +111,11 @@ async def test_emptied_redis_is_filled_again(
         async with connect(worker) as client:
             await until_known(redis_url, len(keys))
             again = await listed(client)
-            assert [generation[1:] for generation in again.values()] == [
-                generation[1:] for generation in known.values()
+            assert [version[1:] for version in again.values()] == [
+                version[1:] for version in known.values()
             ]
             assert again == known
-            assert [await generations(client, key) for key in keys] == decided
+            assert [await versions(client, key) for key in keys] == decided
     assert len(starts(ledger)) == len(SPECS) + 2
 
 
@@ -215,7 +213,7 @@ async def precast(environment: dict[str, str], *arguments: str) -> None:
 async def test_index_may_grow_while_it_is_reconciled(redis_url: str) -> None:
     """Publications come in while what Redis has lost is put back."""
     records = [
-        GraphRecord(key=f"{n:032x}", phase=Phase.PUBLISHED, factors={}, generation=1, updated_at=1)
+        GraphRecord(key=f"{n:032x}", phase=Phase.PUBLISHED, factors={}, version=1, updated_at=1)
         for n in range(60)
     ]
     async with connect_redis(redis_url) as client:

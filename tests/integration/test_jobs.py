@@ -19,10 +19,8 @@ pytestmark = pytest.mark.asyncio
 TTL_S = 0.6
 
 
-def job(key: str = "a" * 32, *, batch_size: int = 1, generation: int = 1) -> Job:
-    return new_job(
-        key, {"batch_size": str(batch_size)}, batch_size=batch_size, generation=generation
-    )
+def job(key: str = "a" * 32, *, num_tokens: int = 1, version: int = 1) -> Job:
+    return new_job(key, {"num_tokens": str(num_tokens)}, num_tokens=num_tokens, version=version)
 
 
 @pytest_asyncio.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from precast.graphs.artifacts.disk_store import DiskStore
 from tests.support.decode_worker import eventually
-from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
+from tests.support.graph_fleet import Fleet, ask, fleet, new_home, runs, traffic, version
 from tests.support.ports import free_port
 
 UNTRIED: dict[str, Any] = {"canary_steps": 0}
@@ -61,7 +61,7 @@ def test_key_is_rotated_without_an_eager_step(graphs: Fleet, home: Path) -> None
             keys(graphs, "revoke", old)
             eventually(lambda: worker.log.read_text().count("trusted keys") == 3)
             assert '"unchanged": 2' in graphs.cli("resign", "--json").stdout
-        assert (generation(worker), worker.status().eager_steps) == (1, eager)
+        assert (version(worker), worker.status().eager_steps) == (1, eager)
         assert worker.status().restarts == 0
     with graphs.decode_worker() as again:
         runs(again, 1)
@@ -74,7 +74,7 @@ def test_revoked_keys_graph_is_dropped_and_replaced(graphs: Fleet, home: Path) -
         old = signer_of(home / "store", key)
         keys(graphs, "rotate")
         keys(graphs, "revoke", old)
-        eventually(lambda: generation(worker) == 0)
+        eventually(lambda: version(worker) == 0)
         assert cached(home) == []
         assert ask(worker) == tokens, "served eagerly"
         assert worker.status().restarts == 0
@@ -83,7 +83,7 @@ def test_revoked_keys_graph_is_dropped_and_replaced(graphs: Fleet, home: Path) -
         refused = graphs.cli("resign")
         assert refused.returncode == 1
         assert "not trusted" in " ".join(refused.stdout.split())
-        assert generation(worker) == 0
+        assert version(worker) == 0
         graphs.recompile()
         runs(worker, 2)
         assert ask(worker) == tokens
@@ -97,7 +97,7 @@ def test_new_workers_key_counts_once_it_is_trusted(
     (tmp_path / "trusted" / "readme.txt").write_text("none yet")
     with graphs.decode_worker(trusted_keys_dir=tmp_path / "trusted") as worker:
         ask(worker)
-        assert generation(worker) == 0
+        assert version(worker) == 0
         done = graphs.precast(
             "keys", "trust", str(ours), "--trusted-keys-dir", str(tmp_path / "trusted")
         )
@@ -126,7 +126,7 @@ def test_unsigned_graph_needs_a_loud_switch(graphs: Fleet, home: Path, tmp_path:
     with graphs.decode_worker(cache_dir=tmp_path / "strict", metrics_port=port) as worker:
         eventually(lambda: "not signed" in worker.log.read_text())
         ask(worker)
-        assert (generation(worker), gauge(port)) == (0, 0.0)
+        assert (version(worker), gauge(port)) == (0, 0.0)
     port = free_port()
     with graphs.decode_worker(
         cache_dir=tmp_path / "loose", metrics_port=port, allow_unsigned_graphs=True
@@ -140,4 +140,4 @@ def test_unsigned_graph_needs_a_loud_switch(graphs: Fleet, home: Path, tmp_path:
     # what it has cached is of no use to a worker without the switch
     with graphs.decode_worker(cache_dir=tmp_path / "loose") as worker:
         eventually(lambda: "not signed" in worker.log.read_text())
-        assert generation(worker) == 0
+        assert version(worker) == 0

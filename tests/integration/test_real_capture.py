@@ -45,9 +45,9 @@ SHAPE = ModelShape(
 """Small enough that nearly all of the time goes into the compiler's fixed cost."""
 
 
-def tiny_spec(batch_size: int = 2) -> dict[str, str]:
+def tiny_spec(num_tokens: int = 2) -> dict[str, str]:
     factors = rank_factors(SHAPE, block_size=32, torch_version=str(torch.__version__))
-    return {**factors, "batch_size": str(batch_size)}
+    return {**factors, "num_tokens": str(num_tokens)}
 
 
 def provider_spec(name: str) -> dict[str, str]:

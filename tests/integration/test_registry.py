@@ -28,7 +28,7 @@ def decode_lease(worker_id: str = "d1", running: int = 0) -> DecodeLease:
         max_context_length=128,
         weight_dtype="fp32",
         quantization="int8",
-        graphs=(LoadedGraphRecord(batch_size=1, keys=("k0", "k1"), generations=(1, 2)),),
+        graphs=(LoadedGraphRecord(num_tokens=1, keys=("k0", "k1"), versions=(1, 2)),),
         captures_wanted=(2, 4),
     )
 

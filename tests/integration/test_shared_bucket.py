@@ -27,8 +27,8 @@ pytestmark = pytest.mark.asyncio
 PUBLISHED, FAILED = pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED
 
 
-def spec(how: str = "llama", batch_size: int = 1) -> dict[str, str]:
-    return {**FACTORS, "architecture": how, "batch_size": str(batch_size)}
+def spec(how: str = "llama", num_tokens: int = 1) -> dict[str, str]:
+    return {**FACTORS, "architecture": how, "num_tokens": str(num_tokens)}
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -59,12 +59,12 @@ async def test_bucket_that_goes_away_stops_captures_and_nothing_else(
                 (ledger / "open").touch()
                 failed = await client.until([state.key], FAILED)
                 assert f"{url}: " in failed[state.key].error
-                assert url in await refused(client, spec(batch_size=2))
+                assert url in await refused(client, spec(num_tokens=2))
                 listed = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)
                 assert [graph.key for graph in listed.graphs] == [state.key]
                 with s3_server(tmp_path, port) as again:
                     again.make_bucket(urlsplit(url).netloc)
-                    [other] = await client.request(spec(batch_size=2))
+                    [other] = await client.request(spec(num_tokens=2))
                     await client.until([other.key], PUBLISHED)
             assert worker.process.poll() is None
             assert "Traceback" not in worker.log.read_text()
@@ -75,7 +75,7 @@ async def test_kills_at_many_moments_lose_and_double_nothing(
 ) -> None:
     """Workers on other machines take over from each that is killed, a little later in its work."""
     url, ledger = s3.new_store(), tmp_path / "ledger"
-    specs = [spec(batch_size=size) for size in range(1, 7)]
+    specs = [spec(num_tokens=size) for size in range(1, 7)]
     keys: list[str] = []
     for number, work_s in enumerate((0.0, 0.1, 0.25)):
         home = tmp_path / f"home-{number}"
@@ -91,5 +91,5 @@ async def test_kills_at_many_moments_lose_and_double_nothing(
     store = open_store(tmp_path / "copies", url)
     assert store.published_keys() == sorted(keys)
     for key in keys:
-        assert store.generations(key) == [1]
+        assert store.versions(key) == [1]
         store.read_back(key, 1)

@@ -18,7 +18,7 @@ from precast.graphs.artifacts import bucket, object_store
 from precast.graphs.artifacts.store import (
     MAX_NOTE_BYTES,
     ArtifactStore,
-    GenerationExists,
+    VersionExists,
     open_store,
 )
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
@@ -46,9 +46,9 @@ def store(opener: Opener) -> ArtifactStore:
     return opener()
 
 
-def publish(store: ArtifactStore, folder: Path, *, generation: int = 1, seed: int = 0) -> str:
+def publish(store: ArtifactStore, folder: Path, *, version: int = 1, seed: int = 0) -> str:
     path = graph_file(folder, seed=seed)
-    manifest = manifest_for(path.read_bytes(), generation=generation)
+    manifest = manifest_for(path.read_bytes(), version=version)
     store.publish(*signed(manifest, SIGNER), path)
     return manifest.key
 
@@ -56,11 +56,11 @@ def publish(store: ArtifactStore, folder: Path, *, generation: int = 1, seed: in
 def test_what_one_publishes_all_can_read(opener: Opener, tmp_path: Path) -> None:
     one, other = opener(), opener()
     key = publish(one, tmp_path)
-    publish(other, tmp_path, generation=12, seed=2)
+    publish(other, tmp_path, version=12, seed=2)
     assert one.published_keys() == other.published_keys() == [key]
-    assert one.generations(key) == other.generations(key) == [1, 12]
-    assert one.last_generation(key) == 12
-    assert one.open(key).manifest.generation == 12
+    assert one.versions(key) == other.versions(key) == [1, 12]
+    assert one.last_version(key) == 12
+    assert one.open(key).manifest.version == 12
     for _ in range(2):  # the second time from a copy
         artifact = other.open(key, 1)
         assert artifact.graph_path.read_bytes() == graph_file(tmp_path).read_bytes()
@@ -84,24 +84,24 @@ def test_signature_alone_can_be_replaced(opener: Opener, tmp_path: Path) -> None
     after = opener().open(key)
     assert after.signature.signer == other.id
     assert after.manifest_bytes == before.manifest_bytes
-    assert [(h.key, h.generation, h.size) for h in store.holdings()] == [(key, 1, holding.size)]
+    assert [(h.key, h.version, h.size) for h in store.holdings()] == [(key, 1, holding.size)]
     for missing in ((key, 2), (KEY, 1), ("../x", 1)):
         with pytest.raises(GraphNotFound):
             store.resign(*missing, before.signature)
-    assert store.generations(KEY) == []
+    assert store.versions(KEY) == []
 
 
-def test_generation_is_published_once(opener: Opener, tmp_path: Path) -> None:
+def test_version_is_published_once(opener: Opener, tmp_path: Path) -> None:
     store = opener()
     key = publish(store, tmp_path)
     before = store.open(key)
-    with pytest.raises(GenerationExists):
+    with pytest.raises(VersionExists):
         publish(opener(), tmp_path, seed=1)
     for compiler in ("", "a compiler with a name of some length"):
         path = graph_file(tmp_path, seed=2)
         made = manifest_for(path.read_bytes())
         other = msgspec.structs.replace(made, compiler=compiler)
-        with pytest.raises(GenerationExists):
+        with pytest.raises(VersionExists):
             opener().publish(*signed(other, SIGNER), path)
     assert store.open(key) == before
     assert store.read_back(key, 1) == (before.manifest_bytes, before.signature)
@@ -113,7 +113,7 @@ def test_of_many_publishers_at_once_one_wins(opener: Opener, tmp_path: Path) -> 
     def attempt(seed: int, store: ArtifactStore) -> None:
         try:
             publish(store, tmp_path / str(seed), seed=seed)
-        except GenerationExists:
+        except VersionExists:
             outcomes.append("late")
         else:
             outcomes.append("won")
@@ -129,18 +129,18 @@ def test_of_many_publishers_at_once_one_wins(opener: Opener, tmp_path: Path) -> 
 
 
 def test_unknown_is_not_found(store: ArtifactStore, tmp_path: Path) -> None:
-    assert (store.generations(KEY), store.last_generation(KEY)) == ([], 0)
+    assert (store.versions(KEY), store.last_version(KEY)) == ([], 0)
     assert (store.read_note(KEY), store.put_aside(KEY)) == (None, {})
     assert (store.published_keys(), store.holdings()) == ([], [])
     store.remove(KEY, 1)
     store.touch(KEY, 1)
     store.quarantine(KEY, 1, "why")
     key = publish(store, tmp_path)
-    for generation in (-1, 2, 1 << 63):
+    for version in (-1, 2, 1 << 63):
         with pytest.raises(GraphNotFound):
-            store.open(key, generation)
+            store.open(key, version)
     for name in ("", "..", "../x", "a/b", "A" * 32, "a" * 33):
-        for call in (store.open, store.generations, store.last_generation, store.read_note):
+        for call in (store.open, store.versions, store.last_version, store.read_note):
             with pytest.raises(GraphNotFound, match="no graph key"):
                 call(name)
 
@@ -198,12 +198,12 @@ def test_quarantined_artifact_is_out_of_service_and_its_number_stays_used(
 ) -> None:
     store, other = opener(), opener()
     key = publish(store, tmp_path)
-    publish(store, tmp_path, generation=2)
+    publish(store, tmp_path, version=2)
     store.quarantine(key, 2, "crashed a worker")
     store.quarantine(key, 2, "again")
-    assert other.generations(key) == [1]
+    assert other.versions(key) == [1]
     assert other.put_aside(key) == {2: "crashed a worker"}
-    assert other.last_generation(key) == 2
+    assert other.last_version(key) == 2
     with pytest.raises(GraphNotFound):
         other.open(key, 2)
 
@@ -211,15 +211,15 @@ def test_quarantined_artifact_is_out_of_service_and_its_number_stays_used(
 def test_holdings_tell_size_and_use(store: ArtifactStore, tmp_path: Path) -> None:
     before = time.time() - 2
     key = publish(store, tmp_path)
-    publish(store, tmp_path, generation=2)
-    first, second = sorted(store.holdings(), key=lambda holding: holding.generation)
-    assert (first.key, first.generation, second.generation) == (key, 1, 2)
+    publish(store, tmp_path, version=2)
+    first, second = sorted(store.holdings(), key=lambda holding: holding.version)
+    assert (first.key, first.version, second.version) == (key, 1, 2)
     assert 100_000 < first.size < 110_000
     assert before < first.used_at < time.time() + 2
 
     def is_newest() -> bool:
         store.touch(key, 1)
-        used = {holding.generation: holding.used_at for holding in store.holdings()}
+        used = {holding.version: holding.used_at for holding in store.holdings()}
         return used[1] > used[2]
 
     wait_until(is_newest)  # S3 dates objects in whole seconds
@@ -228,12 +228,12 @@ def test_holdings_tell_size_and_use(store: ArtifactStore, tmp_path: Path) -> Non
 def test_removed_artifact_is_gone_and_an_open_file_stays(opener: Opener, tmp_path: Path) -> None:
     store = opener()
     key = publish(store, tmp_path)
-    publish(store, tmp_path, generation=2)
+    publish(store, tmp_path, version=2)
     with store.open(key, 1).graph_path.open("rb") as file:
         opener().remove(key, 1)
-        assert store.generations(key) == [2]
+        assert store.versions(key) == [2]
         assert file.read() == graph_file(tmp_path).read_bytes()
-    assert [holding.generation for holding in store.holdings()] == [2]
+    assert [holding.version for holding in store.holdings()] == [2]
 
 
 PUBLISHER = """
@@ -322,11 +322,11 @@ def test_local_copies_are_bounded(
 ) -> None:
     monkeypatch.setattr(object_store, "MAX_COPIES_BYTES", 250_000)
     store, _ = remote
-    for generation in (1, 2, 3, 4):
-        key = publish(store, tmp_path, generation=generation, seed=generation)
-        path = store.open(key, generation).graph_path
+    for version in (1, 2, 3, 4):
+        key = publish(store, tmp_path, version=version, seed=version)
+        path = store.open(key, version).graph_path
         assert path.exists()
-        os.utime(path, (generation, generation))
+        os.utime(path, (version, version))
     assert len(list((tmp_path / "copies").glob("*.pt2"))) == 2
     assert store.open(key, 1).graph_path.read_bytes() == graph_file(tmp_path, seed=1).read_bytes()
 
@@ -342,7 +342,7 @@ def test_create_whose_answer_was_lost_counts_as_done(
 
     monkeypatch.setattr(bucket.Bucket, "create", again)
     key = publish(remote[0], tmp_path)
-    assert remote[0].generations(key) == [1]
+    assert remote[0].versions(key) == [1]
 
 
 def test_store_that_can_not_be_used_ends_a_start(
@@ -376,7 +376,7 @@ def test_every_call_ends_when_the_bucket_is_out_of_reach(
         store = open_store(tmp_path / "copies", url)
         server.process.send_signal(fault)
         for call in (
-            lambda: publish(store, tmp_path, generation=2),
+            lambda: publish(store, tmp_path, version=2),
             lambda: store.open(key, 1),
             lambda: store.update_note(key, lambda _: b"{}"),
             store.published_keys,

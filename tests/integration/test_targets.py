@@ -34,7 +34,7 @@ def isa_of(fleet: Fleet, worker: DecodeWorker) -> str:
 
 
 def wanted_isa(worker: DecodeWorker) -> str:
-    request = pb.GetGraphSpecsRequest(batch_size=1)
+    request = pb.GetGraphSpecsRequest(num_tokens=1)
     return str(worker.stub().GetGraphSpecs(request, timeout=10).wanted[0].factors["isa"])
 
 

@@ -56,7 +56,7 @@ def test_prompts_and_mixed_steps_replay_graphs(
     with decode_worker(
         tiny_home, tiny_redis, MODEL, **SETTINGS, wait_for_graphs=True, ready_s=300
     ) as worker:
-        assert [graph.batch_size for graph in worker.status().graphs] == [4, BUCKET]
+        assert [graph.num_tokens for graph in worker.status().graphs] == [4, BUCKET]
         assert answers(worker) == eager
         status = worker.status()
         assert status.eager_steps == 0
@@ -99,7 +99,7 @@ def test_a_size_that_traffic_needs_is_captured_and_used(
             ) == pb.GRAPH_SIZE_ORIGIN_ADDED
 
         eventually(added, 60)
-        eventually(lambda: 3 in [graph.batch_size for graph in worker.status().graphs], 240)
+        eventually(lambda: 3 in [graph.num_tokens for graph in worker.status().graphs], 240)
         assert worker.is_ready()
         padding = worker.status().traffic.padding_tokens
         seen = three_answers()
@@ -107,5 +107,5 @@ def test_a_size_that_traffic_needs_is_captured_and_used(
         assert replays[3] >= 50
         assert seen.padding_tokens - padding < 50
         assert [size.tokens for size in seen.sizes] == [1, 3, 8]
-        assert [graph.batch_size for graph in worker.status().graphs] == [1, 3, 8]
+        assert [graph.num_tokens for graph in worker.status().graphs] == [1, 3, 8]
         client.close()

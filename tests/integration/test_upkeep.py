@@ -20,7 +20,7 @@ from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from services.compile_worker.catalog.entry import Phase
 from services.compile_worker.catalog.index import GraphIndex
-from services.compile_worker.catalog.versions import Generations
+from services.compile_worker.catalog.versions import Versions
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.maintenance.store import Upkeep
 from services.compile_worker.metrics import Metrics
@@ -49,7 +49,7 @@ async def graphs_over(store: DiskStore, registry: Registry) -> Graphs:
         store=store,
         index=index,
         queue=CaptureQueue(registry.redis, "test", max_queued=100),
-        generations=Generations(store=store, index=index, trusted=trust(SIGNER)),
+        versions=Versions(store=store, index=index, trusted=trust(SIGNER)),
         signing=lambda: SIGNER,
         build=BUILD,
     )
@@ -57,14 +57,14 @@ async def graphs_over(store: DiskStore, registry: Registry) -> Graphs:
     return graphs
 
 
-def publish(store: DiskStore, folder: Path, *, batch_size: int, generation: int = 1) -> str:
-    path = graph_file(folder, seed=100 * batch_size + generation, size=MIB // 2)
-    manifest = manifest_for(path.read_bytes(), generation=generation, batch_size=str(batch_size))
+def publish(store: DiskStore, folder: Path, *, num_tokens: int, version: int = 1) -> str:
+    path = graph_file(folder, seed=100 * num_tokens + version, size=MIB // 2)
+    manifest = manifest_for(path.read_bytes(), version=version, num_tokens=str(num_tokens))
     store.publish(*signed(manifest, SIGNER), path)
     return manifest.key
 
 
-def lease(key: str, generation: int) -> DecodeLease:
+def lease(key: str, version: int) -> DecodeLease:
     return DecodeLease(
         worker_id="worker",
         address="127.0.0.1:1",
@@ -74,7 +74,7 @@ def lease(key: str, generation: int) -> DecodeLease:
         max_context_length=1,
         weight_dtype="fp32",
         quantization="int8",
-        graphs=(LoadedGraphRecord(batch_size=1, keys=(key,), generations=(generation,)),),
+        graphs=(LoadedGraphRecord(num_tokens=1, keys=(key,), versions=(version,)),),
     )
 
 
@@ -82,15 +82,15 @@ def age(store: DiskStore) -> None:
     """Make all artifacts look as if they had last been used an hour ago, in their order."""
     for holding in store.holdings():
         at = holding.used_at - 3600
-        os.utime(store.root / holding.key / str(holding.generation), (at, at))
+        os.utime(store.root / holding.key / str(holding.version), (at, at))
 
 
 async def test_graphs_that_nobody_runs_make_room(tmp_path: Path, redis_url: str) -> None:
     """Those in use and the pinned ones stay, over the bound too. What went is captured again for
     whoever asks, under a number that was never used."""
     store = DiskStore(tmp_path / "store")
-    keys = [publish(store, tmp_path, batch_size=size) for size in (1, 2, 4, 8)]
-    publish(store, tmp_path, batch_size=1, generation=2)
+    keys = [publish(store, tmp_path, num_tokens=size) for size in (1, 2, 4, 8)]
+    publish(store, tmp_path, num_tokens=1, version=2)
     used, pinned, idle, recent = keys
     store.update_note(pinned, lambda _: encode_lifecycle(Lifecycle().pinned(1)))
     registry = Registry.connect(redis_url, lease_ttl_s=30)
@@ -108,10 +108,10 @@ async def test_graphs_that_nobody_runs_make_room(tmp_path: Path, redis_url: str)
     await graphs.fetch(recent, 0, "")  # the last to be used
 
     first = await upkeep.collect(dry_run=True)
-    assert [removal.holding.generation for removal in first.removals] == [1]
+    assert [removal.holding.version for removal in first.removals] == [1]
     assert len(store.holdings()) == 5, "a dry run removes nothing"
     await upkeep.collect(dry_run=False)
-    assert store.generations(used) == [2]
+    assert store.versions(used) == [2]
     assert store.published_keys() == sorted(keys), "all count as in use at first"
 
     clock[0] += 61
@@ -121,7 +121,7 @@ async def test_graphs_that_nobody_runs_make_room(tmp_path: Path, redis_url: str)
     await upkeep.collect(dry_run=False)
     assert store.published_keys() == sorted([used, pinned, recent])
     record = graphs.index.get(idle)
-    assert record and (record.phase, record.generation) == (Phase.REMOVED, 0)
+    assert record and (record.phase, record.version) == (Phase.REMOVED, 0)
 
     upkeep.max_bytes = 1
     age(store)
@@ -131,16 +131,16 @@ async def test_graphs_that_nobody_runs_make_room(tmp_path: Path, redis_url: str)
     assert upkeep.metrics.count("compile_worker_store_bytes") == found.after
     assert upkeep.metrics.count("compile_worker_removed_artifacts_total") == 3
 
-    [again] = await graphs.request([{**FACTORS, "batch_size": "4"}], "tiny")
+    [again] = await graphs.request([{**FACTORS, "num_tokens": "4"}], "tiny")
     assert (again.key, again.phase) == (idle, Phase.QUEUED)
     [job] = await graphs.queue.jobs()
-    assert (job.key, job.generation) == (idle, 2)
+    assert (job.key, job.version) == (idle, 2)
     await registry.close()
 
 
 async def test_all_graphs_count_as_in_use_while_redis_is_away(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "store")
-    key = publish(store, tmp_path, batch_size=1)
+    key = publish(store, tmp_path, num_tokens=1)
     registry = Registry.connect("redis://127.0.0.1:1/0")
     clock = [0.0]
     upkeep = Upkeep(
@@ -173,7 +173,7 @@ async def recompiled(client: Client, key: str) -> None:
 
 
 async def test_publications_keep_the_store_within_its_bound(tmp_path: Path, redis_url: str) -> None:
-    """Each capture has 400 kB and the bound is 1 MiB: of three generations two may stay."""
+    """Each capture has 400 kB and the bound is 1 MiB: of three versions two may stay."""
     home, ledger = tmp_path / "home", tmp_path / "ledger"
     ledger.mkdir()
     graph_file(tmp_path, size=400_000).rename(ledger / "package")
@@ -184,10 +184,10 @@ async def test_publications_keep_the_store_within_its_bound(tmp_path: Path, redi
             [state] = await client.request(FACTORS)
             await client.until([state.key], pb.GRAPH_PHASE_PUBLISHED)
             await recompiled(client, state.key)
-            pin = admin_pb.PinGenerationRequest(key=state.key, generation=1)
-            await client.admin.PinGeneration(pin, timeout=5)
+            pin = admin_pb.PinVersionRequest(key=state.key, version=1)
+            await client.admin.PinVersion(pin, timeout=5)
             await recompiled(client, state.key)
-            await asyncio.to_thread(wait_until, lambda: store.generations(state.key) == [1, 3])
+            await asyncio.to_thread(wait_until, lambda: store.versions(state.key) == [1, 3])
         done = await asyncio.to_thread(cli, worker, "gc", "--dry-run")
         assert "0 artifacts would be removed: 0.8 MiB before" in done.stdout
         described = await asyncio.to_thread(cli, worker, "gc", "--json")
@@ -220,7 +220,7 @@ async def test_scrub_finds_what_is_damaged_and_has_it_replaced(
         settings["scrub_interval_s"] = 0.5
     with compile_worker(tmp_path / "home", redis_url, tmp_path / "ledger", **settings) as worker:
         async with connect(worker) as client:
-            specs = [{**FACTORS, "batch_size": str(size)} for size in (1, 2)]
+            specs = [{**FACTORS, "num_tokens": str(size)} for size in (1, 2)]
             keys = [state.key for state in await client.request(*specs)]
             await client.until(keys, pb.GRAPH_PHASE_PUBLISHED)
             await asyncio.to_thread(damage, worker, url, keys[0])
@@ -235,10 +235,10 @@ async def test_scrub_finds_what_is_damaged_and_has_it_replaced(
                 return state
 
             async with asyncio.timeout(20):
-                while (state := await replaced()).generation != 2:
+                while (state := await replaced()).version != 2:
                     await asyncio.sleep(0.05)
             assert len(state.put_aside) == 1
-            assert "generation 1: graph" in state.put_aside[0]
+            assert "version 1: graph" in state.put_aside[0]
             assert "differs from its digest" in state.put_aside[0]
             shown = await asyncio.to_thread(cli, worker, "show", keys[0][:8], "--json")
             assert json.loads(shown.stdout)["put_aside"] == list(state.put_aside)
@@ -258,15 +258,15 @@ async def test_what_is_published_while_it_is_asked_for_is_not_made_again(
     store = DiskStore(tmp_path / "store")
     registry = Registry.connect(redis_url, lease_ttl_s=30)
     graphs = await graphs_over(store, registry)
-    untried = Generations.untried
+    untried = Versions.untried
 
-    async def published_first(generations: Generations, key: str) -> bool:
-        assert publish(store, tmp_path, batch_size=1) == key
-        return await untried(generations, key)
+    async def published_first(versions: Versions, key: str) -> bool:
+        assert publish(store, tmp_path, num_tokens=1) == key
+        return await untried(versions, key)
 
-    monkeypatch.setattr(Generations, "untried", published_first)
-    await graphs.request([{**FACTORS, "batch_size": "1"}])
+    monkeypatch.setattr(Versions, "untried", published_first)
+    await graphs.request([{**FACTORS, "num_tokens": "1"}])
     [job] = await graphs.queue.jobs()
-    assert job.generation == 1
-    assert await graphs.last_generation(job.key) == 1  # so the job ends at once
+    assert job.version == 1
+    assert await graphs.last_version(job.key) == 1  # so the job ends at once
     await registry.close()

@@ -20,17 +20,17 @@ def trust(*signers: Signer) -> TrustedKeys:
     return TrustedKeys(keys={signer.id: signer.key.public_key() for signer in signers})
 
 
-def manifest_for(graph: bytes, *, generation: int = 1, **factors: str) -> Manifest:
+def manifest_for(graph: bytes, *, version: int = 1, **factors: str) -> Manifest:
     """A true manifest of these bytes for FACTORS with changes."""
     spec = {**FACTORS, **factors}
     return Manifest(
         key=graph_key(spec, BUILD),
-        generation=generation,
+        version=version,
         factors={**spec, **BUILD},
         models=("tiny",),
         size=len(graph),
         digest=blake3(graph).hexdigest(),
-        created_at=1_700_000_000.0 + generation,
+        created_at=1_700_000_000.0 + version,
         max_relative_error=1e-6,
         capture_s=1.5,
         layer_us=900.0,

@@ -28,7 +28,7 @@ def main() -> int:
     ledger, out = Path(sys.argv[1]), Path(sys.argv[3])
     factors = json.load(sys.stdin)
     with (ledger / "started").open("a") as file:
-        file.write(f"{os.getpid()} {factors['architecture']} {factors['batch_size']}\n")
+        file.write(f"{os.getpid()} {factors['architecture']} {factors['num_tokens']}\n")
     say("exporting")
     if (ledger / "closed").exists():
         wait_for_gate(ledger)

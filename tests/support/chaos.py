@@ -90,7 +90,7 @@ def _check_store(home: Path, keys: Sequence[str]) -> None:
     store, trusted = DiskStore(home / "store"), TrustedKeys.load(home / "keys" / "trusted")
     assert store.published_keys() == sorted(set(keys))
     for key in keys:
-        assert store.generations(key) == [1], f"{key} was published again"
+        assert store.versions(key) == [1], f"{key} was published again"
         assert store.put_aside(key) == {}
         artifact = store.open(key)
         trusted.verify(artifact.manifest_bytes, artifact.signature)

@@ -13,7 +13,7 @@ from tests.support.compile_worker import FACTORS
 
 def set_factors(number: int) -> dict[str, str]:
     """The factors of a set's graphs, without the batch size."""
-    factors = {name: value for name, value in FACTORS.items() if name != "batch_size"}
+    factors = {name: value for name, value in FACTORS.items() if name != "num_tokens"}
     return {**factors, "graph_source": f"{number:016x}"}
 
 

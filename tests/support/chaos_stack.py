@@ -178,7 +178,7 @@ class Chaos:
     def request(self, timeout_s: float = 2.0) -> list[pb.GraphState]:
         """Ask one of the compile workers for every set; none if it doesn't answer."""
         specs = [
-            pb.GraphSpec(factors={**set_factors(number), "batch_size": str(size)})
+            pb.GraphSpec(factors={**set_factors(number), "num_tokens": str(size)})
             for number in range(self.sets)
             for size in SIZES
         ]

@@ -45,7 +45,7 @@ FACTORS = {
     "quantization": "int8",
     "head_quantization": "int8",
     "packing_version": "1",
-    "batch_size": "1",
+    "num_tokens": "1",
     "block_size": "32",
     "kv_dtype": "fp32",
     "provider": "native",

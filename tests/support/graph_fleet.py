@@ -61,16 +61,16 @@ class Fleet:
         return self._key
 
     def states(self) -> dict[int, str]:
-        """Each generation's state."""
-        return {row["generation"]: row["state"] + "!" * row["pinned"] for row in self._listed()}
+        """Each version's state."""
+        return {row["version"]: row["state"] + "!" * row["pinned"] for row in self._listed()}
 
     def reason(self, number: int) -> str:
-        """Why a generation is in its state."""
-        [reason] = [row["reason"] for row in self._listed() if row["generation"] == number]
+        """Why a version is in its state."""
+        [reason] = [row["reason"] for row in self._listed() if row["version"] == number]
         return str(reason)
 
     def _listed(self) -> Any:
-        return json.loads(self.cli("generations", self.key()[:12], "--json").stdout)
+        return json.loads(self.cli("versions", self.key()[:12], "--json").stdout)
 
 
 def new_home(home: Path, package: Path) -> Path:
@@ -88,15 +88,15 @@ def fleet(home: Path, redis_url: str, **settings: Any) -> Iterator[Fleet]:
         yield Fleet(home=home, redis_url=redis_url, compiler=compiler)
 
 
-def generation(worker: DecodeWorker) -> int:
+def version(worker: DecodeWorker) -> int:
     """Of the loaded graph; 0 if there is none."""
     graphs = worker.status().graphs
-    return graphs[0].generations[0] if graphs else 0
+    return graphs[0].versions[0] if graphs else 0
 
 
 def runs(worker: DecodeWorker, number: int, deadline_s: float = 20.0) -> None:
-    """Wait until the worker has loaded this generation."""
-    eventually(lambda: generation(worker) == number, deadline_s)
+    """Wait until the worker has loaded this version."""
+    eventually(lambda: version(worker) == number, deadline_s)
 
 
 def ask(worker: DecodeWorker, tokens: int = 12) -> list[int]:

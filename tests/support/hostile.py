@@ -112,14 +112,14 @@ def _drop_chunk(stream: Stream, rng: random.Random) -> Stream:
 
 
 def _other_factors(stream: Stream, rng: random.Random) -> Stream:
-    other = manifest_for(GRAPH, batch_size=str(rng.randrange(2, 100)))
+    other = manifest_for(GRAPH, num_tokens=str(rng.randrange(2, 100)))
     raw, signature = signed(other, GOOD)
     return replace(stream, manifest=raw, signature=signature.signature)
 
 
-def _other_generation(stream: Stream, rng: random.Random) -> Stream:
+def _other_version(stream: Stream, rng: random.Random) -> Stream:
     """Right in itself, and not what was asked for."""
-    raw, signature = signed(manifest_for(GRAPH, generation=rng.randrange(2, 99)), GOOD)
+    raw, signature = signed(manifest_for(GRAPH, version=rng.randrange(2, 99)), GOOD)
     return replace(stream, manifest=raw, signature=signature.signature)
 
 
@@ -170,7 +170,7 @@ MUTATIONS: dict[str, Callable[[Stream, random.Random], Stream]] = {
     "unsigned": lambda s, r: replace(s, signature=b"", signer=r.choice(["", s.signer])),
     "signer": lambda s, r: replace(s, signer=r.choice([*PATHS, STRANGER.id])),
     "stranger": _by_stranger,
-    "other generation": _other_generation,
+    "other version": _other_version,
     "swapped manifest": _swapped_manifest,
     "climbing zip": _climbing_zip,
     "chunk bit": _flip_chunk,
@@ -187,7 +187,7 @@ MUTATIONS: dict[str, Callable[[Stream, random.Random], Stream]] = {
     "signed: key is a path": lambda s, r: resigned(s, key=r.choice(PATHS)),
     "signed: key of another": lambda s, r: resigned(s, key=r.randbytes(16).hex()),
     "signed: other factors": _other_factors,
-    "signed: generation": lambda s, r: resigned(s, generation=r.choice([0, -1, 2, "../1", 1e300])),
+    "signed: version": lambda s, r: resigned(s, version=r.choice([0, -1, 2, "../1", 1e300])),
     "signed: size": lambda s, r: resigned(s, size=r.choice([0, 1, -5, 1 << 60, len(GRAPH) + 1])),
     "signed: digest": lambda s, r: resigned(
         s, digest=r.choice(["", "../x", r.randbytes(32).hex()])

@@ -46,7 +46,7 @@ def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply |
     if isinstance(command, LoadGraph):
         error = load(Path(command.paths[init.tp_rank]))
         return GraphLoaded(
-            tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=0.0, error=error
+            tp_rank=init.tp_rank, num_tokens=command.num_tokens, load_ms=0.0, error=error
         )
     if isinstance(command, Step):
         time.sleep(step_s)

@@ -24,20 +24,20 @@ SIGNER = new_signer()
 SIZES = ("1", "2", "4")
 
 
-def publish(store: DiskStore, folder: Path, *, generation: int = 1, batch_size: str = "1") -> str:
-    path = graph_file(folder, seed=int(batch_size) * 10 + generation, size=3000)
-    manifest = manifest_for(path.read_bytes(), generation=generation, batch_size=batch_size)
+def publish(store: DiskStore, folder: Path, *, version: int = 1, num_tokens: str = "1") -> str:
+    path = graph_file(folder, seed=int(num_tokens) * 10 + version, size=3000)
+    manifest = manifest_for(path.read_bytes(), version=version, num_tokens=num_tokens)
     store.publish(*signed(manifest, SIGNER), path)
     return manifest.key
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> DiskStore:
-    """Three sizes, of one of them two generations."""
+    """Three sizes, of one of them two versions."""
     store = DiskStore(tmp_path / "store")
     for size in SIZES:
-        publish(store, tmp_path, batch_size=size)
-    publish(store, tmp_path, batch_size="2", generation=2)
+        publish(store, tmp_path, num_tokens=size)
+    publish(store, tmp_path, num_tokens="2", version=2)
     return store
 
 
@@ -66,18 +66,16 @@ def test_what_serves_goes_from_a_store_into_another(store: DiskStore, tmp_path: 
     assert other.published_keys() == store.published_keys()
     for key in store.published_keys():
         there = other.open(key)
-        assert other.generations(key) == [store.generations(key)[-1]]
+        assert other.versions(key) == [store.versions(key)[-1]]
         assert there.manifest_bytes == store.open(key).manifest_bytes
         assert there.graph_path.read_bytes() == store.open(key).graph_path.read_bytes()
     assert exported(other) == raw, "the same graphs give the same file"
 
 
-def test_decisions_on_generations_are_followed(store: DiskStore, tmp_path: Path) -> None:
-    key = publish(store, tmp_path, batch_size="4", generation=2)
+def test_decisions_on_versions_are_followed(store: DiskStore, tmp_path: Path) -> None:
+    key = publish(store, tmp_path, num_tokens="4", version=2)
     store.update_note(key, lambda _: encode_lifecycle(Lifecycle().marked(2, Verdict.CANDIDATE)))
-    numbers = {
-        a.manifest.key: a.manifest.generation for a in serving_artifacts(store, trust(SIGNER))
-    }
+    numbers = {a.manifest.key: a.manifest.version for a in serving_artifacts(store, trust(SIGNER))}
     assert sorted(numbers.values()) == [1, 1, 2]
     assert numbers[key] == 1
 
@@ -85,10 +83,10 @@ def test_decisions_on_generations_are_followed(store: DiskStore, tmp_path: Path)
 def test_model_and_sizes_choose(store: DiskStore) -> None:
     def sizes(**choice: object) -> list[str]:
         chosen = serving_artifacts(store, trust(SIGNER), **choice)  # type: ignore[arg-type]
-        return [artifact.manifest.factors["batch_size"] for artifact in chosen]
+        return [artifact.manifest.factors["num_tokens"] for artifact in chosen]
 
     assert sizes(model="tiny") == ["1", "2", "4"]
-    assert sizes(batch_sizes=[1, 4]) == ["1", "4"]
+    assert sizes(sizes=[1, 4]) == ["1", "4"]
     first = serving_artifacts(store, trust(SIGNER))[0].manifest.key
     store.update_note(first, lambda _: encode_lifecycle(Lifecycle().labelled("later")))
     assert sizes(model="later") == ["1"]
@@ -104,8 +102,8 @@ def test_cache_takes_a_bundle_and_gives_it_on(
     assert len(import_into_cache(io.BytesIO(bundle), cache, trust(SIGNER)).added) == 3
     assert len(import_into_cache(io.BytesIO(bundle), cache, trust(SIGNER)).present) == 3
     for size in SIZES:
-        found = GraphCache(root, trust(SIGNER)).find({**FACTORS, "batch_size": size})
-        assert found and found.manifest.generation == (2 if size == "2" else 1)
+        found = GraphCache(root, trust(SIGNER)).find({**FACTORS, "num_tokens": size})
+        assert found and found.manifest.version == (2 if size == "2" else 1)
     assert exported(DiskStore(root)) == bundle
 
 
@@ -149,7 +147,7 @@ def test_stranger_is_not_trusted(bundle: bytes, tmp_path: Path) -> None:
 
 def test_what_was_put_aside_does_not_come_back(store: DiskStore, bundle: bytes) -> None:
     first = store.published_keys()[0]
-    number = store.generations(first)[-1]
+    number = store.versions(first)[-1]
     store.quarantine(first, number, "crashed")
     with pytest.raises(ArtifactRejected, match=f"{first}/{number}: was put aside here: crashed"):
         import_into_store(io.BytesIO(bundle), store, trust(SIGNER))
@@ -162,7 +160,7 @@ def test_what_was_quarantined_does_not_come_back(
     store: DiskStore, bundle: bytes, tmp_path: Path
 ) -> None:
     key = store.published_keys()[0]
-    number = store.generations(key)[-1]
+    number = store.versions(key)[-1]
     other = DiskStore(tmp_path / "other")
     other.update_note(
         key, lambda _: encode_lifecycle(Lifecycle().marked(number, Verdict.QUARANTINED, "wrong"))

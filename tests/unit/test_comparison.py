@@ -102,7 +102,7 @@ def test_failures_are_few_and_without_links(tmp_path: Path) -> None:
     failures = Failures(folder=tmp_path / "failures")
     made = []
     for number in range(MAX_FAILURES_KEPT + 3):
-        job = new_job(f"{number:032x}", {"batch_size": "1"}, batch_size=1, generation=1)
+        job = new_job(f"{number:032x}", {"num_tokens": "1"}, num_tokens=1, version=1)
         made.append(failures.keep(job, scratch))
     last = made[-1]
     assert last

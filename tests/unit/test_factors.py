@@ -15,7 +15,7 @@ def test_a_shape_comes_back(groups: str, heads: tuple[int, int]) -> None:
     assert (shape.q_heads, shape.kv_heads) == heads
     again = rank_factors(shape, block_size=32, torch_version="2.13.0+cpu")
     assert again["query_groups"] == groups
-    assert shape_from({**again, "batch_size": "1"}) == shape
+    assert shape_from({**again, "num_tokens": "1"}) == shape
 
 
 @pytest.mark.parametrize(

@@ -15,27 +15,27 @@ from services.decode_worker.ranks.protocol import GraphLoaded, LoadGraph, Ready,
 
 
 class Ranks:
-    """Stands in for a group whose ranks refuse, or die of, chosen generations."""
+    """Stands in for a group whose ranks refuse, or die of, chosen versions."""
 
     def __init__(self, refuse: int = 0, die: int = 0) -> None:
         self.refuse, self.die = refuse, die
         self.loaded: dict[int, int] = {}
 
     async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
-        generation = command.generations[0]
-        if generation == self.die:
+        version = command.versions[0]
+        if version == self.die:
             raise GroupFailed("rank 0 died")
-        error = "no" if generation == self.refuse else None
+        error = "no" if version == self.refuse else None
         if error is None:
-            self.loaded[command.batch_size] = generation
-        return [GraphLoaded(tp_rank=0, batch_size=command.batch_size, load_ms=1.0, error=error)]
+            self.loaded[command.num_tokens] = version
+        return [GraphLoaded(tp_rank=0, num_tokens=command.num_tokens, load_ms=1.0, error=error)]
 
-    def drop_graph(self, batch_size: int) -> None:
-        self.loaded.pop(batch_size, None)
+    def drop_graph(self, num_tokens: int) -> None:
+        self.loaded.pop(num_tokens, None)
 
 
-def offer(generation: int, batch_size: int = 1) -> Offer:
-    return Offer(batch_size=batch_size, paths=(Path("x"),), keys=("k",), generations=(generation,))
+def offer(version: int, num_tokens: int = 1) -> Offer:
+    return Offer(num_tokens=num_tokens, paths=(Path("x"),), keys=("k",), versions=(version,))
 
 
 def ready() -> list[Ready]:
@@ -66,7 +66,7 @@ def begin(graphs: GraphSet, tokens: int = 1, prompt_tokens: int = 0) -> Step:
 def decode(graphs: GraphSet, size: int = 1) -> None:
     """A decode step of one sequence that the ranks survive, with a graph of that size."""
     step = begin(graphs)
-    assert step.graph_batch_size == size
+    assert step.graph_size == size
     graphs.ran(step)
 
 
@@ -83,7 +83,7 @@ async def test_an_offer_is_loaded_and_recorded(graphs: GraphSet) -> None:
     await settle(graphs, ranks)
     assert ranks.loaded == {1: 1}
     assert graphs.missing == (2,)
-    assert [(r.batch_size, r.generations) for r in graphs.records()] == [(1, (1,))]
+    assert [(r.num_tokens, r.versions) for r in graphs.records()] == [(1, (1,))]
 
 
 async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: GraphSet) -> None:
@@ -96,8 +96,8 @@ async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: Gra
             assert graphs.current(2) is None
             return await super().load_graph(command)
 
-    for generation in (1, 2):
-        graphs.offer(offer(generation))
+    for version in (1, 2):
+        graphs.offer(offer(version))
         known.append(graphs.current(1))
         await settle(graphs, Watched())
         known.append(graphs.current(1))
@@ -126,7 +126,7 @@ async def test_an_offer_that_is_given_up_while_it_is_loaded_is_dropped(
 
 
 async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -> None:
-    ranks, specs = Ranks(), [{"batch_size": "1"}, {"batch_size": "2"}]
+    ranks, specs = Ranks(), [{"num_tokens": "1"}, {"num_tokens": "2"}]
 
     def urgencies() -> list[int]:
         return [graphs.urgency(spec) for spec in specs]
@@ -136,7 +136,7 @@ async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -
     begin(graphs, 2, prompt_tokens=2)
     begin(graphs, 3)  # larger than any
     assert urgencies() == [2, 1]
-    graphs.offer(offer(1, batch_size=2))
+    graphs.offer(offer(1, num_tokens=2))
     await settle(graphs, ranks)
     assert urgencies() == [2, 0]
     decode(graphs, 2)  # padded to what is there, but size 1 would do
@@ -160,7 +160,7 @@ async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphSet) -> None
     assert fresh.loaded == {1: 1}
 
 
-async def test_a_refused_generation_gives_way_to_the_one_before(graphs: GraphSet) -> None:
+async def test_a_refused_version_gives_way_to_the_one_before(graphs: GraphSet) -> None:
     ranks = Ranks(refuse=2)
     graphs.offer(offer(1))
     await settle(graphs, ranks)
@@ -214,7 +214,7 @@ async def test_one_crash_in_the_first_replays_quarantines(graphs: GraphSet, repl
     graphs.group_started(ready())
     await settle(graphs, ranks)
     assert ranks.loaded == {1: 1}
-    assert graphs.crashes.get_nowait() == Crash(key="k", generation=2, signal="SIGSEGV")
+    assert graphs.crashes.get_nowait() == Crash(key="k", version=2, signal="SIGSEGV")
     assert graphs.crashes.empty()
     graphs.offer(offer(2))
     assert not graphs.pending
@@ -239,19 +239,19 @@ async def test_a_crash_later_on_or_in_an_eager_step_accuses_no_graph(graphs: Gra
 async def test_only_the_crashed_ranks_artifact_is_accused() -> None:
     graphs = GraphSet([1], lambda: None)
     graphs.group_started([*ready(), *ready()])
-    two = Offer(batch_size=1, paths=(Path("x"),) * 2, keys=("a", "b"), generations=(3, 5))
+    two = Offer(num_tokens=1, paths=(Path("x"),) * 2, keys=("a", "b"), versions=(3, 5))
     graphs.offer(two)
     await settle(graphs, Ranks())
     begin(graphs)
     graphs.group_failed({1: "SIGFPE"})
-    assert graphs.crashes.get_nowait() == Crash(key="b", generation=5, signal="SIGFPE")
+    assert graphs.crashes.get_nowait() == Crash(key="b", version=5, signal="SIGFPE")
     assert graphs.crashes.empty()
 
 
-async def test_a_quarantined_generation_is_dropped_between_steps(graphs: GraphSet) -> None:
+async def test_a_quarantined_version_is_dropped_between_steps(graphs: GraphSet) -> None:
     ranks = Ranks()
     graphs.offer(offer(1))
-    graphs.offer(offer(3, batch_size=2))
+    graphs.offer(offer(3, num_tokens=2))
     await settle(graphs, ranks)
     graphs.quarantine("k", [1])
     graphs.quarantine("other", [3])
@@ -270,7 +270,7 @@ async def test_a_quarantined_generation_is_dropped_between_steps(graphs: GraphSe
 async def test_other_sizes_are_wanted_from_now_on(graphs: GraphSet) -> None:
     ranks = Ranks()
     graphs.offer(offer(1))
-    graphs.offer(offer(1, batch_size=2))
+    graphs.offer(offer(1, num_tokens=2))
     await settle(graphs, ranks)
     graphs.resize([2, 3])
     assert graphs.resized.is_set()
@@ -278,10 +278,10 @@ async def test_other_sizes_are_wanted_from_now_on(graphs: GraphSet) -> None:
     await settle(graphs, ranks)
     assert ranks.loaded == {2: 1}
     assert graphs.missing == (3,)
-    assert [wanted.batch_size for wanted in graphs.wanted] == [2, 3]
+    assert [wanted.num_tokens for wanted in graphs.wanted] == [2, 3]
     graphs.offer(offer(2))  # was on its way
     assert not graphs.pending
-    graphs.offer(offer(1, batch_size=3))
+    graphs.offer(offer(1, num_tokens=3))
     graphs.resize([1, 2])
     await settle(graphs, ranks)
     assert ranks.loaded == {2: 1}

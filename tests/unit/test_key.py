@@ -44,7 +44,7 @@ OTHER_VALUES = {
     "quantization": "none",
     "head_quantization": "q8_0",
     "packing_version": "3",
-    "batch_size": "2",
+    "num_tokens": "2",
     "block_size": "16",
     "kv_dtype": "bf16",
     "provider": "onednn",
@@ -123,7 +123,7 @@ config = load_config(Path(sys.argv[1]))
 precision = Precision(quantization="int8")
 shape = shape_of(config, shard(config, int(sys.argv[2]), 2), precision)
 factors = rank_factors(shape, block_size=32, torch_version=str(torch.__version__))
-print(graph_key({**factors, "batch_size": "4"}, build_factors()))
+print(graph_key({**factors, "num_tokens": "4"}, build_factors()))
 """
 
 
@@ -168,7 +168,7 @@ def test_key_is_stable_and_ignores_order() -> None:
     backwards = dict(reversed(list(FACTORS.items())))
     assert graph_key(backwards, BUILD) == graph_key(FACTORS, BUILD)
     # written down: a change of the key's definition must be noticed, for it empties every cache
-    assert graph_key(FACTORS, BUILD) == "643259aa8e6f69409e1dcaf8679b996f"
+    assert graph_key(FACTORS, BUILD) == "25e0b7680b8e26b133ff0ac9d4164956"
 
 
 def test_key_follows_from_an_artifacts_factors() -> None:
@@ -200,12 +200,12 @@ def test_every_factor_is_required() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("batch_size", "0"),
-        ("batch_size", "-1"),
-        ("batch_size", "08"),
-        ("batch_size", "1.0"),
-        ("batch_size", "1e3"),
-        ("batch_size", "9" * 300),
+        ("num_tokens", "0"),
+        ("num_tokens", "-1"),
+        ("num_tokens", "08"),
+        ("num_tokens", "1.0"),
+        ("num_tokens", "1e3"),
+        ("num_tokens", "9" * 300),
         ("hidden_size", ""),
         ("hidden_size", "576 "),
         ("rms_norm_eps", "nan"),

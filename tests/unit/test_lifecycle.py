@@ -1,4 +1,4 @@
-"""Decisions on generations: what serves, and copies that are merged in any order."""
+"""Decisions on versions: what serves, and copies that are merged in any order."""
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,7 @@ from precast.graphs.artifacts.versions import (
 marks = st.builds(
     Mark, verdict=st.sampled_from(Verdict), reason=st.sampled_from("ab"), at=st.integers(0, 3)
 )
-pins = st.builds(Pin, generation=st.integers(0, 3), at=st.integers(0, 3))
+pins = st.builds(Pin, version=st.integers(0, 3), at=st.integers(0, 3))
 models = st.sets(st.sampled_from("abc")).map(lambda names: tuple(sorted(names)))
 lifecycles = st.builds(
     Lifecycle, marks=st.dictionaries(st.integers(1, 4), marks), pin=pins, models=models
@@ -35,13 +35,13 @@ def test_merging_is_the_same_in_any_order(a: Lifecycle, b: Lifecycle, c: Lifecyc
 
 @given(lifecycles, lifecycles)
 def test_a_quarantine_is_final(a: Lifecycle, b: Lifecycle) -> None:
-    for generation in a.having(Verdict.QUARANTINED):
-        assert a.merged(b).verdict(generation) is Verdict.QUARANTINED
-        later = a.marked(generation, Verdict.GOOD).pinned(generation)
-        assert later.serving([generation]) == 0
+    for version in a.having(Verdict.QUARANTINED):
+        assert a.merged(b).verdict(version) is Verdict.QUARANTINED
+        later = a.marked(version, Verdict.GOOD).pinned(version)
+        assert later.serving([version]) == 0
 
 
-def test_the_newest_good_generation_serves() -> None:
+def test_the_newest_good_version_serves() -> None:
     lifecycle = Lifecycle()
     assert (lifecycle.serving([]), lifecycle.serving([1, 2])) == (0, 2)
     lifecycle = lifecycle.marked(4, Verdict.CANDIDATE).marked(3, Verdict.WITHDRAWN)
@@ -52,7 +52,7 @@ def test_the_newest_good_generation_serves() -> None:
     assert previous(lifecycle, [2, 3]) == 0
 
 
-def test_a_pin_holds_until_its_generation_is_gone_or_quarantined() -> None:
+def test_a_pin_holds_until_its_version_is_gone_or_quarantined() -> None:
     lifecycle = Lifecycle().pinned(1)
     assert lifecycle.serving([1, 2]) == 1
     assert lifecycle.serving([2, 3]) == 3
@@ -69,8 +69,8 @@ def test_a_decision_comes_after_the_one_it_follows(clock: float) -> None:
 
 def test_marks_are_bounded() -> None:
     lifecycle = Lifecycle()
-    for generation in range(1, MAX_MARKS + 10):
-        lifecycle = lifecycle.marked(generation, Verdict.QUARANTINED, "x" * 5000)
+    for version in range(1, MAX_MARKS + 10):
+        lifecycle = lifecycle.marked(version, Verdict.QUARANTINED, "x" * 5000)
     assert len(lifecycle.marks) == MAX_MARKS
     assert min(lifecycle.marks) == 10
     assert len(encode_lifecycle(lifecycle)) < 100_000

@@ -26,11 +26,11 @@ def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise KeyError("missing")
     except KeyError:
-        log.get_logger("part").exception("call failed", batch_size=4)
+        log.get_logger("part").exception("call failed", num_tokens=4)
     log.get_logger("part").debug("not shown")
     logging.getLogger("library").warning("of %d", 2)
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
-    assert (first["event"], first["service"], first["batch_size"]) == ("call failed", "gateway", 4)
+    assert (first["event"], first["service"], first["num_tokens"]) == ("call failed", "gateway", 4)
     assert (first["level"], first["component"]) == ("error", "part")
     assert "KeyError: 'missing'" in first["exception"]
     assert (second["event"], second["service"]) == ("of 2", "gateway")

@@ -10,10 +10,11 @@ from safetensors.numpy import save_file
 from torch.utils._pytree import tree_leaves
 
 from precast.models.config import load_config
-from precast.models.load import Weights, load_weights, packed_files
+from precast.models.load import Weights, load_weights
 from precast.models.precision import Precision
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
+from precast.models.weights import packed_files
 from tests.support.models import tensors, write_model
 
 

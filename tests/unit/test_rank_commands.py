@@ -16,7 +16,7 @@ from services.decode_worker.ranks.protocol import (
     frame,
 )
 
-COMMAND = DropGraph(batch_size=4)
+COMMAND = DropGraph(num_tokens=4)
 
 
 pytestmark = pytest.mark.timeout(20)

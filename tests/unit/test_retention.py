@@ -11,7 +11,7 @@ from services.compile_worker.catalog.gc_policy import plan, surplus
 from services.compile_worker.catalog.versions import Standing
 
 Ages = Mapping[str, Mapping[int, float]]
-"""When each generation of each key was used."""
+"""When each version of each key was used."""
 
 
 def planned(
@@ -23,9 +23,9 @@ def planned(
 ) -> list[tuple[str, int]]:
     """Each artifact has ten bytes."""
     holdings = [
-        Holding(key=key, generation=generation, size=10, used_at=used_at)
-        for key, generations in ages.items()
-        for generation, used_at in generations.items()
+        Holding(key=key, version=version, size=10, used_at=used_at)
+        for key, versions in ages.items()
+        for version, used_at in versions.items()
     ]
 
     def look(key: str) -> Standing:
@@ -33,14 +33,14 @@ def planned(
         return Standing(there=sorted(ages[key]), lifecycle=lifecycle)
 
     removals = plan(holdings, look, in_use, max_bytes)
-    return [(removal.holding.key, removal.holding.generation) for removal in removals]
+    return [(removal.holding.key, removal.holding.version) for removal in removals]
 
 
 def test_nothing_goes_within_the_bound() -> None:
     assert planned({"a": {1: 0.0, 2: 1.0}}, 20) == []
 
 
-def test_superseded_generations_go_first_and_the_longest_unused_of_them() -> None:
+def test_superseded_versions_go_first_and_the_longest_unused_of_them() -> None:
     ages = {"a": {1: 5.0, 2: 6.0}, "b": {3: 2.0, 7: 0.0, 8: 9.0}, "c": {1: 1.0}}
     assert planned(ages, 50) == [("b", 7)]
     assert planned(ages, 30) == [("b", 7), ("b", 3), ("a", 1)]
@@ -52,7 +52,7 @@ def test_what_serves_in_use_stays_whatever_the_bound() -> None:
     assert planned(ages, 0, in_use=["a"]) == [("a", 1), ("b", 1)]
 
 
-def test_pinned_and_tried_generations_stay() -> None:
+def test_pinned_and_tried_versions_stay() -> None:
     ages = {"a": {1: 0.0, 2: 0.0, 3: 0.0}, "b": {1: 0.0, 2: 0.0, 3: 0.0}}
     lifecycles = {
         "a": Lifecycle().pinned(2),
@@ -61,13 +61,13 @@ def test_pinned_and_tried_generations_stay() -> None:
     assert planned(ages, 0, lifecycles=lifecycles) == [("a", 1), ("a", 3), ("b", 1)]
 
 
-def test_a_graph_keeps_its_newest_generations_and_those_that_count() -> None:
+def test_a_graph_keeps_its_newest_versions_and_those_that_count() -> None:
     there = [1, 2, 3, 4, 9, 10, 11, 12]
     assert surplus(Standing(there=there, lifecycle=Lifecycle())) == [1, 2, 3, 4]
     assert surplus(Standing(there=there, lifecycle=Lifecycle().pinned(2))) == [1, 3, 4]
     withdrawn = Lifecycle()
-    for generation in there[3:]:
-        withdrawn = withdrawn.marked(generation, Verdict.WITHDRAWN)
+    for version in there[3:]:
+        withdrawn = withdrawn.marked(version, Verdict.WITHDRAWN)
     assert surplus(Standing(there=there, lifecycle=withdrawn)) == [1, 2, 4]
     assert surplus(Standing(there=there[:4], lifecycle=Lifecycle())) == []
 
@@ -85,11 +85,11 @@ def test_never_more_than_needed_and_nothing_in_use(
     total = 10 * sum(map(len, ages.values()))
     assert len(set(gone)) == len(gone)
     assert total - 10 * max(len(gone) - 1, 0) > max_bytes or not gone
-    for key, generations in ages.items():
-        serving = lifecycles[key].serving(generations)
+    for key, versions in ages.items():
+        serving = lifecycles[key].serving(versions)
         if key in in_use:
             assert (key, serving) not in gone
         assert (key, pin) not in gone
-        # a graph never falls back to an older generation because the newest one went
+        # a graph never falls back to an older version because the newest one went
         if (key, serving) in gone:
-            assert {number for name, number in gone if name == key} == set(generations) - {pin}
+            assert {number for name, number in gone if name == key} == set(versions) - {pin}

@@ -12,9 +12,9 @@ from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
 SIGNER = new_signer()
 
 
-def publish(store: DiskStore, folder: Path, *, generation: int = 1, seed: int = 0) -> str:
+def publish(store: DiskStore, folder: Path, *, version: int = 1, seed: int = 0) -> str:
     path = graph_file(folder, seed=seed)
-    manifest = manifest_for(path.read_bytes(), generation=generation)
+    manifest = manifest_for(path.read_bytes(), version=version)
     store.publish(*signed(manifest, SIGNER), path)
     return manifest.key
 
@@ -24,7 +24,7 @@ def publish(store: DiskStore, folder: Path, *, generation: int = 1, seed: int = 
 )
 def test_what_is_no_key_never_becomes_a_path(tmp_path: Path, key: str) -> None:
     store = DiskStore(tmp_path / "store")
-    for call in (store.open, store.generations, store.last_generation):
+    for call in (store.open, store.versions, store.last_version):
         with pytest.raises(GraphNotFound, match="no graph key"):
             call(key)
     with pytest.raises(GraphNotFound):
@@ -60,11 +60,11 @@ def test_artifact_moved_under_another_number_is_refused(tmp_path: Path) -> None:
 def test_quarantined_artifact_is_out_of_service_and_its_number_stays_used(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "store")
     key = publish(store, tmp_path)
-    publish(store, tmp_path, generation=2)
+    publish(store, tmp_path, version=2)
     store.quarantine(key, 2, "crashed a worker")
     store.quarantine(key, 2, "again")
-    assert store.generations(key) == [1]
-    assert store.last_generation(key) == 2
+    assert store.versions(key) == [1]
+    assert store.last_version(key) == 2
     [kept] = (store.root / QUARANTINE).iterdir()
     assert (kept / "reason.txt").read_text() == "crashed a worker\n"
 

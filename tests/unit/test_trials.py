@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from precast.fleet.leases import DecodeLease, LoadedGraphRecord, generation_of
+from precast.fleet.leases import DecodeLease, LoadedGraphRecord, version_of
 from services.compile_worker.catalog.entry import GraphRecord, Phase, Trial
 from services.compile_worker.rollout.canary import CanaryPolicy, objection
 from services.decode_worker.graphs.candidates import Crash
@@ -18,14 +18,14 @@ from tests.unit.test_graph_set import Ranks, begin, offer, ready, settle
 SAME = Shadow(difference=0.0, current_us=100.0, candidate_us=110.0)
 
 
-def assignment(key: str = "k", generation: int = 2, batch_size: int = 1) -> Assignment:
+def assignment(key: str = "k", version: int = 2, num_tokens: int = 1) -> Assignment:
     return Assignment(
         key=key,
-        generation=generation,
-        batch_size=batch_size,
+        version=version,
+        num_tokens=num_tokens,
         paths=("x",),
         keys=(key,),
-        generations=(generation,),
+        versions=(version,),
         steps=2,
         live_s=10.0,
     )
@@ -39,7 +39,7 @@ async def loaded(canary: Canary, *assignments: Assignment) -> Canary:
 
 
 async def test_live_steps_of_the_candidates_size_are_compared() -> None:
-    canary = await loaded(Canary(lambda: 0.0), assignment(batch_size=2))
+    canary = await loaded(Canary(lambda: 0.0), assignment(num_tokens=2))
     assert not canary.shadows(1)
     for _ in range(2):
         assert canary.shadows(2)
@@ -52,7 +52,7 @@ async def test_live_steps_of_the_candidates_size_are_compared() -> None:
 
 async def test_steps_are_made_up_once_live_ones_are_overdue() -> None:
     now = [0.0]
-    canary = await loaded(Canary(lambda: now[0]), assignment(batch_size=4))
+    canary = await loaded(Canary(lambda: now[0]), assignment(num_tokens=4))
     assert (canary.probe(1), canary.due_s()) == (None, 10.0)
     now[0] = 10.0
     probe = canary.probe(7)
@@ -70,7 +70,7 @@ async def test_without_a_graph_to_compare_with_nothing_is_loaded() -> None:
 
 
 async def test_trials_take_turns_and_a_withdrawn_one_is_dropped() -> None:
-    canary = await loaded(Canary(lambda: 0.0), assignment("a"), assignment("b", batch_size=2))
+    canary = await loaded(Canary(lambda: 0.0), assignment("a"), assignment("b", num_tokens=2))
     assert [report.key for report in canary.reports()] == ["a"]
     assert not canary.shadows(2)
     canary.withdraw("a")
@@ -81,8 +81,8 @@ async def test_trials_take_turns_and_a_withdrawn_one_is_dropped() -> None:
 
 
 class Dropping(Ranks):
-    def drop_graph(self, batch_size: int, *, candidate: bool = False) -> None:
-        assert (batch_size, candidate) == (1, True)
+    def drop_graph(self, num_tokens: int, *, candidate: bool = False) -> None:
+        assert (num_tokens, candidate) == (1, True)
 
 
 async def test_a_crash_with_the_candidate_in_it_accuses_the_candidate() -> None:
@@ -94,7 +94,7 @@ async def test_a_crash_with_the_candidate_in_it_accuses_the_candidate() -> None:
     await graphs.apply(cast(RankGroup, Ranks()))
     begin(graphs)
     graphs.group_failed({0: "SIGSEGV"})
-    assert graphs.crashes.get_nowait() == Crash(key="k", generation=2, signal="SIGSEGV")
+    assert graphs.crashes.get_nowait() == Crash(key="k", version=2, signal="SIGSEGV")
     assert graphs.crashes.empty(), "the graph that serves is not to blame"
     [report] = graphs.canary.reports()
     assert "SIGSEGV" in report.failure
@@ -118,30 +118,30 @@ async def test_two_deaths_without_a_crash_end_a_trial() -> None:
     [
         ({}, ""),
         ({"difference": 0.05, "time_ratio": 1.2}, ""),
-        ({"difference": 0.07}, "differs from generation 1"),
-        ({"difference": float("nan")}, "differs from generation 1"),
+        ({"difference": 0.07}, "differs from version 1"),
+        ({"difference": float("nan")}, "differs from version 1"),
         ({"time_ratio": 1.3}, "1.30 times as long"),
         ({"failure": "refused: x"}, "refused: x"),
     ],
 )
 def test_what_speaks_against_a_candidate(trial: dict[str, float], said: str) -> None:
     factors = {**FACTORS, "quantization": "int8"}
-    record = GraphRecord(key="k", phase=Phase.PUBLISHED, factors=factors, generation=1)
-    finished = Trial(generation=2, worker_id="w", wanted=1, finished=True, **trial)  # type: ignore[arg-type]
+    record = GraphRecord(key="k", phase=Phase.PUBLISHED, factors=factors, version=1)
+    finished = Trial(version=2, worker_id="w", wanted=1, finished=True, **trial)  # type: ignore[arg-type]
     reason = objection(record, finished, CanaryPolicy(steps=1, live_s=1.0, max_slowdown=0.25))
     assert (said in reason, bool(reason)) == (True, bool(said))
 
 
-def test_a_lease_says_which_generation_runs() -> None:
-    record = LoadedGraphRecord(batch_size=1, keys=("a", "b", "a"), generations=(3, 1, 2))
+def test_a_lease_says_which_version_runs() -> None:
+    record = LoadedGraphRecord(num_tokens=1, keys=("a", "b", "a"), versions=(3, 1, 2))
     lease = DecodeLease.model_construct(graphs=(record,))
-    assert [generation_of(lease, key) for key in "abc"] == [2, 1, None]
+    assert [version_of(lease, key) for key in "abc"] == [2, 1, None]
 
 
 class Patient(Ranks):
-    def drop_graph(self, batch_size: int, *, candidate: bool = False) -> None:
+    def drop_graph(self, num_tokens: int, *, candidate: bool = False) -> None:
         if not candidate:
-            super().drop_graph(batch_size)
+            super().drop_graph(num_tokens)
 
 
 async def test_a_trial_ends_when_what_it_is_compared_with_is_dropped() -> None:

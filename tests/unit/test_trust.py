@@ -95,7 +95,7 @@ def test_revoked_keys_graphs_leave_a_cache_that_is_open(tmp_path: Path) -> None:
     kept: dict[str, str] = {}
     for number, signer in enumerate((old, new)):
         made = graph_file(tmp_path, seed=number)
-        manifest = manifest_for(made.read_bytes(), batch_size=str(number + 1))
+        manifest = manifest_for(made.read_bytes(), num_tokens=str(number + 1))
         cache.add(*signed(manifest, signer), made)
         kept[signer.id] = manifest.key
     paths[0].unlink()

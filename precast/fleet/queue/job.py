@@ -33,8 +33,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     factors: dict[str, str]
     """Spec and build factors."""
     models: tuple[str, ...] = ()
-    batch_size: int
-    generation: int
+    num_tokens: int
+    version: int
     """What it will publish. Once that exists the job is done, whoever did it."""
     stage: Stage = Stage.QUEUED
     detail: str = ""
@@ -51,8 +51,8 @@ def new_job(
     key: str,
     factors: dict[str, str],
     *,
-    batch_size: int,
-    generation: int,
+    num_tokens: int,
+    version: int,
     models: tuple[str, ...] = (),
 ) -> Job:
     """A job that has not been queued yet."""
@@ -61,8 +61,8 @@ def new_job(
         key=key,
         factors=factors,
         models=models,
-        batch_size=batch_size,
-        generation=generation,
+        num_tokens=num_tokens,
+        version=version,
         queued_at=time.time(),
     )
 

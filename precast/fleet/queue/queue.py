@@ -8,7 +8,7 @@ differently. What traffic needs comes first, by how often it was needed; the res
 requests.
 
 Redis may lose everything at any moment: holders put their job back when they renew, and workers
-ask again for what they miss. A job names the generation that it will publish; publishing it a
+ask again for what they miss. A job names the version that it will publish; publishing it a
 second time is refused by the store. That, not Redis, is the last word.
 """
 

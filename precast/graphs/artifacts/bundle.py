@@ -1,7 +1,7 @@
 """Graphs as one file: what an image ships with, and what crosses an air gap.
 
 A bundle is a plain tar (``tar tf`` lists it) of ``contents.json`` and then, for each graph that
-this names, ``<key>/<generation>/manifest.json``, ``manifest.sig`` and ``graph.pt2``. Nothing else
+this names, ``<key>/<version>/manifest.json``, ``manifest.sig`` and ``graph.pt2``. Nothing else
 may be in it, in no other order: the reader knows each name and the most bytes that it may have
 before it reads on, so that a bundle can't choose a path, and no bit of it can be another. It holds
 no keys: whom to trust is the reader's own business.
@@ -23,8 +23,8 @@ from precast.graphs.artifacts.manifest import (
     MAX_MANIFEST_BYTES,
     READ_BYTES,
     SIGNATURE_FILE,
-    Generation,
     Manifest,
+    Version,
     check_graph_file,
     decode_manifest,
 )
@@ -46,7 +46,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One graph of a bundle."""
 
     key: str
-    generation: Generation
+    version: Version
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,12 +69,12 @@ class Unpacked:
 def write_bundle(file: BinaryIO, artifacts: Sequence[StoredArtifact]) -> None:
     """Write artifacts to ``file``, which need not be seekable."""
     entries = tuple(
-        Entry(key=artifact.manifest.key, generation=artifact.manifest.generation)
+        Entry(key=artifact.manifest.key, version=artifact.manifest.version)
         for artifact in artifacts
     )
     _write(file, CONTENTS_FILE, msgspec.json.encode(Contents(graphs=entries)))
     for artifact in artifacts:
-        folder = f"{artifact.manifest.key}/{artifact.manifest.generation}"
+        folder = f"{artifact.manifest.key}/{artifact.manifest.version}"
         _write(file, f"{folder}/{MANIFEST_FILE}", artifact.manifest_bytes)
         _write(file, f"{folder}/{SIGNATURE_FILE}", artifact.signature.encode())
         file.write(_header(f"{folder}/{GRAPH_FILE}", artifact.manifest.size))
@@ -122,14 +122,14 @@ def _read_contents(file: BinaryIO) -> Contents:
 
 
 def _unpack_one(file: BinaryIO, entry: Entry, path: Path, trusted: Trust) -> Unpacked:
-    name = f"{entry.key}/{entry.generation}"
+    name = f"{entry.key}/{entry.version}"
     raw = _read(file, f"{name}/{MANIFEST_FILE}", MAX_MANIFEST_BYTES)
     signature_file = _read(file, f"{name}/{SIGNATURE_FILE}", MAX_SIGNATURE_FILE_BYTES)
     try:
         signature = Signature.decode(signature_file)
         trusted.verify(raw, signature)
         manifest = decode_manifest(raw)
-        if Entry(key=manifest.key, generation=manifest.generation) != entry:
+        if Entry(key=manifest.key, version=manifest.version) != entry:
             raise ArtifactRejected("manifest is that of another graph")
         _copy(file, f"{name}/{GRAPH_FILE}", manifest.size, path)
         check_graph_file(path, manifest)

@@ -18,7 +18,7 @@ from precast.errors import ArtifactRejected, GraphNotFound, Unavailable
 from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
 from precast.graphs.artifacts.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest, decode_manifest
 from precast.graphs.artifacts.signing import Signature
-from precast.graphs.artifacts.store import GenerationExists, StoredArtifact
+from precast.graphs.artifacts.store import StoredArtifact, VersionExists
 from precast.graphs.artifacts.trust import Trust
 from precast.graphs.key import spec_digest, spec_part
 from precast.log import get_logger
@@ -29,7 +29,7 @@ from precast.system.scratch import scratch_folder
 log = get_logger(__name__)
 
 FETCH_TIMEOUT_S: Final = 60.0
-KEEP_GENERATIONS: Final = 2
+KEEP_VERSIONS: Final = 2
 MAX_CACHE_BYTES: Final = 8 << 30
 
 
@@ -52,31 +52,31 @@ class GraphCache:
 
     def find(self, spec: Mapping[str, str]) -> StoredArtifact | None:
         """The newest good artifact for these spec factors; bad ones are removed on the way."""
-        for key, generation in self._candidates()[spec_digest(spec)]:
+        for key, version in self._candidates()[spec_digest(spec)]:
             try:
-                return self.open(key, generation, spec)
+                return self.open(key, version, spec)
             except (ArtifactRejected, GraphNotFound) as error:
                 log.warning("cached graph removed", key=key, reason=str(error))
-                self._store.remove(key, generation)
+                self._store.remove(key, version)
         return None
 
     def retire(self, key: str, serving: int, quarantined: Collection[int]) -> None:
-        """Remove what must not be found any more: quarantined generations, and those newer than
+        """Remove what must not be found any more: quarantined versions, and those newer than
         the one that serves (0: none does)."""
-        for generation in self._store.generations(key):
-            if generation in quarantined or 0 < serving < generation:
-                self._store.remove(key, generation)
+        for version in self._store.versions(key):
+            if version in quarantined or 0 < serving < version:
+                self._store.remove(key, version)
 
-    def condemn(self, key: str, generation: int, reason: str) -> None:
+    def condemn(self, key: str, version: int, reason: str) -> None:
         """Put an artifact aside for good: it is never found, opened or added again."""
-        self._store.quarantine(key, generation, reason)
+        self._store.quarantine(key, version, reason)
 
     def condemned(self) -> set[tuple[str, int, str]]:
-        """(key, generation, reason) of what was put aside."""
+        """(key, version, reason) of what was put aside."""
         return {
-            (key, generation, reason)
+            (key, version, reason)
             for key in self._store.keys_put_aside()
-            for generation, reason in self._store.put_aside(key).items()
+            for version, reason in self._store.put_aside(key).items()
         }
 
     def is_signed(self, artifact: StoredArtifact) -> bool:
@@ -88,24 +88,24 @@ class GraphCache:
         return signer in self._trusted.keys
 
     def distrust(self) -> set[tuple[str, int]]:
-        """Remove what no key that is trusted now has signed: (key, generation) of each."""
+        """Remove what no key that is trusted now has signed: (key, version) of each."""
         removed = set()
         for key in self._store.published_keys():
-            for generation in self._store.generations(key):
+            for version in self._store.versions(key):
                 try:
-                    artifact = self._store.open(key, generation)
+                    artifact = self._store.open(key, version)
                     self._trusted.verify(artifact.manifest_bytes, artifact.signature)
                 except GraphNotFound:
                     continue
                 except ArtifactRejected as error:
                     log.warning("cached graph removed", key=key, reason=str(error))
-                    self._store.remove(key, generation)
-                    removed.add((key, generation))
+                    self._store.remove(key, version)
+                    removed.add((key, version))
         return removed
 
-    def open(self, key: str, generation: int, spec: Mapping[str, str]) -> StoredArtifact:
+    def open(self, key: str, version: int, spec: Mapping[str, str]) -> StoredArtifact:
         """A cached artifact, verified. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
-        artifact = self._store.open(key, generation)
+        artifact = self._store.open(key, version)
         self.check(artifact.manifest_bytes, artifact.signature, spec)
         os.utime(artifact.graph_path.parent)  # its place in the order of eviction
         return artifact
@@ -114,9 +114,9 @@ class GraphCache:
         """Verify a manifest: signed by a trusted key, well-formed, and of the graph asked for."""
         self._trusted.verify(manifest, signature)
         parsed = decode_manifest(manifest)
-        if (reason := self._store.put_aside(parsed.key).get(parsed.generation)) is not None:
+        if (reason := self._store.put_aside(parsed.key).get(parsed.version)) is not None:
             raise ArtifactRejected(
-                f"generation {parsed.generation} of graph {parsed.key} was put aside: {reason}"
+                f"version {parsed.version} of graph {parsed.key} was put aside: {reason}"
             )
         if spec_part(parsed.factors) != dict(spec):
             raise ArtifactRejected(f"graph {parsed.key} was captured for other factors")
@@ -126,20 +126,20 @@ class GraphCache:
         """Keep a file whose manifest ``check`` has accepted, if its bytes are what that says."""
         parsed = decode_manifest(manifest)
         if self._holds(parsed):
-            self._store.resign(parsed.key, parsed.generation, signature)
+            self._store.resign(parsed.key, parsed.version, signature)
         else:
             try:
                 self._store.publish(manifest, signature, graph)
-            except GenerationExists:
+            except VersionExists:
                 log.info("graph was cached by another process meanwhile", key=parsed.key)
         self._prune(parsed)
         self._evict(parsed.key)
-        return self.open(parsed.key, parsed.generation, spec_part(parsed.factors))
+        return self.open(parsed.key, parsed.version, spec_part(parsed.factors))
 
     def _holds(self, manifest: Manifest) -> bool:
         """Whether the same bytes are cached; others under the same number make room."""
         try:
-            present = self._store.open(manifest.key, manifest.generation)
+            present = self._store.open(manifest.key, manifest.version)
         except GraphNotFound:
             return False
         except ArtifactRejected:
@@ -147,22 +147,22 @@ class GraphCache:
         else:
             same = present.manifest == manifest
         if not same:
-            self._store.remove(manifest.key, manifest.generation)
+            self._store.remove(manifest.key, manifest.version)
         return same
 
     def _candidates(self) -> dict[str, list[tuple[str, int]]]:
-        """spec digest -> (key, generation), newest first; read from manifests, not yet verified."""
+        """spec digest -> (key, version), newest first; read from manifests, not yet verified."""
         found: dict[str, list[tuple[float, str, int]]] = defaultdict(list)
         for key in self._store.published_keys():
-            for generation in self._store.generations(key):
-                path = self._store.root / key / str(generation) / MANIFEST_FILE
+            for version in self._store.versions(key):
+                path = self._store.root / key / str(version) / MANIFEST_FILE
                 try:
                     manifest = decode_manifest(path.read_bytes())
                 except (OSError, ArtifactRejected) as error:
                     log.warning("cached graph ignored", key=key, reason=str(error))
                     continue
                 digest = spec_digest(spec_part(manifest.factors))
-                found[digest].append((manifest.created_at, key, generation))
+                found[digest].append((manifest.created_at, key, version))
         newest_first = {digest: sorted(rows, reverse=True) for digest, rows in found.items()}
         return defaultdict(
             list,
@@ -170,10 +170,10 @@ class GraphCache:
         )
 
     def _prune(self, added: Manifest) -> None:
-        """Keep the newest generations, and the one just added whatever its number."""
-        for generation in self._store.generations(added.key)[:-KEEP_GENERATIONS]:
-            if generation != added.generation:
-                self._store.remove(added.key, generation)
+        """Keep the newest versions, and the one just added whatever its number."""
+        for version in self._store.versions(added.key)[:-KEEP_VERSIONS]:
+            if version != added.version:
+                self._store.remove(added.key, version)
 
     def _evict(self, kept: str) -> None:
         """Remove the least recently used artifacts until the cache fits its bound."""
@@ -183,7 +183,7 @@ class GraphCache:
             if total <= self._max_bytes:
                 return
             if holding.key != kept:
-                self._store.remove(holding.key, holding.generation)
+                self._store.remove(holding.key, holding.version)
                 total -= holding.size
 
 
@@ -193,11 +193,11 @@ async def fetch_graph(
     key: str,
     *,
     spec: Mapping[str, str],
-    generation: int = 0,
+    version: int = 0,
     worker_id: str = "",
     timeout_s: float = FETCH_TIMEOUT_S,
 ) -> StoredArtifact:
-    """Stream an artifact from a compile worker into the cache (generation 0: the newest).
+    """Stream an artifact from a compile worker into the cache (version 0: the newest).
 
     ``stub`` is a ``GraphsServiceStub``; ``spec`` are the factors that the graph was asked for with.
 
@@ -207,16 +207,16 @@ async def fetch_graph(
         PrecastError: what the server answered, as ``precast.rpc.server.error_of`` reads it.
     """
     call = stub.FetchGraph(
-        pb.FetchGraphRequest(key=key, generation=generation, worker_id=worker_id), timeout=timeout_s
+        pb.FetchGraphRequest(key=key, version=version, worker_id=worker_id), timeout=timeout_s
     )
     parts = aiter(call)
     try:
         header = await _read_header(parts)
         signature = Signature(signer=header.signer, signature=header.signature)
         manifest = cache.check(header.manifest, signature, spec)
-        if manifest.key != key or generation not in (0, manifest.generation):
+        if manifest.key != key or version not in (0, manifest.version):
             raise ArtifactRejected(
-                f"asked for {key}/{generation}, got {manifest.key}/{manifest.generation}"
+                f"asked for {key}/{version}, got {manifest.key}/{manifest.version}"
             )
         with scratch_folder(cache.temporary, key) as folder:
             await _receive(parts, folder / GRAPH_FILE, manifest.size)

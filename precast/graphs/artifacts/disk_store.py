@@ -1,4 +1,4 @@
-"""Artifacts in a folder: each in ``<root>/<key>/<generation>/``, published by one rename."""
+"""Artifacts in a folder: each in ``<root>/<key>/<version>/``, published by one rename."""
 
 import fcntl
 import os
@@ -25,9 +25,9 @@ from precast.graphs.artifacts.store import (
     MAX_PUT_ASIDE,
     MAX_REASON_BYTES,
     ArtifactStore,
-    GenerationExists,
     Holding,
     StoredArtifact,
+    VersionExists,
     check_key,
     number_of,
 )
@@ -72,7 +72,7 @@ class DiskStore(ArtifactStore):
         manifest = decode_manifest(manifest_bytes)
         check_graph_file(graph, manifest)
         with scratch_folder(self.temporary, manifest.key) as scratch:
-            folder = scratch / str(manifest.generation)
+            folder = scratch / str(manifest.version)
             folder.mkdir()
             shutil.copyfile(graph, folder / GRAPH_FILE)
             (folder / MANIFEST_FILE).write_bytes(manifest_bytes)
@@ -80,17 +80,17 @@ class DiskStore(ArtifactStore):
             _sync_tree(folder)
             self._rename(folder, manifest)
 
-    def open(self, key: str, generation: int = 0) -> StoredArtifact:
-        number = generation or max(self.generations(key), default=0)
+    def open(self, key: str, version: int = 0) -> StoredArtifact:
+        number = version or max(self.versions(key), default=0)
         folder = self._folder(key, number)
         if number <= 0 or not _is_inside(folder, self.root):
-            raise GraphNotFound(f"no artifact of graph {key[:64]!r}, generation {generation}")
+            raise GraphNotFound(f"no artifact of graph {key[:64]!r}, version {version}")
         raw = _read_bounded(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
         signature = Signature.decode(
             _read_bounded(folder / SIGNATURE_FILE, MAX_SIGNATURE_FILE_BYTES)
         )
         manifest = decode_manifest(raw)
-        if (manifest.key, manifest.generation) != (key, number):
+        if (manifest.key, manifest.version) != (key, number):
             raise ArtifactRejected(f"manifest of {key}/{number} is that of another artifact")
         check_graph_file(folder / GRAPH_FILE, manifest)
         return StoredArtifact(
@@ -100,14 +100,14 @@ class DiskStore(ArtifactStore):
             graph_path=folder / GRAPH_FILE,
         )
 
-    def read_back(self, key: str, generation: int) -> tuple[bytes, Signature]:
-        artifact = self.open(key, generation)
+    def read_back(self, key: str, version: int) -> tuple[bytes, Signature]:
+        artifact = self.open(key, version)
         return artifact.manifest_bytes, artifact.signature
 
-    def resign(self, key: str, generation: int, signature: Signature) -> None:
-        folder = self._folder(key, generation)
+    def resign(self, key: str, version: int, signature: Signature) -> None:
+        folder = self._folder(key, version)
         if not _is_inside(folder, self.root):
-            raise GraphNotFound(f"no artifact of graph {key}, generation {generation}")
+            raise GraphNotFound(f"no artifact of graph {key}, version {version}")
         used = folder.stat()
         with scratch_folder(self.temporary, key) as scratch:
             (scratch / SIGNATURE_FILE).write_bytes(signature.encode())
@@ -116,31 +116,31 @@ class DiskStore(ArtifactStore):
         os.utime(folder, ns=(used.st_atime_ns, used.st_mtime_ns))  # this was no use of it
         _sync(folder)
 
-    def generations(self, key: str) -> list[int]:
+    def versions(self, key: str) -> list[int]:
         return sorted(filter(None, map(number_of, _names(self._key_folder(key)))))
 
-    def last_generation(self, key: str) -> int:
-        return max([*self.generations(key), *self.put_aside(key)], default=0)
+    def last_version(self, key: str) -> int:
+        return max([*self.versions(key), *self.put_aside(key)], default=0)
 
     def published_keys(self) -> list[str]:
         names = [name for name in _names(self.root) if is_key(name)]
         folders = [name for name in names if not (self.root / name).is_symlink()]
-        return sorted(name for name in folders if self.generations(name))
+        return sorted(name for name in folders if self.versions(name))
 
     def holdings(self) -> list[Holding]:
         return [
             holding
             for key in self.published_keys()
-            for generation in self.generations(key)
-            if (holding := self._holding(key, generation))
+            for version in self.versions(key)
+            if (holding := self._holding(key, version))
         ]
 
-    def touch(self, key: str, generation: int) -> None:
+    def touch(self, key: str, version: int) -> None:
         with suppress(FileNotFoundError):
-            os.utime(self._folder(key, generation))
+            os.utime(self._folder(key, version))
 
-    def remove(self, key: str, generation: int) -> None:
-        shutil.rmtree(self._folder(key, generation), ignore_errors=True)
+    def remove(self, key: str, version: int) -> None:
+        shutil.rmtree(self._folder(key, version), ignore_errors=True)
 
     def read_note(self, key: str) -> bytes | None:
         path = self._key_folder(key) / NOTE_FILE
@@ -166,15 +166,15 @@ class DiskStore(ArtifactStore):
         return {number: _reason(folder / name) for name, number in numbers.items() if number}
 
     def keys_put_aside(self) -> set[str]:
-        """Keys of which ``put_aside`` knows a generation."""
+        """Keys of which ``put_aside`` knows a version."""
         return {name.split(".")[0] for name in _names(self.root / QUARANTINE)}
 
-    def quarantine(self, key: str, generation: int, reason: str) -> None:
+    def quarantine(self, key: str, version: int, reason: str) -> None:
         aside = self.root / QUARANTINE
         aside.mkdir(exist_ok=True)
-        target = aside / f"{key}.{generation}.{time.time_ns()}"
+        target = aside / f"{key}.{version}.{time.time_ns()}"
         try:
-            self._folder(key, generation).rename(target)
+            self._folder(key, version).rename(target)
         except FileNotFoundError:
             return
         if target.is_symlink():  # what it leads to is not ours to write into
@@ -197,27 +197,27 @@ class DiskStore(ArtifactStore):
             raise GraphNotFound(f"graph {key} is a link out of the store")
         return folder
 
-    def _folder(self, key: str, generation: int) -> Path:
-        return self._key_folder(key) / str(generation)
+    def _folder(self, key: str, version: int) -> Path:
+        return self._key_folder(key) / str(version)
 
-    def _holding(self, key: str, generation: int) -> Holding | None:
-        folder = self._folder(key, generation)
+    def _holding(self, key: str, version: int) -> Holding | None:
+        folder = self._folder(key, version)
         try:
             size = sum(file.stat().st_size for file in folder.iterdir())
             used_at = folder.stat().st_mtime
         except (FileNotFoundError, NotADirectoryError):  # removed meanwhile
             return None
-        return Holding(key=key, generation=generation, size=size, used_at=used_at)
+        return Holding(key=key, version=version, size=size, used_at=used_at)
 
     def _rename(self, folder: Path, manifest: Manifest) -> None:
-        target = self._folder(manifest.key, manifest.generation)
+        target = self._folder(manifest.key, manifest.version)
         target.parent.mkdir(exist_ok=True)
         try:
             # rename(2) replaces a folder only if it is empty, so a published one is safe
             folder.rename(target)
         except OSError as error:
             if target.is_dir():
-                raise GenerationExists(f"{manifest.key}/{manifest.generation}") from None
+                raise VersionExists(f"{manifest.key}/{manifest.version}") from None
             raise error
         _sync(target.parent)
         _sync(self.root)

@@ -23,7 +23,7 @@ MAX_ARTIFACT_BYTES: Final = 512 << 20
 READ_BYTES: Final = 1 << 20
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Generation = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
+Version = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,7 +31,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     format: int = FORMAT
     key: str
-    generation: Generation
+    version: Version
     """1 for the first capture of a key; a recompile adds one."""
     factors: dict[str, str]
     """Spec and build factors; the key is their digest."""

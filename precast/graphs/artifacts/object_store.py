@@ -1,9 +1,9 @@
 """Artifacts in an S3 bucket, for compile workers that share one and keep nothing of their own.
 
-Objects under ``<prefix>/<key>/``: for each generation ``<generation>/<digest>.pt2``, then
-``<generation>/artifact`` (signature and manifest), which is what makes it visible: it is created
+Objects under ``<prefix>/<key>/``: for each version ``<version>/<digest>.pt2``, then
+``<version>/artifact`` (signature and manifest), which is what makes it visible: it is created
 only if it isn't there, so of several publishers one wins, and a publisher that dies before leaves a
-file that nothing names. ``<generation>/aside`` (why) takes an artifact out of service, ``used``
+file that nothing names. ``<version>/aside`` (why) takes an artifact out of service, ``used``
 dates its last use, ``lifecycle.json`` is the key's note.
 """
 
@@ -30,9 +30,9 @@ from precast.graphs.artifacts.store import (
     MAX_PUT_ASIDE,
     MAX_REASON_BYTES,
     ArtifactStore,
-    GenerationExists,
     Holding,
     StoredArtifact,
+    VersionExists,
     check_key,
     number_of,
 )
@@ -54,7 +54,7 @@ ABANDONED_S: Final = 3600.0
 """After this time a graph that no artifact names was left by a publisher that died."""
 
 Listed: TypeAlias = "dict[int, dict[str, ObjectMeta]]"
-"""What a key has: by generation and last part of the name."""
+"""What a key has: by version and last part of the name."""
 
 
 class ObjectStore(ArtifactStore):
@@ -101,7 +101,7 @@ class ObjectStore(ArtifactStore):
     def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> None:
         manifest = decode_manifest(manifest_bytes)
         check_graph_file(graph, manifest)
-        name = _name(manifest.key, manifest.generation, ARTIFACT)
+        name = _name(manifest.key, manifest.version, ARTIFACT)
         self._bucket.upload(_graph_name(manifest), graph)
         content = signature.encode() + manifest_bytes
         if self._bucket.create(name, content):
@@ -111,10 +111,10 @@ class ObjectStore(ArtifactStore):
             return  # ours: the answer to a first attempt was lost
         if manifest.digest.encode() not in (winner or b""):
             self._bucket.delete([_graph_name(manifest)])
-        raise GenerationExists(f"{manifest.key}/{manifest.generation}")
+        raise VersionExists(f"{manifest.key}/{manifest.version}")
 
-    def open(self, key: str, generation: int = 0) -> StoredArtifact:
-        number = generation or max(self.generations(key), default=0)
+    def open(self, key: str, version: int = 0) -> StoredArtifact:
+        number = version or max(self.versions(key), default=0)
         manifest, raw, signature = self._manifest(key, number)
         return StoredArtifact(
             manifest=manifest,
@@ -123,27 +123,27 @@ class ObjectStore(ArtifactStore):
             graph_path=self._copy(manifest),
         )
 
-    def read_back(self, key: str, generation: int) -> tuple[bytes, Signature]:
-        manifest, raw, signature = self._manifest(key, generation)
+    def read_back(self, key: str, version: int) -> tuple[bytes, Signature]:
+        manifest, raw, signature = self._manifest(key, version)
         with scratch_folder(self.temporary, key) as scratch:
             self._download(manifest, scratch / GRAPH_FILE)
         return raw, signature
 
-    def resign(self, key: str, generation: int, signature: Signature) -> None:
-        name = _name(key, generation, ARTIFACT)
+    def resign(self, key: str, version: int, signature: Signature) -> None:
+        name = _name(key, version, ARTIFACT)
         for _ in range(NOTE_TRIES):
             content, tag = self._bucket.read_tagged(name, MAX_ARTIFACT_OBJECT_BYTES)
             if content is None or tag is None:
-                raise GraphNotFound(f"no artifact of graph {key}, generation {generation}")
+                raise GraphNotFound(f"no artifact of graph {key}, version {version}")
             raw = content.partition(b"\n")[2]
             if self._bucket.replace(name, signature.encode() + raw, tag):
                 return
         raise StoreUnavailable(f"{self.location}: others change {name} all the time")
 
-    def generations(self, key: str) -> list[int]:
+    def versions(self, key: str) -> list[int]:
         return _published(self._list(key))
 
-    def last_generation(self, key: str) -> int:
+    def last_version(self, key: str) -> int:
         used = (n for n, objects in self._list(key).items() if {ARTIFACT, ASIDE} & objects.keys())
         return max(used, default=0)
 
@@ -154,7 +154,7 @@ class ObjectStore(ArtifactStore):
         return [
             Holding(
                 key=key,
-                generation=number,
+                version=number,
                 size=sum(meta["size"] for meta in listed[number].values()),
                 used_at=max(_modified(meta) for meta in listed[number].values()),
             )
@@ -162,14 +162,14 @@ class ObjectStore(ArtifactStore):
             for number in _published(listed)
         ]
 
-    def touch(self, key: str, generation: int) -> None:
-        if generation in self.generations(key):
-            self._bucket.write(_name(key, generation, USED), b"")
+    def touch(self, key: str, version: int) -> None:
+        if version in self.versions(key):
+            self._bucket.write(_name(key, version, USED), b"")
 
-    def remove(self, key: str, generation: int) -> None:
-        objects = self._list(key).get(generation, {})
+    def remove(self, key: str, version: int) -> None:
+        objects = self._list(key).get(version, {})
         if ASIDE not in objects:
-            self._bucket.delete([_name(key, generation, ARTIFACT)])
+            self._bucket.delete([_name(key, version, ARTIFACT)])
             self._bucket.delete(meta["path"] for meta in objects.values())
 
     def read_note(self, key: str) -> bytes | None:
@@ -191,24 +191,24 @@ class ObjectStore(ArtifactStore):
         aside = [number for number, objects in self._list(key).items() if ASIDE in objects]
         return {number: self._reason(key, number) for number in aside}
 
-    def quarantine(self, key: str, generation: int, reason: str) -> None:
-        if generation in self.generations(key):
+    def quarantine(self, key: str, version: int, reason: str) -> None:
+        if version in self.versions(key):
             raw = reason.encode()[:MAX_REASON_BYTES]
-            self._bucket.write(_name(key, generation, ASIDE), raw)
+            self._bucket.write(_name(key, version, ASIDE), raw)
             self._drop_oldest_aside()
 
-    def _manifest(self, key: str, generation: int) -> tuple[Manifest, bytes, Signature]:
-        if generation not in self.generations(key):
-            raise GraphNotFound(f"no artifact of graph {key!r}, generation {generation}")
+    def _manifest(self, key: str, version: int) -> tuple[Manifest, bytes, Signature]:
+        if version not in self.versions(key):
+            raise GraphNotFound(f"no artifact of graph {key!r}, version {version}")
         try:
-            name = _name(key, generation, ARTIFACT)
+            name = _name(key, version, ARTIFACT)
             content = self._bucket.read(name, MAX_ARTIFACT_OBJECT_BYTES)
         except FileNotFoundError:
-            raise GraphNotFound(f"artifact {key}/{generation} was removed") from None
+            raise GraphNotFound(f"artifact {key}/{version} was removed") from None
         line, _, raw = content.partition(b"\n")
         signature, manifest = Signature.decode(line), decode_manifest(raw)
-        if (manifest.key, manifest.generation) != (key, generation):
-            raise ArtifactRejected(f"manifest of {key}/{generation} is that of another artifact")
+        if (manifest.key, manifest.version) != (key, version):
+            raise ArtifactRejected(f"manifest of {key}/{version} is that of another artifact")
         return manifest, raw, signature
 
     def _copy(self, manifest: Manifest) -> Path:
@@ -250,9 +250,9 @@ class ObjectStore(ArtifactStore):
         for _, paths in sorted(aside)[:-MAX_PUT_ASIDE]:
             self._bucket.delete(paths)
 
-    def _reason(self, key: str, generation: int) -> str:
+    def _reason(self, key: str, version: int) -> str:
         try:
-            return self._bucket.read(_name(key, generation, ASIDE), MAX_REASON_BYTES).decode(
+            return self._bucket.read(_name(key, version, ASIDE), MAX_REASON_BYTES).decode(
                 errors="replace"
             )
         except FileNotFoundError:
@@ -265,7 +265,7 @@ class ObjectStore(ArtifactStore):
         return self._listed(None)
 
     def _listed(self, prefix: str | None) -> dict[str, Listed]:
-        """Objects that belong to generations, by key."""
+        """Objects that belong to versions, by key."""
         found: dict[str, Listed] = defaultdict(lambda: defaultdict(dict))
         for meta in self._bucket.listing(prefix):
             key, *rest = meta["path"].split("/")
@@ -274,12 +274,12 @@ class ObjectStore(ArtifactStore):
         return found
 
 
-def _name(key: str, generation: int, last: str) -> str:
-    return f"{check_key(key)}/{generation}/{last}"
+def _name(key: str, version: int, last: str) -> str:
+    return f"{check_key(key)}/{version}/{last}"
 
 
 def _graph_name(manifest: Manifest) -> str:
-    return _name(manifest.key, manifest.generation, f"{manifest.digest}.pt2")
+    return _name(manifest.key, manifest.version, f"{manifest.digest}.pt2")
 
 
 def _published(listed: Listed) -> list[int]:

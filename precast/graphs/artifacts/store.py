@@ -1,8 +1,8 @@
-"""Where published artifacts are kept, by key and generation.
+"""Where published artifacts are kept, by key and version.
 
 ``ArtifactStore`` is the contract; ``disk_store`` keeps it in a folder, ``object_store`` in an S3
-bucket. A generation is published once and never changed but for its signature: it appears whole,
-and a second publisher of the same generation is told so. Numbers are not reused, not even after a
+bucket. A version is published once and never changed but for its signature: it appears whole,
+and a second publisher of the same version is told so. Numbers are not reused, not even after a
 quarantine.
 """
 
@@ -38,19 +38,19 @@ class Holding:
     """One published artifact, as ``ArtifactStore.holdings`` counts it."""
 
     key: str
-    generation: int
+    version: int
     size: int
     """Bytes."""
     used_at: float
     """Unix seconds of its publication or last ``touch``."""
 
 
-class GenerationExists(Exception):
+class VersionExists(Exception):
     """Another publisher was first. Not an error to a user: the work is done."""
 
 
 class ArtifactStore(ABC):
-    """Artifacts by key and generation.
+    """Artifacts by key and version.
 
     Every method may be called from several processes at once. ``key`` is checked by each method:
     what isn't a key raises ``GraphNotFound`` and never becomes a path. Methods read, write and hash
@@ -80,48 +80,48 @@ class ArtifactStore(ABC):
     def publish(self, manifest_bytes: bytes, signature: Signature, graph: Path) -> None:
         """Make an artifact visible, whole and durable, copying ``graph``.
 
-        Raises ``GenerationExists``, or ``ArtifactRejected`` if graph and manifest don't match.
+        Raises ``VersionExists``, or ``ArtifactRejected`` if graph and manifest don't match.
         """
 
     @abstractmethod
-    def open(self, key: str, generation: int = 0) -> StoredArtifact:
+    def open(self, key: str, version: int = 0) -> StoredArtifact:
         """Read an artifact (0: the newest) and compare its digest; no signature is checked.
 
         Raises ``GraphNotFound`` or ``ArtifactRejected``.
         """
 
     @abstractmethod
-    def read_back(self, key: str, generation: int) -> tuple[bytes, Signature]:
+    def read_back(self, key: str, version: int) -> tuple[bytes, Signature]:
         """Manifest and signature of an artifact, after its digest was compared with every byte
         that the store has: not with a copy. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
 
     @abstractmethod
-    def resign(self, key: str, generation: int, signature: Signature) -> None:
+    def resign(self, key: str, version: int, signature: Signature) -> None:
         """Put another signature of the same manifest in the place of the present one, whole and
         durably. Raises ``GraphNotFound``."""
 
     @abstractmethod
-    def generations(self, key: str) -> list[int]:
-        """Published generations, ascending; empty for an unknown key."""
+    def versions(self, key: str) -> list[int]:
+        """Published versions, ascending; empty for an unknown key."""
 
     @abstractmethod
-    def last_generation(self, key: str) -> int:
+    def last_version(self, key: str) -> int:
         """The highest number ever used, quarantined ones included; 0 if none."""
 
     @abstractmethod
     def published_keys(self) -> list[str]:
-        """Keys that have a published generation."""
+        """Keys that have a published version."""
 
     @abstractmethod
     def holdings(self) -> list[Holding]:
         """Every published artifact, with its size and last use."""
 
     @abstractmethod
-    def touch(self, key: str, generation: int) -> None:
+    def touch(self, key: str, version: int) -> None:
         """Note that an artifact is used now. No error if it is gone."""
 
     @abstractmethod
-    def remove(self, key: str, generation: int) -> None:
+    def remove(self, key: str, version: int) -> None:
         """Delete an artifact. No error if it is gone; whoever has its file open keeps it."""
 
     @abstractmethod
@@ -138,10 +138,10 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def put_aside(self, key: str) -> dict[int, str]:
-        """Why ``quarantine`` was called, by generation."""
+        """Why ``quarantine`` was called, by version."""
 
     @abstractmethod
-    def quarantine(self, key: str, generation: int, reason: str) -> None:
+    def quarantine(self, key: str, version: int, reason: str) -> None:
         """Take an artifact out of service and keep it aside for a look. No error if it is gone."""
 
 
@@ -170,6 +170,6 @@ def check_key(key: str) -> str:
 
 
 def number_of(name: str) -> int:
-    """The generation of which this is the name: "7", not "07"; 0: of none."""
+    """The version of which this is the name: "7", not "07"; 0: of none."""
     plain = name.isascii() and name.isdecimal() and not name.startswith("0")
     return int(name) if plain else 0

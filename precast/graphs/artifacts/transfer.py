@@ -1,9 +1,9 @@
 """Takes a model's graphs out of a store or a decode worker's cache, and puts them into another.
 
-Out go the generations that serve, as far as the decisions beside the artifacts say; a cache has no
+Out go the versions that serve, as far as the decisions beside the artifacts say; a cache has no
 such notes, and never holds anything newer than what serves. In goes a bundle's content as a whole
 or not at all, and nothing that was put aside or quarantined there. What was imported serves from
-then on if it is the newest good generation: it has been verified, but no canary tries it.
+then on if it is the newest good version: it has been verified, but no canary tries it.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +16,7 @@ import msgspec
 from precast.errors import ArtifactRejected, GraphNotFound
 from precast.graphs.artifacts.bundle import Unpacked, unpack_bundle
 from precast.graphs.artifacts.cache import GraphCache
-from precast.graphs.artifacts.store import ArtifactStore, GenerationExists, StoredArtifact
+from precast.graphs.artifacts.store import ArtifactStore, StoredArtifact, VersionExists
 from precast.graphs.artifacts.trust import Trust
 from precast.graphs.artifacts.versions import Lifecycle, Verdict, decode_lifecycle
 from precast.graphs.key import spec_part
@@ -37,24 +37,24 @@ def serving_artifacts(
     trusted: Trust,
     *,
     model: str = "",
-    batch_sizes: Collection[int] = (),
+    sizes: Collection[int] = (),
 ) -> list[StoredArtifact]:
-    """The generations that serve, verified; of all models and sizes where none is named.
+    """The versions that serve, verified; of all models and sizes where none is named.
 
     Raises ``GraphNotFound`` if there are none, ``ArtifactRejected`` for the first bad one.
     """
     found = []
     for key in store.published_keys():
         lifecycle = _lifecycle(store, key)
-        generation = lifecycle.serving(store.generations(key))
-        artifact = store.open(key, generation) if generation else None
-        if artifact and _matches(artifact, lifecycle.models, model, batch_sizes):
+        version = lifecycle.serving(store.versions(key))
+        artifact = store.open(key, version) if version else None
+        if artifact and _matches(artifact, lifecycle.models, model, sizes):
             trusted.verify(artifact.manifest_bytes, artifact.signature)
             found.append(artifact)
     if not found:
         wanted = f" for {model!r}" if model else ""
         raise GraphNotFound(f"no graph to export{wanted} in {store.location}")
-    return sorted(found, key=lambda artifact: (_batch_size(artifact), artifact.manifest.key))
+    return sorted(found, key=lambda artifact: (_num_tokens(artifact), artifact.manifest.key))
 
 
 def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: Trust) -> Imported:
@@ -63,22 +63,22 @@ def import_into_store(file: BinaryIO, store: ArtifactStore, trusted: Trust) -> I
     store.require_writable()
 
     def is_present(graph: Unpacked) -> bool:
-        key, generation = graph.manifest.key, graph.manifest.generation
+        key, version = graph.manifest.key, graph.manifest.version
         lifecycle = _lifecycle(store, key)
-        if lifecycle.verdict(generation) is Verdict.QUARANTINED:
-            raise ArtifactRejected(f"was quarantined here: {lifecycle.reason(generation)}")
-        if generation in (aside := store.put_aside(key)):
-            raise ArtifactRejected(f"was put aside here: {aside[generation]}")
-        if generation not in store.generations(key):
+        if lifecycle.verdict(version) is Verdict.QUARANTINED:
+            raise ArtifactRejected(f"was quarantined here: {lifecycle.reason(version)}")
+        if version in (aside := store.put_aside(key)):
+            raise ArtifactRejected(f"was put aside here: {aside[version]}")
+        if version not in store.versions(key):
             return False
-        if store.open(key, generation).manifest != graph.manifest:
-            raise ArtifactRejected("another capture has this generation's number here")
+        if store.open(key, version).manifest != graph.manifest:
+            raise ArtifactRejected("another capture has this version's number here")
         return True
 
     def publish(graph: Unpacked) -> None:
         try:
             store.publish(graph.manifest_bytes, graph.signature, graph.graph_path)
-        except GenerationExists:  # since we looked
+        except VersionExists:  # since we looked
             _checked(graph, is_present)
 
     return _import(file, store.temporary, trusted, is_present, publish)
@@ -91,7 +91,7 @@ def import_into_cache(file: BinaryIO, cache: GraphCache, trusted: Trust) -> Impo
         spec = spec_part(graph.manifest.factors)
         cache.check(graph.manifest_bytes, graph.signature, spec)
         try:
-            present = cache.open(graph.manifest.key, graph.manifest.generation, spec)
+            present = cache.open(graph.manifest.key, graph.manifest.version, spec)
         except (GraphNotFound, ArtifactRejected):
             return False
         return present.manifest == graph.manifest
@@ -123,7 +123,7 @@ def _checked(graph: Unpacked, is_present: Callable[[Unpacked], bool]) -> bool:
     try:
         return is_present(graph)
     except ArtifactRejected as error:
-        name = f"{graph.manifest.key}/{graph.manifest.generation}"
+        name = f"{graph.manifest.key}/{graph.manifest.version}"
         raise ArtifactRejected(f"graph {name}: {error}") from None
 
 
@@ -132,17 +132,17 @@ def _lifecycle(store: ArtifactStore, key: str) -> Lifecycle:
     try:
         return decode_lifecycle(note) if note is not None else Lifecycle()
     except msgspec.DecodeError as error:
-        raise ArtifactRejected(f"note on the generations of {key}: {error}") from None
+        raise ArtifactRejected(f"note on the versions of {key}: {error}") from None
 
 
 def _matches(
-    artifact: StoredArtifact, models: Sequence[str], model: str, batch_sizes: Collection[int]
+    artifact: StoredArtifact, models: Sequence[str], model: str, sizes: Collection[int]
 ) -> bool:
     """``models``: those that asked for it after it was captured."""
     return model in ("", *artifact.manifest.models, *models) and (
-        not batch_sizes or _batch_size(artifact) in batch_sizes
+        not sizes or _num_tokens(artifact) in sizes
     )
 
 
-def _batch_size(artifact: StoredArtifact) -> int:
-    return int(artifact.manifest.factors["batch_size"])
+def _num_tokens(artifact: StoredArtifact) -> int:
+    return int(artifact.manifest.factors["num_tokens"])

@@ -1,8 +1,8 @@
-"""What became of a graph's generations: which one serves, and why the others don't.
+"""What became of a graph's versions: which one serves, and why the others don't.
 
 A note of this is kept beside the artifacts in the store, in Redis and in every compile worker.
 Copies may differ for a while and be written at the same time: merging two of them is associative,
-commutative and loses nothing, so all come to the same in any order. Of two marks of a generation
+commutative and loses nothing, so all come to the same in any order. Of two marks of a version
 the later one counts, but a quarantine is final.
 """
 
@@ -22,7 +22,7 @@ MAX_MODELS: Final = 256
 
 
 class Verdict(enum.StrEnum):
-    """What was decided of a generation. One without a mark is good."""
+    """What was decided of a version. One without a mark is good."""
 
     GOOD = "good"
     CANDIDATE = "candidate"
@@ -34,7 +34,7 @@ class Verdict(enum.StrEnum):
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
-    """A decision on one generation."""
+    """A decision on one version."""
 
     verdict: Verdict
     reason: str = ""
@@ -43,69 +43,69 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
-    """The generation that an operator has fixed; 0: none."""
+    """The version that an operator has fixed; 0: none."""
 
-    generation: int = 0
+    version: int = 0
     at: float = 0.0
 
 
 class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
-    """All decisions on the generations of one key, and who asked for it."""
+    """All decisions on the versions of one key, and who asked for it."""
 
     marks: dict[int, Mark] = {}
     pin: Pin = Pin()
     models: tuple[str, ...] = ()
     """Labels beyond those in the manifests: a graph also serves models that came later."""
 
-    def verdict(self, generation: int) -> Verdict:
-        mark = self.marks.get(generation)
+    def verdict(self, version: int) -> Verdict:
+        mark = self.marks.get(version)
         return mark.verdict if mark else Verdict.GOOD
 
-    def reason(self, generation: int) -> str:
-        mark = self.marks.get(generation)
+    def reason(self, version: int) -> str:
+        mark = self.marks.get(version)
         return mark.reason if mark else ""
 
     def having(self, verdict: Verdict) -> tuple[int, ...]:
-        """Generations with a mark of this verdict, ascending."""
+        """Versions with a mark of this verdict, ascending."""
         return tuple(sorted(g for g, mark in self.marks.items() if mark.verdict is verdict))
 
-    def serving(self, generations: Iterable[int]) -> int:
-        """Of the generations that exist: the pinned one, else the newest good one; 0: none."""
-        there = set(generations)
-        if self.pin.generation in there and self._loadable(self.pin.generation):
-            return self.pin.generation
+    def serving(self, versions: Iterable[int]) -> int:
+        """Of the versions that exist: the pinned one, else the newest good one; 0: none."""
+        there = set(versions)
+        if self.pin.version in there and self._loadable(self.pin.version):
+            return self.pin.version
         return max((g for g in there if self.verdict(g) is Verdict.GOOD), default=0)
 
-    def marked(self, generation: int, verdict: Verdict, reason: str = "") -> "Lifecycle":
+    def marked(self, version: int, verdict: Verdict, reason: str = "") -> "Lifecycle":
         """With a further decision."""
-        before = self.marks.get(generation)
+        before = self.marks.get(version)
         at = _later(before.at if before else 0.0)
         mark = Mark(verdict=verdict, reason=reason[:MAX_REASON], at=at)
-        return self.merged(Lifecycle(marks={generation: mark}))
+        return self.merged(Lifecycle(marks={version: mark}))
 
-    def pinned(self, generation: int) -> "Lifecycle":
-        """Pinned to a generation; 0 unpins."""
-        return self.merged(Lifecycle(pin=Pin(generation=generation, at=_later(self.pin.at))))
+    def pinned(self, version: int) -> "Lifecycle":
+        """Pinned to a version; 0 unpins."""
+        return self.merged(Lifecycle(pin=Pin(version=version, at=_later(self.pin.at))))
 
     def labelled(self, model: str) -> "Lifecycle":
         """Asked for by this model too."""
         return self.merged(Lifecycle(models=(model,)))
 
     def merged(self, other: "Lifecycle") -> "Lifecycle":
-        """Both sides' knowledge; of more than ``MAX_MARKS`` marks the newest generations'."""
+        """Both sides' knowledge; of more than ``MAX_MARKS`` marks the newest versions'."""
         marks = {
-            generation: max(
-                (m for m in (self.marks.get(generation), other.marks.get(generation)) if m),
+            version: max(
+                (m for m in (self.marks.get(version), other.marks.get(version)) if m),
                 key=_weight,
             )
-            for generation in sorted(self.marks.keys() | other.marks.keys())[-MAX_MARKS:]
+            for version in sorted(self.marks.keys() | other.marks.keys())[-MAX_MARKS:]
         }
-        pin = max(self.pin, other.pin, key=lambda pin: (pin.at, pin.generation))
+        pin = max(self.pin, other.pin, key=lambda pin: (pin.at, pin.version))
         models = tuple(sorted({*self.models, *other.models})[:MAX_MODELS])
         return Lifecycle(marks=marks, pin=pin, models=models)
 
-    def _loadable(self, generation: int) -> bool:
-        return self.verdict(generation) is not Verdict.QUARANTINED
+    def _loadable(self, version: int) -> bool:
+        return self.verdict(version) is not Verdict.QUARANTINED
 
 
 def encode_lifecycle(lifecycle: Lifecycle) -> bytes:
@@ -117,10 +117,10 @@ def decode_lifecycle(raw: bytes) -> Lifecycle:
     return _decoder.decode(raw)
 
 
-def previous(lifecycle: Lifecycle, generations: Sequence[int]) -> int:
-    """What a rollback goes back to: the newest good generation before the serving one; 0: none."""
-    serving = lifecycle.serving(generations)
-    older = [g for g in generations if g < serving and lifecycle.verdict(g) is Verdict.GOOD]
+def previous(lifecycle: Lifecycle, versions: Sequence[int]) -> int:
+    """What a rollback goes back to: the newest good version before the serving one; 0: none."""
+    serving = lifecycle.serving(versions)
+    older = [g for g in versions if g < serving and lifecycle.verdict(g) is Verdict.GOOD]
     return max(older, default=0)
 
 

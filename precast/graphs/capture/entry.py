@@ -58,7 +58,7 @@ def capture(factors: Mapping[str, str], folders: Folders) -> dict[str, float]:
     start_provider(factors)
     check_versions(factors)
     shape = shape_from(factors)
-    steps = planned(shape, int(factors["batch_size"]), int(factors["block_size"]))
+    steps = planned(shape, int(factors["num_tokens"]), int(factors["block_size"]))
     build = Build(isa=factors["isa"], folder=folders.kept / "objects", work=folders.out)
     with stand_ins(shape, steps) as group:
         build.prepare()
@@ -95,7 +95,7 @@ def _parts(factors: Mapping[str, str], shape: "Shape") -> "list[Part]":
 
     generator = torch.Generator().manual_seed(0)
     return capture_models.parts(
-        shape, int(factors["batch_size"]), int(factors["block_size"]), generator
+        shape, int(factors["num_tokens"]), int(factors["block_size"]), generator
     )
 
 

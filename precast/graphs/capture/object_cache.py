@@ -1,6 +1,6 @@
 """Compiled parts that a compile worker keeps between captures.
 
-Embedding and head are compiled for any number of rows, so captures of further batch sizes find them
+Embedding and head are compiled for any number of rows, so captures of further sizes find them
 here. The folder is the worker's own, like its signing key, and holds one entry for each part, named
 by all that decides its code. An entry whose bytes are not what was put in is no entry.
 """
@@ -21,8 +21,8 @@ MAX_ENTRIES = 64
 
 
 def part_key(name: str, factors: Mapping[str, str], build: Mapping[str, str]) -> str:
-    """Names a part that serves every batch size."""
-    decides = {key: value for key, value in factors.items() if key != "batch_size"}
+    """Names a part that serves every size."""
+    decides = {key: value for key, value in factors.items() if key != "num_tokens"}
     content = json.dumps([name, decides, dict(build)], sort_keys=True)
     return blake3(content.encode()).hexdigest()[:32]
 

@@ -1,5 +1,5 @@
 // Schemas and CPU implementations of the small operators; fakes are in precast/ops/native.py. Graphs of
-// few tokens don't call them: Inductor takes their definition (code_gen.py) and fuses it with its
+// few tokens don't call them: Inductor takes their definition (codegen.py) and fuses it with its
 // neighbours. With many tokens threads count for more, and graphs call them.
 #include <ATen/ATen.h>
 #include <torch/library.h>

@@ -1,6 +1,6 @@
 // Direct entry points for captured graphs.
 //
-// A graph calls these by name instead of through the dispatcher (code_gen.py registers them as
+// A graph calls these by name instead of through the dispatcher (codegen.py registers them as
 // custom_ops_to_c_shims): boxing five operators a layer cost 4 % of a step at batch 1.
 #pragma once
 

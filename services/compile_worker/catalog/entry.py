@@ -19,7 +19,7 @@ class Phase(enum.StrEnum):
     QUEUED = "queued"
     CAPTURING = "capturing"
     PUBLISHED = "published"
-    """There is a generation to fetch, whatever else happens to the graph."""
+    """There is a version to fetch, whatever else happens to the graph."""
     FAILED = "failed"
     REMOVED = "removed"
     """To make room, while nobody ran it. Captured again for whoever asks."""
@@ -28,16 +28,16 @@ class Phase(enum.StrEnum):
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """A candidate on the worker that was chosen to try it."""
 
-    generation: int
+    version: int
     worker_id: str
     wanted: int
     """Steps to compare."""
     steps: int = 0
     """Steps compared so far."""
     difference: float = 0.0
-    """Largest difference of logits to the serving generation, relative to the largest logit."""
+    """Largest difference of logits to the serving version, relative to the largest logit."""
     time_ratio: float = 0.0
-    """Candidate's step time to the serving generation's; 0: not known yet."""
+    """Candidate's step time to the serving version's; 0: not known yet."""
     finished: bool = False
     failure: str = ""
     """Why the worker gave up, if it did."""
@@ -50,7 +50,7 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase
     factors: dict[str, str]
     models: tuple[str, ...] = ()
-    generation: int = 0
+    version: int = 0
     """The one that serves; 0: none."""
     signer: str = ""
     """Whose key has signed it."""
@@ -68,11 +68,11 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     capture_s: float = 0.0
     layer_us: float = 0.0
     lifecycle: Lifecycle = Lifecycle()
-    """What was decided of the generations; merged where two versions of a record meet."""
+    """What was decided of the versions; merged where two versions of a record meet."""
     trial: Trial | None = None
     """The newest candidate's canary; kept for a look when it has ended."""
     aside: dict[int, str] = {}
-    """Generations that were put aside because they were damaged, and the reasons."""
+    """Versions that were put aside because they were damaged, and the reasons."""
     updated_at: float = 0.0
     """Of two versions of a record the later one counts."""
 
@@ -90,7 +90,7 @@ def changed(record: GraphRecord, **changes: object) -> GraphRecord:
 
 
 def merge(a: GraphRecord, b: GraphRecord) -> GraphRecord:
-    """The later of two versions, with what either knows of the generations."""
+    """The later of two versions, with what either knows of the versions."""
     later = max(a, b, key=lambda record: record.updated_at)
     lifecycle = a.lifecycle.merged(b.lifecycle)
     return msgspec.structs.replace(later, lifecycle=lifecycle)
@@ -107,7 +107,7 @@ def published_record(
         phase=Phase.PUBLISHED,
         factors=manifest.factors,
         models=tuple(sorted(models)),
-        generation=manifest.generation,
+        version=manifest.version,
         error="",
         failure=None,
         failures=0,
@@ -122,23 +122,21 @@ def published_record(
 
 
 def barred_record(record: GraphRecord, lifecycle: Lifecycle) -> GraphRecord:
-    """The record of a graph of which no generation may serve: a recompile by hand ends that, or a
+    """The record of a graph of which no version may serve: a recompile by hand ends that, or a
     worker that can try what this compile worker's CPU can't run."""
     quarantined = lifecycle.having(Verdict.QUARANTINED)
     newest = max(quarantined, default=0)
     waiting = max(lifecycle.having(Verdict.CANDIDATE), default=0)
     if waiting > newest:
-        error = f"generation {waiting} waits for a worker of {record.factors['isa']} to try it"
-        return changed(
-            record, phase=Phase.CAPTURING, generation=0, error=error, lifecycle=lifecycle
-        )
+        error = f"version {waiting} waits for a worker of {record.factors['isa']} to try it"
+        return changed(record, phase=Phase.CAPTURING, version=0, error=error, lifecycle=lifecycle)
     if not newest:
         return changed(record, lifecycle=lifecycle)
     return changed(
         record,
         phase=Phase.FAILED,
-        generation=0,
-        error=f"generation {newest} is quarantined: {lifecycle.reason(newest)}",
+        version=0,
+        error=f"version {newest} is quarantined: {lifecycle.reason(newest)}",
         failures=MAX_FAILURES,
         retry_at=time.time() + NEVER_S,
         lifecycle=lifecycle,

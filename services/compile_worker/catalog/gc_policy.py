@@ -1,7 +1,7 @@
-"""Which artifacts go: more than a few generations of a graph, and what exceeds a store's bound.
+"""Which artifacts go: more than a few versions of a graph, and what exceeds a store's bound.
 
-Of what exceeds it, superseded generations go first, then whole graphs that no worker runs; of both,
-those that were not used for longest. Generations that an operator has pinned or that a worker is
+Of what exceeds it, superseded versions go first, then whole graphs that no worker runs; of both,
+those that were not used for longest. Versions that an operator has pinned or that a worker is
 trying stay, and so does what serves in graphs that are in use, whatever the bound.
 """
 
@@ -13,7 +13,7 @@ from precast.graphs.artifacts.store import Holding
 from precast.graphs.artifacts.versions import Verdict
 from services.compile_worker.catalog.versions import Standing
 
-KEEP_GENERATIONS: Final = 4
+KEEP_VERSIONS: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Removal:
 
 
 def surplus(now: Standing) -> list[int]:
-    """A graph's generations but for the newest few, the one that serves and the pinned one."""
-    spared = (now.serving, now.lifecycle.pin.generation)
-    return [number for number in now.there[:-KEEP_GENERATIONS] if number not in spared]
+    """A graph's versions but for the newest few, the one that serves and the pinned one."""
+    spared = (now.serving, now.lifecycle.pin.version)
+    return [number for number in now.there[:-KEEP_VERSIONS] if number not in spared]
 
 
 def plan(
@@ -61,10 +61,10 @@ def _removable(
     removals = []
     for holding in holdings:
         now = standings[holding.key]
-        serving = holding.generation == now.serving
-        pinned = holding.generation == now.lifecycle.pin.generation
+        serving = holding.version == now.serving
+        pinned = holding.version == now.lifecycle.pin.version
         tried = set(now.there) & set(now.lifecycle.having(Verdict.CANDIDATE))
-        busy = holding.generation in tried or (serving and (tried or holding.key in in_use))
+        busy = holding.version in tried or (serving and (tried or holding.key in in_use))
         if not pinned and not busy:
             removals.append(Removal(holding=holding, serving=serving))
     return removals
@@ -72,4 +72,4 @@ def _removable(
 
 def _order(removal: Removal) -> tuple[bool, float, str, int]:
     holding = removal.holding
-    return removal.serving, holding.used_at, holding.key, holding.generation
+    return removal.serving, holding.used_at, holding.key, holding.version

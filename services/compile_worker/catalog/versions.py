@@ -1,4 +1,4 @@
-"""Which generation of a graph serves: decisions by workers' reports, canaries and operators.
+"""Which version of a graph serves: decisions by workers' reports, canaries and operators.
 
 A decision is written beside the artifacts in the store first, then told through the index. Every
 compile worker brings together what store and index know (``lifecycle.py``), so that a decision
@@ -35,8 +35,8 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One generation as an operator sees it."""
+class Version:
+    """One version as an operator sees it."""
 
     number: int
     verdict: Verdict
@@ -49,7 +49,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a key's generations stand."""
+    """How a key's versions stand."""
 
     there: list[int]
     """Published ones in the store, ascending."""
@@ -58,13 +58,13 @@ class Standing:
 
     @property
     def serving(self) -> int:
-        """The generation that workers should run; 0: none."""
+        """The version that workers should run; 0: none."""
         return self.lifecycle.serving(self.there)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generations:
-    """Decisions on generations, over one store and index."""
+class Versions:
+    """Decisions on versions, over one store and index."""
 
     store: ArtifactStore
     index: GraphIndex
@@ -75,7 +75,7 @@ class Generations:
         record = self.index.get(key)
         noted = self._noted(key)
         lifecycle = noted.merged(record.lifecycle) if record else noted
-        return Standing(there=self.store.generations(key), lifecycle=lifecycle)
+        return Standing(there=self.store.versions(key), lifecycle=lifecycle)
 
     async def standing(self, key: str) -> Standing:
         """``look`` in a thread."""
@@ -86,19 +86,19 @@ class Generations:
         await asyncio.to_thread(self.persist, key, lifecycle)
         await self.refresh(key)
 
-    def manifest(self, key: str, generation: int) -> Manifest | None:
-        """What was signed of a generation; None if it is gone or damaged."""
+    def manifest(self, key: str, version: int) -> Manifest | None:
+        """What was signed of a version; None if it is gone or damaged."""
         try:
-            return self.open(key, generation).manifest
+            return self.open(key, version).manifest
         except (GraphNotFound, ArtifactRejected):
             return None
 
-    def nominate(self, key: str, generation: int, *, known: bool = False) -> None:
-        """Make a generation a candidate before it is published, unless another process has
+    def nominate(self, key: str, version: int, *, known: bool = False) -> None:
+        """Make a version a candidate before it is published, unless another process has
         published and judged it already. ``known``: published, and nobody has judged it."""
         now = self.look(key)
-        if generation not in now.lifecycle.marks and (known or generation not in now.there):
-            self.persist(key, now.lifecycle.marked(generation, Verdict.CANDIDATE))
+        if version not in now.lifecycle.marks and (known or version not in now.there):
+            self.persist(key, now.lifecycle.marked(version, Verdict.CANDIDATE))
 
     def persist(self, key: str, lifecycle: Lifecycle) -> None:
         """Write down what the store's note doesn't know yet."""
@@ -110,8 +110,8 @@ class Generations:
 
         self.store.update_note(key, change)
 
-    def listed(self, key: str) -> list[Generation]:
-        """Every generation that is in the store or was taken out of service, newest first.
+    def listed(self, key: str) -> list[Version]:
+        """Every version that is in the store or was taken out of service, newest first.
 
         Reads the store: not for an event loop. Raises ``GraphNotFound``.
         """
@@ -120,54 +120,54 @@ class Generations:
         quarantined = lifecycle.having(Verdict.QUARANTINED)
         numbers = sorted({*now.there, *aside, *quarantined}, reverse=True)
         if not numbers:
-            raise GraphNotFound(f"no generation of graph {key[:64]!r}")
+            raise GraphNotFound(f"no version of graph {key[:64]!r}")
         return [
-            Generation(
+            Version(
                 number=number,
                 verdict=Verdict.QUARANTINED if number in aside else lifecycle.verdict(number),
                 serving=number == serving,
-                pinned=number == lifecycle.pin.generation,
-                held=lifecycle.pin.generation > 0 and number > serving,
+                pinned=number == lifecycle.pin.version,
+                held=lifecycle.pin.version > 0 and number > serving,
                 reason=aside.get(number, "") or lifecycle.reason(number),
             )
             for number in numbers
         ]
 
     async def roll_back(self, key: str, to: int) -> int:
-        """Serve an earlier generation (0: the one before) and withdraw what is newer.
+        """Serve an earlier version (0: the one before) and withdraw what is newer.
 
         Returns its number. Raises ``GraphNotFound`` or ``InvalidRequest``.
         """
         now = await self.standing(key)
         lifecycle = now.lifecycle
-        if lifecycle.pin.generation:
+        if lifecycle.pin.version:
             raise InvalidRequest(
-                f"graph {key} is pinned to generation {lifecycle.pin.generation}; unpin it first"
+                f"graph {key} is pinned to version {lifecycle.pin.version}; unpin it first"
             )
         target = to or previous(lifecycle, now.there)
         if not target:
-            raise InvalidRequest(f"graph {key} has no earlier generation to go back to")
+            raise InvalidRequest(f"graph {key} has no earlier version to go back to")
         _check_servable(key, target, now)
         for number in now.there:
             if number > target and lifecycle.verdict(number) is not Verdict.QUARANTINED:
-                reason = f"rolled back to generation {target} by hand"
+                reason = f"rolled back to version {target} by hand"
                 lifecycle = lifecycle.marked(number, Verdict.WITHDRAWN, reason)
         lifecycle = lifecycle.marked(target, Verdict.GOOD, "chosen by hand")
         await self.decide(key, lifecycle)
         return target
 
-    async def pin(self, key: str, generation: int) -> None:
-        """Fix the serving generation; 0 frees it. Raises ``GraphNotFound`` or
+    async def pin(self, key: str, version: int) -> None:
+        """Fix the serving version; 0 frees it. Raises ``GraphNotFound`` or
         ``InvalidRequest``."""
         now = await self.standing(key)
-        if generation:
-            _check_servable(key, generation, now)
+        if version:
+            _check_servable(key, version, now)
         elif not now.there:
-            raise GraphNotFound(f"no generation of graph {key[:64]!r}")
-        await self.decide(key, now.lifecycle.pinned(generation))
+            raise GraphNotFound(f"no version of graph {key[:64]!r}")
+        await self.decide(key, now.lifecycle.pinned(version))
 
     async def follow(self) -> None:
-        """Take over what other compile workers decide of generations, until cancelled."""
+        """Take over what other compile workers decide of versions, until cancelled."""
         with self.index.changes.subscribe() as changes:
             while True:
                 record = await changes.next()
@@ -177,7 +177,7 @@ class Generations:
                     log.warning("not taken over", key=record.key, reason=str(error))
 
     async def refresh(self, key: str) -> None:
-        """Tell everybody which generation serves now."""
+        """Tell everybody which version serves now."""
         record = await self.record(key)
         known = self.index.get(key)
         lifecycle = (await self.standing(key)).lifecycle
@@ -186,24 +186,24 @@ class Generations:
         if record:
             await self.index.put(record)
 
-    async def quarantine(self, key: str, generation: int, reason: str) -> None:
-        """Take a generation out of service everywhere and for good."""
+    async def quarantine(self, key: str, version: int, reason: str) -> None:
+        """Take a version out of service everywhere and for good."""
         lifecycle = (await self.standing(key)).lifecycle
-        if lifecycle.verdict(generation) is not Verdict.QUARANTINED:
-            log.error("graph quarantined", key=key, generation=generation, reason=reason)
-            await self.decide(key, lifecycle.marked(generation, Verdict.QUARANTINED, reason))
+        if lifecycle.verdict(version) is not Verdict.QUARANTINED:
+            log.error("graph quarantined", key=key, version=version, reason=reason)
+            await self.decide(key, lifecycle.marked(version, Verdict.QUARANTINED, reason))
 
     async def untried(self, key: str) -> bool:
         """Whether nothing serves but there is a candidate, which waits for a worker to try it."""
         now = await self.standing(key)
         return not now.serving and bool({*now.lifecycle.having(Verdict.CANDIDATE)} & {*now.there})
 
-    async def crashed(self, key: str, generation: int, reason: str) -> None:
-        """Quarantine a generation that crashed a worker. Raises ``GraphNotFound``."""
-        known = self.index.get(key) is not None or generation in (await self.standing(key)).there
-        if not known or generation < 1:
-            raise GraphNotFound(f"no graph {key[:64]!r}, generation {generation}")
-        await self.quarantine(key, generation, reason)
+    async def crashed(self, key: str, version: int, reason: str) -> None:
+        """Quarantine a version that crashed a worker. Raises ``GraphNotFound``."""
+        known = self.index.get(key) is not None or version in (await self.standing(key)).there
+        if not known or version < 1:
+            raise GraphNotFound(f"no graph {key[:64]!r}, version {version}")
+        await self.quarantine(key, version, reason)
 
     async def _take_over(self, record: GraphRecord) -> None:
         """Write down a decision that came through the index, and act upon it."""
@@ -211,17 +211,17 @@ class Generations:
         if now.there:
             await asyncio.to_thread(self.persist, record.key, record.lifecycle)
         # what serves may lie in another worker's store: then it is not ours to say
-        ours = record.generation in now.there or not record.generation
-        if now.there and ours and now.serving != record.generation:
+        ours = record.version in now.there or not record.version
+        if now.there and ours and now.serving != record.version:
             await self.refresh(record.key)
 
     async def record(self, key: str) -> GraphRecord | None:
-        """The record of the generation that serves, its files checked; damaged ones are put
+        """The record of the version that serves, its files checked; damaged ones are put
         aside."""
         while number := (now := await self.standing(key)).serving:
             lifecycle = now.lifecycle
             record = self.index.get(key)
-            if record and record.generation == number:
+            if record and record.version == number:
                 same = record.lifecycle == lifecycle
                 return record if same else changed(record, lifecycle=lifecycle)
             try:
@@ -229,7 +229,7 @@ class Generations:
             except GraphNotFound:  # removed meanwhile
                 return None
             except ArtifactRejected as error:
-                log.error("artifact put aside", key=key, generation=number, reason=str(error))
+                log.error("artifact put aside", key=key, version=number, reason=str(error))
                 await asyncio.to_thread(self.store.quarantine, key, number, str(error))
                 continue
             if not artifact.manifest.verified and number not in lifecycle.marks:
@@ -241,7 +241,7 @@ class Generations:
         return None
 
     async def barred(self, key: str) -> GraphRecord | None:
-        """The record of a graph that the index doesn't know, all of whose generations are out of
+        """The record of a graph that the index doesn't know, all of whose versions are out of
         service."""
         now = await self.standing(key)
         lifecycle = now.lifecycle
@@ -253,18 +253,18 @@ class Generations:
             return None
         return barred_record(published_record(artifact.manifest, None, lifecycle), lifecycle)
 
-    def open(self, key: str, generation: int) -> StoredArtifact:
+    def open(self, key: str, version: int) -> StoredArtifact:
         """An artifact whose digest, and signature if its signer is known here, are right.
 
         Raises ``GraphNotFound`` or ``ArtifactRejected``.
         """
-        artifact = self.store.open(key, generation)
+        artifact = self.store.open(key, version)
         self._verify(artifact.manifest_bytes, artifact.signature)
         return artifact
 
-    def check(self, key: str, generation: int) -> None:
+    def check(self, key: str, version: int) -> None:
         """The same for what the store itself has, whatever copies there are."""
-        self._verify(*self.store.read_back(key, generation))
+        self._verify(*self.store.read_back(key, version))
 
     def _verify(self, manifest: bytes, signature: Signature) -> None:
         # another compile worker's key may be unknown here; whoever fetches decides whom to trust
@@ -275,7 +275,7 @@ class Generations:
         try:
             return _decoded(key, self.store.read_note(key))
         except (ArtifactRejected, OSError) as error:
-            log.error("note on generations can't be read", key=key, reason=str(error))
+            log.error("note on versions can't be read", key=key, reason=str(error))
             return Lifecycle()
 
 
@@ -284,16 +284,15 @@ def _decoded(key: str, note: bytes | None) -> Lifecycle:
     try:
         return decode_lifecycle(note) if note is not None else Lifecycle()
     except msgspec.DecodeError as error:
-        log.error("note on generations can't be read", key=key, reason=str(error))
+        log.error("note on versions can't be read", key=key, reason=str(error))
         return Lifecycle()
 
 
-def _check_servable(key: str, generation: int, now: Standing) -> None:
-    if now.lifecycle.verdict(generation) is Verdict.QUARANTINED:
+def _check_servable(key: str, version: int, now: Standing) -> None:
+    if now.lifecycle.verdict(version) is Verdict.QUARANTINED:
         raise InvalidRequest(
-            f"generation {generation} of graph {key} is quarantined: "
-            f"{now.lifecycle.reason(generation)}"
+            f"version {version} of graph {key} is quarantined: {now.lifecycle.reason(version)}"
         )
-    if generation not in now.there:
+    if version not in now.there:
         known = ", ".join(map(str, now.there)) or "none"
-        raise GraphNotFound(f"graph {key} has no generation {generation} (there are: {known})")
+        raise GraphNotFound(f"graph {key} has no version {version} (there are: {known})")

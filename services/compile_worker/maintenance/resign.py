@@ -40,13 +40,13 @@ async def resign(graphs: Graphs, signers: Collection[str]) -> Resigned:
         except GraphNotFound:  # removed meanwhile
             continue
         except ArtifactRejected as error:
-            damage = Damage(key=holding.key, generation=holding.generation, reason=str(error))
+            damage = Damage(key=holding.key, version=holding.version, reason=str(error))
             found.refused.append(damage)
             continue
         found.signed += signed
         found.unchanged += not signed
         record = graphs.index.get(holding.key)
-        if signed and record and record.generation == holding.generation:
+        if signed and record and record.version == holding.version:
             await graphs.index.put(changed(record, signer=signer.id))
     log.info(
         "store signed again",
@@ -60,10 +60,10 @@ async def resign(graphs: Graphs, signers: Collection[str]) -> Resigned:
 
 def _resign(graphs: Graphs, holding: Holding, signer: Signer, signers: Collection[str]) -> bool:
     """Whether an artifact got another signature. Raises ``GraphNotFound``, ``ArtifactRejected``."""
-    key, generation = holding.key, holding.generation
-    manifest, signature = graphs.store.read_back(key, generation)
-    graphs.generations.trusted.verify(manifest, signature)
+    key, version = holding.key, holding.version
+    manifest, signature = graphs.store.read_back(key, version)
+    graphs.versions.trusted.verify(manifest, signature)
     if signature.signer == signer.id or (signers and signature.signer not in signers):
         return False
-    graphs.store.resign(key, generation, signer.sign(manifest))
+    graphs.store.resign(key, version, signer.sign(manifest))
     return True

@@ -43,7 +43,7 @@ class Damage:
     """An artifact that was put aside."""
 
     key: str
-    generation: int
+    version: int
     reason: str
 
 
@@ -91,7 +91,7 @@ class Upkeep:
             holdings = await asyncio.to_thread(store.holdings)
             in_use = {holding.key for holding in holdings if self._in_use(holding)}
             removals = await asyncio.to_thread(
-                plan, holdings, self.graphs.generations.look, in_use, self.max_bytes
+                plan, holdings, self.graphs.versions.look, in_use, self.max_bytes
             )
             found = Collected(removals=removals, before=sum(h.size for h in holdings))
             if not dry_run:
@@ -107,11 +107,9 @@ class Upkeep:
             holdings = await asyncio.to_thread(self.graphs.store.holdings)
             damages = []
             for holding in holdings:
-                reason = await self._fault(holding.key, holding.generation)
+                reason = await self._fault(holding.key, holding.version)
                 if reason:
-                    damages.append(
-                        Damage(key=holding.key, generation=holding.generation, reason=reason)
-                    )
+                    damages.append(Damage(key=holding.key, version=holding.version, reason=reason))
             await self.graphs.restore()  # what others have put into the store
         log.info("store scrubbed", artifacts=len(holdings), damaged=len(damages))
         return Scrubbed(checked=len(holdings), damages=damages)
@@ -160,15 +158,15 @@ class Upkeep:
             pair
             for lease in leases
             for graph in lease.graphs
-            for pair in zip(graph.keys, graph.generations, strict=False)
+            for pair in zip(graph.keys, graph.versions, strict=False)
             if is_key(pair[0])
         }
         now = self.clock()
-        for key, generation in running:
+        for key, version in running:
             self._seen[key] = now
-            if now - self._touched.get((key, generation), -TOUCH_S) >= TOUCH_S:
-                await asyncio.to_thread(self.graphs.store.touch, key, generation)
-                self._touched[key, generation] = now
+            if now - self._touched.get((key, version), -TOUCH_S) >= TOUCH_S:
+                await asyncio.to_thread(self.graphs.store.touch, key, version)
+                self._touched[key, version] = now
 
     def _in_use(self, holding: Holding) -> bool:
         """Whether workers run its graph, or may be about to: it was just published or fetched."""
@@ -178,18 +176,18 @@ class Upkeep:
     async def _remove(self, removals: list[Removal]) -> None:
         for removal in removals:
             holding = removal.holding
-            await self.graphs.remove(holding.key, holding.generation, removal.reason)
+            await self.graphs.remove(holding.key, holding.version, removal.reason)
             self.metrics.removed.inc()
 
-    async def _fault(self, key: str, generation: int) -> str:
+    async def _fault(self, key: str, version: int) -> str:
         """What is wrong with an artifact, which is put aside then; "" if nothing."""
         try:
-            await asyncio.to_thread(self.graphs.generations.check, key, generation)
+            await asyncio.to_thread(self.graphs.versions.check, key, version)
         except GraphNotFound:  # removed meanwhile
             return ""
         except ArtifactRejected as error:
             self.metrics.scrubbed.labels("damaged").inc()
-            await self.graphs.put_aside(key, generation, str(error))
+            await self.graphs.put_aside(key, version, str(error))
             return str(error)
         self.metrics.scrubbed.labels("good").inc()
         return ""

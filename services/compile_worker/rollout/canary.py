@@ -1,6 +1,6 @@
-"""Promotes a new generation, or rolls it back, by what one decode worker finds when it tries it.
+"""Promotes a new version, or rolls it back, by what one decode worker finds when it tries it.
 
-A recompiled generation is a candidate: nobody but the chosen worker is told of it or gets it. The
+A recompiled version is a candidate: nobody but the chosen worker is told of it or gets it. The
 worker reports to whichever compile worker it talks to; reports and the choice travel in the graph's
 record, so that any compile worker can go on after another one's death. Decisions are marks that
 merge (``lifecycle.py``): several compile workers may look after the same candidate.
@@ -18,14 +18,14 @@ from precast.errors import (
     PrecastError,
     RegistryUnavailable,
 )
-from precast.fleet.leases import DecodeLease, Registry, generation_of
+from precast.fleet.leases import DecodeLease, Registry, version_of
 from precast.graphs.artifacts.versions import Verdict
 from precast.graphs.capture.verify.tolerances import bound_of
 from precast.graphs.key import explain
 from precast.graphs.targets import runs
 from precast.log import get_logger
 from services.compile_worker.catalog.entry import GraphRecord, Trial, changed
-from services.compile_worker.catalog.versions import Generations
+from services.compile_worker.catalog.versions import Versions
 
 log = get_logger(__name__)
 
@@ -49,7 +49,7 @@ class CanaryPolicy:
     live_s: float
     """Seconds in which they should be live steps; what is missing then is made up."""
     max_slowdown: float
-    """Most that it may be slower than the serving generation: 0.25 is a quarter."""
+    """Most that it may be slower than the serving version: 0.25 is a quarter."""
 
     @property
     def trial_steps(self) -> int:
@@ -68,7 +68,7 @@ def bound(record: GraphRecord) -> float:
 
 def objection(record: GraphRecord, trial: Trial, policy: CanaryPolicy) -> str:
     """Why a finished trial speaks against the candidate; "" if it doesn't."""
-    against = f"generation {record.generation}"
+    against = f"version {record.version}"
     if trial.failure:
         return f"canary failed on {trial.worker_id}: {trial.failure}"
     if not trial.difference <= bound(record):
@@ -97,18 +97,18 @@ class _Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Canaries:
-    generations: Generations
+    versions: Versions
     registry: Registry
     policy: CanaryPolicy
     clock: Callable[[], float] = time.monotonic
     _verified: dict[tuple[str, int], bool] = field(default_factory=dict)
     _watches: dict[tuple[str, int, str], _Watch] = field(default_factory=dict)
-    """By key, generation and worker."""
+    """By key, version and worker."""
 
     async def run(self) -> None:
         """Look after candidates until cancelled."""
         while True:
-            for record in self.generations.index.records():
+            for record in self.versions.index.records():
                 try:
                     candidates = await self._candidates(record)
                     if candidates:
@@ -119,32 +119,32 @@ class Canaries:
 
     async def report(self, key: str, trial: Trial) -> None:
         """A worker's result so far. Raises ``GraphNotFound`` or ``InvalidRequest``."""
-        record = self.generations.index.get(key)
+        record = self.versions.index.get(key)
         if record is None:
             raise GraphNotFound(f"no graph {key[:64]!r}")
         known = record.trial
-        if known is None or (known.generation, known.worker_id) != (
-            trial.generation,
+        if known is None or (known.version, known.worker_id) != (
+            trial.version,
             trial.worker_id,
         ):
             raise InvalidRequest(f"{trial.worker_id[:128]} was not chosen to try graph {key}")
-        await self.generations.index.put(changed(record, trial=trial))
+        await self.versions.index.put(changed(record, trial=trial))
 
     async def _candidates(self, record: GraphRecord) -> list[int]:
         """Those in our store, ascending; none while the graph is pinned."""
-        if record.lifecycle.pin.generation:
+        if record.lifecycle.pin.version:
             return []
         marked = record.lifecycle.having(Verdict.CANDIDATE)
         if not marked:
             return []
-        there = (await self.generations.standing(record.key)).there
-        return [generation for generation in marked if generation in there]
+        there = (await self.versions.standing(record.key)).there
+        return [version for version in marked if version in there]
 
     async def _tend(self, record: GraphRecord, candidates: list[int]) -> None:
         *older, candidate = candidates
-        for generation in older:
-            await self._mark(record.key, generation, Verdict.WITHDRAWN, "a newer one was captured")
-        serving = (await self.generations.standing(record.key)).serving
+        for version in older:
+            await self._mark(record.key, version, Verdict.WITHDRAWN, "a newer one was captured")
+        serving = (await self.versions.standing(record.key)).serving
         verified = await self._is_verified(record.key, candidate)
         if verified and (not self.policy.steps or not serving):
             await self._promote(
@@ -156,7 +156,7 @@ class Canaries:
         except RegistryUnavailable:
             return
         trial = record.trial
-        if trial is not None and trial.generation == candidate and trial.finished:
+        if trial is not None and trial.version == candidate and trial.finished:
             await self._decide(record, trial)
         else:
             await self._choose(record, candidate, self._able(record, leases, verified), verified)
@@ -164,33 +164,33 @@ class Canaries:
     async def _decide(self, record: GraphRecord, trial: Trial) -> None:
         reason = objection(record, trial, self.policy)
         if reason:
-            await self.generations.quarantine(record.key, trial.generation, reason)
+            await self.versions.quarantine(record.key, trial.version, reason)
         else:
-            told = f"agreed with generation {record.generation} in {trial.steps} steps"
-            await self._promote(record.key, trial.generation, told)
+            told = f"agreed with version {record.version} in {trial.steps} steps"
+            await self._promote(record.key, trial.version, told)
 
-    async def _is_verified(self, key: str, generation: int) -> bool:
+    async def _is_verified(self, key: str, version: int) -> bool:
         """Whether a compile worker has compared a candidate with eager."""
-        known = self._verified.get((key, generation))
+        known = self._verified.get((key, version))
         if known is None:
-            manifest = await asyncio.to_thread(self.generations.manifest, key, generation)
-            known = self._verified[key, generation] = manifest is None or manifest.verified
+            manifest = await asyncio.to_thread(self.versions.manifest, key, version)
+            known = self._verified[key, version] = manifest is None or manifest.verified
         return known
 
     def _able(
         self, record: GraphRecord, leases: list[DecodeLease], verified: bool
     ) -> list[DecodeLease]:
-        """Workers that have something to compare a candidate with: another generation, or, of a
+        """Workers that have something to compare a candidate with: another version, or, of a
         graph that only their CPU runs, one for a lesser instruction set."""
-        running = [lease for lease in leases if generation_of(lease, record.key) is not None]
+        running = [lease for lease in leases if version_of(lease, record.key) is not None]
         if running or verified:
             return running
-        keys = [r.key for r in self.generations.index.records() if _differs_in_isa(record, r)]
+        keys = [r.key for r in self.versions.index.records() if _differs_in_isa(record, r)]
         return [
             lease
             for lease in leases
             if runs(lease.isa, record.factors["isa"])
-            and any(generation_of(lease, key) is not None for key in keys)
+            and any(version_of(lease, key) is not None for key in keys)
         ]
 
     async def _choose(
@@ -200,7 +200,7 @@ class Canaries:
         key, now = record.key, self.clock()
         watch = self._watches.setdefault((key, candidate, ""), _Watch(since=now))
         trial = record.trial
-        if trial is not None and trial.generation == candidate:
+        if trial is not None and trial.version == candidate:
             alive = any(lease.worker_id == trial.worker_id for lease in running)
             mine = self._watches.setdefault((key, candidate, trial.worker_id), _Watch(since=now))
             late = now - mine.since > self.policy.live_s + ANSWER_S
@@ -214,27 +214,25 @@ class Canaries:
             await self._assign(record, candidate, min(ready, key=_preference))
         elif running and watch.tried:
             reason = f"{len(watch.tried)} workers did not finish its canary in time"
-            await self.generations.quarantine(key, candidate, reason)
+            await self.versions.quarantine(key, candidate, reason)
         elif not running and verified:
             watch.unseen_since = watch.unseen_since or now
             if now - watch.unseen_since > NO_WORKER_S:
                 await self._promote(key, candidate, "verified; no worker was there to try it")
 
     async def _assign(self, record: GraphRecord, candidate: int, lease: DecodeLease) -> None:
-        log.info("canary begins", key=record.key, generation=candidate, worker=lease.worker_id)
-        trial = Trial(
-            generation=candidate, worker_id=lease.worker_id, wanted=self.policy.trial_steps
-        )
-        await self.generations.index.put(changed(record, trial=trial))
+        log.info("canary begins", key=record.key, version=candidate, worker=lease.worker_id)
+        trial = Trial(version=candidate, worker_id=lease.worker_id, wanted=self.policy.trial_steps)
+        await self.versions.index.put(changed(record, trial=trial))
 
-    async def _promote(self, key: str, generation: int, reason: str) -> None:
-        log.info("generation promoted", key=key, generation=generation, reason=reason)
-        await self._mark(key, generation, Verdict.GOOD, reason)
+    async def _promote(self, key: str, version: int, reason: str) -> None:
+        log.info("version promoted", key=key, version=version, reason=reason)
+        await self._mark(key, version, Verdict.GOOD, reason)
 
-    async def _mark(self, key: str, generation: int, verdict: Verdict, reason: str) -> None:
-        lifecycle = (await self.generations.standing(key)).lifecycle
-        await self.generations.decide(key, lifecycle.marked(generation, verdict, reason))
-        for watched in [watched for watched in self._watches if watched[:2] == (key, generation)]:
+    async def _mark(self, key: str, version: int, verdict: Verdict, reason: str) -> None:
+        lifecycle = (await self.versions.standing(key)).lifecycle
+        await self.versions.decide(key, lifecycle.marked(version, verdict, reason))
+        for watched in [watched for watched in self._watches if watched[:2] == (key, version)]:
             del self._watches[watched]
 
 

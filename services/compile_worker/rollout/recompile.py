@@ -16,7 +16,7 @@ from precast.errors import (
     RegistryUnavailable,
     UnsupportedSpec,
 )
-from precast.fleet.leases import DecodeLease, Registry, generation_of
+from precast.fleet.leases import DecodeLease, Registry, version_of
 from precast.fleet.queue.job import Job, Stage
 from precast.fleet.queue.queue import CaptureQueue
 from precast.graphs.artifacts.versions import Verdict
@@ -44,7 +44,7 @@ class Selection:
 
     keys: Sequence[str] = ()
     model: str = ""
-    batch_sizes: Sequence[int] = ()
+    sizes: Sequence[int] = ()
     everything: bool = False
 
 
@@ -88,9 +88,9 @@ def select(graphs: Graphs, selection: Selection) -> list[GraphRecord]:
     Graphs that another tool chain's worker made are left out of a filter's result, and refused
     where they are named. Raises ``InvalidRequest``, ``GraphNotFound`` or ``UnsupportedSpec``.
     """
-    named = (selection.keys, selection.model, selection.batch_sizes)
+    named = (selection.keys, selection.model, selection.sizes)
     if not any(named) and not selection.everything:
-        raise InvalidRequest("recompile what? Give keys, a model, batch sizes, or all")
+        raise InvalidRequest("recompile what? Give keys, a model, sizes, or all")
     unknown = [key for key in selection.keys if graphs.index.get(key) is None]
     if unknown:
         raise GraphNotFound(f"no graph {unknown[0][:64]!r}")
@@ -100,16 +100,14 @@ def select(graphs: Graphs, selection: Selection) -> list[GraphRecord]:
         raise UnsupportedSpec("captured with another compiler or flags than this worker's")
     if not records:
         raise GraphNotFound("no graph matches")
-    return sorted(records, key=lambda record: int(record.factors["batch_size"]))
+    return sorted(records, key=lambda record: int(record.factors["num_tokens"]))
 
 
 def _matches(record: GraphRecord, selection: Selection) -> bool:
     return (
         (not selection.keys or record.key in selection.keys)
         and (not selection.model or selection.model in record.models)
-        and (
-            not selection.batch_sizes or int(record.factors["batch_size"]) in selection.batch_sizes
-        )
+        and (not selection.sizes or int(record.factors["num_tokens"]) in selection.sizes)
     )
 
 
@@ -181,19 +179,19 @@ def _stages_of(job: Job) -> list[Stage]:
 async def _after_publication(
     item: _Followed, graphs: Graphs, leases: list[DecodeLease] | None, adoption_s: float
 ) -> list[Progress]:
-    """What becomes of a new generation: its canary, then adoption or the way back."""
-    key, generation = item.job.key, item.job.generation
-    now = await graphs.generations.standing(key)
+    """What becomes of a new version: its canary, then adoption or the way back."""
+    key, version = item.job.key, item.job.version
+    now = await graphs.versions.standing(key)
     lifecycle = now.lifecycle
-    verdict, pinned = lifecycle.verdict(generation), lifecycle.pin.generation
+    verdict, pinned = lifecycle.verdict(version), lifecycle.pin.version
     news = _canary(item, graphs.index.get(key))
     if verdict in (Verdict.QUARANTINED, Verdict.WITHDRAWN):
         item.done = True
-        reason = lifecycle.reason(generation)
+        reason = lifecycle.reason(version)
         return [*news, Progress(job=item.job, stage=After.ROLLED_BACK, detail=reason)]
-    if pinned and now.serving != generation:
+    if pinned and now.serving != version:
         item.done = True
-        detail = f"pinned to generation {pinned}"
+        detail = f"pinned to version {pinned}"
         return [*news, Progress(job=item.job, stage=Stage.PUBLISHED, detail=detail)]
     if verdict is Verdict.CANDIDATE:
         return news
@@ -203,7 +201,7 @@ async def _after_publication(
 def _canary(item: _Followed, record: GraphRecord | None) -> list[Progress]:
     """How the canary stands, if that is new."""
     trial = record.trial if record else None
-    if trial is None or trial == item.trial or trial.generation != item.job.generation:
+    if trial is None or trial == item.trial or trial.version != item.job.version:
         return []
     item.trial = trial
     return [Progress(job=item.job, stage=After.CANARY, trial=trial)]
@@ -232,14 +230,14 @@ def _adoption(
 
 
 def count_adopted(leases: Sequence[DecodeLease], job: Job) -> tuple[int, int]:
-    """(workers that run the job's generation or a later one, workers that run its key)."""
+    """(workers that run the job's version or a later one, workers that run its key)."""
     running = [
-        generation
+        version
         for lease in leases
-        for generation in [generation_of(lease, job.key)]
-        if generation is not None
+        for version in [version_of(lease, job.key)]
+        if version is not None
     ]
-    return sum(generation >= job.generation for generation in running), len(running)
+    return sum(version >= job.version for version in running), len(running)
 
 
 async def _leases(registry: Registry) -> list[DecodeLease] | None:

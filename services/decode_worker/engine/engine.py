@@ -203,7 +203,7 @@ class Engine:
                     await self._idle(group)
                 continue
             done = await group.step_done(self._step_timeout_s)
-            self._count(step, message.graph_batch_size, done.step_us)
+            self._count(step, message.graph_size, done.step_us)
             self._graphs.ran(message, done.shadow)
             tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
             outcomes = self._apply(step, tokens, done.logprobs)
@@ -271,12 +271,12 @@ class Engine:
             elif outcome.finished is not None:
                 request.finish(_REASONS[outcome.finished], flush=True)
 
-    def _count(self, step: ScheduledStep, graph_batch_size: int, step_us: int) -> None:
+    def _count(self, step: ScheduledStep, graph_size: int, step_us: int) -> None:
         if step.prompt_tokens:
-            self.graph_prompt_steps += graph_batch_size > 0
-            self.eager_prompt_steps += graph_batch_size == 0
+            self.graph_prompt_steps += graph_size > 0
+            self.eager_prompt_steps += graph_size == 0
         else:
-            self.graph_steps += graph_batch_size > 0
-            self.eager_steps += graph_batch_size == 0
-        self.traffic.count(step.tokens, graph_batch_size, decoding=not step.prompt_tokens)
-        self._metrics.step(step.decoding, step.prompt_tokens, graph_batch_size, step_us)
+            self.graph_steps += graph_size > 0
+            self.eager_steps += graph_size == 0
+        self.traffic.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
+        self._metrics.step(step.decoding, step.prompt_tokens, graph_size, step_us)

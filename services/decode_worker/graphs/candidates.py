@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Identity = tuple[tuple[str, int], ...]
-"""Key and generation of each rank's artifact."""
+"""Key and version of each rank's artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """Verified artifacts for steps of up to ``batch_size`` tokens, one for each rank."""
+    """Verified artifacts for steps of up to ``num_tokens`` tokens, one for each rank."""
 
-    batch_size: int
+    num_tokens: int
     paths: tuple[Path, ...]
     keys: tuple[str, ...]
-    generations: tuple[int, ...]
+    versions: tuple[int, ...]
     layer_us: float = 0.0
     """What a layer takes in the slowest rank; 0: not known."""
     signed: bool = True
@@ -22,7 +22,7 @@ class Offer:
 
     @property
     def identity(self) -> Identity:
-        return tuple(zip(self.keys, self.generations, strict=True))
+        return tuple(zip(self.keys, self.versions, strict=True))
 
     def is_there(self) -> bool:
         """Whether its files are: they go when nobody vouches for them any more."""
@@ -31,9 +31,9 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """One batch size's graph specs, one for each rank."""
+    """One size's graph specs, one for each rank."""
 
-    batch_size: int
+    num_tokens: int
     specs: tuple[dict[str, str], ...]
 
 
@@ -42,5 +42,5 @@ class Crash:
     """An artifact whose native code ended a rank."""
 
     key: str
-    generation: int
+    version: int
     signal: str

@@ -2,7 +2,7 @@
 
 Everything is repeated until it is so: missing graphs are asked for again every few seconds, and a
 compile worker that went away is looked for again. No request ever waits for this. Before anything
-is loaded from the cache, a compile worker that is in reach is asked which generations serve: one
+is loaded from the cache, a compile worker that is in reach is asked which versions serve: one
 may have been rolled back or quarantined while this worker was down.
 """
 
@@ -66,7 +66,7 @@ class GraphsClient:
         self._registry = registry
         self._compile_address = compile_address
         self._asked_again: set[tuple[str, int, str]] = set()
-        """Key, generation and signer of what was fetched for its new signature."""
+        """Key, version and signer of what was fetched for its new signature."""
         self._distrusted = asyncio.Event()
         """Set when a loaded graph is gone because nobody vouches for it any more."""
         self._reported = ""
@@ -99,7 +99,7 @@ class GraphsClient:
         while True:
             crash = await self._graphs.crashes.get()
             for cache in (self._shelf.cache, self._shelf.candidates):
-                await asyncio.to_thread(cache.condemn, crash.key, crash.generation, crash.signal)
+                await asyncio.to_thread(cache.condemn, crash.key, crash.version, crash.signal)
             self._condemned.set()
 
     async def _keep_distrusting(self) -> None:
@@ -192,10 +192,10 @@ class GraphsClient:
     async def _follow_canary(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Takes up a trial that is this worker's, and ends one that is no longer."""
         wanted = state.canary
-        if not wanted.generation or wanted.worker_id != self._worker_id:
+        if not wanted.version or wanted.worker_id != self._worker_id:
             self._graphs.canary.withdraw(state.key)
             return
-        if self._graphs.canary.knows(state.key, wanted.generation):
+        if self._graphs.canary.knows(state.key, wanted.version):
             return
         try:
             candidate = await fetch_graph(
@@ -203,7 +203,7 @@ class GraphsClient:
                 self._shelf.candidates,
                 state.key,
                 spec=spec,
-                generation=wanted.generation,
+                version=wanted.version,
                 worker_id=self._worker_id,
             )
         except (ArtifactRejected, NotFound) as error:
@@ -229,9 +229,9 @@ class GraphsClient:
         for spec, state in await self._states(stub):
             keys[state.key] = spec
             await self._update(stub, spec, state)
-            if state.generation == 0:
+            if state.version == 0:
                 await self._borrow(stub, spec)
-            if state.generation == 0 and state.key not in self._explained:
+            if state.version == 0 and state.key not in self._explained:
                 self._explained.add(state.key)
                 await explain_missing(stub, state)
         return keys
@@ -257,31 +257,29 @@ class GraphsClient:
                 await self._update(stub, spec, change.state)
 
     async def _update(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
-        """Fetches a generation that is not the one we have, and offers what is complete."""
+        """Fetches a version that is not the one we have, and offers what is complete."""
         await self._shelf.retire(state)
         await self._follow_canary(stub, spec, state)
         await self._fetch(stub, spec, spec, state)
 
     async def _fetch(self, stub: Any, spec: Spec, captured: Spec, state: pb.GraphState) -> None:
-        """Fetches the generation that serves, if it is another one than what is used for ``spec``.
+        """Fetches the version that serves, if it is another one than what is used for ``spec``.
 
         ``captured``: what it was captured for.
         """
         present = self._shelf.get(spec)
-        if state.generation == 0 or (
+        if state.version == 0 or (
             present is not None
-            and (present.manifest.key, present.manifest.generation) == (state.key, state.generation)
+            and (present.manifest.key, present.manifest.version) == (state.key, state.version)
             and not self._signed_anew(present, state)
         ):
             return
         try:
             artifact = await fetch_graph(
-                stub, self._shelf.cache, state.key, spec=captured, generation=state.generation
+                stub, self._shelf.cache, state.key, spec=captured, version=state.version
             )
         except ArtifactRejected as error:
-            log.error(
-                "artifact rejected", key=state.key, generation=state.generation, reason=str(error)
-            )
+            log.error("artifact rejected", key=state.key, version=state.version, reason=str(error))
             return
         self._shelf.put(spec, artifact)
 
@@ -292,14 +290,14 @@ class GraphsClient:
             state = (await stub.ExplainGraph(request, timeout=RPC_TIMEOUT_S)).state
             if state.key:
                 await self._shelf.retire(state)
-            if state.generation:
+            if state.version:
                 await self._fetch(stub, spec, lesser_spec, state)
                 return
 
     def _signed_anew(self, present: StoredArtifact, state: pb.GraphState) -> bool:
         """Whether another trusted key has signed what we have since, so that the one that we know
         may be revoked soon. Says so once."""
-        signature = (state.key, state.generation, state.signer)
+        signature = (state.key, state.version, state.signer)
         anew = present.signature.signer != state.signer and signature not in self._asked_again
         if not anew or not self._shelf.cache.knows_signer(state.signer):
             return False

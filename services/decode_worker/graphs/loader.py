@@ -78,8 +78,8 @@ class GraphShelf:
     def assign(self, wanted: pb.CanaryAssignment, candidate: StoredArtifact) -> None:
         """Has the ranks of the candidate's key try it, beside the others' present graphs."""
         digest = spec_digest(spec_part(candidate.manifest.factors))
-        size = int(candidate.manifest.factors["batch_size"])
-        specs = [w.specs for w in self.graphs.wanted if w.batch_size == size]
+        size = int(candidate.manifest.factors["num_tokens"])
+        specs = [w.specs for w in self.graphs.wanted if w.num_tokens == size]
         digests = [spec_digest(spec) for spec in (specs[0] if specs else ())]
         found = [candidate if d == digest else self._artifacts.get(d) for d in digests]
         artifacts = [artifact for artifact in found if artifact is not None]
@@ -88,11 +88,11 @@ class GraphShelf:
         self.graphs.canary.assign(
             Assignment(
                 key=candidate.manifest.key,
-                generation=wanted.generation,
-                batch_size=size,
+                version=wanted.version,
+                num_tokens=size,
                 paths=tuple(str(artifact.graph_path) for artifact in artifacts),
                 keys=tuple(artifact.manifest.key for artifact in artifacts),
-                generations=tuple(artifact.manifest.generation for artifact in artifacts),
+                versions=tuple(artifact.manifest.version for artifact in artifacts),
                 steps=wanted.steps,
                 live_s=wanted.live_s,
             )
@@ -100,15 +100,15 @@ class GraphShelf:
         self._on_offer()
 
     async def retire(self, state: pb.GraphState) -> None:
-        """Forgets generations that must not be loaded any more."""
+        """Forgets versions that must not be loaded any more."""
         quarantined = frozenset(state.quarantined)
-        for cache, serving in ((self.cache, state.generation), (self.candidates, 0)):
+        for cache, serving in ((self.cache, state.version), (self.candidates, 0)):
             await asyncio.to_thread(cache.retire, state.key, serving, quarantined)
         self.graphs.quarantine(state.key, quarantined)
         self._artifacts = {
             digest: artifact
             for digest, artifact in self._artifacts.items()
-            if artifact.manifest.key != state.key or artifact.manifest.generation not in quarantined
+            if artifact.manifest.key != state.key or artifact.manifest.version not in quarantined
         }
         if self.graphs.pending:
             self._on_offer()
@@ -119,23 +119,23 @@ class GraphShelf:
         self._on_offer()
 
     def _offer_complete(self) -> None:
-        """Offers every batch size for which all ranks' artifacts are here and not loaded yet."""
+        """Offers every size for which all ranks' artifacts are here and not loaded yet."""
         for wanted in self.graphs.wanted:
             artifacts = [self._artifacts.get(spec_digest(spec)) for spec in wanted.specs]
             complete = [artifact for artifact in artifacts if artifact is not None]
             if len(complete) == len(artifacts):
-                self._offer(wanted.batch_size, complete)
+                self._offer(wanted.num_tokens, complete)
 
-    def _offer(self, batch_size: int, artifacts: Sequence[StoredArtifact]) -> None:
+    def _offer(self, num_tokens: int, artifacts: Sequence[StoredArtifact]) -> None:
         offer = Offer(
-            batch_size=batch_size,
+            num_tokens=num_tokens,
             paths=tuple(artifact.graph_path for artifact in artifacts),
             keys=tuple(artifact.manifest.key for artifact in artifacts),
-            generations=tuple(artifact.manifest.generation for artifact in artifacts),
+            versions=tuple(artifact.manifest.version for artifact in artifacts),
             layer_us=_slowest(artifacts),
             signed=all(map(self.cache.is_signed, artifacts)),
         )
-        current = self.graphs.current(batch_size)
+        current = self.graphs.current(num_tokens)
         if current is None or current.identity != offer.identity:
             self.graphs.offer(offer)
             self._on_offer()

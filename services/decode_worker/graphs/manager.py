@@ -44,9 +44,9 @@ class _Tried:
 
 
 class GraphSet:
-    def __init__(self, batch_sizes: Sequence[int], on_change: Callable[[], None]) -> None:
+    def __init__(self, sizes: Sequence[int], on_change: Callable[[], None]) -> None:
         """``on_change`` is called when what is loaded has changed."""
-        self.batch_sizes = tuple(sorted(batch_sizes))
+        self.sizes = tuple(sorted(sizes))
         self._on_change = on_change
         self._pending: dict[int, Offer] = {}
         self._loaded: dict[int, Offer] = {}
@@ -56,7 +56,7 @@ class GraphSet:
         self._deaths: Counter[Identity] = Counter()
         self._bad: set[Identity] = set()
         self._quarantined: set[tuple[str, int]] = set()
-        """Keys and generations that must not be in any offer."""
+        """Keys and versions that must not be in any offer."""
         self._missed: Counter[int] = Counter()
         """Steps that would have replayed a size whose graph is missing."""
         self._dropping: set[int] = set()
@@ -66,7 +66,7 @@ class GraphSet:
         self.crashes: asyncio.Queue[Crash] = asyncio.Queue()
         """To be reported; each artifact at most once."""
         self.factors: tuple[dict[str, str], ...] = ()
-        """Each rank's graph factors but for the batch size; empty until a group has started."""
+        """Each rank's graph factors but for num_tokens; empty until a group has started."""
 
     @property
     def pending(self) -> bool:
@@ -75,7 +75,7 @@ class GraphSet:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        return tuple(size for size in self.batch_sizes if size not in self._loaded)
+        return tuple(size for size in self.sizes if size not in self._loaded)
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:
@@ -83,10 +83,10 @@ class GraphSet:
         started."""
         return tuple(
             Wanted(
-                batch_size=size,
-                specs=tuple({**rank, "batch_size": str(size)} for rank in self.factors),
+                num_tokens=size,
+                specs=tuple({**rank, "num_tokens": str(size)} for rank in self.factors),
             )
-            for size in self.batch_sizes
+            for size in self.sizes
         )
 
     @property
@@ -96,7 +96,7 @@ class GraphSet:
 
     def urgency(self, spec: Mapping[str, str]) -> int:
         """How often a graph was missed since there was none."""
-        return self._missed[int(spec["batch_size"])]
+        return self._missed[int(spec["num_tokens"])]
 
     @property
     def layer_us(self) -> dict[int, float]:
@@ -105,36 +105,36 @@ class GraphSet:
 
     def resize(self, sizes: Collection[int]) -> None:
         """Have graphs for these sizes from now on; others are dropped before the next step."""
-        self.batch_sizes = tuple(sorted(sizes))
-        self._pending = {s: offer for s, offer in self._pending.items() if s in self.batch_sizes}
-        self._dropping |= self._loaded.keys() - set(self.batch_sizes)
+        self.sizes = tuple(sorted(sizes))
+        self._pending = {s: offer for s, offer in self._pending.items() if s in self.sizes}
+        self._dropping |= self._loaded.keys() - set(self.sizes)
         self.resized.set()
         self._on_change()
 
     def records(self) -> tuple[LoadedGraphRecord, ...]:
         return tuple(
-            LoadedGraphRecord(batch_size=size, keys=offer.keys, generations=offer.generations)
+            LoadedGraphRecord(num_tokens=size, keys=offer.keys, versions=offer.versions)
             for size, offer in sorted(self._loaded.items())
         )
 
-    def current(self, batch_size: int) -> Offer | None:
+    def current(self, num_tokens: int) -> Offer | None:
         """What is loaded, or about to be."""
-        if batch_size in self._pending:
-            return self._pending[batch_size]
+        if num_tokens in self._pending:
+            return self._pending[num_tokens]
         suspect = self._suspect  # being loaded, it is neither pending nor loaded
-        if suspect is not None and suspect.batch_size == batch_size:
+        if suspect is not None and suspect.num_tokens == num_tokens:
             return suspect
-        return self._loaded.get(batch_size)
+        return self._loaded.get(num_tokens)
 
     def offer(self, offer: Offer) -> None:
         """To be loaded before the next step, unless it is known to be bad or no longer wanted."""
         if self._is_wanted(offer):
-            self._pending[offer.batch_size] = offer
-            self._dropping.discard(offer.batch_size)
+            self._pending[offer.num_tokens] = offer
+            self._dropping.discard(offer.num_tokens)
 
-    def quarantine(self, key: str, generations: Collection[int]) -> None:
-        """Drop these generations before the next step, and never load them again."""
-        self._quarantined |= {(key, generation) for generation in generations}
+    def quarantine(self, key: str, versions: Collection[int]) -> None:
+        """Drop these versions before the next step, and never load them again."""
+        self._quarantined |= {(key, version) for version in versions}
         for size in [size for size, offer in self._pending.items() if self._is_bad(offer)]:
             del self._pending[size]
         self._dropping |= {
@@ -168,7 +168,7 @@ class GraphSet:
         suspect, self._suspect = self._suspect, None
         candidate = self.canary.blame(crashed)
         if candidate is not None:
-            self._quarantine_crashed(candidate.key, candidate.generation, min(crashed.values()))
+            self._quarantine_crashed(candidate.key, candidate.version, min(crashed.values()))
         elif suspect is not None and crashed:
             self._accuse(suspect, crashed)
         elif suspect is not None and self._trial(suspect).replays == 0:
@@ -185,34 +185,34 @@ class GraphSet:
         offer = self._pending.pop(min(self._pending))
         if not offer.signed:
             log.warning(
-                "LOADING UNSIGNED NATIVE CODE", batch_size=offer.batch_size, keys=offer.keys
+                "LOADING UNSIGNED NATIVE CODE", num_tokens=offer.num_tokens, keys=offer.keys
             )
         self._suspect = offer
         answers = await group.load_graph(
             LoadGraph(
-                batch_size=offer.batch_size,
+                num_tokens=offer.num_tokens,
                 paths=tuple(map(str, offer.paths)),
                 keys=offer.keys,
-                generations=offer.generations,
+                versions=offer.versions,
             )
         )
         self._suspect = None
         refusals = [answer.error for answer in answers if answer.error is not None]
         if refusals:
-            log.error("graph refused", batch_size=offer.batch_size, reason=refusals[0])
-            group.drop_graph(offer.batch_size)
+            log.error("graph refused", num_tokens=offer.num_tokens, reason=refusals[0])
+            group.drop_graph(offer.num_tokens)
             self._condemn(offer)
         else:
-            self._loaded[offer.batch_size] = offer
-            self._missed.pop(offer.batch_size, None)
-            self._dropping.discard(offer.batch_size)
+            self._loaded[offer.num_tokens] = offer
+            self._missed.pop(offer.num_tokens, None)
+            self._dropping.discard(offer.num_tokens)
             if not self._is_wanted(offer):  # any more: it was when it began to be loaded
-                self._dropping.add(offer.batch_size)
+                self._dropping.add(offer.num_tokens)
             log.info(
                 "graph loaded",
-                batch_size=offer.batch_size,
+                num_tokens=offer.num_tokens,
                 keys=offer.keys,
-                generations=offer.generations,
+                versions=offer.versions,
                 load_ms=[round(answer.load_ms, 1) for answer in answers],
             )
             self._drop(group)
@@ -224,27 +224,27 @@ class GraphSet:
         Notes which graph is to blame if the ranks die in one of its first replays.
         """
         size = graph_for(self.layer_us, step.tokens, decoding=not step.prompt_tokens)
-        best = min((other for other in self.batch_sizes if other >= step.tokens), default=0)
+        best = min((other for other in self.sizes if other >= step.tokens), default=0)
         if best and best not in self._loaded:
             self._missed[best] += 1
         offer = self._loaded.get(size)
         trying = offer is not None and self._trial(offer).replays < FIRST_REPLAYS
         self._suspect = offer if trying else None
         return msgspec.structs.replace(
-            step.message, graph_batch_size=size, shadow=self.canary.shadows(size)
+            step.message, graph_size=size, shadow=self.canary.shadows(size)
         )
 
     def ran(self, step: Step, shadow: Shadow | None = None) -> None:
         """The ranks have survived a step."""
         self._suspect = None
         self.canary.observe(shadow)
-        offer = self._loaded.get(step.graph_batch_size)
+        offer = self._loaded.get(step.graph_size)
         if offer:
             self._trial(offer).replays += 1
 
     def _trial(self, offer: Offer) -> "_Tried":
         """How the offer has done so far."""
-        tried = self._tried.setdefault(offer.batch_size, [])
+        tried = self._tried.setdefault(offer.num_tokens, [])
         for trial in tried:
             if trial.offer == offer:
                 return trial
@@ -253,7 +253,7 @@ class GraphSet:
         return tried[-1]
 
     def _is_wanted(self, offer: Offer) -> bool:
-        return offer.batch_size in self.batch_sizes and not self._is_bad(offer)
+        return offer.num_tokens in self.sizes and not self._is_bad(offer)
 
     def _is_bad(self, offer: Offer) -> bool:
         return offer.identity in self._bad or not self._quarantined.isdisjoint(offer.identity)
@@ -261,7 +261,7 @@ class GraphSet:
     def _drop(self, group: RankGroup) -> None:
         for size in self._dropping:
             dropped = self._loaded.pop(size)
-            log.info("graph dropped", batch_size=size, generations=dropped.generations)
+            log.info("graph dropped", num_tokens=size, versions=dropped.versions)
             group.drop_graph(size)
             self.canary.withdraw_size(size)
         if self._dropping:
@@ -271,35 +271,35 @@ class GraphSet:
     def _accuse(self, offer: Offer, crashed: Mapping[int, str]) -> None:
         """Quarantines the artifacts of the ranks that crashed."""
         for rank, signal in crashed.items():
-            key, generation = offer.identity[rank]
-            self._quarantine_crashed(key, generation, signal)
+            key, version = offer.identity[rank]
+            self._quarantine_crashed(key, version, signal)
         self._condemn(offer)
 
-    def _quarantine_crashed(self, key: str, generation: int, signal: str) -> None:
-        if (key, generation) in self._quarantined:
+    def _quarantine_crashed(self, key: str, version: int, signal: str) -> None:
+        if (key, version) in self._quarantined:
             return
-        log.error("graph crashed a rank", key=key, generation=generation, signal=signal)
-        self._quarantined.add((key, generation))
-        self.crashes.put_nowait(Crash(key=key, generation=generation, signal=signal))
+        log.error("graph crashed a rank", key=key, version=version, signal=signal)
+        self._quarantined.add((key, version))
+        self.crashes.put_nowait(Crash(key=key, version=version, signal=signal))
 
     def _blame(self, offer: Offer) -> None:
         self._deaths[offer.identity] += 1
         deaths = self._deaths[offer.identity]
         log.error(
             "the ranks ended with a graph that was new to them",
-            batch_size=offer.batch_size,
+            num_tokens=offer.num_tokens,
             keys=offer.keys,
-            generations=offer.generations,
+            versions=offer.versions,
             deaths=deaths,
         )
         if deaths >= MAX_DEATHS:
             self._condemn(offer)
         else:
-            self._pending.setdefault(offer.batch_size, offer)
+            self._pending.setdefault(offer.num_tokens, offer)
 
     def _condemn(self, offer: Offer) -> None:
         """Never loads the offer again; goes back to the one before it."""
-        size = offer.batch_size
+        size = offer.num_tokens
         self._bad.add(offer.identity)
         self._loaded.pop(size, None)
         if self._pending.get(size) == offer:

@@ -15,18 +15,16 @@ log = get_logger(__name__)
 RPC_TIMEOUT_S: Final = 10.0
 
 
-async def report_crash(stub: Any, worker_id: str, key: str, generation: int, signal: str) -> None:
+async def report_crash(stub: Any, worker_id: str, key: str, version: int, signal: str) -> None:
     """Says that an artifact has ended a rank with a signal."""
-    request = pb.ReportCrashRequest(
-        worker_id=worker_id, key=key, generation=generation, signal=signal
-    )
+    request = pb.ReportCrashRequest(worker_id=worker_id, key=key, version=version, signal=signal)
     try:
         await stub.ReportCrash(request, timeout=RPC_TIMEOUT_S)
     except grpc.aio.AioRpcError as failure:
         error = error_of(failure)
         if not isinstance(error, NotFound | InvalidRequest):
             raise
-        log.warning("crash not reported", key=key, generation=generation, reason=str(error))
+        log.warning("crash not reported", key=key, version=version, reason=str(error))
 
 
 async def report_canary(stub: Any, worker_id: str, report: Report) -> None:
@@ -34,7 +32,7 @@ async def report_canary(stub: Any, worker_id: str, report: Report) -> None:
     request = pb.ReportCanaryRequest(
         worker_id=worker_id,
         key=report.key,
-        generation=report.generation,
+        version=report.version,
         steps=report.steps,
         max_relative_difference=report.difference,
         time_ratio=report.time_ratio,
@@ -60,7 +58,7 @@ async def explain_missing(stub: Any, state: pb.GraphState) -> None:
     log.info(
         "graph missing",
         key=state.key,
-        batch_size=int(state.factors["batch_size"]),
+        num_tokens=int(state.factors["num_tokens"]),
         phase=pb.GraphPhase.Name(state.phase).removeprefix("GRAPH_PHASE_").lower(),
         error=state.error,
         nearest=near.key,

@@ -1,4 +1,4 @@
-"""Trying a new generation of a graph on live steps, beside the one that serves.
+"""Trying a new version of a graph on live steps, beside the one that serves.
 
 A compile worker chooses one decode worker for this. Its ranks load the candidate next to the
 current graph, and for some steps compute both: current, candidate, current again, with the same
@@ -8,7 +8,7 @@ go out are its own whatever the candidate wrote; and its second time is compared
 candidate's, both with warm caches. What follows from it is for the compile worker to decide.
 
 Where traffic is too thin to give enough steps in time, the leader makes up the rest: a step with
-the graph's own batch size that reads block 0 and writes nothing (slots of -1).
+the graph's own size that reads block 0 and writes nothing (slots of -1).
 """
 
 import statistics
@@ -36,12 +36,12 @@ class Assignment:
     """What a compile worker wants tried."""
 
     key: str
-    generation: int
-    batch_size: int
+    version: int
+    num_tokens: int
     paths: tuple[str, ...]
     """The candidate for ranks of this key, the graph that serves for others."""
     keys: tuple[str, ...]
-    generations: tuple[int, ...]
+    versions: tuple[int, ...]
     steps: int
     live_s: float
     """How long to wait for live steps before the rest is made up."""
@@ -52,7 +52,7 @@ class Report:
     """How a trial stands."""
 
     key: str
-    generation: int
+    version: int
     steps: int
     difference: float
     """Largest of logits, relative to the largest logit."""
@@ -81,7 +81,7 @@ class _Trial:
         candidate = statistics.median(s.candidate_us for s in self.samples) if self.samples else 0.0
         return Report(
             key=self.assignment.key,
-            generation=self.assignment.generation,
+            version=self.assignment.version,
             steps=len(self.samples),
             difference=max((s.difference for s in self.samples), default=0.0),
             time_ratio=candidate / max(current, 1.0),
@@ -101,9 +101,9 @@ class Canary:
         self._shadowing = False
         """Whether the candidate runs in the ranks now."""
 
-    def knows(self, key: str, generation: int) -> bool:
+    def knows(self, key: str, version: int) -> bool:
         trial = self._trials.get(key)
-        return trial is not None and trial.assignment.generation == generation
+        return trial is not None and trial.assignment.version == version
 
     def assign(self, assignment: Assignment) -> None:
         """To be loaded between two steps."""
@@ -114,12 +114,12 @@ class Canary:
         """The compile worker has decided, or has chosen another worker."""
         trial = self._trials.pop(key, None)
         if trial is not None and trial.loaded:
-            self._drop.add(trial.assignment.batch_size)
+            self._drop.add(trial.assignment.num_tokens)
 
-    def withdraw_size(self, batch_size: int) -> None:
+    def withdraw_size(self, num_tokens: int) -> None:
         """There is no graph of a size to compare with any more."""
         for key, trial in list(self._trials.items()):
-            if trial.loaded and trial.assignment.batch_size == batch_size:
+            if trial.loaded and trial.assignment.num_tokens == num_tokens:
                 self.withdraw(key)
 
     @property
@@ -140,11 +140,11 @@ class Canary:
             return None
         return max(0.0, trial.live_until - self._clock()) if trial.loaded else LOAD_POLL_S
 
-    def shadows(self, batch_size: int) -> bool:
+    def shadows(self, num_tokens: int) -> bool:
         """Whether the candidate is to be tried in a step that replays this size; notes that it
         is."""
         trial = self._active()
-        self._shadowing = bool(trial and trial.loaded and trial.assignment.batch_size == batch_size)
+        self._shadowing = bool(trial and trial.loaded and trial.assignment.num_tokens == num_tokens)
         return self._shadowing
 
     def probe(self, step_id: int) -> Step | None:
@@ -153,7 +153,7 @@ class Canary:
         if trial is None or not trial.loaded or self._clock() < trial.live_until:
             return None
         self._shadowing = True
-        return probe_step(step_id, trial.assignment.batch_size)
+        return probe_step(step_id, trial.assignment.num_tokens)
 
     def observe(self, shadow: Shadow | None) -> None:
         """What a step with the candidate in it has given."""
@@ -188,7 +188,7 @@ class Canary:
             group.drop_graph(size, candidate=True)
         self._drop.clear()
         trial = self._active()
-        if trial is None or trial.loaded or not current(trial.assignment.batch_size):
+        if trial is None or trial.loaded or not current(trial.assignment.num_tokens):
             return
         self._shadowing = True
         answers = await group.load_graph(_load(trial.assignment))
@@ -200,7 +200,7 @@ class Canary:
         log.info(
             "canary loaded",
             key=trial.assignment.key,
-            generation=trial.assignment.generation,
+            version=trial.assignment.version,
             refused=trial.failure,
         )
 
@@ -225,16 +225,16 @@ def probe_step(step_id: int, rows: int) -> Step:
         block_tables=ints(np.zeros(rows)),
         block_table_width=1,
         sample=(None,) * rows,
-        graph_batch_size=rows,
+        graph_size=rows,
         shadow=True,
     )
 
 
 def _load(assignment: Assignment) -> LoadGraph:
     return LoadGraph(
-        batch_size=assignment.batch_size,
+        num_tokens=assignment.num_tokens,
         paths=assignment.paths,
         keys=assignment.keys,
-        generations=assignment.generations,
+        versions=assignment.versions,
         candidate=True,
     )

@@ -48,14 +48,14 @@ class RankModel:
     """Who serves each operator, and why it is not who was asked for."""
     graphs: dict[int, Graph] = field(default_factory=dict)
     candidates: dict[int, Graph] = field(default_factory=dict)
-    """Graphs on trial (``canary.py``), by batch size."""
+    """Graphs on trial (``shadow_trial.py``), by size."""
 
-    def step(self, batch: Batch, drawing: Sequence[int], graph_batch_size: int) -> Tensor:
+    def step(self, batch: Batch, drawing: Sequence[int], graph_size: int) -> Tensor:
         """Runs a step with the graph of a captured size, eagerly for 0. Returns this rank's logits
         [len(drawing), V] of the last token of each sequence that draws."""
         rows = _rows(batch, drawing)
-        if graph_batch_size:
-            return _replay(self.graphs[graph_batch_size], batch, rows)
+        if graph_size:
+            return _replay(self.graphs[graph_size], batch, rows)
         hidden = hidden_states(
             self.shape, self.weights, self.caches, batch.token_ids, batch.positions, batch.paging
         )
@@ -64,17 +64,17 @@ class RankModel:
         return logits(self.shape, self.weights, hidden if rows is None else hidden[rows])
 
     def shadow(
-        self, batch: Batch, drawing: Sequence[int], graph_batch_size: int
+        self, batch: Batch, drawing: Sequence[int], graph_size: int
     ) -> tuple[Tensor, Shadow | None]:
         """``step`` with the candidate tried between two replays of the graph that serves.
 
         The last replay writes over what the candidate has written, so the cache ends up as if there
         were no candidate.
         """
-        candidate = self.candidates.get(graph_batch_size)
+        candidate = self.candidates.get(graph_size)
         if candidate is None:
-            return self.step(batch, drawing, graph_batch_size), None
-        current = self.graphs[graph_batch_size]
+            return self.step(batch, drawing, graph_size), None
+        current = self.graphs[graph_size]
         compared = drawing or range(batch.sequences)
         rows = _rows(batch, compared)
         _replay(current, batch, rows)
@@ -94,12 +94,12 @@ class RankModel:
         """Over the logits of all ranks."""
         return relative_difference(*(gathered(self.shape, part) for part in (tried, expected)))
 
-    def load_graph(self, batch_size: int, package: Path, *, candidate: bool = False) -> float:
+    def load_graph(self, num_tokens: int, package: Path, *, candidate: bool = False) -> float:
         """Loads a verified package and swaps it in; returns milliseconds. Raises
         ArtifactRejected."""
         started = time.perf_counter()
-        graph = Graph(package, batch_size, self.shape, self.weights, self.caches)
-        (self.candidates if candidate else self.graphs)[batch_size] = graph
+        graph = Graph(package, num_tokens, self.shape, self.weights, self.caches)
+        (self.candidates if candidate else self.graphs)[num_tokens] = graph
         return (time.perf_counter() - started) * 1e3
 
 

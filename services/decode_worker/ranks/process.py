@@ -111,7 +111,7 @@ def _run(init: Init, model: RankModel, command: object) -> Reply | None:
     if isinstance(command, LoadGraph):
         return _load_graph(init, model, command)
     if isinstance(command, DropGraph):
-        (model.candidates if command.candidate else model.graphs).pop(command.batch_size, None)
+        (model.candidates if command.candidate else model.graphs).pop(command.num_tokens, None)
         return None
     raise ValueError(f"unexpected command {type(command).__name__}")
 
@@ -131,11 +131,11 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
     error, load_ms = None, 0.0
     try:
         path = Path(command.paths[init.tp_rank])
-        load_ms = model.load_graph(command.batch_size, path, candidate=command.candidate)
+        load_ms = model.load_graph(command.num_tokens, path, candidate=command.candidate)
     except PrecastError as refused:
         error = str(refused)
     return GraphLoaded(
-        tp_rank=init.tp_rank, batch_size=command.batch_size, load_ms=load_ms, error=error
+        tp_rank=init.tp_rank, num_tokens=command.num_tokens, load_ms=load_ms, error=error
     )
 
 
@@ -145,9 +145,9 @@ def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
     drawing = [index for index, request in enumerate(step.sample) if request is not None]
     shadow = None
     if step.shadow:
-        logits, shadow = model.shadow(batch, drawing, step.graph_batch_size)
+        logits, shadow = model.shadow(batch, drawing, step.graph_size)
     else:
-        logits = model.step(batch, drawing, step.graph_batch_size)
+        logits = model.step(batch, drawing, step.graph_size)
     tokens, logprobs = _draw(init, model, step.sample, logits)
     if init.tp_rank != 0:
         return None

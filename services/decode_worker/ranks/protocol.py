@@ -48,34 +48,34 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kernels: dict[str, str]
     """Who serves each operator (``precast.ops.providers``)."""
     graph_factors: dict[str, str]
-    """This rank's graph factors, batch size left out (``precast.graphs.key``)."""
+    """This rank's graph factors, the number of tokens left out (``precast.graphs.key``)."""
 
 
 class LoadGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Load a verified artifact and replay it for ``batch_size`` from the next step on.
+    """Load a verified artifact and replay it for ``num_tokens`` from the next step on.
 
-    Paths, keys and generations: one for each rank, since ranks' shard shapes may differ."""
+    Paths, keys and versions: one for each rank, since ranks' shard shapes may differ."""
 
-    batch_size: int
+    num_tokens: int
     paths: tuple[str, ...]
     keys: tuple[str, ...]
-    generations: tuple[int, ...]
+    versions: tuple[int, ...]
     candidate: bool = False
     """To be tried beside the graph that serves, not in its place."""
 
 
 class GraphLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     tp_rank: int
-    batch_size: int
+    num_tokens: int
     load_ms: float
     error: str | None = None
     """Set if the graph was refused; the rank goes on without it."""
 
 
 class DropGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Forget the graph or the candidate of a batch size. Not answered."""
+    """Forget the graph or the candidate of a size. Not answered."""
 
-    batch_size: int
+    num_tokens: int
     candidate: bool = False
 
 
@@ -116,7 +116,7 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     block_table_width: int
     sample: tuple[Sampling | None, ...]
     """For each sequence: how to draw, or None where the prompt goes on in a later step."""
-    graph_batch_size: int = 0
+    graph_size: int = 0
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
     """Try the candidate of the captured size that runs, and compare (``canary.py``)."""

@@ -64,7 +64,7 @@ def verify(factors: Mapping[str, str], package: Path, group: Group) -> tuple[flo
 
 def _trial(factors: Mapping[str, str], package: Path) -> _Trial:
     shape, block = shape_from(factors), int(factors["block_size"])
-    tokens = int(factors["batch_size"])
+    tokens = int(factors["num_tokens"])
     generator = torch.Generator().manual_seed(SEED)
     plan = models.verification_plan(shape, VERIFY_LAYERS)
     weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)

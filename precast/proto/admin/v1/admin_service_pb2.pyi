@@ -35,9 +35,9 @@ class _RecompileStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recomp
     RECOMPILE_STAGE_FAILED: _RecompileStage.ValueType  # 7
     RECOMPILE_STAGE_CANCELLED: _RecompileStage.ValueType  # 8
     RECOMPILE_STAGE_CANARY: _RecompileStage.ValueType  # 9
-    """One worker tries the new generation beside the serving one."""
+    """One worker tries the new version beside the serving one."""
     RECOMPILE_STAGE_ROLLED_BACK: _RecompileStage.ValueType  # 10
-    """The new generation is out of service; the detail says why."""
+    """The new version is out of service; the detail says why."""
 
 class RecompileStage(_RecompileStage, metaclass=_RecompileStageEnumTypeWrapper): ...
 
@@ -51,41 +51,41 @@ RECOMPILE_STAGE_ADOPTED: RecompileStage.ValueType  # 6
 RECOMPILE_STAGE_FAILED: RecompileStage.ValueType  # 7
 RECOMPILE_STAGE_CANCELLED: RecompileStage.ValueType  # 8
 RECOMPILE_STAGE_CANARY: RecompileStage.ValueType  # 9
-"""One worker tries the new generation beside the serving one."""
+"""One worker tries the new version beside the serving one."""
 RECOMPILE_STAGE_ROLLED_BACK: RecompileStage.ValueType  # 10
-"""The new generation is out of service; the detail says why."""
+"""The new version is out of service; the detail says why."""
 Global___RecompileStage: _TypeAlias = RecompileStage  # noqa: Y015
 
-class _GenerationState:
+class _VersionState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _GenerationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationState.ValueType], _builtins.type):
+class _VersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    GENERATION_STATE_UNSPECIFIED: _GenerationState.ValueType  # 0
-    GENERATION_STATE_SERVING: _GenerationState.ValueType  # 1
-    GENERATION_STATE_PREVIOUS: _GenerationState.ValueType  # 2
+    VERSION_STATE_UNSPECIFIED: _VersionState.ValueType  # 0
+    VERSION_STATE_SERVING: _VersionState.ValueType  # 1
+    VERSION_STATE_PREVIOUS: _VersionState.ValueType  # 2
     """Good, and older than the serving one."""
-    GENERATION_STATE_WAITING: _GenerationState.ValueType  # 3
+    VERSION_STATE_WAITING: _VersionState.ValueType  # 3
     """Good as far as is known, and held back by a pin."""
-    GENERATION_STATE_CANARY: _GenerationState.ValueType  # 4
+    VERSION_STATE_CANARY: _VersionState.ValueType  # 4
     """Tried by one worker."""
-    GENERATION_STATE_ROLLED_BACK: _GenerationState.ValueType  # 5
-    GENERATION_STATE_QUARANTINED: _GenerationState.ValueType  # 6
+    VERSION_STATE_ROLLED_BACK: _VersionState.ValueType  # 5
+    VERSION_STATE_QUARANTINED: _VersionState.ValueType  # 6
 
-class GenerationState(_GenerationState, metaclass=_GenerationStateEnumTypeWrapper): ...
+class VersionState(_VersionState, metaclass=_VersionStateEnumTypeWrapper): ...
 
-GENERATION_STATE_UNSPECIFIED: GenerationState.ValueType  # 0
-GENERATION_STATE_SERVING: GenerationState.ValueType  # 1
-GENERATION_STATE_PREVIOUS: GenerationState.ValueType  # 2
+VERSION_STATE_UNSPECIFIED: VersionState.ValueType  # 0
+VERSION_STATE_SERVING: VersionState.ValueType  # 1
+VERSION_STATE_PREVIOUS: VersionState.ValueType  # 2
 """Good, and older than the serving one."""
-GENERATION_STATE_WAITING: GenerationState.ValueType  # 3
+VERSION_STATE_WAITING: VersionState.ValueType  # 3
 """Good as far as is known, and held back by a pin."""
-GENERATION_STATE_CANARY: GenerationState.ValueType  # 4
+VERSION_STATE_CANARY: VersionState.ValueType  # 4
 """Tried by one worker."""
-GENERATION_STATE_ROLLED_BACK: GenerationState.ValueType  # 5
-GENERATION_STATE_QUARANTINED: GenerationState.ValueType  # 6
-Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
+VERSION_STATE_ROLLED_BACK: VersionState.ValueType  # 5
+VERSION_STATE_QUARANTINED: VersionState.ValueType  # 6
+Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
 
 @_typing.final
 class RecompileRequest(_message.Message):
@@ -97,7 +97,7 @@ class RecompileRequest(_message.Message):
 
     KEYS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
-    BATCH_SIZES_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
     ALL_FIELD_NUMBER: _builtins.int
     ADOPTION_DEADLINE_S_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -107,19 +107,19 @@ class RecompileRequest(_message.Message):
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.str] | None = ...,
         model: _builtins.str = ...,
-        batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
         all: _builtins.bool = ...,
         adoption_deadline_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoption_deadline_s", b"adoption_deadline_s", "all", b"all", "batch_sizes", b"batch_sizes", "keys", b"keys", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoption_deadline_s", b"adoption_deadline_s", "all", b"all", "keys", b"keys", "model", b"model", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,20 +132,20 @@ class RecompileResponse(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
-    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     ADOPTED_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     key: _builtins.str
     stage: Global___RecompileStage.ValueType
-    generation: _builtins.int
+    version: _builtins.int
     detail: _builtins.str
-    batch_size: _builtins.int
+    num_tokens: _builtins.int
     adopted: _builtins.int
-    """In stage ADOPTED: workers that run this generation, and live workers that run this key."""
+    """In stage ADOPTED: workers that run this version, and live workers that run this key."""
     workers: _builtins.int
     @_builtins.property
     def canary(self) -> Global___CanaryProgress:
@@ -157,16 +157,16 @@ class RecompileResponse(_message.Message):
         job_id: _builtins.str = ...,
         key: _builtins.str = ...,
         stage: Global___RecompileStage.ValueType = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         detail: _builtins.str = ...,
-        batch_size: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
         adopted: _builtins.int = ...,
         workers: _builtins.int = ...,
         canary: Global___CanaryProgress | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "batch_size", b"batch_size", "canary", b"canary", "detail", b"detail", "generation", b"generation", "job_id", b"job_id", "key", b"key", "stage", b"stage", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "canary", b"canary", "detail", b"detail", "job_id", b"job_id", "key", b"key", "num_tokens", b"num_tokens", "stage", b"stage", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,9 +185,9 @@ class CanaryProgress(_message.Message):
     steps_done: _builtins.int
     steps: _builtins.int
     max_relative_difference: _builtins.float
-    """Largest difference of logits to the serving generation, relative to the largest logit."""
+    """Largest difference of logits to the serving version, relative to the largest logit."""
     time_ratio: _builtins.float
-    """Step time to that of the serving generation; 0 while it is not known."""
+    """Step time to that of the serving version; 0 while it is not known."""
     def __init__(
         self,
         *,
@@ -246,7 +246,7 @@ class Job(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
-    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     QUEUED_AT_S_FIELD_NUMBER: _builtins.int
@@ -254,7 +254,7 @@ class Job(_message.Message):
     ENDED_AT_S_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     key: _builtins.str
-    batch_size: _builtins.int
+    num_tokens: _builtins.int
     stage: Global___RecompileStage.ValueType
     detail: _builtins.str
     queued_at_s: _builtins.float
@@ -265,7 +265,7 @@ class Job(_message.Message):
         *,
         job_id: _builtins.str = ...,
         key: _builtins.str = ...,
-        batch_size: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
         stage: Global___RecompileStage.ValueType = ...,
         detail: _builtins.str = ...,
         queued_at_s: _builtins.float = ...,
@@ -274,7 +274,7 @@ class Job(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "detail", b"detail", "ended_at_s", b"ended_at_s", "job_id", b"job_id", "key", b"key", "queued_at_s", b"queued_at_s", "stage", b"stage", "started_at_s", b"started_at_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "ended_at_s", b"ended_at_s", "job_id", b"job_id", "key", b"key", "num_tokens", b"num_tokens", "queued_at_s", b"queued_at_s", "stage", b"stage", "started_at_s", b"started_at_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,7 +320,7 @@ class CancelJobResponse(_message.Message):
 Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
 
 @_typing.final
-class ListGenerationsRequest(_message.Message):
+class ListVersionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
@@ -336,35 +336,35 @@ class ListGenerationsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListGenerationsRequest: _TypeAlias = ListGenerationsRequest  # noqa: Y015
+Global___ListVersionsRequest: _TypeAlias = ListVersionsRequest  # noqa: Y015
 
 @_typing.final
-class ListGenerationsResponse(_message.Message):
+class ListVersionsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    GENERATIONS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Generation]:
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Version]:
         """Newest first."""
 
     def __init__(
         self,
         *,
-        generations: _abc.Iterable[Global___Generation] | None = ...,
+        versions: _abc.Iterable[Global___Version] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
+Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
 
 @_typing.final
-class Generation(_message.Message):
+class Version(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
@@ -372,8 +372,8 @@ class Generation(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     LAYER_US_FIELD_NUMBER: _builtins.int
-    generation: _builtins.int
-    state: Global___GenerationState.ValueType
+    version: _builtins.int
+    state: Global___VersionState.ValueType
     pinned: _builtins.bool
     reason: _builtins.str
     """Why it is in this state, where something was decided."""
@@ -386,8 +386,8 @@ class Generation(_message.Message):
     def __init__(
         self,
         *,
-        generation: _builtins.int = ...,
-        state: Global___GenerationState.ValueType = ...,
+        version: _builtins.int = ...,
+        state: Global___VersionState.ValueType = ...,
         pinned: _builtins.bool = ...,
         reason: _builtins.str = ...,
         published_at_s: _builtins.float = ...,
@@ -397,30 +397,30 @@ class Generation(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "pinned", b"pinned", "published_at_s", b"published_at_s", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "pinned", b"pinned", "published_at_s", b"published_at_s", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Generation: _TypeAlias = Generation  # noqa: Y015
+Global___Version: _TypeAlias = Version  # noqa: Y015
 
 @_typing.final
 class RollBackGraphRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    generation: _builtins.int
-    """0: the good generation before the serving one."""
+    version: _builtins.int
+    """0: the good version before the serving one."""
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,46 +430,46 @@ Global___RollBackGraphRequest: _TypeAlias = RollBackGraphRequest  # noqa: Y015
 class RollBackGraphResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    GENERATION_FIELD_NUMBER: _builtins.int
-    generation: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
     """What serves now."""
     def __init__(
         self,
         *,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RollBackGraphResponse: _TypeAlias = RollBackGraphResponse  # noqa: Y015
 
 @_typing.final
-class PinGenerationRequest(_message.Message):
+class PinVersionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PinGenerationRequest: _TypeAlias = PinGenerationRequest  # noqa: Y015
+Global___PinVersionRequest: _TypeAlias = PinVersionRequest  # noqa: Y015
 
 @_typing.final
-class PinGenerationResponse(_message.Message):
+class PinVersionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -481,10 +481,10 @@ class PinGenerationResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PinGenerationResponse: _TypeAlias = PinGenerationResponse  # noqa: Y015
+Global___PinVersionResponse: _TypeAlias = PinVersionResponse  # noqa: Y015
 
 @_typing.final
-class UnpinGenerationRequest(_message.Message):
+class UnpinVersionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
@@ -500,27 +500,27 @@ class UnpinGenerationRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UnpinGenerationRequest: _TypeAlias = UnpinGenerationRequest  # noqa: Y015
+Global___UnpinVersionRequest: _TypeAlias = UnpinVersionRequest  # noqa: Y015
 
 @_typing.final
-class UnpinGenerationResponse(_message.Message):
+class UnpinVersionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    GENERATION_FIELD_NUMBER: _builtins.int
-    generation: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
     """What serves now."""
     def __init__(
         self,
         *,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UnpinGenerationResponse: _TypeAlias = UnpinGenerationResponse  # noqa: Y015
+Global___UnpinVersionResponse: _TypeAlias = UnpinVersionResponse  # noqa: Y015
 
 @_typing.final
 class CollectGarbageRequest(_message.Message):
@@ -576,12 +576,12 @@ class RemovedArtifact(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     USED_AT_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     size_bytes: _builtins.int
     used_at_s: _builtins.float
     """Unix seconds."""
@@ -590,14 +590,14 @@ class RemovedArtifact(_message.Message):
         self,
         *,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         used_at_s: _builtins.float = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key", "reason", b"reason", "size_bytes", b"size_bytes", "used_at_s", b"used_at_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "reason", b"reason", "size_bytes", b"size_bytes", "used_at_s", b"used_at_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,21 +647,21 @@ class DamagedArtifact(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     reason: _builtins.str
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "reason", b"reason", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,25 +50,25 @@ class AdminServiceStub:
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
-        self.ListGenerations = channel.unary_unary(
-                '/precast.admin.v1.AdminService/ListGenerations',
-                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsRequest.SerializeToString,
-                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsResponse.FromString,
+        self.ListVersions = channel.unary_unary(
+                '/precast.admin.v1.AdminService/ListVersions',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
         self.RollBackGraph = channel.unary_unary(
                 '/precast.admin.v1.AdminService/RollBackGraph',
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphRequest.SerializeToString,
                 response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphResponse.FromString,
                 _registered_method=True)
-        self.PinGeneration = channel.unary_unary(
-                '/precast.admin.v1.AdminService/PinGeneration',
-                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationRequest.SerializeToString,
-                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationResponse.FromString,
+        self.PinVersion = channel.unary_unary(
+                '/precast.admin.v1.AdminService/PinVersion',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinVersionRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinVersionResponse.FromString,
                 _registered_method=True)
-        self.UnpinGeneration = channel.unary_unary(
-                '/precast.admin.v1.AdminService/UnpinGeneration',
-                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.SerializeToString,
-                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.FromString,
+        self.UnpinVersion = channel.unary_unary(
+                '/precast.admin.v1.AdminService/UnpinVersion',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionResponse.FromString,
                 _registered_method=True)
         self.CollectGarbage = channel.unary_unary(
                 '/precast.admin.v1.AdminService/CollectGarbage',
@@ -92,7 +92,7 @@ class AdminServiceServicer:
     """
 
     def Recompile(self, request, context):
-        """Recompile captures the selected graphs again as new generations while the old ones go on serving,
+        """Recompile captures the selected graphs again as new versions while the old ones go on serving,
         has one worker try each, and streams what happens until every job has ended and live workers have
         adopted the result, it was rolled back, or the adoption deadline has passed.
         """
@@ -113,35 +113,35 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListGenerations(self, request, context):
-        """ListGenerations shows what became of each generation of a graph.
+    def ListVersions(self, request, context):
+        """ListVersions shows what became of each version of a graph.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackGraph(self, request, context):
-        """RollBackGraph makes workers go back to an earlier generation, while they serve.
+        """RollBackGraph makes workers go back to an earlier version, while they serve.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def PinGeneration(self, request, context):
-        """PinGeneration fixes the serving generation, so that a recompile moves no worker.
+    def PinVersion(self, request, context):
+        """PinVersion fixes the serving version, so that a recompile moves no worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def UnpinGeneration(self, request, context):
+    def UnpinVersion(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CollectGarbage(self, request, context):
-        """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+        """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
         that nobody runs. It also happens after each publication.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -181,25 +181,25 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobRequest.FromString,
                     response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CancelJobResponse.SerializeToString,
             ),
-            'ListGenerations': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListGenerations,
-                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsRequest.FromString,
-                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsResponse.SerializeToString,
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListVersionsRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.ListVersionsResponse.SerializeToString,
             ),
             'RollBackGraph': grpc.unary_unary_rpc_method_handler(
                     servicer.RollBackGraph,
                     request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphRequest.FromString,
                     response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.RollBackGraphResponse.SerializeToString,
             ),
-            'PinGeneration': grpc.unary_unary_rpc_method_handler(
-                    servicer.PinGeneration,
-                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationRequest.FromString,
-                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationResponse.SerializeToString,
+            'PinVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinVersion,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinVersionRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.PinVersionResponse.SerializeToString,
             ),
-            'UnpinGeneration': grpc.unary_unary_rpc_method_handler(
-                    servicer.UnpinGeneration,
-                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.FromString,
-                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.SerializeToString,
+            'UnpinVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinVersion,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionResponse.SerializeToString,
             ),
             'CollectGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.CollectGarbage,
@@ -310,7 +310,7 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
-    def ListGenerations(request,
+    def ListVersions(request,
             target,
             options=(),
             channel_credentials=None,
@@ -323,9 +323,9 @@ class AdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/precast.admin.v1.AdminService/ListGenerations',
-            precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsRequest.SerializeToString,
-            precast_dot_admin_dot_v1_dot_admin__service__pb2.ListGenerationsResponse.FromString,
+            '/precast.admin.v1.AdminService/ListVersions',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ListVersionsRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.ListVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -364,7 +364,7 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
-    def PinGeneration(request,
+    def PinVersion(request,
             target,
             options=(),
             channel_credentials=None,
@@ -377,9 +377,9 @@ class AdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/precast.admin.v1.AdminService/PinGeneration',
-            precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationRequest.SerializeToString,
-            precast_dot_admin_dot_v1_dot_admin__service__pb2.PinGenerationResponse.FromString,
+            '/precast.admin.v1.AdminService/PinVersion',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.PinVersionRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.PinVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -391,7 +391,7 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
-    def UnpinGeneration(request,
+    def UnpinVersion(request,
             target,
             options=(),
             channel_credentials=None,
@@ -404,9 +404,9 @@ class AdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/precast.admin.v1.AdminService/UnpinGeneration',
-            precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationRequest.SerializeToString,
-            precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinGenerationResponse.FromString,
+            '/precast.admin.v1.AdminService/UnpinVersion',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,22 +34,22 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     Recompile: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.RecompileRequest, _admin_service_pb2.RecompileResponse]
-    """Recompile captures the selected graphs again as new generations while the old ones go on serving,
+    """Recompile captures the selected graphs again as new versions while the old ones go on serving,
     has one worker try each, and streams what happens until every job has ended and live workers have
     adopted the result, it was rolled back, or the adoption deadline has passed.
     """
     ListJobs: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListJobsRequest, _admin_service_pb2.ListJobsResponse]
     CancelJob: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CancelJobRequest, _admin_service_pb2.CancelJobResponse]
     """CancelJob takes a queued job off the queue or kills a running capture."""
-    ListGenerations: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListGenerationsRequest, _admin_service_pb2.ListGenerationsResponse]
-    """ListGenerations shows what became of each generation of a graph."""
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListVersionsRequest, _admin_service_pb2.ListVersionsResponse]
+    """ListVersions shows what became of each version of a graph."""
     RollBackGraph: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RollBackGraphRequest, _admin_service_pb2.RollBackGraphResponse]
-    """RollBackGraph makes workers go back to an earlier generation, while they serve."""
-    PinGeneration: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PinGenerationRequest, _admin_service_pb2.PinGenerationResponse]
-    """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
-    UnpinGeneration: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinGenerationRequest, _admin_service_pb2.UnpinGenerationResponse]
+    """RollBackGraph makes workers go back to an earlier version, while they serve."""
+    PinVersion: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PinVersionRequest, _admin_service_pb2.PinVersionResponse]
+    """PinVersion fixes the serving version, so that a recompile moves no worker."""
+    UnpinVersion: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinVersionRequest, _admin_service_pb2.UnpinVersionResponse]
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CollectGarbageRequest, _admin_service_pb2.CollectGarbageResponse]
-    """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+    """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
     that nobody runs. It also happens after each publication.
     """
     ScrubStore: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ScrubStoreRequest, _admin_service_pb2.ScrubStoreResponse]
@@ -65,22 +65,22 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Recompile: _aio.UnaryStreamMultiCallable[_admin_service_pb2.RecompileRequest, _admin_service_pb2.RecompileResponse]  # type: ignore[assignment]
-    """Recompile captures the selected graphs again as new generations while the old ones go on serving,
+    """Recompile captures the selected graphs again as new versions while the old ones go on serving,
     has one worker try each, and streams what happens until every job has ended and live workers have
     adopted the result, it was rolled back, or the adoption deadline has passed.
     """
     ListJobs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListJobsRequest, _admin_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     CancelJob: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CancelJobRequest, _admin_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """CancelJob takes a queued job off the queue or kills a running capture."""
-    ListGenerations: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListGenerationsRequest, _admin_service_pb2.ListGenerationsResponse]  # type: ignore[assignment]
-    """ListGenerations shows what became of each generation of a graph."""
+    ListVersions: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListVersionsRequest, _admin_service_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """ListVersions shows what became of each version of a graph."""
     RollBackGraph: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RollBackGraphRequest, _admin_service_pb2.RollBackGraphResponse]  # type: ignore[assignment]
-    """RollBackGraph makes workers go back to an earlier generation, while they serve."""
-    PinGeneration: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PinGenerationRequest, _admin_service_pb2.PinGenerationResponse]  # type: ignore[assignment]
-    """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
-    UnpinGeneration: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinGenerationRequest, _admin_service_pb2.UnpinGenerationResponse]  # type: ignore[assignment]
+    """RollBackGraph makes workers go back to an earlier version, while they serve."""
+    PinVersion: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PinVersionRequest, _admin_service_pb2.PinVersionResponse]  # type: ignore[assignment]
+    """PinVersion fixes the serving version, so that a recompile moves no worker."""
+    UnpinVersion: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinVersionRequest, _admin_service_pb2.UnpinVersionResponse]  # type: ignore[assignment]
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CollectGarbageRequest, _admin_service_pb2.CollectGarbageResponse]  # type: ignore[assignment]
-    """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+    """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
     that nobody runs. It also happens after each publication.
     """
     ScrubStore: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ScrubStoreRequest, _admin_service_pb2.ScrubStoreResponse]  # type: ignore[assignment]
@@ -99,7 +99,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RecompileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.RecompileResponse], _abc.AsyncIterator[_admin_service_pb2.RecompileResponse]]:
-        """Recompile captures the selected graphs again as new generations while the old ones go on serving,
+        """Recompile captures the selected graphs again as new versions while the old ones go on serving,
         has one worker try each, and streams what happens until every job has ended and live workers have
         adopted the result, it was rolled back, or the adoption deadline has passed.
         """
@@ -120,12 +120,12 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """CancelJob takes a queued job off the queue or kills a running capture."""
 
     @_abc_1.abstractmethod
-    def ListGenerations(
+    def ListVersions(
         self,
-        request: _admin_service_pb2.ListGenerationsRequest,
+        request: _admin_service_pb2.ListVersionsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_service_pb2.ListGenerationsResponse, _abc.Awaitable[_admin_service_pb2.ListGenerationsResponse]]:
-        """ListGenerations shows what became of each generation of a graph."""
+    ) -> _typing.Union[_admin_service_pb2.ListVersionsResponse, _abc.Awaitable[_admin_service_pb2.ListVersionsResponse]]:
+        """ListVersions shows what became of each version of a graph."""
 
     @_abc_1.abstractmethod
     def RollBackGraph(
@@ -133,22 +133,22 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RollBackGraphRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.RollBackGraphResponse, _abc.Awaitable[_admin_service_pb2.RollBackGraphResponse]]:
-        """RollBackGraph makes workers go back to an earlier generation, while they serve."""
+        """RollBackGraph makes workers go back to an earlier version, while they serve."""
 
     @_abc_1.abstractmethod
-    def PinGeneration(
+    def PinVersion(
         self,
-        request: _admin_service_pb2.PinGenerationRequest,
+        request: _admin_service_pb2.PinVersionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_service_pb2.PinGenerationResponse, _abc.Awaitable[_admin_service_pb2.PinGenerationResponse]]:
-        """PinGeneration fixes the serving generation, so that a recompile moves no worker."""
+    ) -> _typing.Union[_admin_service_pb2.PinVersionResponse, _abc.Awaitable[_admin_service_pb2.PinVersionResponse]]:
+        """PinVersion fixes the serving version, so that a recompile moves no worker."""
 
     @_abc_1.abstractmethod
-    def UnpinGeneration(
+    def UnpinVersion(
         self,
-        request: _admin_service_pb2.UnpinGenerationRequest,
+        request: _admin_service_pb2.UnpinVersionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_service_pb2.UnpinGenerationResponse, _abc.Awaitable[_admin_service_pb2.UnpinGenerationResponse]]: ...
+    ) -> _typing.Union[_admin_service_pb2.UnpinVersionResponse, _abc.Awaitable[_admin_service_pb2.UnpinVersionResponse]]: ...
 
     @_abc_1.abstractmethod
     def CollectGarbage(
@@ -156,7 +156,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.CollectGarbageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.CollectGarbageResponse, _abc.Awaitable[_admin_service_pb2.CollectGarbageResponse]]:
-        """CollectGarbage deletes what exceeds the store's bound: superseded generations first, then graphs
+        """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
         that nobody runs. It also happens after each publication.
         """
 

@@ -167,7 +167,7 @@ class GraphState(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     FACTORS_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
@@ -183,38 +183,38 @@ class GraphState(_message.Message):
     FAILED_CAPTURE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
-    generation: _builtins.int
-    """The generation that serves; 0 if there is none."""
+    version: _builtins.int
+    """The version that serves; 0 if there is none."""
     error: _builtins.str
     """Why the last capture failed, if it did."""
     size_bytes: _builtins.int
     published_at_s: _builtins.float
-    """Unix seconds of the newest generation's publication."""
+    """Unix seconds of the newest version's publication."""
     max_relative_error: _builtins.float
     """Largest difference to eager in verification, relative to the largest reference value."""
     capture_s: _builtins.float
     """Seconds that export, compilation and verification took."""
     layer_us: _builtins.float
     """Median time of one layer on one thread in verification, microseconds; 0: not measured. It
-    compares generations of a graph, and graphs for different numbers of tokens.
+    compares versions of a graph, and graphs for different numbers of tokens.
     """
     signer: _builtins.str
-    """Whose key has signed the generation that serves."""
+    """Whose key has signed the version that serves."""
     @_builtins.property
     def factors(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def quarantined(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Generations that must not be loaded, not even out of a cache."""
+        """Versions that must not be loaded, not even out of a cache."""
 
     @_builtins.property
     def canary(self) -> Global___CanaryAssignment:
-        """Set while a newer generation is tried."""
+        """Set while a newer version is tried."""
 
     @_builtins.property
     def put_aside(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Generations that were found damaged in the store, with the reasons."""
+        """Versions that were found damaged in the store, with the reasons."""
 
     @_builtins.property
     def failed_capture(self) -> Global___FailedCapture:
@@ -225,7 +225,7 @@ class GraphState(_message.Message):
         *,
         key: _builtins.str = ...,
         phase: Global___GraphPhase.ValueType = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         factors: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
         error: _builtins.str = ...,
@@ -242,7 +242,7 @@ class GraphState(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "failed_capture", b"failed_capture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "generation", b"generation", "key", b"key", "layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "key", b"key", "layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,18 +373,18 @@ Global___Mismatch: _TypeAlias = Mismatch  # noqa: Y015
 
 @_typing.final
 class CanaryAssignment(_message.Message):
-    """CanaryAssignment asks one decode worker to compare a generation with the one that serves. No other
+    """CanaryAssignment asks one decode worker to compare a version with the one that serves. No other
     worker may load it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     LIVE_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     steps: _builtins.int
     """Steps to compare."""
     live_s: _builtins.float
@@ -393,13 +393,13 @@ class CanaryAssignment(_message.Message):
         self,
         *,
         worker_id: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         steps: _builtins.int = ...,
         live_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "live_s", b"live_s", "steps", b"steps", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live_s", b"live_s", "steps", b"steps", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,23 +410,23 @@ class FetchGraphRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     """0: the one that serves."""
     worker_id: _builtins.str
-    """A generation that is being tried goes to the worker that tries it."""
+    """A version that is being tried goes to the worker that tries it."""
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         worker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,7 +465,7 @@ class ArtifactHeader(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     SIGNER_FIELD_NUMBER: _builtins.int
     manifest: _builtins.bytes
-    """Canonical JSON; names key, generation, factors, size and digest of the artifact."""
+    """Canonical JSON; names key, version, factors, size and digest of the artifact."""
     signature: _builtins.bytes
     """Ed25519 over the manifest's bytes."""
     signer: _builtins.str
@@ -532,20 +532,20 @@ class ListGraphsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
-    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: every model."""
-    batch_size: _builtins.int
+    num_tokens: _builtins.int
     """0: every batch size."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
-        batch_size: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -664,11 +664,11 @@ class NearGraph(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -679,13 +679,13 @@ class NearGraph(_message.Message):
         self,
         *,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
         differences: _abc.Iterable[Global___FactorDifference] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "generation", b"generation", "key", b"key", "models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "key", b"key", "models", b"models", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -730,11 +730,11 @@ class ReportCrashRequest(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     signal: _builtins.str
     """What ended the rank: SIGSEGV, SIGBUS, SIGILL, SIGABRT or SIGFPE."""
     def __init__(
@@ -742,12 +742,12 @@ class ReportCrashRequest(_message.Message):
         *,
         worker_id: _builtins.str = ...,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         signal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "key", b"key", "signal", b"signal", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "signal", b"signal", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -774,7 +774,7 @@ class ReportCanaryRequest(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_DIFFERENCE_FIELD_NUMBER: _builtins.int
     TIME_RATIO_FIELD_NUMBER: _builtins.int
@@ -782,13 +782,13 @@ class ReportCanaryRequest(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     key: _builtins.str
-    generation: _builtins.int
+    version: _builtins.int
     steps: _builtins.int
     """Steps compared so far."""
     max_relative_difference: _builtins.float
     """Largest difference of logits, relative to the largest logit."""
     time_ratio: _builtins.float
-    """Its step time to that of the generation that serves."""
+    """Its step time to that of the version that serves."""
     finished: _builtins.bool
     failure: _builtins.str
     """Why the worker gave up, if it did."""
@@ -797,7 +797,7 @@ class ReportCanaryRequest(_message.Message):
         *,
         worker_id: _builtins.str = ...,
         key: _builtins.str = ...,
-        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
         steps: _builtins.int = ...,
         max_relative_difference: _builtins.float = ...,
         time_ratio: _builtins.float = ...,
@@ -806,7 +806,7 @@ class ReportCanaryRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finished", b"finished", "generation", b"generation", "key", b"key", "max_relative_difference", b"max_relative_difference", "steps", b"steps", "time_ratio", b"time_ratio", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finished", b"finished", "key", b"key", "max_relative_difference", b"max_relative_difference", "steps", b"steps", "time_ratio", b"time_ratio", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,7 @@ class GraphsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportCrash(self, request, context):
-        """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+        """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
         quarantined everywhere and for good.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -121,7 +121,7 @@ class GraphsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportCanary(self, request, context):
-        """ReportCanary says how the generation that a worker was asked to try does.
+        """ReportCanary says how the version that a worker was asked to try does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,11 +47,11 @@ class GraphsServiceStub:
     which they differ from it.
     """
     ReportCrash: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCrashRequest, _graphs_service_pb2.ReportCrashResponse]
-    """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+    """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
     quarantined everywhere and for good.
     """
     ReportCanary: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCanaryRequest, _graphs_service_pb2.ReportCanaryResponse]
-    """ReportCanary says how the generation that a worker was asked to try does."""
+    """ReportCanary says how the version that a worker was asked to try does."""
 
 @_typing.type_check_only
 class GraphsServiceAsyncStub(GraphsServiceStub):
@@ -72,11 +72,11 @@ class GraphsServiceAsyncStub(GraphsServiceStub):
     which they differ from it.
     """
     ReportCrash: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCrashRequest, _graphs_service_pb2.ReportCrashResponse]  # type: ignore[assignment]
-    """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+    """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
     quarantined everywhere and for good.
     """
     ReportCanary: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCanaryRequest, _graphs_service_pb2.ReportCanaryResponse]  # type: ignore[assignment]
-    """ReportCanary says how the generation that a worker was asked to try does."""
+    """ReportCanary says how the version that a worker was asked to try does."""
 
 class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
     """GraphsService hands out captured graphs. A compile worker serves it."""
@@ -130,7 +130,7 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _graphs_service_pb2.ReportCrashRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_graphs_service_pb2.ReportCrashResponse, _abc.Awaitable[_graphs_service_pb2.ReportCrashResponse]]:
-        """ReportCrash says that a graph's native code has crashed a worker's rank. The generation is
+        """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
         quarantined everywhere and for good.
         """
 
@@ -140,6 +140,6 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _graphs_service_pb2.ReportCanaryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_graphs_service_pb2.ReportCanaryResponse, _abc.Awaitable[_graphs_service_pb2.ReportCanaryResponse]]:
-        """ReportCanary says how the generation that a worker was asked to try does."""
+        """ReportCanary says how the version that a worker was asked to try does."""
 
 def add_GraphsServiceServicer_to_server(servicer: GraphsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,12 +27,12 @@ def adapt(policy: CaptureSet, graphs: GraphSet, traffic: Traffic) -> None:
     change = policy.change(graphs.layer_us, window) if window else None
     if change is None:
         return
-    sizes = set(graphs.batch_sizes)
+    sizes = set(graphs.sizes)
     graphs.resize(sizes | {change.size} if change.added else sizes - {change.size})
     log.info(
         "capture set changed",
-        batch_size=change.size,
+        num_tokens=change.size,
         change="added" if change.added else "dropped",
         reason=change.reason,
-        sizes=graphs.batch_sizes,
+        sizes=graphs.sizes,
     )

@@ -81,6 +81,6 @@ def _padded(layer_us: Mapping[int, float], tokens: int) -> float:
     return layer_us[min(size for size in layer_us if size >= tokens)]
 
 
-def kept_sizes(batch_sizes: Sequence[int], prefill_buckets: Sequence[int]) -> frozenset[int]:
+def kept_sizes(sizes: Sequence[int], prefill_buckets: Sequence[int]) -> frozenset[int]:
     """The largest of each kind."""
-    return frozenset({max(batch_sizes), *([max(prefill_buckets)] if prefill_buckets else [])})
+    return frozenset({max(sizes), *([max(prefill_buckets)] if prefill_buckets else [])})

@@ -10,7 +10,7 @@ from services.decode_worker.graphs.manager import GraphSet
 def traffic_report(
     traffic: Traffic, graphs: GraphSet, configured: Collection[int], *, adapts: bool
 ) -> pb.Traffic:
-    wanted, loaded = set(graphs.batch_sizes), graphs.layer_us
+    wanted, loaded = set(graphs.sizes), graphs.layer_us
     replayed = traffic.replayed.keys() - {0}
     return pb.Traffic(
         decode_steps=traffic.decode,

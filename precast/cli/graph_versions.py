@@ -1,4 +1,4 @@
-"""``precast graphs generations``, ``rollback``, ``pin-generation`` and ``unpin-generation``."""
+"""``precast graphs versions``, ``rollback``, ``pin-version`` and ``unpin-version``."""
 
 import json
 import sys
@@ -25,64 +25,64 @@ KeyArgument = Annotated[str, typer.Argument(help="A graph's key, or how it begin
 
 
 @reported
-def generations(
+def versions(
     key: KeyArgument,
     as_json: JsonOption = False,
     address: AddressOption = None,
     redis_url: RedisOption = None,
 ) -> None:
-    """List a graph's generations: which one serves, and what became of the others."""
-    from precast.cli import generation_tables
+    """List a graph's versions: which one serves, and what became of the others."""
+    from precast.cli import version_tables
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 
-    answer = _call("ListGenerations", admin.ListGenerationsRequest(), key, address, redis_url)
+    answer = _call("ListVersions", admin.ListVersionsRequest(), key, address, redis_url)
     if as_json:
-        typer.echo(json.dumps(generation_tables.to_json(answer.generations), indent=2))
+        typer.echo(json.dumps(version_tables.to_json(answer.versions), indent=2))
     else:
-        Console(file=sys.stdout).print(generation_tables.table(answer.generations))
+        Console(file=sys.stdout).print(version_tables.table(answer.versions))
 
 
 @reported
 def rollback(
     key: KeyArgument,
     to: Annotated[
-        int, typer.Option(min=0, help="Generation to go back to; 0: the good one before.")
+        int, typer.Option(min=0, help="Version to go back to; 0: the good one before.")
     ] = 0,
     address: AddressOption = None,
     redis_url: RedisOption = None,
 ) -> None:
-    """Make workers go back to an earlier generation while they serve."""
+    """Make workers go back to an earlier version while they serve."""
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 
-    request = admin.RollBackGraphRequest(generation=to)
+    request = admin.RollBackGraphRequest(version=to)
     answer = _call("RollBackGraph", request, key, address, redis_url)
-    typer.echo(f"{key}  generation {answer.generation} serves")
+    typer.echo(f"{key}  version {answer.version} serves")
 
 
 @reported
-def pin_generation(
+def pin_version(
     key: KeyArgument,
-    generation: Annotated[int, typer.Argument(min=1)],
+    version: Annotated[int, typer.Argument(min=1)],
     address: AddressOption = None,
     redis_url: RedisOption = None,
 ) -> None:
-    """Fix the generation that serves: a recompile moves no worker until it is unpinned."""
+    """Fix the version that serves: a recompile moves no worker until it is unpinned."""
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 
-    request = admin.PinGenerationRequest(generation=generation)
-    _call("PinGeneration", request, key, address, redis_url)
-    typer.echo(f"{key}  generation {generation} serves, pinned")
+    request = admin.PinVersionRequest(version=version)
+    _call("PinVersion", request, key, address, redis_url)
+    typer.echo(f"{key}  version {version} serves, pinned")
 
 
 @reported
-def unpin_generation(
+def unpin_version(
     key: KeyArgument, address: AddressOption = None, redis_url: RedisOption = None
 ) -> None:
-    """Let newer generations serve again."""
+    """Let newer versions serve again."""
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 
-    answer = _call("UnpinGeneration", admin.UnpinGenerationRequest(), key, address, redis_url)
-    typer.echo(f"{key}  generation {answer.generation} serves")
+    answer = _call("UnpinVersion", admin.UnpinVersionRequest(), key, address, redis_url)
+    typer.echo(f"{key}  version {answer.version} serves")
 
 
 def _call(

@@ -1,4 +1,4 @@
-"""Generations that are rolled back, pinned or quarantined while workers serve."""
+"""Versions that are rolled back, pinned or quarantined while workers serve."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 from precast.graphs.artifacts.disk_store import DiskStore
 from precast.system.redis_server import start_redis
 from tests.support.decode_worker import eventually
-from tests.support.graph_fleet import Fleet, ask, fleet, generation, new_home, runs, traffic
+from tests.support.graph_fleet import Fleet, ask, fleet, new_home, runs, traffic, version
 from tests.support.native_faults import crashing
 
 UNTRIED: dict[str, Any] = {"canary_steps": 0}
@@ -41,27 +41,27 @@ def test_rollback_and_pins_move_workers_that_serve(graphs: Fleet, home: Path) ->
             assert graphs.states() == {2: "rolled_back", 1: "serving"}
 
             # the next recompile goes on from there; by number one may go back and forth
-            assert graphs.recompile()[-1].generation == 3
+            assert graphs.recompile()[-1].version == 3
             runs(worker, 3)
             assert graphs.cli("rollback", key, "--to", 2).returncode == 0
             runs(worker, 2)
             assert graphs.states() == {3: "rolled_back", 2: "serving", 1: "previous"}
 
-            assert graphs.cli("pin-generation", key, 1).returncode == 0
+            assert graphs.cli("pin-version", key, 1).returncode == 0
             runs(worker, 1)
-            assert graphs.recompile()[-1].detail == "pinned to generation 1"
-            assert generation(worker) == 1
+            assert graphs.recompile()[-1].detail == "pinned to version 1"
+            assert version(worker) == 1
             expected = {4: "waiting", 3: "rolled_back", 2: "waiting", 1: "serving!"}
             assert graphs.states() == expected
             refused = graphs.cli("rollback", key)
             assert (refused.returncode, "unpin it first" in refused.stderr) == (2, True)
-            assert graphs.cli("unpin-generation", key).returncode == 0
+            assert graphs.cli("unpin-version", key).returncode == 0
             runs(worker, 4)
 
         for command, said in (
-            (("rollback", key, "--to", 9), "no generation 9"),
-            (("pin-generation", key, 9), "no generation 9"),
-            (("generations", "f" * 12), "no graph"),
+            (("rollback", key, "--to", 9), "no version 9"),
+            (("pin-version", key, 9), "no version 9"),
+            (("versions", "f" * 12), "no graph"),
         ):
             refused = graphs.cli(*command)
             assert refused.returncode != 0
@@ -84,7 +84,7 @@ def test_decisions_outlive_the_compile_worker_and_redis(
         with graphs.decode_worker() as worker:
             runs(worker, 1)
             assert ask(worker)
-            assert generation(worker) == 1
+            assert version(worker) == 1
 
 
 def test_one_crash_quarantines_a_graph_everywhere(
@@ -109,11 +109,11 @@ def test_one_crash_quarantines_a_graph_everywhere(
         assert ask(busy) == ask(idle) == expected
         assert (busy.status().restarts, idle.status().restarts) == (1, 0)
         assert graphs.states() == {2: "quarantined", 1: "serving"}
-        assert "SIGSEGV" in graphs.cli("generations", graphs.key()).stdout
+        assert "SIGSEGV" in graphs.cli("versions", graphs.key()).stdout
         refused = graphs.cli("rollback", graphs.key(), "--to", 2)
         assert (refused.returncode, "quarantined" in refused.stderr) == (2, True)
         for name in ("one", "two"):
-            assert DiskStore(tmp_path / name).generations(graphs.key()) == [1]
+            assert DiskStore(tmp_path / name).versions(graphs.key()) == [1]
 
     # a worker whose cache holds the graph still, as if it had been down meanwhile
     store = home / "store" / graphs.key()
@@ -148,7 +148,7 @@ def test_a_crash_while_no_compile_worker_is_there_is_reported_later(
         assert graphs.key() == key
 
 
-def test_a_graph_without_a_good_generation_is_not_captured_again_by_itself(
+def test_a_graph_without_a_good_version_is_not_captured_again_by_itself(
     home: Path, redis_url: str, tmp_path: Path, tiny_package: Path
 ) -> None:
     crashing(tiny_package, home / "ledger" / "package")
@@ -159,14 +159,14 @@ def test_a_graph_without_a_good_generation_is_not_captured_again_by_itself(
         assert client.finish("doomed").end.WhichOneof("event") == "error"
         eventually(worker.is_ready)
         expected = ask(worker)
-        assert generation(worker) == 0
+        assert version(worker) == 0
         eventually(lambda: graphs.states() == {1: "quarantined"})
     with (
         start_redis(tmp_path / "another") as empty,
         fleet(home, empty.url, **UNTRIED) as graphs,
         graphs.decode_worker() as worker,
     ):
-        eventually(lambda: "generation 1 is quarantined" in worker.log.read_text())
+        eventually(lambda: "version 1 is quarantined" in worker.log.read_text())
         assert graphs.states() == {1: "quarantined"}
         # by hand it is
         shutil.copyfile(tiny_package, graphs.package)
