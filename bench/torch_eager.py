@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from precast.ops.packing import GROUP, PANEL, Format, unpack
+from precast.ops.layout import GROUP, PANEL
+from precast.ops.packing import Format, unpack
 from precast.ops.providers import Selection, reference
 
 Linear = Callable[[Tensor], Tensor]

@@ -85,7 +85,7 @@ def _settings(cache: bool, home: str | None) -> CompileWorkerSettings | DecodeWo
 
 
 def _store(settings: CompileWorkerSettings | DecodeWorkerSettings) -> "ArtifactStore":
-    from precast.graphs.artifacts.store import open_store
+    from precast.graphs.artifacts.open_store import open_store
 
     if isinstance(settings, DecodeWorkerSettings):
         return open_store(settings.cache_dir, None)

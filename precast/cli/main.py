@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 
 from precast import __version__
-from precast.cli import doctor, evaluate, graphs, keys, models, serve, services
+from precast.cli import doctor, evaluate, graphs, keys, models, serve
 from precast.cli.options import settings_command
+from precast.cli.services import runner
 from precast.config.settings import (
     CompileWorkerSettings,
     DecodeWorkerSettings,
@@ -25,16 +26,16 @@ app.command("serve")(
     settings_command(ServeSettings, serve.run, "Run every service on this machine.")
 )
 app.command("gateway")(
-    settings_command(GatewaySettings, services.run_gateway, "Run the HTTP gateway.")
+    settings_command(GatewaySettings, runner("gateway"), "Run the HTTP gateway.")
 )
 app.command("compile-worker")(
     settings_command(
-        CompileWorkerSettings, services.run_compile_worker, "Run a worker that captures graphs."
+        CompileWorkerSettings, runner("compile-worker"), "Run a worker that captures graphs."
     )
 )
 app.command("decode-worker")(
     settings_command(
-        DecodeWorkerSettings, services.run_decode_worker, "Run a worker that serves one model."
+        DecodeWorkerSettings, runner("decode-worker"), "Run a worker that serves one model."
     )
 )
 app.command("doctor")(doctor.doctor)

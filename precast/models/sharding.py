@@ -15,9 +15,7 @@ from itertools import count
 
 from precast.errors import ConfigError
 from precast.models.config import ModelConfig
-
-PANEL = 16
-"""Columns in a packed weight panel (``csrc/kernels.h``): shards are multiples of it."""
+from precast.ops.layout import PANEL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from precast.ops import native as native  # registers the operators
 from precast.ops.grids import affine_grid, inverse, symmetric_scale
+from precast.ops.layout import GROUP, PANEL
 
-PANEL: Final = 16
-"""Output columns that are interleaved."""
-GROUP: Final = 32
-"""Inputs that share a scale in the grouped formats."""
 _CHUNK_VALUES: Final = 1 << 20
 """Weights that are packed at a time: bounds what packing takes beside its result."""
 

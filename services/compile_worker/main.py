@@ -3,7 +3,6 @@
 import asyncio
 import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,14 @@ from precast.config.settings import CompileWorkerSettings
 from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
 from precast.fleet.leases import CompileLease, Heartbeat, Registry
 from precast.fleet.queue.queue import CaptureQueue
-from precast.graphs.artifacts.store import open_store
+from precast.graphs.artifacts.open_store import open_store
 from precast.graphs.artifacts.trust import SigningKey, TrustFolder
 from precast.graphs.capture import compiler
 from precast.graphs.key import build_digest
 from precast.rpc.server import Server, start_server
 from precast.system.process import available_cpus
 from precast.system.scratch import sweep
+from precast.system.stopping import run_until_stopped
 from services.compile_worker.catalog.index import GraphIndex
 from services.compile_worker.catalog.versions import Versions
 from services.compile_worker.failures import Failures
@@ -202,25 +202,9 @@ async def _work_until_stopped(
             asyncio.create_task(_count_jobs(graphs.queue, metrics)),
         ]
         try:
-            await _until_stopped(tasks)
+            await run_until_stopped(tasks)
         finally:
             await forks.stop()
-
-
-async def _until_stopped(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Wait for a signal, or for a task to fail: then the failure is raised and ends the process."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _count_jobs(queue: CaptureQueue, metrics: Metrics) -> None:

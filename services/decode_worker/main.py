@@ -4,10 +4,9 @@ import asyncio
 import functools
 import os
 import secrets
-import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import psutil
@@ -24,6 +23,7 @@ from precast.models.sharding import kv_heads_held
 from precast.rpc.server import Server, start_server
 from precast.system.process import available_cpus
 from precast.system.shared_memory import new_segment_name, sweep_segments
+from precast.system.stopping import run_until_stopped
 from precast.tokenizer.load import load_tokenizer
 from services.decode_worker import grpc_server
 from services.decode_worker.engine.engine import Engine
@@ -108,7 +108,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
     address = _address(settings, server.port)
     try:
         async with Heartbeat(registry, lambda: worker.lease(address)) as heartbeat:
-            await _until_stopped(
+            await run_until_stopped(
                 [
                     running,
                     asyncio.create_task(_get_graphs(worker_id, settings, engine, graphs, registry)),
@@ -119,6 +119,8 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
                 ],
                 before_stop=lambda: _drain(worker, heartbeat),
             )
+    except GroupFailed as failure:  # of a group that never ran: a restart would not help
+        raise ConfigError(str(failure)) from None
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -264,28 +266,6 @@ async def _drain(worker: Worker, heartbeat: Heartbeat) -> None:
     heartbeat.publish_soon()
     finished, aborted = await draining
     log.info("drained", finished=finished, aborted=aborted)
-
-
-async def _until_stopped(
-    tasks: Sequence["asyncio.Task[None]"], before_stop: Callable[[], Awaitable[None]]
-) -> None:
-    """Waits for a signal; a task that fails ends the process with its error."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopped}:
-            try:
-                task.result()
-            except GroupFailed as failure:
-                raise ConfigError(str(failure)) from None
-        await before_stop()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _address(settings: DecodeWorkerSettings, port: int) -> str:

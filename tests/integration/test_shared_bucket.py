@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from precast.graphs.artifacts.store import open_store
+from precast.graphs.artifacts.open_store import open_store
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from tests.support.compile_worker import (
     FACTORS,

@@ -15,11 +15,11 @@ import pytest
 
 from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, StoreUnavailable
 from precast.graphs.artifacts import bucket, object_store
+from precast.graphs.artifacts.open_store import open_store
 from precast.graphs.artifacts.store import (
     MAX_NOTE_BYTES,
     ArtifactStore,
     VersionExists,
-    open_store,
 )
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed
 from tests.support.compile_worker import ROOT, wait_until
@@ -241,7 +241,7 @@ import sys, time
 from pathlib import Path
 from precast.graphs.artifacts import bucket
 from precast.graphs.artifacts import disk_store
-from precast.graphs.artifacts.store import open_store
+from precast.graphs.artifacts.open_store import open_store
 from tests.support.artifacts import *
 
 def stall(*_):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from precast.errors import ConfigError, GraphNotFound
+from precast.errors import GraphNotFound
 from precast.graphs.artifacts.manifest import Manifest
 from precast.graphs.artifacts.signing import Signature
 from precast.graphs.key import is_key
@@ -143,23 +143,6 @@ class ArtifactStore(ABC):
     @abstractmethod
     def quarantine(self, key: str, version: int, reason: str) -> None:
         """Take an artifact out of service and keep it aside for a look. No error if it is gone."""
-
-
-def open_store(folder: Path, url: str | None) -> ArtifactStore:
-    """The store in ``folder``, or the one at ``url`` with its local copies there.
-
-    Raises ``ConfigError`` if the folder can't be used.
-    """
-    try:
-        if url is None:
-            from precast.graphs.artifacts.disk_store import DiskStore
-
-            return DiskStore(folder)
-        from precast.graphs.artifacts.object_store import ObjectStore  # loads a native library
-
-        return ObjectStore(url, folder)
-    except OSError as error:
-        raise ConfigError(f"store_dir {folder}: {error.strerror}") from None
 
 
 def check_key(key: str) -> str:

@@ -6,7 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from precast.ops.packing import GROUP, PANEL, Format, unpack
+from precast.ops.layout import GROUP, PANEL
+from precast.ops.packing import Format, unpack
 from precast.ops.providers.base import OPERATORS, Choice, Kernel, Selection
 
 NAME: Final = "reference"

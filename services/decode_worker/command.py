@@ -1,0 +1,35 @@
+"""``precast decode-worker``: one worker, or several as forks of one process."""
+
+import typer
+
+from precast.cli.failures import reported
+from precast.config.announce import announce
+from precast.config.settings import DecodeWorkerSettings
+from services.decode_worker.ranks.launcher import RankLauncher
+
+
+def run(settings: DecodeWorkerSettings) -> int:
+    """Serve until told to stop; the exit code. Raises PrecastError."""
+    if settings.replicas > 1:
+        announce("decode-worker", settings)
+        from services.decode_worker import replicas
+
+        return replicas.run(settings, _serve_replica)
+    launcher = RankLauncher()
+    launcher.start_early(settings.tp)  # ranks import torch while this process imports the rest
+    try:
+        announce("decode-worker", settings)
+        from services.decode_worker import main
+
+        return main.run(settings, launcher)
+    finally:
+        launcher.close()
+
+
+def _serve_replica(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
+    from services.decode_worker import main
+
+    try:
+        return reported(main.run)(settings, launcher)
+    except typer.Exit as ended:
+        return ended.exit_code

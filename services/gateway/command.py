@@ -1,0 +1,12 @@
+"""``precast gateway``."""
+
+from precast.config.announce import announce
+from precast.config.settings import GatewaySettings
+
+
+def run(settings: GatewaySettings) -> int:
+    """Serve until told to stop; the exit code. Raises PrecastError."""
+    announce("gateway", settings)
+    from services.gateway import main
+
+    return main.run(settings)
