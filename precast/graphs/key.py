@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import msgspec
 from blake3 import blake3
 
-from precast.errors import UnsupportedSpec
+from precast.errors import InvalidRequest, UnsupportedSpec
 from precast.models.precision import KvDtype, Quantization, WeightDtype
 
 KEY_LENGTH: Final = 32
@@ -151,6 +151,12 @@ def nearest(
 def is_key(text: str) -> bool:
     """Whether ``text`` has the form of a key. Anything else must never become part of a path."""
     return len(text) == KEY_LENGTH and all(c in "0123456789abcdef" for c in text)
+
+
+def check_key(text: str) -> None:
+    """Raises ``InvalidRequest`` for what hasn't the form of a key."""
+    if not is_key(text):
+        raise InvalidRequest(f"{text[:64]!r} is no graph key ({KEY_LENGTH} hex digits)")
 
 
 def _digest(value: dict[str, dict[str, str]]) -> str:

@@ -16,11 +16,11 @@ import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from precast import errors
 from precast.errors import ConfigError, PrecastError
 from precast.log import get_logger
+from precast.rpc.reflection import add_reflection
 
 log = get_logger(__name__)
 
@@ -34,20 +34,32 @@ _SIZE_OPTIONS: Final = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
+
+
+def _keepalive(*, time_ms: int) -> list[tuple[str, int]]:
+    """Ping after ``time_ms`` without data, and break the connection 3 s later.
+
+    What breaks it is ``ping_timeout_ms``, a minute by default: ``keepalive_timeout_ms`` alone
+    leaves a peer that was stopped, or whose host is gone, connected for that long.
+    """
+    return [
+        ("grpc.keepalive_time_ms", time_ms),
+        ("grpc.keepalive_timeout_ms", 3_000),
+        ("grpc.http2.ping_timeout_ms", 3_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
 _SERVER_OPTIONS: Final = [
     *_SIZE_OPTIONS,
     ("grpc.so_reuseport", 0),  # else a second server on a used port starts without an error
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    *_keepalive(time_ms=20_000),
 ]
 _CHANNEL_OPTIONS: Final = [
     *_SIZE_OPTIONS,
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    *_keepalive(time_ms=6_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_retries", 0),  # callers decide what is safe to repeat
@@ -104,16 +116,20 @@ class Service:
 class Server:
     """A running gRPC server. Made by ``start_server``."""
 
-    def __init__(self, server: grpc.aio.Server, health_servicer: Any, port: int) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, health_servicer: Any, port: int, services: Sequence[str]
+    ) -> None:
         self._server = server
         self._health = health_servicer
+        self._services = services
         self.port = port
         """The bound port: the one chosen by the system where ``listen`` said 0."""
 
     async def set_serving(self, serving: bool) -> None:
-        """Report SERVING or NOT_SERVING for the server as a whole."""
+        """Report SERVING or NOT_SERVING for the server as a whole and for each of its services."""
         status = health_pb2.HealthCheckResponse.ServingStatus
-        await self._health.set("", status.SERVING if serving else status.NOT_SERVING)
+        for name in ("", *self._services):
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Refuse new calls at once, let running ones go on for ``grace_s``, then cancel them."""
@@ -135,9 +151,7 @@ async def start_server(listen: str, services: Sequence[Service], *, serving: boo
     health_servicer = _health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = [service.descriptor.full_name for service in services]
-    reflection.enable_server_reflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-    )
+    add_reflection([*names, health.SERVICE_NAME], server)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
@@ -145,13 +159,14 @@ async def start_server(listen: str, services: Sequence[Service], *, serving: boo
             f"listen {listen!r}: can't bind (in use, or not an address here)"
         ) from None
     await server.start()
-    running = Server(server, health_servicer, port)
+    running = Server(server, health_servicer, port, names)
     await running.set_serving(serving)
     return running
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to ``host:port``; its keepalive notices a dead peer within 15 s, even when idle."""
+    """A channel to ``host:port``; its keepalive breaks the connection to a dead or stopped peer
+    within 10 s, even when idle."""
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 

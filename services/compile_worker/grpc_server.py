@@ -8,7 +8,7 @@ from typing import Any, Final
 from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest
 from precast.fleet.queue.job import Job
 from precast.graphs.artifacts.store import StoredArtifact
-from precast.graphs.key import is_key
+from precast.graphs.key import check_key
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
@@ -71,6 +71,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     async def FetchGraph(
         self, request: graphs_pb.FetchGraphRequest, context: Any
     ) -> AsyncIterator[graphs_pb.FetchGraphResponse]:
+        check_key(request.key)
         try:
             artifact = await self._graphs.fetch(request.key, request.version, request.worker_id)
         except ArtifactRejected:
@@ -114,6 +115,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         self, request: graphs_pb.ExplainGraphRequest, context: Any
     ) -> graphs_pb.ExplainGraphResponse:
         if request.WhichOneof("wanted") == "key":
+            check_key(request.key)
             return explanation(explain_key(self._graphs, request.key, request.limit))
         factors = dict(request.spec.factors)
         return explanation(explain_factors(self._graphs, factors, request.limit))
@@ -121,6 +123,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     async def ReportCrash(
         self, request: graphs_pb.ReportCrashRequest, context: Any
     ) -> graphs_pb.ReportCrashResponse:
+        check_key(request.key)
         reason = crash_reason(request.worker_id, request.signal)
         await self._graphs.versions.crashed(request.key, request.version, reason)
         return graphs_pb.ReportCrashResponse()
@@ -128,6 +131,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     async def ReportCanary(
         self, request: graphs_pb.ReportCanaryRequest, context: Any
     ) -> graphs_pb.ReportCanaryResponse:
+        check_key(request.key)
         await self._canaries.report(
             request.key, trial_of(request, self._canaries.policy.trial_steps)
         )
@@ -179,6 +183,7 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
     async def ListVersions(
         self, request: admin_pb.ListVersionsRequest, context: Any
     ) -> admin_pb.ListVersionsResponse:
+        check_key(request.key)
         known = self._graphs.versions
         messages = [
             version_message(
@@ -191,12 +196,14 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
     async def RollBackGraph(
         self, request: admin_pb.RollBackGraphRequest, context: Any
     ) -> admin_pb.RollBackGraphResponse:
+        check_key(request.key)
         serving = await self._graphs.versions.roll_back(request.key, request.version)
         return admin_pb.RollBackGraphResponse(version=serving)
 
     async def PinVersion(
         self, request: admin_pb.PinVersionRequest, context: Any
     ) -> admin_pb.PinVersionResponse:
+        check_key(request.key)
         if not request.version:
             raise InvalidRequest("pin to which version?")
         await self._graphs.versions.pin(request.key, request.version)
@@ -205,6 +212,7 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
     async def UnpinVersion(
         self, request: admin_pb.UnpinVersionRequest, context: Any
     ) -> admin_pb.UnpinVersionResponse:
+        check_key(request.key)
         await self._graphs.versions.pin(request.key, 0)
         now = await self._graphs.versions.standing(request.key)
         return admin_pb.UnpinVersionResponse(version=now.serving)
@@ -254,8 +262,7 @@ def _check_keys(keys: set[str]) -> None:
     if len(keys) > MAX_KEYS:
         raise InvalidRequest(f"{len(keys)} keys in one request; {MAX_KEYS} may be")
     for key in keys:
-        if not is_key(key):
-            raise InvalidRequest(f"{key[:64]!r} is no graph key (32 hex digits)")
+        check_key(key)
 
 
 def _header(artifact: StoredArtifact) -> graphs_pb.ArtifactHeader:

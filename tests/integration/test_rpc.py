@@ -1,6 +1,9 @@
 """The gRPC server builder, over real sockets."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -121,6 +124,65 @@ async def test_health_and_reflection() -> None:
         }
     await server.stop(0)
     assert {"precast.decode.v1.DecodeService", "grpc.health.v1.Health"} <= names
+
+
+async def test_health_of_each_service_and_of_none() -> None:
+    server = await serve(Servicer())
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        named = health_pb2.HealthCheckRequest(service="precast.decode.v1.DecodeService")
+        assert (await health.Check(named, timeout=5)).status == 1
+        await server.set_serving(False)
+        assert (await health.Check(named, timeout=5)).status == 2
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=5)
+    await server.stop(0)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_in_both_versions(version: str) -> None:
+    service = f"grpc.reflection.{version}.ServerReflection"
+    server = await serve(Servicer())
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        ask: Any = channel.stream_stream(
+            f"/{service}/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        requests = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=service),
+        ]
+        listing, described = [answer async for answer in ask(iter(requests), timeout=5)]
+    await server.stop(0)
+    assert service in {each.name for each in listing.list_services_response.service}
+    [file] = described.file_descriptor_response.file_descriptor_proto
+    assert f"grpc.reflection.{version}".encode() in file
+
+
+async def test_a_stopped_peer_breaks_its_connection() -> None:
+    """A process that was stopped answers no ping, though the kernel keeps its connection open."""
+    code = (
+        "import asyncio; from tests.integration.test_rpc import Servicer, serve\n"
+        "async def main():\n"
+        "    server = await serve(Servicer()); print(server.port, flush=True)\n"
+        "    await server.wait_for_termination()\n"
+        "asyncio.run(main())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            call = pb_grpc.DecodeServiceStub(channel).Generate()
+            await call.write(pb.GenerateRequest(request_id="1"))
+            await call.read()
+            process.send_signal(signal.SIGSTOP)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async with asyncio.timeout(12):
+                    await call.read()
+        process.kill()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_used_port_is_a_config_error() -> None:
