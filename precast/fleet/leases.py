@@ -1,34 +1,63 @@
 """Who is alive: workers' leases in Redis.
 
 A worker publishes its record as JSON under ``precast:lease:<kind>:<worker_id>`` with a time to live
-and renews it every second with its fresh load. A worker whose lease is gone is dead. Everything is
-level-triggered: after an outage of Redis the next beat puts the record back, and readers keep their
-last-known list meanwhile.
+and renews it every second with its fresh load. Everything is level-triggered: after an outage of
+Redis the next beat puts the record back, and readers keep their last-known list meanwhile. A lease
+that is gone means that Redis has not heard of the worker lately, no more: who holds a connection to
+it knows better.
+
+Whoever reaches Redis can write a lease, so leases are checked like any input. Each beat also puts
+the worker's id into the set ``precast:leases:<kind>``, so that readers need not look through all
+keys; they still do so now and then, for workers of a version that doesn't.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import ClassVar, Final, Literal, Self, TypeVar
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, ClassVar, Final, Literal, Self, TypeVar
 
 import redis.asyncio
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from precast.errors import ConfigError, RegistryUnavailable
 from precast.log import get_logger
+from precast.rpc.address import Address
 
 log = get_logger(__name__)
 
 LEASE_TTL_S: Final = 3.0
-HEARTBEAT_INTERVAL_S: Final = 1.0
 _SOCKET_TIMEOUT_S: Final = 1.0
 _OPERATION_TIMEOUT_S: Final = 2.5
 """Bound of one registry call: name resolution, connecting and one retry included."""
+SCAN_INTERVAL_S: Final = 10.0
+"""How often a reader looks through all keys for leases that are not in the set of their kind."""
+MAX_LEASES: Final = 4096
+MAX_LEASE_BYTES: Final = 256 << 10
+MAX_CONTEXT: Final = 1 << 24
+"""Tokens. More than any model has, and little enough to reckon with."""
+_MAX_REPORTED: Final = 1024
 
 WorkerState = Literal["starting", "ready", "restarting", "draining"]
+
+
+def _connectable(text: str) -> str:
+    address = Address.parse(text)
+    if not address.port or address.wildcard:
+        raise ValueError("must name a host and a port")
+    return text
+
+
+WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{0,64}$")]
+WorkerAddress = Annotated[str, AfterValidator(_connectable)]
+Requests = Annotated[int, Field(ge=0, le=1 << 20)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_CONTEXT)]
+Blocks = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
 class _Lease(BaseModel):
@@ -36,14 +65,14 @@ class _Lease(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     kind: ClassVar[str]
-    worker_id: str
+    worker_id: WorkerId
     """Unique to one start of one worker."""
-    address: str
+    address: WorkerAddress
     """``host:port`` at which the worker's gRPC server is reached."""
 
     @property
     def redis_key(self) -> str:
-        return f"precast:lease:{self.kind}:{self.worker_id}"
+        return _key(self.kind, self.worker_id)
 
 
 class LoadedGraphRecord(BaseModel):
@@ -51,31 +80,33 @@ class LoadedGraphRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    num_tokens: int
-    keys: tuple[str, ...]
+    num_tokens: Tokens
+    keys: Annotated[tuple[Word, ...], Field(max_length=64)]
     """One for each rank."""
-    versions: tuple[int, ...]
+    versions: Annotated[tuple[int, ...], Field(max_length=64)]
 
 
 class DecodeLease(_Lease):
     """What a decode worker says of itself."""
 
     kind: ClassVar[str] = "decode"
-    model: str
+    model: ModelName
     state: WorkerState
-    running: int = 0
-    waiting: int = 0
-    max_batch_size: int
-    max_context_length: int
-    kv_blocks_total: int = 0
-    kv_blocks_free: int = 0
-    tensor_parallel_size: int = 1
-    isa: str = ""
+    running: Requests = 0
+    waiting: Requests = 0
+    max_batch_size: Annotated[int, Field(ge=1, le=1 << 16)]
+    max_context_length: Tokens
+    kv_blocks_total: Blocks = 0
+    kv_blocks_free: Blocks = 0
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=1 << 10)] = 1
+    isa: Word = ""
     """Best target of graphs that its CPU runs; empty until its ranks have started."""
-    weight_dtype: str
-    quantization: str
-    graphs: tuple[LoadedGraphRecord, ...] = ()
-    captures_wanted: tuple[int, ...] = ()
+    weight_dtype: Word
+    quantization: Word
+    tokenizer_digest: Word = ""
+    """Of the tokenizer that it decodes with; empty: not known."""
+    graphs: Annotated[tuple[LoadedGraphRecord, ...], Field(max_length=4096)] = ()
+    captures_wanted: Annotated[tuple[Tokens, ...], Field(max_length=4096)] = ()
     """Batch sizes that are served eagerly because their graph is missing."""
 
 
@@ -83,8 +114,17 @@ class CompileLease(_Lease):
     """What a compile worker says of itself."""
 
     kind: ClassVar[str] = "compile"
-    queued: int = 0
-    capturing: int = 0
+    queued: Requests = 0
+    capturing: Requests = 0
+
+
+def _key(kind: str, worker_id: str) -> str:
+    return f"precast:lease:{kind}:{worker_id}"
+
+
+def _set_key(kind: str) -> str:
+    """The set of the ids of all workers of a kind that have published lately."""
+    return f"precast:leases:{kind}"
 
 
 def version_of(lease: DecodeLease, key: str) -> int | None:
@@ -122,6 +162,11 @@ class Registry:
     def __init__(self, client: redis.asyncio.Redis, *, lease_ttl_s: float = LEASE_TTL_S) -> None:
         self._client = client
         self._ttl_ms = int(lease_ttl_s * 1000)
+        self._scanned: dict[str, tuple[float, frozenset[str]]] = {}
+        """When all keys were last looked through for leases of a kind (monotonic, s), and which
+        there were."""
+        self._ignored: dict[str, str] = {}
+        """Keys of leases that were reported as wrong, and why."""
 
     @classmethod
     def connect(cls, url: str, *, lease_ttl_s: float = LEASE_TTL_S) -> Self:
@@ -142,13 +187,17 @@ class Registry:
 
     async def publish(self, record: Lease) -> None:
         """Create or renew the lease, with this record as its value."""
-        async with bounded():
-            await self._client.set(record.redis_key, record.model_dump_json(), px=self._ttl_ms)
+        async with bounded(), self._client.pipeline(transaction=False) as pipeline:
+            pipeline.set(record.redis_key, record.model_dump_json(), px=self._ttl_ms)
+            pipeline.sadd(_set_key(record.kind), record.worker_id)
+            await pipeline.execute()
 
     async def withdraw(self, record: Lease) -> None:
         """End the lease now. No error if it is gone already."""
-        async with bounded():
-            await self._client.delete(record.redis_key)
+        async with bounded(), self._client.pipeline(transaction=False) as pipeline:
+            pipeline.delete(record.redis_key)
+            pipeline.srem(_set_key(record.kind), record.worker_id)
+            await pipeline.execute()
 
     async def decode_workers(self) -> list[DecodeLease]:
         """Live decode workers, by worker id."""
@@ -160,20 +209,65 @@ class Registry:
 
     async def _list(self, kind: type[_L]) -> list[_L]:
         async with bounded():
-            pattern = f"precast:lease:{kind.kind}:*"
-            keys = {key async for key in self._client.scan_iter(match=pattern, count=1000)}
-            values = await self._client.mget(sorted(keys)) if keys else []
-        records = [_parse(kind, value) for value in values if value is not None]
+            keys = await self._keys(kind.kind)
+            values = await self._client.mget(keys) if keys else []
+            expired = [key for key, value in zip(keys, values, strict=True) if value is None]
+            await self._forget(kind.kind, expired)
+        found = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
+        records = [self._parse(kind, key, value) for key, value in found]
         return [record for record in records if record is not None]
 
+    async def _keys(self, kind: str) -> list[str]:
+        """Keys of leases that there may be, in order."""
+        members = await self._client.smembers(_set_key(kind))
+        at, scanned = self._scanned.get(kind, (float("-inf"), frozenset()))
+        if time.monotonic() - at >= SCAN_INTERVAL_S:
+            found = self._client.scan_iter(match=_key(kind, "*"), count=1000)
+            scanned = frozenset([_text(key) async for key in found])
+            self._scanned[kind] = time.monotonic(), scanned
+        return sorted({_key(kind, _text(member)) for member in members} | scanned)[:MAX_LEASES]
 
-def _parse(kind: type[_L], value: bytes | str) -> _L | None:
-    """The record, or None where a worker of another version wrote something unreadable."""
-    try:
-        return kind.model_validate_json(value)
-    except ValidationError as error:
-        log.warning("lease ignored", kind=kind.kind, reason=str(error.errors()[0]["msg"]))
-        return None
+    async def _forget(self, kind: str, expired: list[str]) -> None:
+        """Take expired leases out of the set. One that comes back meanwhile is put in again by its
+        next beat."""
+        ids = [key.removeprefix(_key(kind, "")) for key in expired]
+        with suppress(ResponseError):  # a Redis that takes no writes can still be read
+            if ids:
+                await self._client.srem(_set_key(kind), *ids)
+
+    def _parse(self, kind: type[_L], key: str, value: bytes) -> _L | None:
+        """The record; None for anything that is not a proper one, with one line in the log."""
+        try:
+            if len(value) > MAX_LEASE_BYTES:
+                raise ValueError(f"{len(value)} bytes; at most {MAX_LEASE_BYTES}")
+            record = kind.model_validate_json(value)
+            if record.redis_key != key:
+                raise ValueError(f"worker_id {record.worker_id!r} under another worker's key")
+        except ValueError as error:  # ValidationError is one
+            self._report(key, _reason(error))
+            return None
+        self._ignored.pop(key, None)
+        return record
+
+    def _report(self, key: str, reason: str) -> None:
+        if self._ignored.get(key) == reason:
+            return
+        while len(self._ignored) >= _MAX_REPORTED:
+            del self._ignored[next(iter(self._ignored))]
+        self._ignored[key] = reason
+        log.warning("lease ignored", key=key[:200], reason=reason)
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else name
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 @asynccontextmanager
@@ -188,76 +282,3 @@ async def bounded() -> AsyncIterator[None]:
         ) from None
     except (RedisError, OSError) as error:
         raise RegistryUnavailable(f"Redis: {error}") from error
-
-
-class Heartbeat:
-    """Publishes what ``make_record`` returns, every second, until stopped.
-
-    Outages of Redis are logged once and outlived; ``stop`` withdraws the lease. Use it as an async
-    context manager or through ``start`` and ``stop``.
-    """
-
-    def __init__(
-        self,
-        registry: Registry,
-        make_record: Callable[[], Lease],
-        *,
-        interval_s: float = HEARTBEAT_INTERVAL_S,
-    ) -> None:
-        self._registry = registry
-        self._make_record = make_record
-        self._interval_s = interval_s
-        self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._reachable = True
-
-    def start(self) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="heartbeat")
-
-    def publish_soon(self) -> None:
-        """Publish now instead of at the next beat: readers should see a change at once."""
-        self._changed.set()
-
-    async def stop(self) -> None:
-        """Stop beating and withdraw the lease. Bounded, and never fails."""
-        if self._task is None:
-            return
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._task = None
-        try:
-            await self._registry.withdraw(self._make_record())
-        except RegistryUnavailable as error:
-            log.warning("lease not withdrawn; it will expire", reason=str(error))
-
-    async def __aenter__(self) -> Self:
-        self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def _run(self) -> None:
-        while True:
-            self._changed.clear()
-            await self._beat()
-            try:
-                async with asyncio.timeout(self._interval_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
-
-    async def _beat(self) -> None:
-        try:
-            await self._registry.publish(self._make_record())
-        except RegistryUnavailable as error:
-            if self._reachable:
-                log.warning("registry lost; going on without it", reason=str(error))
-            self._reachable = False
-        except Exception:  # a broken record must not silently end the beats
-            log.exception("heartbeat failed")
-        else:
-            if not self._reachable:
-                log.info("registry is back; lease published again")
-            self._reachable = True

@@ -1,6 +1,7 @@
 """Leases in a real Redis, through its outages."""
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,7 +11,8 @@ import pytest
 import pytest_asyncio
 
 from precast.errors import ConfigError, RegistryUnavailable
-from precast.fleet.leases import CompileLease, DecodeLease, Heartbeat, LoadedGraphRecord, Registry
+from precast.fleet.heartbeat import Heartbeat
+from precast.fleet.leases import CompileLease, DecodeLease, LoadedGraphRecord, Registry
 from precast.system.redis_server import RedisServer, start_redis
 from tests.support.ports import free_port
 
@@ -75,6 +77,80 @@ async def test_unreadable_and_newer_records(registry: Registry) -> None:
     await registry.redis.set("precast:lease:decode:new", newer)
     await registry.redis.set("precast:lease:decode:bad", b"\xff not json")
     assert [worker.worker_id for worker in await registry.decode_workers()] == ["new"]
+
+
+WRONG: list[dict[str, object]] = [
+    {"max_context_length": 10**9},
+    {"max_context_length": 0},
+    {"model": "../../x\n"},
+    {"model": "tiny\n"},
+    {"model": ""},
+    {"model": "m" * 300},
+    {"address": "nowhere"},
+    {"address": "127.0.0.1:0"},
+    {"address": "0.0.0.0:7200"},
+    {"address": "127.0.0.1:7200\n"},
+    {"worker_id": "somebody-else"},
+    {"running": -1},
+    {"max_batch_size": 10**7},
+    {"state": "great"},
+    {"tokenizer_digest": "d" * 100},
+    {"captures_wanted": [1] * 5000},
+    {"isa": "x" * (300 << 10)},
+]
+
+
+async def test_leases_are_checked_like_any_input(
+    registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = decode_lease("good")
+    await registry.publish(good)
+    for number, wrong in enumerate(WRONG):
+        lease = {**decode_lease(f"w{number}").model_dump(mode="json"), **wrong}
+        await registry.redis.set(f"precast:lease:decode:w{number}", json.dumps(lease))
+    await registry.redis.lpush("precast:lease:decode:list", "x")
+    await registry.redis.set(b"precast:lease:decode:\xff", "{}")
+    capsys.readouterr()
+    for _ in range(3):
+        assert await registry.decode_workers() == [good]
+    lines = [line for line in "".join(capsys.readouterr()).splitlines() if "lease ignored" in line]
+    assert len(lines) == len(WRONG), "one line each, not one for every look"
+
+
+async def test_other_keys_are_not_looked_through_at_every_look(registry: Registry) -> None:
+    await registry.publish(decode_lease())
+    await registry.decode_workers()
+    before = (await registry.redis.info("commandstats")).get("cmdstat_scan", {"calls": 0})["calls"]
+    for _ in range(10):
+        assert len(await registry.decode_workers()) == 1
+    after = (await registry.redis.info("commandstats"))["cmdstat_scan"]["calls"]
+    assert after == before
+
+
+async def test_expired_leases_leave_their_set(redis_url: str) -> None:
+    registry = Registry.connect(redis_url, lease_ttl_s=0.1)
+    await registry.publish(decode_lease())
+
+    async def forgotten() -> bool:
+        await registry.decode_workers()
+        return not await registry.redis.exists("precast:leases:decode")
+
+    await eventually(forgotten)
+    await registry.close()
+
+
+async def test_a_redis_that_refuses_writes_can_be_read(redis_url: str) -> None:
+    registry = Registry.connect(redis_url, lease_ttl_s=0.2)
+    await registry.publish(decode_lease())
+    await registry.redis.config_set("maxmemory", "1")
+    with pytest.raises(RegistryUnavailable, match="maxmemory"):
+        await registry.publish(decode_lease())
+
+    async def expired() -> bool:
+        return await registry.decode_workers() == []
+
+    await eventually(expired)
+    await registry.close()
 
 
 async def test_wrong_url_is_a_config_error() -> None:

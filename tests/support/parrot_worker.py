@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from precast.fleet.leases import DecodeLease, Heartbeat, Registry
+from precast.fleet.heartbeat import Heartbeat
+from precast.fleet.leases import DecodeLease, Registry
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.rpc.server import Service, start_server

@@ -1,0 +1,86 @@
+"""Keeps a worker's lease alive."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Self
+
+from precast.errors import RegistryUnavailable
+from precast.fleet.leases import Lease, Registry
+from precast.log import get_logger
+
+log = get_logger(__name__)
+
+HEARTBEAT_INTERVAL_S: Final = 1.0
+
+
+class Heartbeat:
+    """Publishes what ``make_record`` returns, every second, until stopped.
+
+    Outages of Redis are logged once and outlived; ``stop`` withdraws the lease. Use it as an async
+    context manager or through ``start`` and ``stop``.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        make_record: Callable[[], Lease],
+        *,
+        interval_s: float = HEARTBEAT_INTERVAL_S,
+    ) -> None:
+        self._registry = registry
+        self._make_record = make_record
+        self._interval_s = interval_s
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._reachable = True
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="heartbeat")
+
+    def publish_soon(self) -> None:
+        """Publish now instead of at the next beat: readers should see a change at once."""
+        self._changed.set()
+
+    async def stop(self) -> None:
+        """Stop beating and withdraw the lease. Bounded, and never fails."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+        try:
+            await self._registry.withdraw(self._make_record())
+        except RegistryUnavailable as error:
+            log.warning("lease not withdrawn; it will expire", reason=str(error))
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            await self._beat()
+            try:
+                async with asyncio.timeout(self._interval_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _beat(self) -> None:
+        try:
+            await self._registry.publish(self._make_record())
+        except RegistryUnavailable as error:
+            if self._reachable:
+                log.warning("registry lost; going on without it", reason=str(error))
+            self._reachable = False
+        except Exception:  # a broken record must not silently end the beats
+            log.exception("heartbeat failed")
+        else:
+            if not self._reachable:
+                log.info("registry is back; lease published again")
+            self._reachable = True
