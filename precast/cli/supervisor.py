@@ -12,10 +12,11 @@ from typing import Final
 
 from precast.cli.failures import EXIT_USAGE
 from precast.errors import ConfigError
+from precast.system.backoff import Backoff
 from precast.system.process import bound_to_parent
 
-BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
-"""Wait before each restart in a row; the last one from then on."""
+BACKOFF: Final = Backoff(first_s=0.2, max_s=5.0)
+"""Before each restart in a row."""
 SETTLED_S: Final = 30.0
 """A child that ran this long starts again at the first wait."""
 _LOG_TAIL_BYTES: Final = 4096
@@ -100,7 +101,7 @@ async def _keep(child: Child) -> None:
             raise ConfigError(f"{child.spec.name}: {last_line(child.spec.log_path)}")
         settled = time.monotonic() - child.started > SETTLED_S
         attempt = 0 if settled else attempt + 1
-        await asyncio.sleep(BACKOFF_S[min(max(attempt - 1, 0), len(BACKOFF_S) - 1)])
+        await asyncio.sleep(BACKOFF.wait_s(max(attempt, 1)))
         child.restarts += 1
 
 

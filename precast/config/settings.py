@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from precast.config.sources import ENV_PREFIX, FileSource, describe_error, read_file, source_of
 from precast.config.types import (
     AbsolutePath,
-    Address,
+    AddressText,
     BatchSizes,
     Buckets,
     Cores,
@@ -33,7 +33,6 @@ from precast.config.types import (
     RedisUrl,
     Seconds,
     StoreUrl,
-    reachable,
 )
 from precast.errors import ConfigError
 from precast.models.precision import (
@@ -44,6 +43,7 @@ from precast.models.precision import (
     default_head_quantization,
     default_kv_dtype,
 )
+from precast.rpc.address import reachable
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -104,8 +104,8 @@ class CompileWorkerSettings(CommonSettings):
 
     section: ClassVar[str] = "compile-worker"
 
-    listen: Address = "127.0.0.1:7100"
-    advertise: Address = Field(default_factory=lambda data: reachable(data["listen"]))
+    listen: AddressText = "127.0.0.1:7100"
+    advertise: AddressText = Field(default_factory=lambda data: reachable(data["listen"]))
     """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     metrics_port: Port = 0
     """Prometheus metrics over HTTP; 0: none."""
@@ -154,8 +154,8 @@ class DecodeWorkerSettings(CommonSettings):
 
     section: ClassVar[str] = "decode-worker"
 
-    listen: Address = "127.0.0.1:7200"
-    advertise: Address = Field(default_factory=lambda data: reachable(data["listen"]))
+    listen: AddressText = "127.0.0.1:7200"
+    advertise: AddressText = Field(default_factory=lambda data: reachable(data["listen"]))
     """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -215,7 +215,7 @@ class DecodeWorkerSettings(CommonSettings):
     """Where weights are kept as they were quantised and packed."""
     wait_for_graphs: bool = False
     """Become ready only once every batch size has its graph."""
-    compile_address: Address | None = None
+    compile_address: AddressText | None = None
     """The compile worker; none: whichever has a lease."""
     kernel_provider: Literal["native", "reference", "sgl_kernel"] = "native"
     """Who implements the operators; what it can't serve falls to native. reference: plain torch."""

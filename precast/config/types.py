@@ -1,6 +1,5 @@
 """Types of settings that flags and environment give as text and a file may give as lists."""
 
-import socket
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -8,6 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
+from precast.rpc.address import Address
 from precast.system.process import parse_cpus
 
 
@@ -50,17 +50,8 @@ def _buckets(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError("must be host:port")
+    Address.parse(value)
     return value
-
-
-def reachable(listen: str) -> str:
-    """The address under which others reach a server that listens at ``listen``."""
-    host, _, port = listen.rpartition(":")
-    wildcard = host in ("0.0.0.0", "[::]", "*")
-    return f"{socket.gethostname()}:{port}" if wildcard else listen
 
 
 def _redis_url(value: str) -> str:
@@ -84,7 +75,7 @@ Buckets = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split), AfterVal
 """Like ``BatchSizes``, but there may be none."""
 Cores = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_cores)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Address = Annotated[str, AfterValidator(_address)]
+AddressText = Annotated[str, AfterValidator(_address)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 StoreUrl = Annotated[str, AfterValidator(_store_url)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]

@@ -235,7 +235,7 @@ class Registry:
             if ids:
                 await self._client.srem(_set_key(kind), *ids)
 
-    def _parse(self, kind: type[_L], key: str, value: bytes) -> _L | None:
+    def _parse(self, kind: type[_L], key: str, value: bytes | str) -> _L | None:
         """The record; None for anything that is not a proper one, with one line in the log."""
         try:
             if len(value) > MAX_LEASE_BYTES:

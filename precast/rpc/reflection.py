@@ -9,7 +9,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import _async, reflection
 from grpc_reflection.v1alpha import reflection_pb2 as alpha
 
 _ALPHA_PACKAGE: Final = "grpc.reflection.v1alpha"
@@ -21,7 +21,7 @@ def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
     """Let clients ask the server for these services, given by full name."""
     _describe_v1()
     names = [*services, SERVICE_NAME, reflection.SERVICE_NAME]
-    servicer: Any = reflection.aio.ReflectionServicer(names)
+    servicer: Any = _async.ReflectionServicer(names)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=alpha.ServerReflectionRequest.FromString,

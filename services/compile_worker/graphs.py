@@ -25,6 +25,7 @@ from precast.graphs.artifacts.store import ArtifactStore, StoredArtifact, Versio
 from precast.graphs.artifacts.versions import Verdict
 from precast.graphs.key import graph_key, parse_spec, spec_part
 from precast.log import get_logger
+from precast.system.backoff import Backoff
 from services.compile_worker.catalog.entry import MAX_FAILURES, NEVER_S, GraphRecord, Phase, changed
 from services.compile_worker.catalog.gc_policy import surplus
 from services.compile_worker.catalog.index import GraphIndex
@@ -34,7 +35,7 @@ from services.compile_worker.sandbox.capture import CaptureReport
 
 log = get_logger(__name__)
 
-BACKOFF_S: Final = 15.0
+BACKOFF: Final = Backoff(first_s=15.0)
 """Wait after the first failure of a capture; each further one doubles it."""
 CANCEL_HOLD_S: Final = 600.0
 LOOKED_UP_AT_ONCE: Final = 8
@@ -57,7 +58,7 @@ class Graphs:
     """This worker's build factors."""
     isa_targets: tuple[str, ...] = ()
     """Instruction sets that it builds for; empty: any."""
-    backoff_s: float = BACKOFF_S
+    backoff: Backoff = BACKOFF
     canary: bool = False
     """Whether a further version has to pass a canary before it serves."""
     published: asyncio.Event = field(default_factory=asyncio.Event)
@@ -150,7 +151,7 @@ class Graphs:
         """A capture has failed; what was published before stays in service."""
         record = changed(self._record(job), failure=failure)
         failures = record.failures + 1
-        wait = self.backoff_s * 2.0 ** (failures - 1) if failures < MAX_FAILURES else NEVER_S
+        wait = self.backoff.wait_s(failures) if failures < MAX_FAILURES else NEVER_S
         await self._unsuccessful(record, error, failures, wait)
 
     async def cancelled(self, job: Job) -> None:

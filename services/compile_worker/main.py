@@ -13,12 +13,14 @@ from typing import Final
 from precast import log as logging
 from precast.config.settings import CompileWorkerSettings
 from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
-from precast.fleet.leases import CompileLease, Heartbeat, Registry
+from precast.fleet.heartbeat import Heartbeat
+from precast.fleet.leases import CompileLease, Registry
 from precast.fleet.queue.queue import CaptureQueue
 from precast.graphs.artifacts.open_store import open_store
 from precast.graphs.artifacts.trust import SigningKey, TrustFolder
 from precast.graphs.capture import compiler
 from precast.graphs.key import build_digest
+from precast.rpc.address import advertised
 from precast.rpc.server import Server, start_server
 from precast.system.process import available_cpus
 from precast.system.scratch import sweep
@@ -187,7 +189,7 @@ async def _work_until_stopped(
         capturing = metrics.count("compile_worker_capturing_jobs")
         return CompileLease(
             worker_id=worker_id,
-            address=_address(settings, server.port),
+            address=advertised(settings.advertise, server.port),
             queued=max(metrics.count("compile_worker_active_jobs") - capturing, 0),
             capturing=capturing,
         )
@@ -216,9 +218,3 @@ async def _count_jobs(queue: CaptureQueue, metrics: Metrics) -> None:
         except RegistryUnavailable:
             pass  # the gauge keeps the last known count
         await asyncio.sleep(_COUNT_INTERVAL_S)
-
-
-def _address(settings: CompileWorkerSettings, port: int) -> str:
-    """Where others reach us: with the bound port where the system chose it."""
-    host, _, given = settings.advertise.rpartition(":")
-    return f"{host}:{port}" if given == "0" else settings.advertise

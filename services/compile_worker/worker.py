@@ -17,6 +17,7 @@ from precast.fleet.queue.queue import RENEW_INTERVAL_S, CaptureQueue, Claim, Hol
 from precast.graphs.artifacts.manifest import GRAPH_FILE
 from precast.graphs.key import spec_part
 from precast.log import get_logger
+from precast.system.backoff import Backoff
 from precast.system.scratch import scratch_folder
 from services.compile_worker.failures import Failure, Failures
 from services.compile_worker.graphs import Graphs
@@ -27,7 +28,7 @@ from services.compile_worker.sandbox.client import ForkServer
 log = get_logger(__name__)
 
 MAX_ATTEMPTS: Final = 5
-_RETRY_S: Final = 0.5
+_RETRY: Final = Backoff(first_s=0.5, max_s=5.0)
 _FINISH_TRIES: Final = 20
 
 
@@ -88,12 +89,15 @@ class Worker:
 
     async def run(self) -> None:
         """Capture until cancelled."""
+        failures = 0
         while True:
             try:
                 claim = await self.queue.claim(self.consumer)
             except RegistryUnavailable:
-                await asyncio.sleep(_RETRY_S)
+                failures += 1
+                await asyncio.sleep(_RETRY.wait_s(failures))
                 continue
+            failures = 0
             if claim:
                 await self._see_through(claim)
 
@@ -185,10 +189,10 @@ class Worker:
         """Record the end. If Redis stays away the job comes up again and is found to be done."""
         job = replace_job(held.claim.job, stage=stage, detail=detail, ended_at=time.time())
         held.claim = replace(held.claim, job=job)
-        for _ in range(_FINISH_TRIES):
+        for tries in range(1, _FINISH_TRIES + 1):
             try:
                 await self.queue.finish(held.claim)
                 return
             except RegistryUnavailable:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(_RETRY.wait_s(tries))
         log.warning("end of capture not recorded", key=job.key)

@@ -14,12 +14,14 @@ import psutil
 from precast import log as logging
 from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
-from precast.fleet.leases import Heartbeat, Registry
+from precast.fleet.heartbeat import Heartbeat
+from precast.fleet.leases import Registry
 from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.trust import TrustFolder
 from precast.models.config import ModelConfig, load_config
 from precast.models.precision import cached_head_bytes
 from precast.models.sharding import kv_heads_held
+from precast.rpc.address import advertised
 from precast.rpc.server import Server, start_server
 from precast.system.process import available_cpus
 from precast.system.shared_memory import new_segment_name, sweep_segments
@@ -105,7 +107,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
     server = await start_server(settings.listen, [grpc_server.service(worker)], serving=False)
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
-    address = _address(settings, server.port)
+    address = advertised(settings.advertise, server.port)
     try:
         async with Heartbeat(registry, lambda: worker.lease(address)) as heartbeat:
             await run_until_stopped(
@@ -266,9 +268,3 @@ async def _drain(worker: Worker, heartbeat: Heartbeat) -> None:
     heartbeat.publish_soon()
     finished, aborted = await draining
     log.info("drained", finished=finished, aborted=aborted)
-
-
-def _address(settings: DecodeWorkerSettings, port: int) -> str:
-    """Where others reach us: with the bound port where the system chose it."""
-    host, _, given = settings.advertise.rpartition(":")
-    return f"{host}:{port}" if given == "0" else settings.advertise

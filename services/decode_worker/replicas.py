@@ -20,13 +20,15 @@ from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.models.config import load_config
+from precast.rpc.address import Address
+from precast.system.backoff import Backoff
 from precast.system.process import ONE_THREAD, ForkedChild, available_cpus
 from services.decode_worker.ranks.launcher import RankLauncher
 
 log = get_logger(__name__)
 
-BACKOFF_S: Final = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Wait before each restart of a replica in a row; the last one from then on."""
+BACKOFF: Final = Backoff(first_s=0.1, max_s=5.0)
+"""Before each restart of a replica in a row."""
 SETTLED_S: Final = 30.0
 """A replica that ran this long starts again at the first wait."""
 STOP_S: Final = 20.0
@@ -118,8 +120,8 @@ def replica(
         return own
 
     def address(name: str, given: str) -> str:
-        host, _, number = given.rpartition(":")
-        return f"{host}:{port(name, int(number))}"
+        own = Address.parse(given)
+        return str(own.at(port(name, own.port)))
 
     own = {
         "listen": address("listen", settings.listen),
@@ -154,7 +156,7 @@ def _keep(replicas: list[_Replica], start: Callable[[_Replica], None]) -> int:
 def _put_off(one: _Replica, reason: str) -> None:
     now = time.monotonic()
     one.failures = 1 if now - one.started > SETTLED_S else one.failures + 1
-    one.due = now + BACKOFF_S[min(one.failures, len(BACKOFF_S)) - 1]
+    one.due = now + BACKOFF.wait_s(one.failures)
     log.warning("replica is started again", replica=one.index, reason=reason, failures=one.failures)
 
 

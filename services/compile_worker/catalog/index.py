@@ -16,6 +16,7 @@ from precast.errors import RegistryUnavailable
 from precast.fleet.leases import bounded
 from precast.graphs.key import is_key
 from precast.log import get_logger
+from precast.system.backoff import Backoff
 from services.compile_worker.catalog.entry import GraphRecord, Phase, merge
 from services.compile_worker.catalog.events import Changes
 
@@ -25,7 +26,7 @@ HASH: Final = "precast:graphs"
 CHANNEL: Final = "precast:graphs:changed"
 RECONCILE_INTERVAL_S: Final = 2.0
 MAX_UNPUBLISHED: Final = 4096
-_RETRY_S: Final = 0.5
+_RETRY: Final = Backoff(first_s=0.5, max_s=5.0)
 _LISTEN_S: Final = 0.5
 
 _decoder: Final = msgspec.json.Decoder(GraphRecord)
@@ -94,13 +95,16 @@ class GraphIndex:
             await asyncio.sleep(RECONCILE_INTERVAL_S)
 
     async def _listen(self) -> None:
+        failures = 0
         while True:
             try:
                 async with self._client.pubsub() as pubsub:
                     await pubsub.subscribe(CHANNEL)
+                    failures = 0
                     await self._receive(pubsub)
             except (RedisError, OSError, TimeoutError):
-                await asyncio.sleep(_RETRY_S)
+                failures += 1
+                await asyncio.sleep(_RETRY.wait_s(failures))
 
     async def _receive(self, pubsub: Any) -> None:
         while True:

@@ -16,6 +16,7 @@ import numpy as np
 
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.system.backoff import Backoff
 from services.decode_worker.engine import scheduler as scheduling
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.scheduler import ScheduledStep, Scheduler
@@ -30,7 +31,8 @@ log = get_logger(__name__)
 
 STEP_TIMEOUT_S: Final = 60.0
 """Bound of one step. Prefill chunks are small, so only a hung rank takes this long."""
-RESTART_BACKOFF_S: Final = (0.0, 0.5, 1.0, 2.0, 5.0)
+RESTART_BACKOFF: Final = Backoff(first_s=0.5, max_s=5.0)
+"""Before each restart of the ranks but the first in a row, which is at once."""
 
 _REASONS: Final = {
     scheduling.FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -145,8 +147,7 @@ class Engine:
                     raise
                 self._lose_group(str(failure), self._crashed)
             failures = failures + 1 if time.monotonic() - began < 30.0 else 1
-            pause = RESTART_BACKOFF_S[min(failures, len(RESTART_BACKOFF_S)) - 1]
-            await asyncio.sleep(pause)
+            await asyncio.sleep(RESTART_BACKOFF.wait_s(failures - 1))
 
     async def _run_group(self) -> None:
         group = await RankGroup.start(self._inits(), self._launcher)

@@ -8,6 +8,7 @@ may have been rolled back or quarantined while this worker was down.
 
 import asyncio
 import contextlib
+import time
 from typing import Any, Final
 
 import grpc.aio
@@ -26,6 +27,7 @@ from precast.log import get_logger
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
 from precast.rpc.server import error_of, open_channel
+from precast.system.backoff import Backoff
 from services.decode_worker.graphs.loader import GraphShelf, Spec, lesser_specs
 from services.decode_worker.graphs.reports import (
     RPC_TIMEOUT_S,
@@ -38,7 +40,9 @@ from services.decode_worker.graphs.shadow_trial import Report
 log = get_logger(__name__)
 
 REQUEST_INTERVAL_S: Final = 10.0
-RETRY_S: Final = 1.0
+RETRY: Final = Backoff(first_s=1.0, max_s=3.0)
+SETTLED_S: Final = 10.0
+"""A compile worker that was followed this long is looked for again at the first wait."""
 ASK_FIRST_S: Final = 2.0
 """How long a start waits for a compile worker before it trusts its cache alone."""
 CANARY_REPORT_S: Final = 0.25
@@ -115,7 +119,9 @@ class GraphsClient:
                 self._distrusted.set()
 
     async def _keep_following(self) -> None:
+        failures = 0
         while True:
+            began = time.monotonic()
             if self._graphs.resized.is_set():
                 self._graphs.resized.clear()
                 await asyncio.to_thread(self._shelf.load_cached)
@@ -123,7 +129,8 @@ class GraphsClient:
                 await self._follow(await self._compile_worker())
             except (PrecastError, grpc.aio.AioRpcError) as error:
                 self._report(error)
-            await asyncio.sleep(RETRY_S)
+            failures = 1 if time.monotonic() - began > SETTLED_S else failures + 1
+            await asyncio.sleep(RETRY.wait_s(failures))
 
     def _report(self, error: PrecastError | grpc.aio.AioRpcError) -> None:
         """Logs a trouble once, not at every retry."""
