@@ -59,8 +59,18 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         )
         for isa, flags in ISA_FLAGS.items()
     ]
+    # Without contraction, because every instruction set has to give the same bits.
     units += [
-        (n, SOURCES / f"{n}.cpp", ["-O2"]) for n in ("pool", "dispatch", "comm", "comm_segment")
+        (
+            f"sampling_{isa}",
+            SOURCES / "sampling_impl.cpp",
+            [*KERNEL_FLAGS, "-ffp-contract=off", f"-DPRECAST_ISA={isa}", *flags],
+        )
+        for isa, flags in ISA_FLAGS.items()
+    ]
+    units += [
+        (n, SOURCES / f"{n}.cpp", ["-O2"])
+        for n in ("pool", "dispatch", "comm", "comm_segment", "sampling")
     ]
     torch_units = (
         "ops",
@@ -68,6 +78,7 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         "experts",
         "elementwise_ops",
         "comm_ops",
+        "sampling_ops",
         "step_runner",
     )
     units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in torch_units]

@@ -82,6 +82,31 @@ def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1], dtype=torch.int64)
 
 
+@torch.library.register_fake("precast::sample")
+def _sample(
+    logits: Tensor,
+    reals: Tensor,
+    ints: Tensor,
+    seen_starts: Tensor | None,
+    seen_ids: Tensor | None,
+    seen_counts: Tensor | None,
+    bias_starts: Tensor | None,
+    bias_ids: Tensor | None,
+    bias_values: Tensor | None,
+    masks: Tensor | None,
+    mask_rows: Tensor | None,
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        ints.new_empty((rows,)),
+        ints.new_empty((rows,), dtype=torch.int32),
+        logits.new_empty((rows,)),
+        ints.new_empty((rows, top), dtype=torch.int32),
+        logits.new_empty((rows, top)),
+    )
+
+
 @torch.library.register_fake("precast::fused_experts")
 def _fused_experts(
     x: Tensor,

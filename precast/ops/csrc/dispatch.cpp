@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "sampling.h"
 
 namespace precast {
 namespace {
@@ -34,6 +35,12 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const SamplingKernels& sampling_kernels() {
+  const Kernels* chosen = &kernels();
+  if (chosen == &kernels_avx512()) return sampling_avx512();
+  return chosen == &kernels_avx2() ? sampling_avx2() : sampling_scalar();
 }
 
 }  // namespace precast

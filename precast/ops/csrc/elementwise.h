@@ -1,4 +1,4 @@
-// Norm, activation, rotary embedding and the largest value, a row at a time.
+// Norm, activation and rotary embedding, a row at a time.
 #pragma once
 
 #include "simd.h"
@@ -36,36 +36,6 @@ void silu_and_mul_row(const float* gate, const float* up, float* y, int64_t n) {
   const vfloat g = load(rest[0]);
   store(rest[2], g * sigmoid(g) * load(rest[1]));
   std::memcpy(y + i, rest[2], (n - i) * sizeof(float));
-}
-
-// The largest of n > 0 values, and where it is first. NaN is never it: where there is nothing else but
-// -inf, that, and the first place.
-float largest(const float* x, int64_t n, int64_t* at) {
-  constexpr int64_t kBlock = 64 * kLanes;
-  float most = -INFINITY;
-  int64_t block = 0;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = start + kBlock < n ? start + kBlock : n;
-    vfloat found[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
-    int64_t i = start;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      for (int v = 0; v < 4; ++v) found[v] = maximum(load(x + i + v * kLanes), found[v]);
-    }
-    float here = reduce_max(maximum(maximum(found[0], found[1]), maximum(found[2], found[3])));
-    for (; i < end; ++i) here = x[i] > here ? x[i] : here;
-    if (here > most) {
-      most = here;
-      block = start;
-    }
-  }
-  *at = 0;
-  for (int64_t i = block; i < n && i < block + kBlock; ++i) {
-    if (x[i] == most) {
-      *at = i;
-      break;
-    }
-  }
-  return most;
 }
 
 // One head: pairs (i, i + half) of its first 2 * half features; the others stay.

@@ -4,8 +4,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "kernels.h"
 #include "pool.h"
 #include "shims.h"
@@ -88,36 +86,18 @@ at::Tensor silu_and_mul(const at::Tensor& x_in) {
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> largest(const at::Tensor& x_in) {
-  check_float(x_in, "largest: x");
-  TORCH_CHECK(x_in.dim() == 2 && x_in.size(1) > 0, "largest: expected x [T, at least 1]");
-  const at::Tensor x = x_in.contiguous();
-  const int64_t n = x.size(1);
-  at::Tensor values = at::empty({x.size(0)}, x.options());
-  at::Tensor places = at::empty({x.size(0)}, x.options().dtype(at::kLong));
-  const float* from = x.const_data_ptr<float>();
-  float* value = values.mutable_data_ptr<float>();
-  int64_t* place = places.mutable_data_ptr<int64_t>();
-  for_rows(x.size(0), n, [&](int64_t row) {
-    value[row] = kernels().largest(from + row * n, n, place + row);
-  });
-  return {values, places};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(precast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");
-  m.def("largest(Tensor x) -> (Tensor values, Tensor places)");
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
   m.impl("silu_and_mul", silu_and_mul);
-  m.impl("largest", largest);
 }
 
 }  // namespace precast

@@ -171,8 +171,6 @@ struct Kernels {
   // One row of n values each.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int64_t n);
   void (*silu_and_mul)(const float* gate, const float* up, float* y, int64_t n);
-  // The largest of n > 0 values; where it is first goes to `at`.
-  float (*largest)(const float* x, int64_t n, int64_t* at);
   // One head: pairs (i, i + half) of its first 2 * half features are rotated.
   void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half,
                  int64_t dim);

@@ -41,7 +41,6 @@ const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
                                 sum,
                                 rms_norm_row,
                                 silu_and_mul_row,
-                                largest,
                                 rotate_head};
   return table;
 }
