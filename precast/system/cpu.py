@@ -1,5 +1,6 @@
 """What this machine's CPU can do, as the kernel names it."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,22 @@ class Cpu:
         return self.flags >= _AMX
 
 
+_LEFT_OUT: Final = {"avx2": ("avx512", "avx10", "amx"), "scalar": ("avx", "amx", "fma", "f16c")}
+"""Beginnings of the flags that a lesser instruction set does without."""
+
+
 @cache
 def this_cpu() -> Cpu:
-    return parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+    """This machine's CPU; a lesser one where ``PRECAST_NATIVE_ISA`` says so, as for the kernels."""
+    cpu = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+    return narrowed(cpu, os.environ.get("PRECAST_NATIVE_ISA", ""))
+
+
+def narrowed(cpu: Cpu, isa: str) -> Cpu:
+    """The CPU without what goes beyond an instruction set of the native kernels."""
+    beyond = _LEFT_OUT.get(isa, ())
+    flags = frozenset(flag for flag in cpu.flags if not flag.startswith(tuple(beyond)))
+    return Cpu(model=cpu.model, flags=flags)
 
 
 def parse_cpuinfo(text: str) -> Cpu:

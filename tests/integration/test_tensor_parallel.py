@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from precast.system.cpu import this_cpu
+from precast.ops.native import native_isa
+from precast.system.cpu import narrowed, this_cpu
 from tests.support.models import tensors, write_model
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_UPSTREAM = {"embedding", "fused_experts"}
 
 
-def generate(model: Path, *arguments: str, python_path: str = str(ROOT)) -> dict[str, Any]:
+def generate(
+    model: Path, *arguments: str, python_path: str = str(ROOT), **environment: str
+) -> dict[str, Any]:
     """What each group size answered, step by step; and by "kernels", who served each operator."""
     program = subprocess.run(
         [sys.executable, "-m", "tests.support.tensor_parallel_program", str(model), *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": python_path},
+        env={**os.environ, "PYTHONPATH": python_path, **environment},
         capture_output=True,
         text=True,
         timeout=110,
@@ -89,19 +92,24 @@ def test_the_reference_provider_gives_the_same(tmp_path: Path, precision: tuple[
             assert a == pytest.approx(b, abs=tolerance)
 
 
-def test_a_provider_serves_what_it_can_in_a_rank(tmp_path: Path) -> None:
-    """Upstream's operators (a stand-in) where this CPU allows; a reason where not."""
+@pytest.mark.parametrize("isa", ["avx2", native_isa()])
+def test_a_provider_serves_what_it_can_in_a_rank(tmp_path: Path, isa: str) -> None:
+    """Upstream's operators (a stand-in) where the CPU allows; a reason where not."""
+    cpu = narrowed(this_cpu(), isa)
     model = make_model(tmp_path / "model", head_dim=32)
     types = ("--tp=2", "--weight-dtype=bf16", "--kv-dtype=bf16")
     path = f"{ROOT}:{ROOT / 'tests/support/upstream'}"
-    native = generate(model, *types)
-    upstream = generate(model, *types, "--provider=sgl_kernel", python_path=path)
+    native = generate(model, *types, PRECAST_NATIVE_ISA=isa)
+    upstream = generate(
+        model, *types, "--provider=sgl_kernel", python_path=path, PRECAST_NATIVE_ISA=isa
+    )
+    assert set(upstream["kernels"]) > WITHOUT_UPSTREAM
     for name, kernel in upstream["kernels"].items():
-        if not this_cpu().avx512:
-            assert kernel == "native (this CPU has no AVX-512)"
-        elif name in WITHOUT_UPSTREAM:
+        if name in WITHOUT_UPSTREAM:
             assert kernel == "native (it has no such operator)"
-        elif name == "linear" and not this_cpu().amx:
+        elif not cpu.avx512:
+            assert kernel == "native (this CPU has no AVX-512)"
+        elif name == "linear" and not cpu.amx:
             assert kernel == "native (this CPU has no AMX)"
         else:
             assert kernel == "sgl_kernel"

@@ -17,7 +17,7 @@ from precast.ops.native import ABI_VERSION
 from precast.ops.packing import Format, pack
 from precast.ops.providers import reference, sgl_kernel
 from precast.ops.providers.base import Choice, Needs
-from precast.system.cpu import Cpu, parse_cpuinfo, this_cpu
+from precast.system.cpu import Cpu, narrowed, parse_cpuinfo, this_cpu
 
 UPSTREAM = Path(__file__).parents[1] / "support" / "upstream"
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
@@ -345,3 +345,17 @@ def test_cpuinfo_is_read() -> None:
     assert not cpu.amx
     assert not cpu.avx512
     assert this_cpu().flags
+
+
+@pytest.mark.parametrize(
+    ("isa", "left"),
+    [
+        ("", AVX512 | {"avx2", "amx_tile", "fma"}),
+        ("avx512", AVX512 | {"avx2", "amx_tile", "fma"}),
+        ("avx2", {"avx2", "fma"}),
+        ("scalar", set()),
+    ],
+)
+def test_a_lesser_instruction_set_hides_what_goes_beyond(isa: str, left: set[str]) -> None:
+    whole = Cpu(model="any", flags=AVX512 | {"avx2", "amx_tile", "fma"})
+    assert narrowed(whole, isa) == Cpu(model="any", flags=frozenset(left))
