@@ -1,10 +1,13 @@
-"""Writes requirements.lock and requirements-dev.lock: exact versions of what is installed here.
+"""Writes the lock files: exact versions of what is installed here.
 
-Usage: ``python scripts/lock.py``, in an environment whose versions have passed the tests. The locks
-name the packages that ``pyproject.toml`` asks for and all that these need, and no index: where pip
-finds them is the business of each user's own configuration.
+``requirements.lock`` has all that runs, ``requirements-dev.lock`` what tests need beside it, and
+``deploy/requirements/`` what each image installs. Usage: ``python scripts/lock.py [--check]``, in
+an environment whose versions have passed the tests. The locks name the packages that
+``pyproject.toml`` asks for and all that these need, and no index: where pip finds them is the
+business of each user's own configuration.
 """
 
+import sys
 import tomllib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,6 +19,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+IMAGES: Final = {
+    "gateway": ("gateway",),
+    "decode-worker": ("worker",),
+    "compile-worker": ("worker", "compiler"),
+    "models": ("import",),
+}
+"""The extras that each image of ``deploy/Dockerfile`` installs."""
 ALWAYS: Final = ("setuptools",)
 """Needed to install the project itself without network access."""
 HEAD: Final = """\
@@ -55,19 +65,52 @@ def _needs(requires: Iterable[str], extras: Iterable[str]) -> list[Requirement]:
     ]
 
 
-def write(path: Path, pins: dict[str, str], head: str = "") -> None:
+def text_of(pins: dict[str, str], head: str = "") -> str:
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items())]
-    path.write_text(HEAD + head + "".join(lines))
+    return HEAD + head + "".join(lines)
 
 
-def main() -> None:
+def locks() -> dict[Path, str]:
+    """Every lock file and what belongs in it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    run = closure([*project["dependencies"], *ALWAYS])
-    write(ROOT / "requirements.lock", run)
-    dev = closure(project["optional-dependencies"]["dev"])
-    extra = {name: version for name, version in dev.items() if name not in run}
-    write(ROOT / "requirements-dev.lock", extra, "-r requirements.lock\n")
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    base = project["dependencies"]
+
+    def asked(*names: str) -> list[str]:
+        """Requirements of extras; what they have in common with others is named as an extra."""
+        own = [text for name in names for text in extras[name]]
+        others = [Requirement(text) for text in own if Requirement(text).name == project["name"]]
+        plain = [text for text in own if Requirement(text).name != project["name"]]
+        return plain + [text for other in others for text in asked(*sorted(other.extras))]
+
+    run = closure([*base, *asked("serve"), *ALWAYS])
+    dev = closure(extras["dev"])
+    more = {name: version for name, version in dev.items() if name not in run}
+    found = {
+        ROOT / "requirements.lock": text_of(run),
+        ROOT / "requirements-dev.lock": text_of(more, "-r requirements.lock\n"),
+    }
+    for image, names in IMAGES.items():
+        pins = closure([*base, *asked(*names)])
+        found[ROOT / "deploy" / "requirements" / f"{image}.lock"] = text_of(pins)
+    return found
+
+
+def main() -> int:
+    """Writes the locks, or names those that are not up to date; the exit code."""
+    stale = {path: text for path, text in locks().items() if _content(path) != text}
+    for path, text in stale.items():
+        if "--check" in sys.argv[1:]:
+            print(f"{path.relative_to(ROOT)}: not what is installed; run `make lock`")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return 1 if stale and "--check" in sys.argv[1:] else 0
+
+
+def _content(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
