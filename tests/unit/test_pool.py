@@ -25,9 +25,10 @@ def total(words: torch.Tensor) -> int:
     return result
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 32])
 def test_each_part_runs_once(threads: int) -> None:
-    """More threads than this machine has cores lose theirs in the middle of a job."""
+    """More threads than this machine has cores lose theirs in the middle of a job; of 32, whole
+    neighbourhoods do, whose parts only the caller looks for."""
     native.start_threads((-1,) * threads)
     words = torch.randint(-(2**40), 2**40, (WORDS,))
     expected = int(words.sum())

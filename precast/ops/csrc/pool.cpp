@@ -11,6 +11,8 @@
 #include <climits>
 #include <thread>
 
+#include "pool_board.h"
+
 namespace precast {
 namespace {
 
@@ -18,10 +20,9 @@ namespace {
 // between the operators of a step but not an idle engine.
 constexpr int kSpins = 4000;
 
-// Parts that a job is cut into for each thread: few enough that weights are read in long runs, enough
-// that threads that started late or were interrupted leave the rest to the others. A thread's own
-// follow each other in memory.
-constexpr int kPartsPerThread = 4;
+// How long a caller waits for the workers before it looks for parts that nobody near can take: longer
+// than a thread needs that is only a little behind, shorter than one stays away that lost its core.
+constexpr int kPatience = 400;
 
 // What a thread fetches ahead, at the most: half of a second cache of 1 MB, which the jobs before it
 // use too.
@@ -67,55 +68,8 @@ Stretch ReadOrder::follow(Stretch now) {
   return next == after_.end() ? Stretch{} : next->second;
 }
 
-// Each thread has a slot with a run of parts, and takes from the others' once its own is done. A slot's
-// word is the job's number above the next part, and parts are claimed by compare-and-swap: a worker
-// that comes late finds another number or nothing left, and nobody waits for it. That word is also what a
-// worker waits on, in the cache line that says what to run, so that a job costs it one line's way from
-// the caller, and the caller one line's way back.
 struct ThreadPool::State {
-  struct alignas(64) Slot {
-    std::atomic<uint64_t> word{0};
-    void (*fn)(void*, int, int) = nullptr;  // read by those who have claimed a part
-    void* context = nullptr;
-  };
-  struct alignas(64) Finished {
-    std::atomic<uint64_t> parts{0};  // of all jobs, by this worker
-  };
-
-  explicit State(int threads) : slots(threads), finished(threads) {}
-
-  // The next part of a slot in this job, or -1.
-  int claim(int slot, uint32_t job) {
-    const uint64_t end = static_cast<uint64_t>(slot + 1) * kPartsPerThread;
-    std::atomic<uint64_t>& shared = slots[slot].word;
-    uint64_t word = shared.load(std::memory_order_acquire);
-    while (word >> 32 == job && (word & 0xffffffff) < end) {
-      if (shared.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
-                                       std::memory_order_acquire)) {
-        return static_cast<int>(word & 0xffffffff);
-      }
-    }
-    return -1;
-  }
-
-  // Runs what is left of a job, `self`'s own parts first; returns how many parts.
-  int work_on(int self, uint32_t job) {
-    const int threads = static_cast<int>(slots.size());
-    int done = 0;
-    for (int i = 0; i < threads; ++i) {
-      const int slot = self + i < threads ? self + i : self + i - threads;
-      for (int part; (part = claim(slot, job)) >= 0; ++done) {
-        slots[slot].fn(slots[slot].context, part, threads * kPartsPerThread);
-      }
-    }
-    return done;
-  }
-
-  uint64_t finished_by_workers() const {
-    uint64_t total = 0;
-    for (const Finished& f : finished) total += f.parts.load(std::memory_order_acquire);
-    return total;
-  }
+  explicit State(int threads) : board(threads) {}
 
   // A worker's share of what is read next, if that was published after `seen`.
   void look_ahead(int self, uint32_t& seen, Prefetch& ahead) const {
@@ -125,12 +79,10 @@ struct ThreadPool::State {
     // Both may be of a later call already, or of two: that fetches something else, no harm done.
     const Stretch next{next_at.load(std::memory_order_relaxed),
                        next_bytes.load(std::memory_order_relaxed)};
-    ahead = share_of(next, self, static_cast<int>(slots.size()));
+    ahead = share_of(next, self, board.threads());
   }
 
-  std::vector<Slot> slots;
-  std::vector<Finished> finished;
-  uint32_t job = 0;       // the caller's
+  Board<std::atomic> board;
   uint64_t expected = 0;  // parts that workers have claimed in all jobs; the caller's
   alignas(64) std::atomic<uint32_t> next_published{0};
   std::atomic<const char*> next_at{nullptr};
@@ -171,12 +123,11 @@ void ThreadPool::stop() {
 void ThreadPool::work(int self, int64_t core) {
   pin(core);
   State& s = *state_;
-  const std::atomic<uint64_t>& word = s.slots[self].word;
   uint32_t seen = 0, seen_ahead = 0;
   Prefetch ahead;
   while (true) {
     int spins = 0;
-    while (word.load(std::memory_order_acquire) >> 32 == seen) {
+    while (s.board.number() == seen) {
       if (ahead.lines > 0) {
         ahead.ask(kLinesAtOnce);
         _mm_pause();
@@ -189,31 +140,24 @@ void ThreadPool::work(int self, int64_t core) {
       // Sequentially consistent with publish(): either it sees the sleeper, or we see the job.
       s.sleepers.fetch_add(1);
       const uint32_t wakeups = s.wakeups.load();
-      if (word.load() >> 32 == seen) futex_wait(s.wakeups, wakeups);
+      if (s.board.number(std::memory_order_seq_cst) == seen) futex_wait(s.wakeups, wakeups);
       s.sleepers.fetch_sub(1);
     }
     if (s.stopping.load()) return;
-    seen = static_cast<uint32_t>(word.load(std::memory_order_acquire) >> 32);
-    if (const int done = s.work_on(self, seen); done > 0) {
-      s.finished[self].parts.fetch_add(done, std::memory_order_release);
-    }
+    seen = s.board.number();
+    s.board.report(self, s.board.work_on({self, seen}));
     s.look_ahead(self, seen_ahead, ahead);
   }
 }
 
-// Nobody has a part of the job before, so nobody reads what is written here.
-void ThreadPool::publish(void (*fn)(void*, int, int), void* context) {
+uint32_t ThreadPool::publish(void (*fn)(void*, int, int), void* context) {
   State& s = *state_;
-  const uint64_t job = ++s.job;
-  for (int slot = size_ - 1; slot >= 0; --slot) {  // the caller's last: it needs no telling
-    s.slots[slot].fn = fn;
-    s.slots[slot].context = context;
-    s.slots[slot].word.store(job << 32 | static_cast<uint64_t>(slot) * kPartsPerThread,
-                             slot > 0 ? std::memory_order_seq_cst : std::memory_order_release);
+  const uint32_t job = s.board.post(fn, context);
+  if (s.sleepers.load() > 0) {
+    s.wakeups.fetch_add(1);
+    futex_wake_all(s.wakeups);
   }
-  if (s.sleepers.load() == 0) return;
-  s.wakeups.fetch_add(1);
-  futex_wake_all(s.wakeups);
+  return job;
 }
 
 void ThreadPool::will_read(Stretch now) {
@@ -233,12 +177,14 @@ void ThreadPool::run(void (*fn)(void*, int, int), void* context) {
     fn(context, 0, 1);
     return;
   }
-  publish(fn, context);
+  const uint32_t job = publish(fn, context);
   State& s = *state_;
-  s.expected += size_ * kPartsPerThread - s.work_on(0, s.job);
+  s.expected += s.board.parts() - s.board.work_on({0, job});
   int spins = 0;
-  while (s.finished_by_workers() != s.expected) {
-    if (++spins < kSpins) {
+  while (s.board.reported() != s.expected) {
+    ++spins;
+    if (spins % kPatience == 0) s.expected -= s.board.work_on({0, job, size_});
+    if (spins < kSpins) {
       _mm_pause();
     } else {
       sched_yield();  // a worker lost its core within a part

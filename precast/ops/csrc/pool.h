@@ -37,9 +37,9 @@ class ThreadPool {
   int size() const { return size_; }
 
   // Calls fn(context, part, parts) for every part in [0, parts) and returns when all have run. Each
-  // thread begins with a run of parts of its own and then helps the others: one that has lost its core
-  // to another process holds up at most the part it is in, and if it has none, nothing. Not
-  // re-entrant: one caller at a time, and fn must not call run.
+  // thread begins with a run of parts of its own and then helps others (pool_board.h): one that has
+  // lost its core to another process holds up at most the part it is in, and if it has none, nothing.
+  // Not re-entrant: one caller at a time, and fn must not call run.
   void run(void (*fn)(void*, int, int), void* context);
 
   template <typename F>
@@ -62,7 +62,7 @@ class ThreadPool {
   ThreadPool() = default;
   void stop();
   void work(int self, int64_t core);
-  void publish(void (*fn)(void*, int, int), void* context);
+  uint32_t publish(void (*fn)(void*, int, int), void* context);
 
   struct State;
   State* state_ = nullptr;
