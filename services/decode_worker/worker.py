@@ -11,6 +11,7 @@ from precast.errors import (
     ModelNotFound,
     Overloaded,
     PrecastError,
+    Unavailable,
 )
 from precast.fleet.leases import DecodeLease, WorkerState
 from precast.models.config import ModelConfig
@@ -35,6 +36,7 @@ _CODES: tuple[tuple[type[PrecastError], "pb.ErrorCode.ValueType"], ...] = (
     (ModelNotFound, pb.ERROR_CODE_MODEL_NOT_FOUND),
     (InvalidRequest, pb.ERROR_CODE_INVALID_ARGUMENT),
     (Overloaded, pb.ERROR_CODE_OVERLOADED),
+    (Unavailable, pb.ERROR_CODE_UNAVAILABLE),
 )
 
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from precast.errors import ContextLengthExceeded, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool, OutOfBlocks
 from services.decode_worker.engine.scheduler import (
+    MAX_LOSSES,
     FinishReason,
     SamplingSpec,
     ScheduledStep,
@@ -197,14 +198,33 @@ def test_abort_between_schedule_and_apply() -> None:
     assert scheduler.abort("a") is None
 
 
-def test_a_failed_group_drops_what_had_a_slot_and_keeps_the_queue() -> None:
+def test_a_lost_cache_puts_what_ran_back_in_front_of_the_queue() -> None:
+    scheduler = make(max_batch_size=2)
+    for name in "abc":
+        scheduler.add(sequence(name))
+    for step_id in range(2):
+        step = scheduler.schedule(step_id)
+        assert step is not None
+        scheduler.apply(step, draw(step))
+    step = scheduler.schedule(2)
+    assert scheduler.lose_cache(step) == []
+    assert (scheduler.running, scheduler.waiting, scheduler.blocks.free_blocks) == (0, 3, 16)
+    again = scheduler.schedule(3)
+    assert again is not None
+    assert [s.request_id for s in again.sequences] == ["a", "b"]
+    assert ints(again.message.token_ids)[:7] == [1, 2, 3, 4, 5, 50, 50]
+    assert {name: len(out) for name, out in run(scheduler).items()} == dict.fromkeys("abc", 4)
+
+
+def test_a_sequence_that_was_there_at_each_loss_is_given_up() -> None:
     scheduler = make(max_batch_size=1)
-    scheduler.add(sequence("running"))
+    scheduler.add(sequence("suspect"))
     scheduler.add(sequence("waiting"))
-    step = scheduler.schedule(0)
-    assert step is not None
-    assert [s.request_id for s in scheduler.fail_running()] == ["running"]
-    assert scheduler.blocks.free_blocks == 16
+    for loss in range(MAX_LOSSES):
+        step = scheduler.schedule(0)
+        lost = scheduler.lose_cache(step)
+        assert [s.request_id for s in lost] == (["suspect"] if loss == MAX_LOSSES - 1 else [])
+    assert scheduler.lose_cache(None) == []  # between two steps: nobody's fault
     assert list(run(scheduler)) == ["waiting"]
 
 
@@ -278,9 +298,9 @@ class Accounting(RuleBasedStateMachine):
 
     @rule()
     def fail(self) -> None:
-        self.step = None
-        for lost in self.scheduler.fail_running():
+        for lost in self.scheduler.lose_cache(self.step):
             del self.live[lost.request_id]
+        self.step = None
 
     @invariant()
     def blocks_add_up(self) -> None:

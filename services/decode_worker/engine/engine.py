@@ -1,8 +1,9 @@
 """The leader's loop: schedule a step, let the ranks compute it, hand out what it made.
 
 While the ranks compute one step, the previous step's tokens are turned into text and sent: that
-work costs no step time. When the group of ranks fails, running requests end with an error, queued
-ones wait, and a new group is started.
+work costs no step time. When the group of ranks fails, another is started and running requests go
+on where they were: a prompt is computed again with what followed it, and draws depend on nothing
+else. Every request ends exactly once, whatever fails between two steps.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from precast.errors import Unavailable
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.backoff import Backoff
@@ -33,6 +35,8 @@ STEP_TIMEOUT_S: Final = 60.0
 """Bound of one step. Prefill chunks are small, so only a hung rank takes this long."""
 RESTART_BACKOFF: Final = Backoff(first_s=0.5, max_s=5.0)
 """Before each restart of the ranks but the first in a row, which is at once."""
+MAX_FAILED_STARTS: Final = 3
+"""Groups in a row that can't start before requests stop waiting for the next one."""
 
 _REASONS: Final = {
     scheduling.FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -70,7 +74,12 @@ class Engine:
         self._step_timeout_s = step_timeout_s
         self._requests: dict[str, Request] = {}
         self._wake = asyncio.Event()
+        self._unsent: list[_Outcome] = []
+        """Outcomes of the last step that nobody was told of yet."""
+        self._in_flight: ScheduledStep | None = None
+        """The step that the ranks compute."""
         self._next_step_id = 0
+        self._failed_starts = 0
         self._draining = False
         self.up = False
         """Whether a group of ranks is running."""
@@ -104,7 +113,9 @@ class Engine:
         return request_id in self._requests
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises Overloaded or ContextLengthExceeded."""
+        """Queues a request. Raises Overloaded, Unavailable or ContextLengthExceeded."""
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise Unavailable("the worker's ranks can't be started")
         self._scheduler.add(request.sequence)
         self._requests[request.request_id] = request
         self._wake.set()
@@ -137,20 +148,30 @@ class Engine:
 
     async def run(self) -> None:
         """Serves until cancelled. A first group that can't start raises GroupFailed."""
+        try:
+            await self._keep_group()
+        finally:
+            self._emit()
+            self._fail(list(self._requests.values()), "the worker has stopped")
+
+    async def _keep_group(self) -> None:
         failures = 0
         while True:
             began = time.monotonic()
             try:
                 await self._run_group()
-            except GroupFailed as failure:
+            except Exception as error:
                 if not self.started.is_set():
                     raise
-                self._lose_group(str(failure), self._crashed)
+                self._lose_group(_reason(error))
             failures = failures + 1 if time.monotonic() - began < 30.0 else 1
             await asyncio.sleep(RESTART_BACKOFF.wait_s(failures - 1))
 
     async def _run_group(self) -> None:
+        self._crashed = {}
+        self._failed_starts += 1
         group = await RankGroup.start(self._inits(), self._launcher)
+        self._failed_starts = 0
         try:
             self.ready = group.ready
             self._graphs.group_started(group.ready)
@@ -169,47 +190,59 @@ class Engine:
             await group.stop()
             self._crashed = group.crashed()
 
-    def _lose_group(self, reason: str, crashed: Mapping[int, str]) -> None:
+    def _lose_group(self, reason: str) -> None:
+        """Tells requests what they have got, and puts them back in the queue for the next group."""
+        self._emit()
         self.restarts += 1
         self._metrics.restarts.inc()
-        self._graphs.group_failed(crashed)
-        lost = self._scheduler.fail_running()
-        signals = [f"rank {rank}: {name}" for rank, name in crashed.items()]
+        self._graphs.group_failed(self._crashed)
+        step, self._in_flight = self._in_flight, None
+        lost = self._scheduler.lose_cache(step)
         log.error(
             "ranks failed; restarting them",
             reason=reason,
-            crashed=signals,
+            crashed=[f"rank {rank}: {name}" for rank, name in self._crashed.items()],
+            waiting_requests=self._scheduler.waiting,
             lost_requests=len(lost),
         )
-        for sequence in lost:
-            request = self._requests.pop(sequence.request_id, None)
-            if request is not None:
-                request.fail(pb.ERROR_CODE_INTERNAL, f"the worker failed: {reason}")
+        hopeless = self._failed_starts >= MAX_FAILED_STARTS
+        ended = [r for r in self._requests.values() if hopeless or not r.sequence.alive]
+        self._fail(ended, f"the worker failed: {reason}")
+
+    def _fail(self, requests: Sequence[Request], message: str) -> None:
+        for request in requests:
+            self._requests.pop(request.request_id, None)
+            self._scheduler.abort(request.request_id)
+            request.fail(pb.ERROR_CODE_UNAVAILABLE, message)
 
     async def _steps(self, group: RankGroup) -> None:
-        outcomes: list[_Outcome] = []
         while True:
             await self._graphs.apply(group)
             self._wake.clear()
             await self._probe(group)
             step = self._scheduler.schedule(self._next_step_id)
-            if step is not None:
-                self._next_step_id += 1
-                message = self._graphs.assigned(step)
-                group.send_step(message)
-            self._emit(outcomes)
-            outcomes = []
             if step is None:
+                self._emit()
                 if not self._graphs.pending:  # one graph is loaded between two steps
                     await self._idle(group)
                 continue
-            done = await group.step_done(self._step_timeout_s)
-            self._count(step, message.graph_size, done.step_us)
-            self._graphs.ran(message, done.shadow)
-            tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
-            outcomes = self._apply(step, tokens, done.logprobs)
+            await self._step(group, step)
             # Streams get their turn even when every step is ready at once.
             await asyncio.sleep(0)
+
+    async def _step(self, group: RankGroup, step: ScheduledStep) -> None:
+        """Has the ranks compute a step, and meanwhile tells of the one before it."""
+        self._in_flight = step
+        self._next_step_id += 1
+        message = self._graphs.assigned(step)
+        group.send_step(message)
+        self._emit()
+        done = await group.step_done(self._step_timeout_s)
+        self._in_flight = None
+        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+        self._unsent = self._apply(step, tokens, done.logprobs)
+        self._count(step, message.graph_size, done.step_us)
+        self._graphs.ran(message, done.shadow)
 
     async def _probe(self, group: RankGroup) -> None:
         """Tries a candidate on a made-up step when live ones have not come in time."""
@@ -259,18 +292,31 @@ class Engine:
             )
         return outcomes
 
-    def _emit(self, outcomes: list[_Outcome]) -> None:
+    def _emit(self) -> None:
+        """Tells of the last step's outcomes; whatever raises, each is told once."""
+        outcomes, self._unsent = self._unsent, []
         for outcome in outcomes:
             request = outcome.request
-            if request.ended:
-                continue
-            stopped = request.push(outcome.token, outcome.logprobs)
-            if stopped:
-                self._scheduler.finish(request.request_id)
-                self._requests.pop(request.request_id, None)
-                request.finish(pb.FINISH_REASON_STOP, flush=False)
-            elif outcome.finished is not None:
-                request.finish(_REASONS[outcome.finished], flush=True)
+            try:
+                self._tell(request, outcome)
+            except Exception as error:  # a fault of one request's text is the others' no business
+                log.exception("request failed", request_id=request.request_id)
+                self._end(request)
+                request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
+
+    def _tell(self, request: Request, outcome: _Outcome) -> None:
+        if request.ended:
+            return
+        stopped = request.push(outcome.token, outcome.logprobs)
+        if stopped:
+            self._end(request)
+            request.finish(pb.FINISH_REASON_STOP, flush=False)
+        elif outcome.finished is not None:
+            request.finish(_REASONS[outcome.finished], flush=True)
+
+    def _end(self, request: Request) -> None:
+        self._scheduler.finish(request.request_id)
+        self._requests.pop(request.request_id, None)
 
     def _count(self, step: ScheduledStep, graph_size: int, step_us: int) -> None:
         if step.prompt_tokens:
@@ -281,3 +327,11 @@ class Engine:
             self.eager_steps += graph_size == 0
         self.traffic.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
         self._metrics.step(step.decoding, step.prompt_tokens, graph_size, step_us)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, GroupFailed):
+        return str(error)
+    # a defect: it costs a restart, and not the worker with all that it serves
+    log.exception("the engine failed unexpectedly", exc_info=error)
+    return f"internal error ({type(error).__name__})"

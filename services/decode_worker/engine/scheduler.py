@@ -10,12 +10,15 @@ it had generated, so nothing is lost but time.
 import enum
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
 from precast.errors import ContextLengthExceeded, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool
 from services.decode_worker.ranks.protocol import Sampling, Step
+
+MAX_LOSSES: Final = 3
 
 
 class FinishReason(enum.Enum):
@@ -48,6 +51,8 @@ class Sequence:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
+    losses: int = 0
+    """Times that the cache was lost in a step with this sequence in it."""
     alive: bool = True
     """False once finished or aborted."""
 
@@ -133,12 +138,20 @@ class Scheduler:
 
     finish = abort
 
-    def fail_running(self) -> list[Sequence]:
-        """The cache is lost: drops the sequences that had a slot or output; the others wait on."""
-        lost = self._running + [s for s in self._waiting if s.output]
-        self._running = []
-        self._waiting = deque(s for s in self._waiting if not s.output)
+    def lose_cache(self, step: ScheduledStep | None) -> list[Sequence]:
+        """Puts everything that had a slot back in front of the queue, oldest first.
+
+        It is prefilled again with what it had generated. A sequence may be what ended the ranks, so
+        it is dropped, and returned, once ``MAX_LOSSES`` steps with it were lost; ``step`` is the
+        one that was lost now.
+        """
+        for sequence in step.sequences if step is not None else ():
+            sequence.losses += sequence.alive
+        for sequence in self._running[::-1]:
+            self._preempt(sequence)
+        lost = [s for s in self._waiting if s.losses >= MAX_LOSSES]
         for sequence in lost:
+            self._waiting.remove(sequence)
             self._retire(sequence)
         return lost
 
@@ -158,6 +171,8 @@ class Scheduler:
     ) -> list[tuple[Sequence, int, FinishReason | None]]:
         """Takes in a step's draws; -1 where nothing was drawn. Finished sequences free their
         blocks."""
+        if len(token_ids) != len(step.sequences):
+            raise ValueError(f"{len(token_ids)} tokens for {len(step.sequences)} sequences")
         outcomes = []
         for sequence, count, token in zip(step.sequences, step.counts, token_ids, strict=True):
             if not sequence.alive:

@@ -24,6 +24,7 @@ _ERRORS: Final[dict[int, type[PrecastError]]] = {
     pb.ERROR_CODE_MODEL_NOT_FOUND: errors.ModelNotFound,
     pb.ERROR_CODE_CONTEXT_LENGTH_EXCEEDED: errors.ContextLengthExceeded,
     pb.ERROR_CODE_OVERLOADED: errors.Overloaded,
+    pb.ERROR_CODE_UNAVAILABLE: errors.WorkerUnavailable,
 }
 
 

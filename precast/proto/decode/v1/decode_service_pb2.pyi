@@ -56,7 +56,9 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     ERROR_CODE_OVERLOADED: _ErrorCode.ValueType  # 4
     """The queue is full or the worker is draining: another worker may take it."""
     ERROR_CODE_INTERNAL: _ErrorCode.ValueType  # 5
-    """The worker failed while the request ran."""
+    """The worker failed at this request."""
+    ERROR_CODE_UNAVAILABLE: _ErrorCode.ValueType  # 6
+    """The worker can't go on with the request: it may be sent again, here later or elsewhere now."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper): ...
 
@@ -68,7 +70,9 @@ ERROR_CODE_CONTEXT_LENGTH_EXCEEDED: ErrorCode.ValueType  # 3
 ERROR_CODE_OVERLOADED: ErrorCode.ValueType  # 4
 """The queue is full or the worker is draining: another worker may take it."""
 ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 5
-"""The worker failed while the request ran."""
+"""The worker failed at this request."""
+ERROR_CODE_UNAVAILABLE: ErrorCode.ValueType  # 6
+"""The worker can't go on with the request: it may be sent again, here later or elsewhere now."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 class _GraphSizeOrigin:
