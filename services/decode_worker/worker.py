@@ -1,6 +1,7 @@
 """A decode worker as its gRPC service and its lease see it."""
 
 from collections.abc import Callable
+from typing import Final
 
 from tokenizers import Tokenizer
 
@@ -38,6 +39,8 @@ _CODES: tuple[tuple[type[PrecastError], "pb.ErrorCode.ValueType"], ...] = (
     (Overloaded, pb.ERROR_CODE_OVERLOADED),
     (Unavailable, pb.ERROR_CODE_UNAVAILABLE),
 )
+_NO_ADDRESS: Final = "unknown:1"
+"""In a lease that is read for a status, and not published."""
 
 
 class Worker:
@@ -167,7 +170,7 @@ class Worker:
         return pb.GetGraphSpecsResponse(wanted=specs)
 
     def status(self) -> pb.GetStatusResponse:
-        lease = self.lease("")
+        lease = self.lease(_NO_ADDRESS)
         return pb.GetStatusResponse(
             worker_id=lease.worker_id,
             model=lease.model,
