@@ -47,6 +47,9 @@ check: setup-dev ## lint, formatting, types, and generated code
 	@$(BIN)/mypy --strict
 	$(say) "check-protos"
 	@$(BIN)/python scripts/protos.py --check
+	$(say) "docs and locks"
+	@$(BIN)/python scripts/docs.py --check
+	@$(BIN)/python scripts/lock.py --check
 
 .PHONY: format
 format: setup-dev ## format the code and sort imports
@@ -60,6 +63,10 @@ protos: setup-dev ## generate Python code and stubs from protos/
 .PHONY: check-protos
 check-protos: setup-dev ## fail if the generated code is not what protos/ gives
 	@$(BIN)/python scripts/protos.py --check
+
+.PHONY: docs
+docs: setup-dev ## write what documents take from the code and from docs/figures.json
+	@$(BIN)/python scripts/docs.py
 
 .PHONY: lock
 lock: setup-dev ## write the lock files from what is installed
