@@ -47,7 +47,7 @@ def configuration() -> str:
 
 
 def _settings_table(title: str, section: str, kind: type[CommonSettings], without: set[str]) -> str:
-    summary = " ".join((kind.__doc__ or "").split())
+    summary = " ".join((kind.__doc__ or "").replace("``", "`").split())
     where = f" Table `[{section}]`." if section else " At the top of the file."
     rows = [
         f"| `{name}` | {_default(field)} | {_meaning(field)} |\n"

@@ -65,8 +65,11 @@ class CommonSettings(BaseSettings):
     home: AbsolutePath = Path("~/.precast")
     """Folder that holds models, artifacts, keys and logs."""
     redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
+    """Where the services meet."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below it are not written."""
     log_format: Literal["console", "json"] = "console"
+    """For people, or an object a line for machines."""
 
     @classmethod
     def settings_customise_sources(
@@ -86,11 +89,15 @@ class GatewaySettings(CommonSettings):
     section: ClassVar[str] = "gateway"
 
     host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: all of this machine."""
     port: Port = 8000
+    """HTTP port."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
+    """Folder of the models; `models` in `home`."""
     request_timeout_s: Seconds = 600.0
     """Longest that one request may take, queueing included."""
     max_body_bytes: Count = 8 << 20
+    """Largest body of a request; larger ones are answered with 413."""
     max_in_flight: Count = 1024
     """Requests in the gateway at once; more are answered with 429."""
     worker_refresh_s: Seconds = 0.5
@@ -136,7 +143,9 @@ class CompileWorkerSettings(CommonSettings):
     capture_cpus: Cores = ()
     """CPU ids that captures may use; empty: all that the process may."""
     parallel_captures: Count = 1
+    """Captures at once."""
     max_queued: Count = 1024
+    """Captures in the queue; more are refused as overloaded."""
     canary_steps: int = Field(default=32, ge=0, le=10_000)
     """Steps in which one worker compares a new version with the serving one before all take it
     up; 0: none."""
@@ -158,6 +167,7 @@ class DecodeWorkerSettings(CommonSettings):
     advertise: AddressText = Field(default_factory=lambda data: reachable(data["listen"]))
     """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
+    """Folder of the models; `models` in `home`."""
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of a folder in ``models_dir``."""
     weight_dtype: WeightDtype = "fp32"
@@ -191,6 +201,7 @@ class DecodeWorkerSettings(CommonSettings):
     adapt_interval_s: Seconds = 60.0
     """How often traffic is looked at; what has fewer than 500 steps is added to the next look."""
     max_batch_size: Count = Field(default_factory=lambda data: max(data["batch_sizes"]))
+    """Most sequences of a step; the largest of `batch_sizes`."""
     max_context_length: Count | None = None
     """Tokens of a sequence; none: the model's own."""
     kv_blocks: Count | None = None
@@ -209,6 +220,7 @@ class DecodeWorkerSettings(CommonSettings):
     """For development: load graphs that no trusted key has signed. Whoever can reach this worker's
     compile worker or cache can then have any code run."""
     cache_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "graphs")
+    """Where verified graphs are kept."""
     packed_dir: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "cache" / "weights"
     )
@@ -260,23 +272,37 @@ class ServeSettings(CommonSettings):
     section: ClassVar[str] = "serve"
 
     host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: all of this machine."""
     port: Port = 8000
+    """HTTP port."""
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """As of the decode worker."""
     weight_dtype: WeightDtype = "fp32"
+    """As of the decode worker."""
     quantization: Quantization = "q4_1"
+    """As of the decode worker."""
     head_quantization: Quantization = Field(
         default_factory=lambda data: default_head_quantization(data["quantization"])
     )
+    """As of the decode worker."""
     kv_dtype: KvDtype = Field(
         default_factory=lambda data: default_kv_dtype(data["weight_dtype"], data["quantization"])
     )
+    """As of the decode worker."""
     tp: int = Field(default=1, ge=1, le=64)
+    """As of the decode worker."""
     cores: Cores = ()
+    """As of the decode worker."""
     batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
+    """As of the decode worker."""
     prefill_buckets: Buckets = (16, 64, 256)
+    """As of the decode worker."""
     max_context_length: Count | None = None
+    """As of the decode worker."""
     compile_port: Port = 7100
+    """Of the compile worker, on loopback."""
     decode_port: Port = 7200
+    """Of the decode worker, on loopback."""
 
 
 SETTINGS: tuple[type[CommonSettings], ...] = (

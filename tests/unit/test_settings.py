@@ -171,3 +171,8 @@ def test_the_cache_is_exact_where_the_weights_are(
     cls: type[CommonSettings], flags: dict[str, str], expected: str
 ) -> None:
     assert load_settings(cls, **flags).kv_dtype == expected
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_setting_says_what_it_is_for(kind: type[CommonSettings]) -> None:
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []
