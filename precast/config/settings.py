@@ -112,6 +112,7 @@ class CompileWorkerSettings(CommonSettings):
     section: ClassVar[str] = "compile-worker"
 
     listen: AddressText = "127.0.0.1:7100"
+    """Address of its gRPC server."""
     advertise: AddressText = Field(default_factory=lambda data: reachable(data["listen"]))
     """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     metrics_port: Port = 0
@@ -164,6 +165,7 @@ class DecodeWorkerSettings(CommonSettings):
     section: ClassVar[str] = "decode-worker"
 
     listen: AddressText = "127.0.0.1:7200"
+    """Address of its gRPC server."""
     advertise: AddressText = Field(default_factory=lambda data: reachable(data["listen"]))
     """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
