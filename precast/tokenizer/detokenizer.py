@@ -2,80 +2,104 @@
 
 Text is given out only when no later token can change it: an incomplete character waits for its
 other bytes, and text that may turn out to be the beginning of a stop string waits until it can't.
+The work for a token doesn't depend on how many tokens came before it.
 """
 
-from typing import Final
+import codecs
+from collections.abc import Sequence
+from typing import Final, Protocol
 
-from tokenizers import Tokenizer
+from precast.tokenizer.stop_strings import StopStrings
+from precast.tokenizer.token_table import TokenTable
 
 _CONTEXT: Final = 6
-"""Prompt tokens to decode in front of the first output: some tokenizers' spaces depend on them."""
+"""Tokens to decode in front of a new one where its text depends on them."""
 _REPLACEMENT: Final = "\ufffd"
-_MAX_INCOMPLETE: Final = 16
-"""Tokens after which a replacement character is taken for what the model meant."""
+_MAX_WAITING: Final = 16
+"""Tokens without text of their own after which what they decode to is taken as it is."""
+
+
+class _Decoder(Protocol):
+    def push(self, token_id: int) -> str:
+        """Whole characters that the token completes."""
+
+    def flush(self) -> str:
+        """What is left of an incomplete character."""
 
 
 class Detokenizer:
+    """The text of one answer. It continues the prompt, so a first blank belongs to it."""
+
     def __init__(
-        self, tokenizer: Tokenizer, prompt: list[int], stop_strings: tuple[str, ...] = ()
+        self, table: TokenTable, prompt: Sequence[int], stop_strings: Sequence[str] = ()
     ) -> None:
-        self._tokenizer = tokenizer
-        self._stops = stop_strings
-        self._ids = prompt[-_CONTEXT:]
-        self._prefix = 0
-        self._read = len(self._ids)
-        """Tokens before this are in the text already; those from _prefix on are decoded again with
-        what follows, because the text of a token depends on its neighbours."""
+        self._decoder: _Decoder = _Bytes(table) if table.has_bytes else _Window(table, prompt)
+        self._stops = StopStrings(stop_strings)
         self._held = ""
 
-    def push(self, token_ids: list[int]) -> tuple[str, bool]:
+    def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """Text that can be sent now, and whether a stop string was hit (nothing follows then)."""
-        self._ids += token_ids
-        self._held += self._decode_new(final=False)
-        stop_at = self._find_stop()
-        if stop_at >= 0:
-            text, self._held = self._held[:stop_at], ""
-            return text, True
-        keep = self._possible_stop()
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text, False
+        return self._release("".join(map(self._decoder.push, token_ids)))
 
     def flush(self) -> str:
         """The rest: no token follows, so what was held back is text after all."""
-        text, self._held = self._held + self._decode_new(final=True), ""
-        return text
+        text, stopped = self._release(self._decoder.flush())
+        held, self._held = self._held, ""
+        return text if stopped else text + held
 
-    def piece(self, token_id: int) -> str:
-        """One token's own text, for logprobs."""
-        return self._decode([token_id]) or self._tokenizer.id_to_token(token_id) or ""
+    def _release(self, new: str) -> tuple[str, bool]:
+        held = self._held + new
+        stop = self._stops.feed(new)
+        if stop is not None:
+            self._held = ""
+            return held[: len(held) - len(new) + stop.end - stop.length], True
+        cut = len(held) - self._stops.begun
+        self._held = held[cut:]
+        return held[:cut], False
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
-    def _decode_new(self, *, final: bool) -> str:
-        before = self._decode(self._ids[self._prefix : self._read])
-        now = self._decode(self._ids[self._prefix :])
-        incomplete = now.endswith(_REPLACEMENT) and len(self._ids) - self._read < _MAX_INCOMPLETE
-        if len(now) <= len(before) or (incomplete and not final):
+class _Bytes:
+    """Joins the tokens' bytes."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._utf8.decode(self._table.bytes_of(token_id))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _Window:
+    """Decodes each token together with a few before it."""
+
+    def __init__(self, table: TokenTable, prompt: Sequence[int]) -> None:
+        self._table = table
+        # Special tokens have no text: were they kept, a run of them would make the window grow.
+        self._ids = [token for token in prompt[-_CONTEXT:] if not table.is_special(token)]
+        self._given = len(self._ids)
+        """Tokens before this are in the text already."""
+
+    def push(self, token_id: int) -> str:
+        if self._table.is_special(token_id):
             return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        if self._prefix > 64:
-            del self._ids[: self._prefix]
-            self._read -= self._prefix
-            self._prefix = 0
+        self._ids.append(token_id)
+        return self._new(final=len(self._ids) - self._given >= _MAX_WAITING)
+
+    def flush(self) -> str:
+        return self._new(final=True)
+
+    def _new(self, *, final: bool) -> str:
+        before = self._decode(self._ids[: self._given])
+        now = self._decode(self._ids)
+        if not final and (len(now) <= len(before) or now.endswith(_REPLACEMENT)):
+            return ""
+        del self._ids[:-_CONTEXT]
+        self._given = len(self._ids)
         return now[len(before) :]
 
-    def _find_stop(self) -> int:
-        """Where the first stop string in the held text begins, or -1."""
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        return min(found, default=-1)
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
-                return size
-        return 0
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._table.tokenizer.decode(ids)
+        return text

@@ -18,6 +18,7 @@ from precast.fleet.leases import DecodeLease, WorkerState
 from precast.models.config import ModelConfig
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
+from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.admission import make_sequence
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.request import Request, error_response
@@ -59,7 +60,7 @@ class Worker:
         self._worker_id = worker_id
         self._settings = settings
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokens = TokenTable(tokenizer)
         self._scheduler = scheduler
         self._engine = engine
         self._graphs = graphs
@@ -101,13 +102,12 @@ class Worker:
             vocab_size=self._config.vocab_size,
             eos_token_ids=self._eos,
         )
-        detokenizer = Detokenizer(
-            self._tokenizer, list(sequence.prompt), tuple(start.stop.stop_strings)
-        )
+        detokenizer = Detokenizer(self._tokens, sequence.prompt, start.stop.stop_strings)
         self._engine.submit(
             Request(
                 sequence=sequence,
                 detokenizer=detokenizer,
+                tokens=self._tokens,
                 outbox=outbox,
                 on_end=on_end,
                 hidden_token_ids=sequence.stop_token_ids,

@@ -211,6 +211,38 @@ def test_chat_logprobs(client: openai.OpenAI, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_tokens_that_are_parts_of_a_character(client: openai.OpenAI, stream: bool) -> None:
+    """The parrot says the prompt's tokens: an emoji's four bytes, then a letter."""
+    message = {"role": "user", "content": "🦊é"}
+    answer: Any = client.chat.completions.create(
+        model="tiny",
+        messages=[message],
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=5,
+        stream=stream,
+    )
+    chunks = list(answer) if stream else [answer]
+    content = [
+        token for chunk in chunks if (lp := chunk.choices[0].logprobs) for token in lp.content
+    ]
+    assert bytes(byte for token in content for byte in token.bytes).decode() == "user: 🦊é\n"
+    assert len({str(top.bytes) for top in content[6].top_logprobs}) == 5
+    ids = [token.bytes for token in content[6:10]]
+    assert [len(raw) for raw in ids] == [1, 1, 1, 1]
+
+
+def test_parts_of_a_character_have_entries_of_their_own(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="🦊é", max_tokens=6, logprobs=5)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert [len(top) for top in logprobs.top_logprobs or ()] == [6] * 6
+    assert logprobs.tokens[:2] == ["bytes:\\xf0", "bytes:\\x9f"]
+    assert logprobs.text_offset == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_echo(client: openai.OpenAI, stream: bool) -> None:
     answer = client.completions.create(
         model="tiny", prompt="the fox", max_tokens=3, echo=True, stream=stream

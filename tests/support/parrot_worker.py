@@ -20,6 +20,7 @@ from precast.fleet.leases import DecodeLease, Registry
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.rpc.server import Service, start_server
+from precast.tokenizer.token_table import TokenTable
 
 FAULTS: Final = {
     "!invalid": pb.ERROR_CODE_INVALID_ARGUMENT,
@@ -39,13 +40,17 @@ SILENT: Final = "!silent"
 class Speech:
     """One generation: text lags the tokens as the protocol says."""
 
-    tokenizer: Tokenizer
+    table: TokenTable
     start: pb.StartGeneration
     ids: list[int] = field(default_factory=list)
     sent: int = 0
     """Characters that were sent."""
     finished: int = 0
     """The reason, once it has one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.table.tokenizer
 
     def step(self) -> pb.TokenDelta:
         prompt = self.start.prompt_token_ids
@@ -71,17 +76,14 @@ class Speech:
         return text[: len(text) - _held_back(text, stops)]
 
     def _logprob(self, token: int, count: int) -> pb.TokenLogprob:
-        size = self.tokenizer.get_vocab_size()
-        others = [(token + 1 + i) % size for i in range(count)]
-        return pb.TokenLogprob(
-            token_id=token,
-            logprob=-0.5,
-            text=self.tokenizer.decode([token]),
-            top=[
-                pb.TopLogprob(token_id=other, logprob=-1.0 - i, text=self.tokenizer.decode([other]))
-                for i, other in enumerate(others)
-            ],
-        )
+        text, token_bytes = self.table.shown(token)
+        report = pb.TokenLogprob(token_id=token, logprob=-0.5, text=text, token_bytes=token_bytes)
+        for rank in range(count):
+            other = (token + 1 + rank) % self.tokenizer.get_vocab_size()
+            text, token_bytes = self.table.shown(other)
+            logprob = -1.0 - rank
+            report.top.add(token_id=other, logprob=logprob, text=text, token_bytes=token_bytes)
+        return report
 
 
 class Parrot(pb_grpc.DecodeServiceServicer):
@@ -92,6 +94,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self._tokenizer = Tokenizer.from_file(
             str(options.models_dir / options.model / "tokenizer.json")
         )
+        self._table = TokenTable(self._tokenizer)
         self.worker_id = options.worker_id or f"parrot-{uuid.uuid4().hex[:8]}"
         self.running: dict[str, asyncio.Task[None]] = {}
         self.served = 0
@@ -146,7 +149,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         if said.startswith(SILENT):
             await asyncio.Event().wait()
         step_s = 0.1 if said.startswith(SLOW) else self._options.step_ms / 1000
-        speech = Speech(tokenizer=self._tokenizer, start=start)
+        speech = Speech(table=self._table, start=start)
         while not speech.finished:
             if step_s:
                 await asyncio.sleep(step_s)

@@ -9,8 +9,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.engine.scheduler import SamplingSpec, Sequence
 
 MAX_REQUEST_ID: Final = 128
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_CHARACTERS: Final = 1024
+MAX_STOP_STRINGS: Final = 64
 MAX_LOGPROBS: Final = 20
 MAX_PENALTY: Final = 2.0
 MAX_TEMPERATURE: Final = 100.0
@@ -54,9 +53,8 @@ def _check_stop(stop: pb.StopConditions) -> None:
         raise InvalidRequest("max_tokens must be at least 1")
     if len(stop.stop_strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings")
-    for text in stop.stop_strings:
-        if not 0 < len(text) <= MAX_STOP_CHARACTERS:
-            raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
+    if not all(stop.stop_strings):
+        raise InvalidRequest("a stop string is empty")
 
 
 def _sampling(start: pb.StartGeneration, vocab_size: int) -> SamplingSpec:

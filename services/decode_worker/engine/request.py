@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
+from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.response_buffer import Outbox
 from services.decode_worker.engine.scheduler import Sequence
 from services.decode_worker.ranks.protocol import Logprobs
@@ -14,6 +15,7 @@ from services.decode_worker.ranks.protocol import Logprobs
 class Request:
     sequence: Sequence
     detokenizer: Detokenizer
+    tokens: TokenTable
     outbox: Outbox
     on_end: Callable[[str], None]
     """Called once with the request's id when it has ended."""
@@ -61,16 +63,17 @@ class Request:
         self.on_end(self.request_id)
 
     def _logprob(self, token: int, logprobs: Logprobs) -> pb.TokenLogprob:
-        piece = self.detokenizer.piece
-        return pb.TokenLogprob(
+        text, token_bytes = self.tokens.shown(token)
+        report = pb.TokenLogprob(
             token_id=token,
             logprob=logprobs.logprob,
-            text=piece(token),
-            top=[
-                pb.TopLogprob(token_id=other, logprob=score, text=piece(other))
-                for other, score in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
-            ],
+            text=text,
+            token_bytes=None if token in self.hidden_token_ids else token_bytes,
         )
+        for other, score in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True):
+            text, token_bytes = self.tokens.shown(other)
+            report.top.add(token_id=other, logprob=score, text=text, token_bytes=token_bytes)
+        return report
 
 
 def error_response(

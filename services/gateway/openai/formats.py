@@ -5,7 +5,7 @@ A format belongs to one request. ``Choice`` is what has come of one choice so fa
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
+from services.gateway.openai.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from services.gateway.openai.prepare import Plan
 
 
@@ -73,8 +74,7 @@ class CompletionFormat:
         self._plan = plan
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._offsets = [len(echo) for echo in plan.echoes]
-        """Characters of each choice's text up to its next token."""
+        self._offsets = [TextOffsets(len(echo)) for echo in plan.echoes]
         self._usage: UnsetType | None = None if plan.include_usage else UNSET
 
     def opening(self, index: int) -> Struct | None:
@@ -84,7 +84,7 @@ class CompletionFormat:
     def delta(self, index: int, delta: pb.TokenDelta) -> Struct | None:
         if not delta.text and not delta.logprobs:
             return None
-        logprobs = self._logprobs(index, delta.logprobs)
+        logprobs = completion_logprobs(delta.logprobs, self._offsets[index])
         choice = api.CompletionChoice(index=index, text=delta.text, logprobs=logprobs)
         return self._chunk(choice)
 
@@ -100,7 +100,7 @@ class CompletionFormat:
             api.CompletionChoice(
                 index=index,
                 text=self._plan.echoes[index] + "".join(choice.text),
-                logprobs=self._logprobs(index, choice.logprobs),
+                logprobs=completion_logprobs(choice.logprobs, self._offsets[index]),
                 finish_reason=finish_reason(choice.finished),
             )
             for index, choice in enumerate(choices)
@@ -121,29 +121,6 @@ class CompletionFormat:
             usage=usage,
         )
 
-    def _logprobs(
-        self, index: int, tokens: Sequence[pb.TokenLogprob]
-    ) -> api.CompletionLogprobs | None:
-        if not tokens:
-            return None
-        return api.CompletionLogprobs(
-            tokens=[token.text for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[_top_by_text(token) for token in tokens],
-            text_offset=[self._advance(index, token.text) for token in tokens],
-        )
-
-    def _advance(self, index: int, text: str) -> int:
-        offset = self._offsets[index]
-        self._offsets[index] += len(text)
-        return offset
-
-
-def _top_by_text(token: pb.TokenLogprob) -> dict[str, float]:
-    """The alternatives; the chosen token is always among them, as with OpenAI."""
-    top = {alternative.text: alternative.logprob for alternative in token.top}
-    return {**top, token.text: token.logprob}
-
 
 class ChatFormat:
     """``/v1/chat/completions``."""
@@ -162,7 +139,7 @@ class ChatFormat:
         if not delta.text and not delta.logprobs:
             return None
         shown = api.ChatDelta(content=delta.text)
-        logprobs = _chat_logprobs(delta.logprobs)
+        logprobs = chat_logprobs(delta.logprobs)
         return self._chunk(api.ChatChunkChoice(index=index, delta=shown, logprobs=logprobs))
 
     def closing(self, index: int, finished: pb.GenerationFinished) -> Struct:
@@ -178,7 +155,7 @@ class ChatFormat:
             api.ChatChoice(
                 index=index,
                 message=api.ChatMessage(content="".join(choice.text)),
-                logprobs=_chat_logprobs(choice.logprobs),
+                logprobs=chat_logprobs(choice.logprobs),
                 finish_reason=finish_reason(choice.finished),
             )
             for index, choice in enumerate(choices)
@@ -204,24 +181,3 @@ class ChatFormat:
             choices=choices,
             usage=usage,
         )
-
-
-def _chat_logprobs(tokens: Iterable[pb.TokenLogprob]) -> api.ChatLogprobs | None:
-    content = [
-        api.ChatLogprob(
-            token=token.text,
-            logprob=token.logprob,
-            bytes=_bytes(token.text),
-            top_logprobs=[
-                api.TopLogprob(token=top.text, logprob=top.logprob, bytes=_bytes(top.text))
-                for top in token.top
-            ],
-        )
-        for token in tokens
-    ]
-    return api.ChatLogprobs(content=content) if content else None
-
-
-def _bytes(text: str) -> list[int] | None:
-    """A token's bytes; None where its text stands for a part of a character."""
-    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())

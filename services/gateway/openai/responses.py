@@ -24,7 +24,7 @@ class CompletionLogprobs(Struct, frozen=True, kw_only=True):
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
-    """Characters before each token in the choice's text."""
+    """Characters before each token in the choice's text; parts of one character have the same."""
 
 
 class CompletionChoice(Struct, frozen=True, kw_only=True):
@@ -55,7 +55,7 @@ class ChatLogprob(Struct, frozen=True, kw_only=True):
     token: str
     logprob: float
     bytes: list[int] | None
-    """None where the token ends within a character."""
+    """None for a special token, which is no part of the text."""
     top_logprobs: list[TopLogprob]
 
 
