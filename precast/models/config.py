@@ -1,12 +1,14 @@
 """What a model folder's ``config.json`` says, checked and by our names."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from precast.errors import ModelCorrupt, ModelNotFound, UnsupportedArchitecture
+from precast.models.end_tokens import end_tokens
+from precast.models.json_file import read_object
 from precast.models.options import LayerPlan, Options, Qwen3MoeOptions, read_options
 from precast.models.rope import RopeConfig
 
@@ -27,30 +29,39 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "smollm3": {"tie_word_embeddings": True},
 }
 """What a ``config.json`` means that leaves an entry out, where architectures differ in it."""
+MAX_LAYERS: Final = 1024
+_MAX_SIZE: Final = 1 << 24
+"""Of a matrix' side, and of positions: what is beyond is a mistake, and would take for ever."""
+_COUNTS: Final = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+"""Entries that are calculated with before pydantic sees them."""
+_QUANTIZED: Final = ("quantization_config", "compression_config", "quantization")
+"""Entries that say that the weights are not what their tensors hold."""
 
 
 class ModelConfig(BaseModel):
     """Shapes and constants of one model, over all ranks."""
 
-    model_config = ConfigDict(frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, protected_namespaces=(), arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
     architecture: str
-    hidden_size: int = Field(gt=0)
-    layers: tuple[LayerPlan, ...] = Field(min_length=1, max_length=1024)
-    q_heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=_MAX_SIZE)
+    layers: tuple[LayerPlan, ...] = Field(min_length=1, max_length=MAX_LAYERS)
+    q_heads: int = Field(gt=0, le=_MAX_SIZE)
+    kv_heads: int = Field(gt=0, le=_MAX_SIZE)
     head_dim: int = Field(gt=0, le=1024)
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=_MAX_SIZE)
     """Columns of a dense MLP."""
-    expert_size: int = Field(default=0, ge=0)
+    expert_size: int = Field(default=0, ge=0, le=_MAX_SIZE)
     """Columns of an expert; 0: the model has none."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=_MAX_SIZE)
     rms_norm_eps: float = Field(gt=0)
     ropes: tuple[RopeConfig, ...]
     options: Options
     """What only this architecture has; sizes in it are those of the whole model."""
     tie_word_embeddings: bool
-    max_position_embeddings: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, le=_MAX_SIZE)
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -70,51 +81,60 @@ class ModelConfig(BaseModel):
             )
         if self.rotary_dim % 2:
             raise ValueError(f"head_dim={self.rotary_dim} is odd: rotary embedding needs pairs")
+        if self.rotary_dim > self.head_dim:
+            raise ValueError(f"{self.rotary_dim} of {self.head_dim} features can't be rotated")
+        for rope in self.ropes:
+            rope.check(self.rotary_dim)
         return self
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Reads ``folder/config.json`` (and the end-of-sequence ids of ``generation_config.json``).
+    """Reads ``folder/config.json``, and what other files say about the end of an answer.
 
     Raises ModelNotFound, ModelCorrupt or UnsupportedArchitecture, each with one line that says why.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFound(f"no model at {folder}: config.json is missing")
-    raw = _read_json(path)
-    name = (raw.get("architectures") or ["(none)"])[0]
-    if name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedArchitecture(f"{path}: architecture {name} is not one of: {known}")
+    raw = read_object(path)
+    name = _class_name(path, raw)
+    _refuse_quantized(path, raw)
     try:
-        return _parse(ARCHITECTURES[name], raw, _generation_eos(folder))
+        return _parse(ARCHITECTURES[name], raw, folder)
     except UnsupportedArchitecture as error:
         raise UnsupportedArchitecture(f"{path}: {name}: {error}") from None
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelCorrupt(f"{path}: {_one_line(error)}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelCorrupt(f"{path}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelCorrupt(f"{path}: expected a JSON object")
-    return raw
+def _class_name(path: Path, raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures") or ["(none)"]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        shown = ascii(name)[:80].strip("'")
+        raise UnsupportedArchitecture(f"{path}: architecture {shown} is not one of: {known}")
+    return name
 
 
-def _generation_eos(folder: Path) -> Any:
-    path = folder / "generation_config.json"
-    return _read_json(path).get("eos_token_id") if path.is_file() else None
+def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
+    for entry in _QUANTIZED:
+        if not (found := raw.get(entry)):
+            continue
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise UnsupportedArchitecture(
+            f"{path}: {entry} ({ascii(method or 'no quant_method')[:80]}): quantised weights are "
+            "not supported; import the model's float weights, or a GGUF file"
+        )
 
 
-def _parse(architecture: str, raw: dict[str, Any], generation_eos: Any) -> ModelConfig:
+def _parse(architecture: str, raw: dict[str, Any], folder: Path) -> ModelConfig:
     raw = _DEFAULTS.get(architecture, {}) | raw
+    for name in _COUNTS:
+        _check_count(name, raw[name], MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE)
     options, ropes, layers = read_options(architecture, raw)
     heads = raw["num_attention_heads"]
-    eos = generation_eos if generation_eos is not None else raw.get("eos_token_id")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=architecture,
         hidden_size=raw["hidden_size"],
         layers=layers,
@@ -129,14 +149,15 @@ def _parse(architecture: str, raw: dict[str, Any], generation_eos: Any) -> Model
         options=options,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         max_position_embeddings=raw["max_position_embeddings"],
-        eos_token_ids=_ids(eos),
+        eos_token_ids=(),
     )
+    ends = end_tokens(folder, raw, config.vocab_size)
+    return config.model_copy(update={"eos_token_ids": ends})
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+def _check_count(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise ValueError(f"{name}: {ascii(value)[:40]} is not a number from 1 to {most}")
 
 
 def _one_line(error: Exception) -> str:
@@ -144,5 +165,6 @@ def _one_line(error: Exception) -> str:
         return f"{error.args[0]} is missing"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}"
-    return str(error).splitlines()[0]
+        given = "" if isinstance(first["input"], dict) else f" (it is {ascii(first['input'])[:40]})"
+        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}{given}"
+    return (str(error).splitlines() or [type(error).__name__])[0]

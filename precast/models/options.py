@@ -6,6 +6,7 @@ options, which travels as one factor of the graph's key (``to_factor``), and a f
 it; what they mean is in the module of the same name.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, NamedTuple, Self, TypeVar
 
@@ -128,7 +129,19 @@ _O = TypeVar("_O", bound=Options)
 def _reading(options: _O, ropes: tuple[RopeConfig, ...], layers: list[LayerPlan]) -> Reading:
     kinds = tuple(sorted({layer.kind for layer in layers}))
     complete = msgspec.structs.replace(options, kinds=kinds, ropes=len(ropes))
-    return Reading(complete, ropes, tuple(layers))
+    return Reading(_checked(complete), ropes, tuple(layers))
+
+
+def _checked(options: _O) -> _O:
+    """Raises ValueError for entries of another type, or numbers that are none."""
+    values = msgspec.to_builtins(options)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    try:
+        return msgspec.convert(values, type(options))
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
 
 
 def _plain_rope(raw: Mapping[str, Any], theta: float = 10000.0) -> RopeConfig:
@@ -243,12 +256,19 @@ def _gemma3(raw: Mapping[str, Any]) -> Reading:
     options = Gemma3Options(
         window=raw.get("sliding_window") or 0 if "sliding" in kinds else 0,
         attention_bias=raw.get("attention_bias", False),
-        query_scale=float(raw.get("query_pre_attn_scalar", 256)) ** -0.5,
+        query_scale=_query_scale(raw.get("query_pre_attn_scalar", 256)),
         attention_softcap=raw.get("attn_logit_softcapping") or 0.0,
         logit_softcap=raw.get("final_logit_softcapping") or 0.0,
     )
     layers = [LayerPlan(kind, 1 if kind == "sliding" else 0) for kind in kinds]
     return _reading(options, _gemma3_ropes(raw), layers)
+
+
+def _query_scale(divisor: Any) -> float:
+    value = float(divisor)
+    if not value > 0:
+        raise ValueError(f"query_pre_attn_scalar is {value}")
+    return float(value**-0.5)
 
 
 def _gemma3_ropes(raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:

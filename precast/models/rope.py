@@ -14,7 +14,7 @@ ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 class RopeConfig(BaseModel):
     """Base frequency and its scaling for long contexts."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     rope_theta: float = Field(default=10000.0, gt=1)
     rope_type: str = "default"
@@ -45,6 +45,15 @@ class RopeConfig(BaseModel):
         if self.rope_type == "yarn":
             return self._yarn(plain, dim)
         return plain
+
+    def check(self, dim: int) -> None:
+        """Raises ValueError if its constants give no angles."""
+        try:
+            values = [*self.inverse_frequencies(dim), self.amplitude()]
+        except ArithmeticError:
+            values = [math.nan]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"the constants of rope_type={self.rope_type} give no finite angles")
 
     def amplitude(self) -> float:
         """What cosines and sines are multiplied by."""

@@ -1,6 +1,8 @@
 """What a model folder's config.json may say."""
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from precast.errors import (
 from precast.models.config import load_config
 from precast.models.options import LayerPlan, from_factor, to_factor
 from precast.models.rope import RopeConfig
+from tests.support.models import write_model
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,10 +47,50 @@ def test_a_plain_config(tmp_path: Path) -> None:
     assert config.ropes[0].rope_theta == 10000.0
 
 
-def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
+FILES: dict[str, dict[str, Any]] = {
+    "config.json": {**BASE, "eos_token_id": 2},
+    "generation_config.json": {"eos_token_id": [3, 7]},
+    "tokenizer_config.json": {
+        "eos_token": {"content": "<end>"},
+        "added_tokens_decoder": {"9": {"content": "<end>"}, "4": {"content": "<pad>"}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"),
+    [
+        (("config.json",), (2,)),
+        (("generation_config.json",), (3, 7)),
+        (("tokenizer_config.json",), (9,)),
+        (("config.json", "generation_config.json", "tokenizer_config.json"), (3, 7, 2, 9)),
+        ((), ()),
+    ],
+)
+def test_all_files_that_name_an_end_are_heard(
+    tmp_path: Path, named: tuple[str, ...], ends: tuple[int, ...]
+) -> None:
+    for name, content in FILES.items():
+        silent = {key: value for key, value in content.items() if not key.startswith("eos_token")}
+        (tmp_path / name).write_text(json.dumps(content if name in named else silent))
+    assert load_config(tmp_path).eos_token_ids == ends
+
+
+def test_an_end_that_only_the_vocabulary_numbers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", eos_token_id=None)
+    assert load_config(folder).eos_token_ids == (256,)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<unheard of>"}')
+    assert load_config(folder).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", [-1, 100, 10**6, True, "12", 1.5, [2, None], {"id": 2}])
+def test_an_end_that_is_no_token_is_refused(tmp_path: Path, file: str, value: object) -> None:
     write(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    assert load_config(tmp_path).eos_token_ids == (2, 7)
+    content = {**BASE, "eos_token_id": value} if file == "config.json" else {"eos_token_id": value}
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ModelCorrupt, match="eos_token_id"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +155,88 @@ def test_frequencies_are_those_of_transformers(settings: dict[str, Any]) -> None
         ({"head_dim": 15}, "odd"),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 0}, "zero"),
         ({"architectures": ["Gemma3ForCausalLM"], "layer_types": []}, "layer_types has 0"),
+        ({"rope_theta": math.nan}, "rope_theta"),
+        ({"rope_theta": math.inf}, "rope_theta"),
+        ({"rope_theta": "many"}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": math.nan}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 5e-324}}, "no finite angles"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 .* 1 to 1024"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_attention_heads": []}, "num_attention_heads"),
+        ({"hidden_size": 10**40}, "hidden_size"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"intermediate_size": 10**12}, "intermediate_size"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings"),
+        ({"attention_bias": "perhaps"}, "attention_bias"),
+        ({"rope_scaling": [1]}, "config.json"),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": math.nan},
+            "attention_softcap is nan",
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": -4},
+            "query_pre_attn_scalar",
+        ),
+        ({"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 0}, "zero"),
+        (
+            {
+                "architectures": ["Phi3ForCausalLM"],
+                "rope_scaling": {"type": "default", "partial_rotary_factor": 2.0},
+            },
+            "can't be rotated",
+        ),
     ],
 )
 def test_a_wrong_config_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    started = time.monotonic()
     with pytest.raises(ModelCorrupt, match=message) as caught:
         load_config(write(tmp_path, **changes))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"\xff\xfe{", b'{"hidden_size": ' + b"9" * 5000 + b"}", b"[1, 2]", b""],
+)
+def test_what_is_no_json_object_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelCorrupt, match=r"config\.json: ") as caught:
+        load_config(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", [[{}], {}, "Mamba", ["\n"], [None], [["x"]], 5])
+def test_whatever_architectures_holds_is_one_line(tmp_path: Path, value: object) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="is not one of: Gemma3ForCausalLM") as caught:
+        load_config(write(tmp_path, architectures=value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bits"),
+        ({"quantization_config": ["?"]}, "quantization_config"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
+    ],
+)
+def test_quantized_weights_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=named):
+        load_config(write(tmp_path, **changes))
+
+
+def test_no_quantization_is_no_quantization(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, quantization_config=None)).hidden_size == 64
 
 
 def test_no_json_and_no_folder(tmp_path: Path) -> None:
