@@ -10,12 +10,24 @@ from pathlib import Path
 from typing import Final
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
-from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastError
+from precast.errors import (
+    ConfigError,
+    ModelCorrupt,
+    ModelNotFound,
+    PrecastError,
+    UnsupportedArchitecture,
+)
 from precast.models.config import ModelConfig, load_config
+from precast.models.pointer import refuse_pointer
 from precast.models.weights.checkpoint import weight_files
+from precast.models.weights.expected import expected_tensors
 from precast.tokenizer.load import load_tokenizer
 
+_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+_COMPUTED: Final = (".rotary_emb.inv_freq",)
+"""Tensors of old checkpoints that are calculated anew."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -74,48 +86,77 @@ def check_model(folder: Path) -> ModelInfo:
     file is missing or unreadable, or the architecture is not one that Precast has.
     """
     config = load_config(folder)
-    tokenizer = load_tokenizer(folder)
-    sizes = _tensor_sizes(folder)
-    _check_tensors(folder, config, sizes)
+    tensors = check_weights(folder, config)
+    check_vocabulary(folder, config, load_tokenizer(folder))
+    return ModelInfo(
+        name=folder.name,
+        path=folder,
+        architecture=config.architecture,
+        parameters=sum(math.prod(shape) for shape in tensors.values()),
+        size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        context_length=config.max_position_embeddings,
+    )
+
+
+def check_weights(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, out of the headers. Raises ``ModelCorrupt`` if one is missing or of
+    another shape, or ``UnsupportedArchitecture`` for a type or a tensor that nothing reads."""
+    shapes = _read_shapes(folder)
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise ModelCorrupt(f"{folder}: tensor {name} is missing")
+        if shapes[name] != shape:
+            raise ModelCorrupt(
+                f"{folder}: tensor {name} has shape {shapes[name]}, not {shape} as by config.json"
+            )
+    layers = tuple(f"model.layers.{index}." for index in range(config.num_layers))
+    for name in sorted(set(shapes) - set(expected)):
+        if name.startswith(layers) and not name.endswith(_COMPUTED):
+            raise UnsupportedArchitecture(
+                f"{folder}: tensor {name} is none of a {config.architecture} model's"
+            )
+    return shapes
+
+
+def check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises ``ModelCorrupt`` if the tokenizer has tokens that the model has not."""
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ModelCorrupt(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, "
             f"config.json only vocab_size = {config.vocab_size}"
         )
-    return ModelInfo(
-        name=folder.name,
-        path=folder,
-        architecture=config.architecture,
-        parameters=sum(sizes.values()),
-        size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        context_length=config.max_position_embeddings,
-    )
 
 
 def _inspect(folder: Path) -> ModelInfo | BrokenModel:
     try:
         return check_model(folder)
     except PrecastError as error:
-        return BrokenModel(name=folder.name, path=folder, problem=str(error))
+        problem = str(error)
+    except Exception as error:  # one folder's files must not hide the others
+        problem = f"{folder}: {type(error).__name__}: {error}"
+    return BrokenModel(name=folder.name, path=folder, problem=" ".join(problem.split())[:500])
 
 
-def _tensor_sizes(folder: Path) -> dict[str, int]:
-    """Elements of each tensor, by name."""
-    sizes: dict[str, int] = {}
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
+        refuse_pointer(path)
         try:
             # opening compares the header's offsets with the file's length
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
-                    sizes[name] = math.prod(file.get_slice(name).get_shape())
+                    part = file.get_slice(name)
+                    _check_dtype(path, name, part.get_dtype())
+                    shapes[name] = tuple(part.get_shape())
         except (SafetensorError, OSError) as error:
-            raise ModelCorrupt(f"{path}: {error}") from None
-    return sizes
+            raise ModelCorrupt(f"{path}: weights can't be read: {error}") from None
+    return shapes
 
 
-def _check_tensors(folder: Path, config: ModelConfig, sizes: dict[str, int]) -> None:
-    wanted = ["model.embed_tokens.weight", "model.norm.weight"]
-    wanted += [f"model.layers.{i}.input_layernorm.weight" for i in range(config.num_layers)]
-    for name in wanted:
-        if name not in sizes:
-            raise ModelCorrupt(f"{folder}: tensor {name} is missing")
+def _check_dtype(path: Path, name: str, dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise UnsupportedArchitecture(
+            f"{path}: tensor {name} has type {dtype}, which is not one of: {', '.join(_DTYPES)}"
+        )
