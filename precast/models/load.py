@@ -1,6 +1,6 @@
 """A rank's weights: out of a Hugging Face folder, or random ones of the same formats."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +21,9 @@ from precast.models.weights.checkpoint import Checkpoint
 from precast.models.weights.loader import Cut, Loader, Packer, Part, cut_of, pack_in, pack_table
 from precast.models.weights.packed_files import (
     Keep,
+    PackedFolder,
     keeping_packed,
     packed_path,
-    read_packed,
-    touch_packed,
 )
 from precast.ops import providers
 from precast.ops.packing import Format, packed_size
@@ -82,12 +81,19 @@ def _load(
 ) -> Weights:
     path = packed_path(kept, folder, shard, shape) if kept is not None else None
     if path is None or path.is_dir():
-        weights = _read(folder, config, shard, shape, positions, path, lambda _name, _tensors: None)
-        if path is not None:
-            touch_packed(path)
+        packed = PackedFolder(path) if path is not None else None
+        weights = _read(
+            folder, config, shard, shape, positions, packed, lambda _name, _tensors: None
+        )
+        if packed is not None:
+            packed.close()
         return weights
     with keeping_packed(path) as keep:
         return _read(folder, config, shard, shape, positions, None, keep)
+
+
+def _keep_nothing(_name: str, _tensors: Mapping[str, Tensor]) -> None:
+    """What is kept already."""
 
 
 def _read(
@@ -96,14 +102,14 @@ def _read(
     shard: Shard,
     shape: Shape,
     positions: int,
-    packed: Path | None,
+    packed: PackedFolder | None,
     keep: Keep,
 ) -> Weights:
     """``packed``: where linears are that were packed before; ``keep`` gets those of each layer."""
     base = Loader(source=Checkpoint(folder), shape=shape, cut=cut_of(config, shard), arena=Arena())
 
     def load(name: str, part: Callable[[Loader[Any]], _T]) -> _T:
-        before = read_packed(packed, name) if packed is not None else {}
+        before = packed.read(name) if packed is not None else {}
         loader = replace(base, kept=before, packed={})
         loaded = part(loader)
         keep(name, loader.packed)

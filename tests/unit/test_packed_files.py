@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from safetensors.numpy import save_file
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,7 @@ from precast.models.load import Weights, load_weights
 from precast.models.precision import Precision
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
-from precast.models.weights import packed_files
+from precast.models.weights import content, loader, packed_files
 from tests.support.models import tensors, write_model
 
 
@@ -45,18 +46,95 @@ def folders(root: Path) -> list[Path]:
     return sorted(p for p in (root / "tiny").iterdir() if p.name != ".tmp")
 
 
-def test_a_second_load_reads_what_the_first_packed(folder: Path, tmp_path: Path) -> None:
+def test_a_second_load_reads_what_the_first_packed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, first = load(folder, None), load(folder, tmp_path / "kept")
     assert same(plain, first)
-    # Another value on disk shows that it is read and not packed again.
     [kept] = folders(tmp_path / "kept")
-    packed = packed_files.read_packed(kept, "layer-0")
-    name = next(iter(packed))
-    changed = {**packed, name: torch.zeros_like(packed[name])}
-    packed_files.save_file(changed, kept / "layer-0.safetensors")
-    second = load(folder, tmp_path / "kept")
-    assert not same(first, second)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("packed although it was kept")
+
+    monkeypatch.setattr(loader, "pack_table", fail)  # all packing goes through it
+    assert same(load(folder, tmp_path / "kept"), first)
     assert folders(tmp_path / "kept") == [kept]
+
+
+@pytest.mark.parametrize("name", ["layer-0", "layer-1", "head"])
+def test_flipped_bytes_are_noticed_and_packed_again(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    whole = load(folder, tmp_path)
+    [kept] = folders(tmp_path)
+    path = kept / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) - 64, len(data)):
+        data[at] ^= 0xFF
+    path.write_bytes(data)
+    with structlog.testing.capture_logs() as lines:
+        assert same(load(folder, tmp_path), whole)
+    [said] = [line for line in lines if line["log_level"] == "warning"]
+    assert said["path"] == str(path)
+    # What was damaged is written anew.
+    assert same(load(folder, tmp_path), whole)
+    with structlog.testing.capture_logs() as lines:
+        assert same(load(folder, tmp_path), whole)
+    assert not lines
+
+
+def test_without_their_digests_files_are_not_trusted(folder: Path, tmp_path: Path) -> None:
+    whole = load(folder, tmp_path)
+    [kept] = folders(tmp_path)
+    (kept / "digests.json").unlink()
+    assert same(load(folder, tmp_path), whole)
+    assert same(load(folder, tmp_path), whole)
+    assert (kept / "digests.json").is_file()
+
+
+def test_weights_of_the_same_size_and_date_are_other_weights(folder: Path, tmp_path: Path) -> None:
+    """As rsync and ``cp -p`` leave them, and a build that sets all dates to the same."""
+    path, day = folder / "model.safetensors", (1.7e9, 1.7e9)
+    os.utime(path, day)
+    load(folder, tmp_path)
+    save_file(tensors(seed=1), tmp_path / "new.safetensors")
+    os.utime(tmp_path / "new.safetensors", day)
+    (tmp_path / "new.safetensors").replace(path)
+    assert same(load(folder, tmp_path), load(folder, None))
+    save_file(tensors(seed=2), path)  # in place
+    os.utime(path, day)
+    assert same(load(folder, tmp_path), load(folder, None))
+
+
+def test_the_same_weights_by_another_date_are_not_packed_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    load(folder, tmp_path)
+    os.utime(folder / "model.safetensors", (1.7e9, 1.7e9))
+    load(folder, tmp_path)
+    assert len(folders(tmp_path)) == 1
+
+
+def test_digests_are_remembered_of_files_that_have_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache, read = tmp_path / "a.bin", tmp_path / "c" / "digests.json", list[Path]()
+    path.write_bytes(b"one")
+
+    def counted(file: Path) -> str:
+        read.append(file)
+        return file.read_text()
+
+    monkeypatch.setattr(content, "file_digest", counted)
+    assert [content.content_digests([path], cache) for _ in range(2)] == [["one"], ["one"]]
+    assert len(read) == 2, "a file that was just written may be written again within a tick"
+    monkeypatch.setattr(content, "SETTLED_NS", -1)
+    assert [content.content_digests([path], cache) for _ in range(3)] == [["one"]] * 3
+    assert len(read) == 3
+    cache.write_text("{")
+    assert content.content_digests([path], cache) == ["one"]
+    path.write_bytes(b"two")
+    assert content.content_digests([path], cache) == ["two"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Packed linears on disk, so that a second start reads what the first one quantised and packed.
 
-A folder for each (checkpoint, shard, formats), a safetensors file for each layer in it; a folder
-appears in one rename. Whatever is wrong with it costs time, never a start. The tensors are copied
+A folder for each (checkpoint's content, shard, formats), a safetensors file for each layer in it,
+and the files' digests, which are checked before a file is used; a folder appears in one rename.
+Whatever is wrong with it costs time, never a start. The tensors are copied
 into huge pages and not used in place: without those every step took 29 % longer, and the copy is
 paid once a start (docs/decisions.md).
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,7 +24,9 @@ from torch import Tensor
 from precast.log import get_logger
 from precast.models.layers import Shape
 from precast.models.sharding import Shard
+from precast.models.versions import model_name
 from precast.models.weights.checkpoint import weight_files
+from precast.models.weights.content import content_digests, file_digest
 from precast.ops import providers
 from precast.ops.native import PACKING_VERSION
 from precast.system.scratch import scratch_folder, sweep
@@ -32,44 +36,79 @@ log = get_logger(__name__)
 MAX_KEPT: Final = 8
 """Folders kept for a model; those that were not used for longest go."""
 _SCRATCH: Final = ".tmp"
+_DIGESTS: Final = "digests.json"
+"""By file name, BLAKE3 of each."""
+_SOURCES: Final = ".sources"
+"""Folder of what is remembered of checkpoints' files."""
 
 Keep = Callable[[str, Mapping[str, Tensor]], None]
 """Takes a file's name and its tensors."""
 
 
 def packed_path(root: Path, folder: Path, shard: Shard, shape: Shape) -> Path:
-    """Where one rank's linears are kept; it depends on all that they depend on."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(folder)]
+    """Where one rank's linears are kept; it depends on all that they depend on. Raises OSError."""
+    name = model_name(folder)
+    digests = content_digests(weight_files(folder), root / _SOURCES / f"{name}.json")
     formats = (PACKING_VERSION, providers.active().abi)
-    parts = [files, repr(shard), repr(dataclasses.asdict(shape)), formats]
-    return root / folder.name / blake3(msgspec.json.encode(parts)).hexdigest()[:32]
+    parts = [sorted(digests), repr(shard), repr(dataclasses.asdict(shape)), formats]
+    return root / name / blake3(msgspec.json.encode(parts)).hexdigest()[:32]
 
 
-def read_packed(path: Path, name: str) -> dict[str, Tensor]:
-    """A file's tensors, mapped; none if it is not there or can't be read."""
-    file_path = path / f"{name}.safetensors"
-    if not file_path.is_file():
-        return {}
-    try:
-        with safe_open(file_path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        log.warning("packed weights can't be read", path=str(file_path), reason=str(error))
-        return {}
+class PackedFolder:
+    """What an earlier start has left. ``damaged`` once a file was not what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digests = self._read_digests()
+        self.damaged = not self._digests
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """A file's tensors, mapped; none if it is not there or not what was written."""
+        if not self._digests:
+            return {}
+        path = self.path / f"{name}.safetensors"
+        try:
+            if file_digest(path) != self._digests.get(path.name):
+                raise SafetensorError("it is not what was written")
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            log.warning(
+                "packed weights are damaged, packing again", path=str(path), reason=str(error)
+            )
+            self.damaged = True
+            return {}
+
+    def close(self) -> None:
+        """Notes a use, or removes what is damaged: the next start writes it anew."""
+        if self.damaged:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            _touch(self.path)
+
+    def _read_digests(self) -> dict[str, str]:
+        try:
+            value = json.loads((self.path / _DIGESTS).read_bytes())
+        except (OSError, ValueError) as error:
+            log.warning("packed weights can't be read", path=str(self.path), reason=str(error))
+            return {}
+        return value if isinstance(value, dict) else {}
 
 
 @contextmanager
 def keeping_packed(path: Path) -> Iterator[Keep]:
     """Gives a function that writes a file's tensors; the folder appears at the end, unless another
     process was faster. Writing copies: file by file, it adds one file to what is in memory."""
-    root, failed = path.parent, list[Exception]()
+    root, failed, digests = path.parent, list[Exception](), dict[str, str]()
     with ExitStack() as stack:
         scratch = root
 
         def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
             if not failed:
                 with _collecting(failed):
-                    save_file(dict(tensors), scratch / f"{name}.safetensors")
+                    written = scratch / f"{name}.safetensors"
+                    save_file(dict(tensors), written)
+                    digests[written.name] = file_digest(written)
 
         with _collecting(failed):
             sweep(root / _SCRATCH)
@@ -77,6 +116,7 @@ def keeping_packed(path: Path) -> Iterator[Keep]:
         yield keep
         if not failed:
             with _collecting(failed):
+                (scratch / _DIGESTS).write_text(json.dumps(digests))
                 if not path.exists():
                     scratch.rename(path)
                 _prune(root)
@@ -92,8 +132,7 @@ def _collecting(failed: list[Exception]) -> Iterator[None]:
         failed.append(error)
 
 
-def touch_packed(path: Path) -> None:
-    """Notes a use."""
+def _touch(path: Path) -> None:
     try:
         path.touch()
     except OSError:
