@@ -34,7 +34,7 @@ def import_(
     home: HomeOption = None,
 ) -> None:
     """Import a model into the home folder."""
-    from precast.models.importing.importer import import_model
+    from precast.models.importing.importer import BUILT_IN, import_model
 
     console = Console(stderr=True)
     with console.status(f"importing {source}") as status:
@@ -44,7 +44,14 @@ def import_(
             if not console.is_terminal:
                 console.print(f"importing {source}: {stage}", highlight=False)
 
-        info = import_model(source, _models_dir(home), name=name, replace=replace, report=report)
+        info = import_model(
+            source,
+            _models_dir(home),
+            name=name,
+            replace=replace,
+            must_be_new=source not in BUILT_IN or name not in (None, source),
+            report=report,
+        )
     typer.echo(f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}")
 
 

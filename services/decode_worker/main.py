@@ -1,7 +1,6 @@
 """The decode worker's process: the leader of a group of ranks."""
 
 import asyncio
-import functools
 import os
 import secrets
 import socket
@@ -18,7 +17,7 @@ from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import Registry
 from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.trust import TrustFolder
-from precast.models.config import ModelConfig, load_config
+from precast.models.config import ModelConfig
 from precast.models.precision import cached_head_bytes
 from precast.models.sharding import kv_heads_held
 from precast.rpc.address import advertised
@@ -26,7 +25,6 @@ from precast.rpc.server import Server, start_server
 from precast.system.process import available_cpus
 from precast.system.shared_memory import new_segment_name, sweep_segments
 from precast.system.stopping import run_until_stopped
-from precast.tokenizer.load import load_tokenizer
 from services.decode_worker import grpc_server
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.scheduler import Scheduler
@@ -36,6 +34,7 @@ from services.decode_worker.graphs.compiler_client import GraphsClient
 from services.decode_worker.graphs.loader import GraphShelf
 from services.decode_worker.graphs.manager import GraphSet
 from services.decode_worker.metrics import Metrics
+from services.decode_worker.model_files import model_folder, open_model
 from services.decode_worker.ranks.group import GroupFailed
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init
@@ -46,8 +45,6 @@ log = logging.get_logger(__name__)
 DRAIN_S: Final = 10.0
 CANDIDATES: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
-tokenizer_of = functools.cache(load_tokenizer)
-"""Replicas are forked from a process that has it."""
 KV_MEMORY_SHARE: Final = 0.3
 """Most of the free memory that the KV cache may take when its size is not set."""
 _GAUGE_INTERVAL_S: Final = 1.0
@@ -62,8 +59,7 @@ def run(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
 
 async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None:
     started = time.monotonic()
-    config = load_config(settings.model_dir)
-    tokenizer = tokenizer_of(settings.model_dir)
+    config, tokenizer = open_model(settings)
     context = context_length(settings, config)
     blocks = settings.kv_blocks or kv_blocks(settings, config, context)
     if swept := sweep_segments():
@@ -163,7 +159,7 @@ def rank_inits(settings: DecodeWorkerSettings, context: int, blocks: int) -> lis
     group_id = new_segment_name()
     return [
         Init(
-            model_dir=str(settings.model_dir),
+            model_dir=str(model_folder(settings)),
             packed_dir=str(settings.packed_dir),
             precision=settings.precision,
             tp_rank=rank,

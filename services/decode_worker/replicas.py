@@ -19,7 +19,6 @@ from structlog.contextvars import bind_contextvars
 from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
 from precast.log import get_logger
-from precast.models.config import load_config
 from precast.rpc.address import Address
 from precast.system.backoff import Backoff
 from precast.system.process import ONE_THREAD, ForkedChild, available_cpus
@@ -59,11 +58,12 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     os.environ.update(ONE_THREAD)  # ranks compute in threads of their own
     gc.disable()
     # imported here: numpy starts its threads as it is imported
-    from services.decode_worker.main import split_cores, tokenizer_of
+    from services.decode_worker.main import split_cores
+    from services.decode_worker.model_files import open_model
     from services.decode_worker.ranks import process as rank
 
     settings = with_kv_blocks(settings)
-    tokenizer_of(settings.model_dir)
+    open_model(settings)
     gc.freeze()  # or each fork's collector would walk, and copy, what was imported
     gc.enable()
     replicas = [
@@ -99,8 +99,9 @@ def with_kv_blocks(settings: DecodeWorkerSettings) -> DecodeWorkerSettings:
     """With the KV blocks of one replica: all share what is free now, and one that starts again gets
     as many as before. Raises PrecastError."""
     from services.decode_worker.main import context_length, kv_blocks
+    from services.decode_worker.model_files import open_model
 
-    config = load_config(settings.model_dir)
+    config, _ = open_model(settings)
     context = context_length(settings, config)
     blocks = settings.kv_blocks or kv_blocks(settings, config, context)
     return settings.model_copy(update={"kv_blocks": blocks})

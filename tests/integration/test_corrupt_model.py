@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,8 @@ def damage_header(folder: Path) -> None:
     path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
 
 
-def ask_for_more_layers(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config(num_hidden_layers=3)))
-
-
-def change_shape(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config(intermediate_size=96)))
+def configure(folder: Path, **changes: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(config(**changes)))
 
 
 @pytest.mark.parametrize(
@@ -42,10 +39,26 @@ def change_shape(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: configure(folder, rope_theta=float("nan")), "rope_theta"),
+        (lambda folder: configure(folder, num_hidden_layers=10**9), "num_hidden_layers"),
+        (lambda folder: configure(folder, hidden_size=10**12), "hidden_size"),
+        (lambda folder: configure(folder, max_position_embeddings=10**12), "max_position"),
+        (lambda folder: configure(folder, eos_token_id=-1), "eos_token_id"),
+        (lambda folder: configure(folder, architectures=[{}]), "architecture {}"),
+        (
+            lambda folder: configure(folder, quantization_config={"quant_method": "fp8"}),
+            "quantization_config ('fp8')",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1\n"
+            ),
+            "a Git LFS pointer",
+        ),
         (cut_weights, "weights can't be read"),
         (damage_header, "weights can't be read"),
-        (ask_for_more_layers, "model.layers.2."),
-        (change_shape, "has shape"),
+        (lambda folder: configure(folder, num_hidden_layers=3), "model.layers.2."),
+        (lambda folder: configure(folder, intermediate_size=96), "has shape"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(

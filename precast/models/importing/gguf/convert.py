@@ -1,0 +1,83 @@
+"""Turns a GGUF file into a Hugging Face folder, without a random or a lost tensor."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from precast.errors import UnsupportedArchitecture
+from precast.models.config import load_config
+from precast.models.importing.gguf.header import GgufFile
+from precast.models.importing.gguf.llama import config_of, read_sizes
+from precast.models.importing.gguf.tensors import wanted_tensors
+from precast.models.importing.gguf.tokenizer import Vocabulary, build_tokenizer, read_vocabulary
+from precast.models.importing.gguf.weights import write_weights
+
+ARCHITECTURES: Final = ("llama",)
+"""Values of ``general.architecture`` that can be read."""
+END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>")
+"""Tokens that end an answer in common chat templates."""
+
+
+def convert(source: Path, target: Path, report: Callable[[str], None]) -> None:
+    """Write ``target``'s files. Raises ``ModelCorrupt`` or ``UnsupportedArchitecture``."""
+    report("reading the file")
+    file = GgufFile(source)
+    architecture = file.text("general.architecture", "(none)")
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedArchitecture(
+            f"{source}: architecture {ascii(architecture)[1:-1]} is not one of: {known}"
+        )
+    vocabulary = read_vocabulary(file)
+    sizes = read_sizes(file, vocabulary)
+    wanted = wanted_tensors(file, sizes)
+    _write_json(target / "config.json", config_of(file, sizes, vocabulary))
+    load_config(target)
+    report("converting the tokenizer")
+    _write_tokenizer(file, vocabulary, target)
+    report("writing the weights")
+    write_weights(file, wanted, target / "model.safetensors")
+
+
+def end_ids(vocabulary: Vocabulary, template: str) -> list[int]:
+    """Token ids that end a generation: the file's own, and the chat template's end of turn."""
+    ids = [token for token in (vocabulary.eos, vocabulary.eot) if token is not None]
+    known = {text: index for index, text in enumerate(vocabulary.tokens)}
+    ids += [known[token] for token in END_OF_TURN if token in template and token in known]
+    return list(dict.fromkeys(ids))
+
+
+def _write_tokenizer(file: GgufFile, vocabulary: Vocabulary, target: Path) -> None:
+    build_tokenizer(file, vocabulary).save(str(target / "tokenizer.json"))
+    template = file.text("tokenizer.chat_template")
+    if template:
+        (target / "chat_template.jinja").write_text(template, "utf-8")
+    names = {
+        "bos_token": vocabulary.text(vocabulary.bos),
+        "eos_token": vocabulary.text(vocabulary.eos),
+        "pad_token": vocabulary.text(vocabulary.padding),
+        "unk_token": vocabulary.text(vocabulary.unknown),
+    }
+    config = {
+        "add_bos_token": vocabulary.adds_bos,
+        "add_eos_token": vocabulary.adds_eos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": file.integer("llama.context_length"),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    _write_json(target / "tokenizer_config.json", config | _given(names))
+    ids = {
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": end_ids(vocabulary, template),
+        "pad_token_id": vocabulary.padding,
+    }
+    _write_json(target / "generation_config.json", _given(ids))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,35 @@
+"""The model folder that a worker serves: checked before anything is started, and the same one for
+as long as the worker runs, whatever is imported meanwhile."""
+
+import functools
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from precast.config.settings import DecodeWorkerSettings
+from precast.models.config import ModelConfig, load_config
+from precast.models.importing.catalog import check_vocabulary, check_weights
+from precast.models.versions import held_folder
+from precast.tokenizer.load import load_tokenizer
+
+
+def model_folder(settings: DecodeWorkerSettings) -> Path:
+    """Where the model is now that this process, or the one that it was forked from, began with."""
+    return held_folder(settings.model_dir)
+
+
+def open_model(settings: DecodeWorkerSettings) -> tuple[ModelConfig, Tokenizer]:
+    """Raises PrecastError with one line, out of headers alone: within a second or two.
+
+    Replicas are forked from a process that has called it.
+    """
+    return _open(model_folder(settings))
+
+
+@functools.cache
+def _open(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    config = load_config(folder)
+    check_weights(folder, config)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(folder, config, tokenizer)
+    return config, tokenizer
