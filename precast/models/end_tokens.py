@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from precast.models.json_file import read_object
-from precast.tokenizer.load import load_tokenizer
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
@@ -45,5 +44,8 @@ def _of_tokenizer(folder: Path) -> int | None:
             return int(number)
     if not (folder / "tokenizer.json").is_file():
         return None
+    # imported here: a compile worker reads configurations too and has no tokenizers
+    from precast.tokenizer.load import load_tokenizer
+
     known: int | None = load_tokenizer(folder).token_to_id(text)
     return known
