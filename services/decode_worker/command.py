@@ -5,6 +5,7 @@ import typer
 from precast.cli.failures import reported
 from precast.config.announce import announce
 from precast.config.settings import DecodeWorkerSettings
+from services.decode_worker.model_files import open_model
 from services.decode_worker.ranks.launcher import RankLauncher
 
 
@@ -19,6 +20,7 @@ def run(settings: DecodeWorkerSettings) -> int:
     launcher.start_early(settings.tp)  # ranks import torch while this process imports the rest
     try:
         announce("decode-worker", settings)
+        open_model(settings)  # says what is wrong with it before the rest is imported
         from services.decode_worker import main
 
         return main.run(settings, launcher)

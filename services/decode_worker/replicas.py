@@ -58,12 +58,13 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     os.environ.update(ONE_THREAD)  # ranks compute in threads of their own
     gc.disable()
     # imported here: numpy starts its threads as it is imported
-    from services.decode_worker.main import split_cores
     from services.decode_worker.model_files import open_model
+
+    open_model(settings)  # forks have it; it says what is wrong before the rest is imported
+    from services.decode_worker.main import split_cores
     from services.decode_worker.ranks import process as rank
 
     settings = with_kv_blocks(settings)
-    open_model(settings)
     gc.freeze()  # or each fork's collector would walk, and copy, what was imported
     gc.enable()
     replicas = [

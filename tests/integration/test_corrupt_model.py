@@ -41,10 +41,6 @@ def configure(folder: Path, **changes: Any) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
         (lambda folder: configure(folder, rope_theta=float("nan")), "rope_theta"),
         (lambda folder: configure(folder, num_hidden_layers=10**9), "num_hidden_layers"),
-        (lambda folder: configure(folder, hidden_size=10**12), "hidden_size"),
-        (lambda folder: configure(folder, max_position_embeddings=10**12), "max_position"),
-        (lambda folder: configure(folder, eos_token_id=-1), "eos_token_id"),
-        (lambda folder: configure(folder, architectures=[{}]), "architecture {}"),
         (
             lambda folder: configure(folder, quantization_config={"quant_method": "fp8"}),
             "quantization_config ('fp8')",
