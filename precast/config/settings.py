@@ -100,6 +100,8 @@ class GatewaySettings(CommonSettings):
     """Largest body of a request; larger ones are answered with 413."""
     max_in_flight: Count = 1024
     """Requests in the gateway at once; more are answered with 429."""
+    allow_control_tokens: bool = False
+    """Take ``<|im_end|>`` and the like in messages as control tokens, not as text."""
     worker_refresh_s: Seconds = 0.5
     """How often the list of live workers is read."""
     drain_timeout_s: Seconds = 30.0

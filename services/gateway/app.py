@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from precast.config.settings import GatewaySettings
 from precast.fleet.leases import Registry
-from precast.tokenizer.chat_template import TokenizerStore
+from precast.tokenizer.model_tokenizer import TokenizerStore
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Admission
 from services.gateway.openai import errors, responses
@@ -50,7 +50,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         max_in_flight=settings.max_in_flight,
         max_body_bytes=settings.max_body_bytes,
     )
-    planner = Planner(pool, TokenizerStore(settings.models_dir))
+    planner = Planner(
+        pool,
+        TokenizerStore(settings.models_dir),
+        allow_control_tokens=settings.allow_control_tokens,
+    )
     app.include_router(_generation_routes(planner, pool, metrics, settings.request_timeout_s))
     app.include_router(_model_routes(pool))
     app.include_router(_operation_routes(pool, metrics))

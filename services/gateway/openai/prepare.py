@@ -10,7 +10,7 @@ from typing import Final, Literal
 from precast.errors import InvalidRequest, PrecastError
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from precast.tokenizer.chat_template import ModelTokenizer, TokenizerStore
+from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.openai.errors import context_length_exceeded, internal, invalid
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest, Message
 from services.gateway.routing.pool import WorkerPool
@@ -43,9 +43,12 @@ class Plan:
 class Planner:
     """Makes plans out of bodies."""
 
-    def __init__(self, pool: WorkerPool, tokenizers: TokenizerStore) -> None:
+    def __init__(
+        self, pool: WorkerPool, tokenizers: TokenizerStore, *, allow_control_tokens: bool = False
+    ) -> None:
         self._pool = pool
         self._tokenizers = tokenizers
+        self._allow_control_tokens = allow_control_tokens
 
     async def completion(self, body: CompletionRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
@@ -75,7 +78,8 @@ class Planner:
         limit = self._pool.max_context_length(body.model)
         tokenizer = await self._tokenizer(body.model)
         _check_ids("logit_bias", list(body.logit_bias), tokenizer)
-        ids = await _chat_prompt(body, tokenizer)
+        allow = self._allow_control_tokens
+        ids = await _chat_prompt(body, tokenizer, allow_control_tokens=allow)
         max_tokens = _chat_budget(body, len(ids), limit)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         count = body.choices_per_prompt
@@ -112,13 +116,15 @@ async def _completion_prompts(
     return ids
 
 
-async def _chat_prompt(body: ChatRequest, tokenizer: ModelTokenizer) -> list[int]:
+async def _chat_prompt(
+    body: ChatRequest, tokenizer: ModelTokenizer, *, allow_control_tokens: bool
+) -> list[int]:
+    messages = [_message(message) for message in body.messages]
     try:
-        text = tokenizer.render_chat([_message(message) for message in body.messages])
+        chat = await tokenizer.render_chat(messages, allow_control_tokens=allow_control_tokens)
+        ids = await tokenizer.encode_chat(chat)
     except InvalidRequest as error:
         raise invalid(str(error), "messages") from None
-    # The template has written the special tokens.
-    (ids,) = await tokenizer.encode([text], add_special_tokens=False)
     if not ids:
         raise invalid("Invalid 'messages': they have no tokens.", "messages")
     return ids

@@ -1,0 +1,164 @@
+"""A model's tokenizer and chat template, out of its folder."""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from precast.errors import ModelCorrupt
+from precast.log import get_logger
+from precast.tokenizer.chat_template import ChatTemplate, read_chat_template, template_files
+from precast.tokenizer.control_tokens import ControlTokens
+from precast.tokenizer.load import load_tokenizer
+
+log = get_logger(__name__)
+
+_LONG_TEXT: Final = 4096
+"""Characters from which tokenising goes to a thread: shorter ones take less than a millisecond."""
+_MAX_LOADED: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A chat as its template writes it."""
+
+    text: str
+    marked: bool
+    """Whether texts in it hold names of control tokens, which are marked then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTokenizer:
+    """One model's tokenizer and chat template."""
+
+    model: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    """Token ids are less than this."""
+    chat_template: ChatTemplate
+    control_tokens: ControlTokens
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text, in which names of control tokens are these tokens. Long texts
+        don't hold up the event loop."""
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return self._encode(texts, add_special_tokens)
+        return await asyncio.to_thread(self._encode, texts, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    async def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, allow_control_tokens: bool = False
+    ) -> Chat:
+        """The chat up to where the assistant's answer begins.
+
+        Raises ``InvalidRequest`` where the model has no template, or it fails or refuses.
+        """
+        # In a thread, because a template may take as long as it is allowed to.
+        return await asyncio.to_thread(self._render, messages, allow_control_tokens)
+
+    async def encode_chat(self, chat: Chat) -> list[int]:
+        """Its token ids; control tokens come only from the template. Raises ``InvalidRequest``."""
+        if chat.marked:
+            return await asyncio.to_thread(self.control_tokens.encode, chat.text)
+        # The template has written the special tokens.
+        (ids,) = await self.encode([chat.text], add_special_tokens=False)
+        return ids
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], allow_control_tokens: bool) -> Chat:
+        marked = None if allow_control_tokens else self.control_tokens.mark(messages)
+        text = self.chat_template.render(messages if marked is None else marked)
+        return Chat(text=text, marked=marked is not None)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        # Unlike ``encode`` this releases the GIL, and computes no offsets: four times as fast.
+        batch = list(texts)
+        encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in encoded]
+
+
+class TokenizerStore:
+    """Tokenizers of the models in a folder; read when first needed and when a file changes."""
+
+    def __init__(self, models_dir: Path) -> None:
+        self._models_dir = models_dir
+        self._loaded: dict[str, tuple[object, ModelTokenizer]] = {}
+        self._loading = asyncio.Lock()
+
+    async def get(self, model: str) -> ModelTokenizer:
+        """Raises ``ModelCorrupt`` where the folder or a file in it is missing or unreadable."""
+        folder = self._models_dir / model
+        if folder.parent != self._models_dir or model in (".", ".."):
+            raise ModelCorrupt(f"The model name {model!r} is not the name of a folder.")
+        stamp = _stamp(folder)
+        known = self._loaded.get(model)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        async with self._loading:
+            return await self._load(folder, stamp)
+
+    async def _load(self, folder: Path, stamp: object) -> ModelTokenizer:
+        known = self._loaded.pop(folder.name, None)
+        if known is None or known[0] != stamp:
+            known = stamp, await asyncio.to_thread(read_model_tokenizer, folder)
+        while len(self._loaded) >= _MAX_LOADED:
+            del self._loaded[next(iter(self._loaded))]
+        self._loaded[folder.name] = known
+        return known[1]
+
+
+_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "config.json")
+
+
+def _stamp(folder: Path) -> object:
+    """Changes whenever one of the files does."""
+    paths = *(folder / name for name in _FILES), *template_files(folder)
+    return tuple((path.name, _file_stamp(path)) for path in paths)
+
+
+def _file_stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def read_model_tokenizer(folder: Path) -> ModelTokenizer:
+    """Read a model folder. Raises ``ModelCorrupt`` with the file's name."""
+    start = time.monotonic()
+    tokenizer = load_tokenizer(folder)
+    config = _read_json(folder / "tokenizer_config.json")
+    declared = _read_json(folder / "config.json").get("vocab_size", 0)
+    if not isinstance(declared, int):
+        raise ModelCorrupt(f"{folder / 'config.json'}: vocab_size is not an integer")
+    template = read_chat_template(folder, config)
+    loaded = ModelTokenizer(
+        model=folder.name,
+        tokenizer=tokenizer,
+        vocab_size=max(tokenizer.get_vocab_size(with_added_tokens=True), declared),
+        chat_template=template,
+        control_tokens=ControlTokens(tokenizer, template.literals),
+    )
+    load_ms = round(1000 * (time.monotonic() - start))
+    log.info("tokenizer loaded", model=folder.name, load_ms=load_ms, chat=template.reason or "yes")
+    return loaded
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelCorrupt(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelCorrupt(f"{path}: not a JSON object")
+    return value
