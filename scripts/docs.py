@@ -128,9 +128,14 @@ def _help(option: Any) -> str:
 
 
 def with_figures(text: str, figures: dict[str, Any]) -> str:
-    """A document with its tables of figures as the file has them. Raises KeyError for a name that
-    is not there."""
-    return _BLOCK.sub(lambda found: found[1] + _figures(figures[found[2]]) + found[3], text)
+    """A document with its tables of figures as the file has them."""
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] not in figures:
+            raise SystemExit(f"docs/figures.json has no {found[2]!r}: run its benchmark")
+        return found[1] + _figures(figures[found[2]]) + found[3]
+
+    return _BLOCK.sub(block, text)
 
 
 def _figures(table: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from precast.errors import ModelCorrupt
-from precast.models.pointer import refuse_pointer
+from precast.system.pointer import refuse_pointer
 
 _MAX_BYTES: Final = 64 << 20
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from precast.errors import ModelCorrupt
-from precast.models.pointer import refuse_pointer
+from precast.system.pointer import refuse_pointer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -20,9 +20,9 @@ from precast.errors import (
     UnsupportedArchitecture,
 )
 from precast.models.config import ModelConfig, load_config
-from precast.models.pointer import refuse_pointer
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.expected import expected_tensors
+from precast.system.pointer import refuse_pointer
 from precast.tokenizer.load import load_tokenizer
 
 _DTYPES: Final = ("F64", "F32", "F16", "BF16")

@@ -15,7 +15,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from precast.errors import ModelCorrupt
-from precast.models.pointer import refuse_pointer
+from precast.system.pointer import refuse_pointer
 
 VERSIONS: Final = (2, 3)
 _MAX_TEXT: Final = 16 << 20
