@@ -89,8 +89,13 @@ soak: setup-dev ## a million mixed collectives, and 50 ranks killed in the middl
 	@$(BIN)/python -m tests.support.collective_program kills --count 50
 
 .PHONY: chaos
-chaos: setup-dev ## kill services at random 200 times under load (ARGS="--kills 50 --seed 7")
+chaos: setup-dev ## kill services at random 200 times under load (ARGS="--kills 50 --seed 7"); then chaos-serve
 	@$(BIN)/python -m tests.support.chaos $(ARGS)
+	@$(MAKE) chaos-serve ARGS=
+
+.PHONY: chaos-serve
+chaos-serve: setup-dev ## kill, stop, starve and damage what `serve` runs; prints recovery times
+	@$(BIN)/python -m tests.support.chaos_serve $(ARGS)
 
 .PHONY: compose-test
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
