@@ -28,11 +28,11 @@ from precast.system.stopping import run_until_stopped
 from services.decode_worker import grpc_server
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.scheduler import Scheduler
-from services.decode_worker.graphs.autotune.loop import keep_adapting
-from services.decode_worker.graphs.autotune.policy import CaptureSet, kept_sizes
-from services.decode_worker.graphs.compiler_client import GraphsClient
-from services.decode_worker.graphs.loader import GraphShelf
-from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.graphs.autotune.loop import keep_tuning
+from services.decode_worker.graphs.autotune.policy import AutotunePolicy, kept_sizes
+from services.decode_worker.graphs.compiler_client import CompilerClient
+from services.decode_worker.graphs.loader import ArtifactLoader
+from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.model_files import model_folder, open_model
 from services.decode_worker.ranks.group import GroupFailed
@@ -43,7 +43,7 @@ from services.decode_worker.worker import Worker
 log = logging.get_logger(__name__)
 
 DRAIN_S: Final = 10.0
-CANDIDATES: Final = ".candidates"
+TRIALS: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
 KV_MEMORY_SHARE: Final = 0.3
 """Most of the free memory that the KV cache may take when its size is not set."""
@@ -79,7 +79,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
         prefill_chunk=settings.prefill_chunk,
     )
     changed = asyncio.Event()
-    graphs = GraphSet(settings.graph_sizes, changed.set)
+    graphs = GraphManager(settings.graph_sizes, changed.set)
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,
@@ -190,7 +190,7 @@ async def _get_graphs(
     worker_id: str,
     settings: DecodeWorkerSettings,
     engine: Engine,
-    graphs: GraphSet,
+    graphs: GraphManager,
     registry: Registry,
 ) -> None:
     await engine.started.wait()
@@ -201,14 +201,14 @@ async def _get_graphs(
         # A compile worker that starts for the first time has yet to make its key.
         await asyncio.sleep(0.5)
     trusted.require_valid()
-    client = GraphsClient(
+    client = CompilerClient(
         worker_id=worker_id,
         model=settings.model,
-        shelf=GraphShelf(
+        loader=ArtifactLoader(
             graphs=graphs,
             cache=GraphCache(settings.cache_dir, trusted),
-            candidates=GraphCache(settings.cache_dir / CANDIDATES, trusted),
-            on_offer=engine.nudge,
+            trial_cache=GraphCache(settings.cache_dir / TRIALS, trusted),
+            on_due=engine.nudge,
         ),
         trusted=trusted,
         registry=registry,
@@ -217,14 +217,14 @@ async def _get_graphs(
     await client.run()
 
 
-async def _adapt(settings: DecodeWorkerSettings, engine: Engine, graphs: GraphSet) -> None:
+async def _adapt(settings: DecodeWorkerSettings, engine: Engine, graphs: GraphManager) -> None:
     if not settings.adapt_graphs:
         await asyncio.Event().wait()
-    policy = CaptureSet(
+    policy = AutotunePolicy(
         max_graphs=settings.max_graphs,
         keep=kept_sizes(settings.batch_sizes, settings.prefill_buckets),
     )
-    await keep_adapting(policy, graphs, engine.traffic, settings.adapt_interval_s)
+    await keep_tuning(policy, graphs, engine.stats, settings.adapt_interval_s)
 
 
 async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:

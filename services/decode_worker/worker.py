@@ -24,8 +24,8 @@ from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.request import Request, error_response
 from services.decode_worker.engine.response_buffer import Outbox
 from services.decode_worker.engine.scheduler import Scheduler
-from services.decode_worker.graphs.autotune.report import traffic_report
-from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.graphs.autotune.report import stats_report
+from services.decode_worker.graphs.manager import GraphManager
 
 _STATES = {
     "starting": pb.WORKER_STATE_STARTING,
@@ -54,7 +54,7 @@ class Worker:
         tokenizer: Tokenizer,
         scheduler: Scheduler,
         engine: Engine,
-        graphs: GraphSet,
+        graphs: GraphManager,
         max_context_length: int,
     ) -> None:
         self._worker_id = worker_id
@@ -194,8 +194,8 @@ class Worker:
             eager_steps=self._engine.eager_steps,
             graph_prompt_steps=self._engine.graph_prompt_steps,
             eager_prompt_steps=self._engine.eager_prompt_steps,
-            traffic=traffic_report(
-                self._engine.traffic,
+            traffic=stats_report(
+                self._engine.stats,
                 self._graphs,
                 self._settings.graph_sizes,
                 adapts=self._settings.adapt_graphs,

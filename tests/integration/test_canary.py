@@ -41,7 +41,7 @@ def two_workers(home: Path, redis_url: str, **settings: Any) -> Iterator[tuple[F
 
 
 def tried(worker: DecodeWorker) -> bool:
-    return "canary loaded" in worker.log.read_text()
+    return "trial graph loaded" in worker.log.read_text()
 
 
 def stages(events: list[Any]) -> list[int]:

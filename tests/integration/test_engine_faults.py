@@ -15,12 +15,13 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.shared_memory import new_segment_name
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.load import load_tokenizer
+from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.engine import MAX_FAILED_STARTS, Engine
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.response_buffer import Outbox
 from services.decode_worker.engine.scheduler import SamplingSpec, Scheduler, Sequence
-from services.decode_worker.graphs.candidates import Offer
-from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.graphs.candidates import Candidate
+from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init
@@ -55,7 +56,7 @@ class Rig:
     """An engine with one faulty rank, and what its requests were told."""
 
     engine: Engine
-    graphs: GraphSet
+    graphs: GraphManager
     tokenizer: Tokenizer
     scheduler: Scheduler
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -74,7 +75,8 @@ class Rig:
         self.engine.submit(
             Request(
                 sequence=sequence,
-                detokenizer=Detokenizer(self.tokenizer, prompt),
+                tokens=(table := TokenTable(self.tokenizer)),
+                detokenizer=Detokenizer(table, prompt),
                 outbox=self._outbox,
                 on_end=lambda _: None,
                 hidden_token_ids=frozenset(),
@@ -111,8 +113,8 @@ async def until(check: Callable[[], bool], deadline_s: float = 20.0) -> None:
             await asyncio.sleep(0.01)
 
 
-def graph(name: str) -> Offer:
-    return Offer(num_tokens=1, paths=(Path("/tmp") / name,), keys=(name,), versions=(1,))
+def graph(name: str) -> Candidate:
+    return Candidate(num_tokens=1, paths=(Path("/tmp") / name,), keys=(name,), versions=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ async def rig(
         max_waiting=64,
         prefill_chunk=256,
     )
-    graphs = GraphSet((1,), lambda: None)
+    graphs = GraphManager((1,), lambda: None)
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,

@@ -23,7 +23,7 @@ def model_with(home: Path, graph: Path, candidate: Path | None) -> RankModel:
     model = rank_model.load(init)
     model.load_graph(1, graph)
     if candidate is not None:
-        model.load_graph(1, candidate, candidate=True)
+        model.load_graph(1, candidate, trial=True)
     return model
 
 

@@ -85,7 +85,7 @@ def test_each_cpu_gets_its_own_level_and_a_lesser_one_meanwhile(
                 eventually(lambda: large.status().graphs, 30)
                 assert isa_of(fleet, large) == LOW, "out of its cache"
                 eventually(lambda: isa_of(fleet, large) == HIGH, 120)
-                assert "canary loaded" in large.log.read_text()
+                assert "trial graph loaded" in large.log.read_text()
                 assert ask(large) == ask(small) == tokens
                 assert isa_of(fleet, small) == LOW
                 [manifest] = [
@@ -95,7 +95,7 @@ def test_each_cpu_gets_its_own_level_and_a_lesser_one_meanwhile(
                     and artifact.manifest.factors["isa"] == HIGH
                 ]
                 assert not manifest.verified
-                assert "canary" not in small.log.read_text()
+                assert "trial graph" not in small.log.read_text()
         # what is its own comes first from now on
         with start(tiny_home, tiny_redis, "large") as large:
             eventually(lambda: isa_of(fleet, large), 30)

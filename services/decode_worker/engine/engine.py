@@ -22,8 +22,8 @@ from precast.system.backoff import Backoff
 from services.decode_worker.engine import scheduler as scheduling
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.scheduler import ScheduledStep, Scheduler
-from services.decode_worker.graphs.autotune.stats import Traffic
-from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.graphs.autotune.stats import StepStats
+from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import GroupFailed, RankGroup
 from services.decode_worker.ranks.launcher import RankLauncher
@@ -59,7 +59,7 @@ class Engine:
         self,
         *,
         scheduler: Scheduler,
-        graphs: GraphSet,
+        graphs: GraphManager,
         inits: Callable[[], Sequence[Init]],
         launcher: RankLauncher,
         metrics: Metrics,
@@ -89,7 +89,7 @@ class Engine:
         self.restarts = 0
         self._crashed: Mapping[int, str] = {}
         """Ranks of the last group that died of their own native code, and the signal."""
-        self.traffic = Traffic()
+        self.stats = StepStats()
         self.graph_steps = 0
         self.eager_steps = 0
         """Steps that only decoded."""
@@ -234,7 +234,9 @@ class Engine:
         """Has the ranks compute a step, and meanwhile tells of the one before it."""
         self._in_flight = step
         self._next_step_id += 1
-        message = self._graphs.assigned(step)
+        message = self._graphs.assigned(
+            step.message, tokens=step.tokens, decoding=not step.prompt_tokens
+        )
         group.send_step(message)
         self._emit()
         done = await group.step_done(self._step_timeout_s)
@@ -242,16 +244,16 @@ class Engine:
         tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
         self._unsent = self._apply(step, tokens, done.logprobs)
         self._count(step, message.graph_size, done.step_us)
-        self._graphs.ran(message, done.shadow)
+        self._graphs.ran(done.shadow)
 
     async def _probe(self, group: RankGroup) -> None:
-        """Tries a candidate on a made-up step when live ones have not come in time."""
-        probe = self._graphs.canary.probe(self._next_step_id)
+        """Runs a trial graph in a made-up step when live ones have not come in time."""
+        probe = self._graphs.trials.probe(self._next_step_id)
         if probe is not None:
             self._next_step_id += 1
             group.send_step(probe)
             done = await group.step_done(self._step_timeout_s)
-            self._graphs.canary.observe(done.shadow)
+            self._graphs.trials.observe(done.shadow)
 
     async def _idle(self, group: RankGroup) -> None:
         """Waits for work, or raises when the group fails meanwhile."""
@@ -259,7 +261,7 @@ class Engine:
         either: set[asyncio.Future[Any]] = {wake, group.failed}
         await asyncio.wait(
             either,
-            timeout=self._graphs.canary.due_s(),
+            timeout=self._graphs.trials.due_s(),
             return_when=asyncio.FIRST_COMPLETED,
         )
         if not wake.done():
@@ -325,7 +327,7 @@ class Engine:
         else:
             self.graph_steps += graph_size > 0
             self.eager_steps += graph_size == 0
-        self.traffic.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
+        self.stats.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
         self._metrics.step(step.decoding, step.prompt_tokens, graph_size, step_us)
 
 

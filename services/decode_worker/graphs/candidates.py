@@ -1,4 +1,4 @@
-"""What graphs a worker wants, and what it is offered."""
+"""What graphs a worker wants, and the artifacts that it may load for them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ Identity = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
+class Candidate:
     """Verified artifacts for steps of up to ``num_tokens`` tokens, one for each rank."""
 
     num_tokens: int
@@ -16,17 +16,13 @@ class Offer:
     keys: tuple[str, ...]
     versions: tuple[int, ...]
     layer_us: float = 0.0
-    """What a layer takes in the slowest rank; 0: not known."""
+    """Time of a layer in the slowest rank; 0: not known."""
     signed: bool = True
     """False where only the switch for unsigned graphs lets one of them through."""
 
     @property
     def identity(self) -> Identity:
         return tuple(zip(self.keys, self.versions, strict=True))
-
-    def is_there(self) -> bool:
-        """Whether its files are: they go when nobody vouches for them any more."""
-        return all(path.exists() for path in self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)

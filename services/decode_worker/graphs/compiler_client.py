@@ -1,9 +1,9 @@
 """Gets this worker its graphs: from its cache, then from a compile worker.
 
-Everything is repeated until it is so: missing graphs are asked for again every few seconds, and a
-compile worker that went away is looked for again. No request ever waits for this. Before anything
-is loaded from the cache, a compile worker that is in reach is asked which versions serve: one
-may have been rolled back or quarantined while this worker was down.
+It asks for missing graphs every few seconds, and looks for another compile worker when one goes
+away. No request ever waits for this. Before it loads anything from the cache, it asks a compile
+worker within reach which versions serve: one may have been rolled back or quarantined while this
+worker was down.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
 from precast.rpc.server import error_of, open_channel
 from precast.system.backoff import Backoff
-from services.decode_worker.graphs.loader import GraphShelf, Spec, lesser_specs
-from services.decode_worker.graphs.reports import (
+from services.decode_worker.graphs.compiler_calls import (
     RPC_TIMEOUT_S,
     explain_missing,
-    report_canary,
     report_crash,
+    report_trial,
 )
+from services.decode_worker.graphs.loader import ArtifactLoader, Spec, lesser_specs
 from services.decode_worker.graphs.shadow_trial import Report
 
 log = get_logger(__name__)
@@ -45,27 +45,27 @@ SETTLED_S: Final = 10.0
 """A compile worker that was followed this long is looked for again at the first wait."""
 ASK_FIRST_S: Final = 2.0
 """How long a start waits for a compile worker before it trusts its cache alone."""
-CANARY_REPORT_S: Final = 0.25
+TRIAL_REPORT_S: Final = 0.25
 TRUST_POLL_S: Final = 0.5
 """How often the trusted keys are looked at; each verification looks at them too."""
 
 
-class GraphsClient:
+class CompilerClient:
     def __init__(
         self,
         *,
         worker_id: str,
         model: str,
-        shelf: GraphShelf,
+        loader: ArtifactLoader,
         trusted: Trust,
         registry: Registry,
         compile_address: str | None,
     ) -> None:
-        """``trusted`` is whom the shelf's caches believe."""
+        """``trusted``: the keys that the loader's caches believe."""
         self._worker_id = worker_id
         self._model = model
-        self._shelf = shelf
-        self._graphs = shelf.graphs
+        self._loader = loader
+        self._graphs = loader.graphs
         self._trusted = trusted
         self._registry = registry
         self._compile_address = compile_address
@@ -82,7 +82,7 @@ class GraphsClient:
     async def run(self) -> None:
         """Loads what is cached, then asks, watches, fetches and reports until cancelled."""
         await self._ask_first()
-        await asyncio.to_thread(self._shelf.load_cached)
+        await self._loader.load_cached()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_following())
             tasks.create_task(self._keep_condemning())
@@ -94,7 +94,7 @@ class GraphsClient:
             async with asyncio.timeout(ASK_FIRST_S):
                 async with open_channel(await self._compile_worker()) as channel:
                     for _, state in await self._states(pb_grpc.GraphsServiceStub(channel)):
-                        await self._shelf.retire(state)
+                        await self._loader.retire(state)
         except (TimeoutError, PrecastError, grpc.aio.AioRpcError) as error:
             log.info("loading cached graphs without asking", reason=str(error) or "no answer")
 
@@ -102,7 +102,7 @@ class GraphsClient:
         """Puts graphs that have crashed a rank out of reach, also for this worker's next start."""
         while True:
             crash = await self._graphs.crashes.get()
-            for cache in (self._shelf.cache, self._shelf.candidates):
+            for cache in (self._loader.cache, self._loader.trial_cache):
                 await asyncio.to_thread(cache.condemn, crash.key, crash.version, crash.signal)
             self._condemned.set()
 
@@ -113,8 +113,7 @@ class GraphsClient:
             await asyncio.sleep(TRUST_POLL_S)
             if self._trusted.keys != known:
                 known = self._trusted.keys
-                await asyncio.to_thread(self._shelf.distrust)
-                self._shelf.forget_removed()
+                await self._loader.distrust()
                 self._asked_again.clear()
                 self._distrusted.set()
 
@@ -124,7 +123,7 @@ class GraphsClient:
             began = time.monotonic()
             if self._graphs.resized.is_set():
                 self._graphs.resized.clear()
-                await asyncio.to_thread(self._shelf.load_cached)
+                await self._loader.load_cached()
             try:
                 await self._follow(await self._compile_worker())
             except (PrecastError, grpc.aio.AioRpcError) as error:
@@ -133,7 +132,7 @@ class GraphsClient:
             await asyncio.sleep(RETRY.wait_s(failures))
 
     def _report(self, error: PrecastError | grpc.aio.AioRpcError) -> None:
-        """Logs a trouble once, not at every retry."""
+        """Logs a failure once, not at every retry."""
         if isinstance(error, grpc.aio.AioRpcError):
             error = error_of(error)
         text = str(error)
@@ -161,7 +160,7 @@ class GraphsClient:
                 asyncio.ensure_future(self._watch(stub, keys)),
                 asyncio.ensure_future(self._keep_asking(stub)),
                 asyncio.ensure_future(self._keep_reporting(stub)),
-                asyncio.ensure_future(self._keep_reporting_canaries(stub)),
+                asyncio.ensure_future(self._keep_reporting_trials(stub)),
                 asyncio.ensure_future(self._graphs.resized.wait()),
             ]
             try:
@@ -184,39 +183,39 @@ class GraphsClient:
             await self._condemned.wait()
 
     def _all_condemned(self) -> set[tuple[str, int, str]]:
-        return self._shelf.cache.condemned() | self._shelf.candidates.condemned()
+        return self._loader.cache.condemned() | self._loader.trial_cache.condemned()
 
-    async def _keep_reporting_canaries(self, stub: Any) -> None:
+    async def _keep_reporting_trials(self, stub: Any) -> None:
         """Tells the compile worker whenever a trial has come on."""
         told: dict[str, Report] = {}
         while True:
-            for report in self._graphs.canary.reports():
+            for report in self._graphs.trials.reports():
                 if told.get(report.key) != report:
-                    await report_canary(stub, self._worker_id, report)
+                    await report_trial(stub, self._worker_id, report)
                     told[report.key] = report
-            await asyncio.sleep(CANARY_REPORT_S)
+            await asyncio.sleep(TRIAL_REPORT_S)
 
-    async def _follow_canary(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
+    async def _follow_trial(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Takes up a trial that is this worker's, and ends one that is no longer."""
         wanted = state.canary
         if not wanted.version or wanted.worker_id != self._worker_id:
-            self._graphs.canary.withdraw(state.key)
+            self._graphs.trials.withdraw(state.key)
             return
-        if self._graphs.canary.knows(state.key, wanted.version):
+        if self._graphs.trials.knows(state.key, wanted.version):
             return
         try:
-            candidate = await fetch_graph(
+            new = await fetch_graph(
                 stub,
-                self._shelf.candidates,
+                self._loader.trial_cache,
                 state.key,
                 spec=spec,
                 version=wanted.version,
                 worker_id=self._worker_id,
             )
         except (ArtifactRejected, NotFound) as error:
-            log.error("candidate rejected", key=state.key, reason=str(error))
+            log.error("trial graph rejected", key=state.key, reason=str(error))
             return
-        self._shelf.assign(wanted, candidate)
+        self._loader.assign(wanted, new)
 
     async def _keep_asking(self, stub: Any) -> None:
         """Repeats the request, so that a compile worker or a Redis that lost it captures after
@@ -225,7 +224,7 @@ class GraphsClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REQUEST_INTERVAL_S):
                     await self._distrusted.wait()
-            borrows = any(map(self._shelf.borrows, self._shelf.specs()))
+            borrows = any(map(self._loader.borrows, self._loader.specs()))
             if self._graphs.missing or borrows or self._distrusted.is_set():
                 self._distrusted.clear()
                 await self._request(stub)
@@ -245,7 +244,7 @@ class GraphsClient:
 
     async def _states(self, stub: Any) -> list[tuple[Spec, pb.GraphState]]:
         """Asks for every wanted spec."""
-        specs = self._shelf.specs()
+        specs = self._loader.specs()
         response = await stub.RequestGraphs(
             pb.RequestGraphsRequest(
                 specs=[
@@ -265,8 +264,8 @@ class GraphsClient:
 
     async def _update(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Fetches a version that is not the one we have, and offers what is complete."""
-        await self._shelf.retire(state)
-        await self._follow_canary(stub, spec, state)
+        await self._loader.retire(state)
+        await self._follow_trial(stub, spec, state)
         await self._fetch(stub, spec, spec, state)
 
     async def _fetch(self, stub: Any, spec: Spec, captured: Spec, state: pb.GraphState) -> None:
@@ -274,7 +273,7 @@ class GraphsClient:
 
         ``captured``: what it was captured for.
         """
-        present = self._shelf.get(spec)
+        present = self._loader.get(spec)
         if state.version == 0 or (
             present is not None
             and (present.manifest.key, present.manifest.version) == (state.key, state.version)
@@ -283,12 +282,12 @@ class GraphsClient:
             return
         try:
             artifact = await fetch_graph(
-                stub, self._shelf.cache, state.key, spec=captured, version=state.version
+                stub, self._loader.cache, state.key, spec=captured, version=state.version
             )
         except ArtifactRejected as error:
             log.error("artifact rejected", key=state.key, version=state.version, reason=str(error))
             return
-        self._shelf.put(spec, artifact)
+        self._loader.put(spec, artifact)
 
     async def _borrow(self, stub: Any, spec: Spec) -> None:
         """Takes the best graph for a lesser instruction set, until there is the right one."""
@@ -296,7 +295,7 @@ class GraphsClient:
             request = pb.ExplainGraphRequest(spec=pb.GraphSpec(factors=lesser_spec), limit=1)
             state = (await stub.ExplainGraph(request, timeout=RPC_TIMEOUT_S)).state
             if state.key:
-                await self._shelf.retire(state)
+                await self._loader.retire(state)
             if state.version:
                 await self._fetch(stub, spec, lesser_spec, state)
                 return
@@ -306,7 +305,7 @@ class GraphsClient:
         may be revoked soon. Says so once."""
         signature = (state.key, state.version, state.signer)
         anew = present.signature.signer != state.signer and signature not in self._asked_again
-        if not anew or not self._shelf.cache.knows_signer(state.signer):
+        if not anew or not self._loader.cache.knows_signer(state.signer):
             return False
         self._asked_again.add(signature)
         return True

@@ -1,37 +1,42 @@
-"""The artifacts that a worker's ranks run: out of its cache or fetched, verified in either case,
-and offered to the ranks once there is one for each of them.
+"""Finds the artifacts that a worker's ranks run, in its cache or fetched, verified in either case,
+and offers a size to the ranks once there is an artifact for each of them.
+
+Threads read and hash files, and return what they found: only the event loop changes anything here.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from precast.errors import ArtifactRejected, GraphNotFound
 from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.targets import lesser
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
-from services.decode_worker.graphs.candidates import Offer
-from services.decode_worker.graphs.manager import GraphSet
+from precast.system.owner import ThreadOwner
+from services.decode_worker.graphs.candidates import Candidate
+from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.graphs.shadow_trial import Assignment
 
 Spec = dict[str, str]
 
 
-class GraphShelf:
+class ArtifactLoader:
     def __init__(
         self,
         *,
-        graphs: GraphSet,
+        graphs: GraphManager,
         cache: GraphCache,
-        candidates: GraphCache,
-        on_offer: Callable[[], None],
+        trial_cache: GraphCache,
+        on_due: Callable[[], None],
     ) -> None:
-        """``candidates`` keeps graphs that this worker tries, out of the sight of others that
-        share ``cache``. ``on_offer`` is called when ranks have a graph to load or to drop."""
+        """``trial_cache`` keeps graphs that this worker tries, out of the sight of others that
+        share ``cache``. ``on_due`` is called when the ranks have a graph to load or to drop."""
         self.graphs = graphs
         self.cache = cache
-        self.candidates = candidates
-        self._on_offer = on_offer
+        self.trial_cache = trial_cache
+        self._on_due = on_due
+        self._owner = ThreadOwner()
         self._artifacts: dict[str, StoredArtifact] = {}
         """Newest verified artifact by spec digest."""
 
@@ -41,6 +46,7 @@ class GraphShelf:
 
     def put(self, spec: Spec, artifact: StoredArtifact) -> None:
         """To be used for a spec from now on."""
+        self._owner.check()
         self._artifacts[spec_digest(spec)] = artifact
         self._offer_complete()
 
@@ -50,44 +56,49 @@ class GraphShelf:
         return present is not None and present.manifest.factors["isa"] != spec["isa"]
 
     def specs(self) -> list[Spec]:
-        """Each distinct spec once, smallest batch first: ranks with equal shards share a graph."""
+        """Each distinct spec once, smallest size first: ranks with equal shards share a graph."""
         unique = {spec_digest(spec): spec for wanted in self.graphs.wanted for spec in wanted.specs}
         return list(unique.values())
 
-    def load_cached(self) -> None:
-        """Offers what the cache holds. Reads and hashes files."""
-        for wanted in self.graphs.wanted:
-            for spec in wanted.specs:
-                if spec_digest(spec) in self._artifacts:
-                    continue
-                found = map(self.cache.find, [spec, *lesser_specs(spec)])
-                artifact = next(filter(None, found), None)
-                if artifact is not None:
-                    self._artifacts[spec_digest(spec)] = artifact
+    async def load_cached(self) -> None:
+        """Offers what the cache holds."""
+        unknown = [spec for spec in self.specs() if self.get(spec) is None]
+        found = await asyncio.to_thread(_find, self.cache, unknown)
+        self._artifacts = {**found, **self._artifacts}  # what was fetched meanwhile is newer
         self._offer_complete()
 
-    def distrust(self) -> None:
-        """Drops graphs whose key was revoked. Reads and hashes files."""
-        for key, _ in self.candidates.distrust():
-            self.graphs.canary.withdraw(key)
-        self.cache.distrust()
-        for digest, artifact in list(self._artifacts.items()):
-            if not artifact.graph_path.exists():
+    async def distrust(self) -> None:
+        """Has the ranks drop graphs that nobody vouches for any more: their key was revoked."""
+        for key, _ in await asyncio.to_thread(self.trial_cache.distrust):
+            self.graphs.trials.withdraw(key)
+        await asyncio.to_thread(self.cache.distrust)
+        known = dict(self._artifacts)
+        trusted = await asyncio.to_thread(_still_trusted, self.cache, known)
+        gone = set()
+        for digest, artifact in known.items():
+            if self._artifacts.get(digest) is not artifact:  # another one came meanwhile
+                continue
+            if digest in trusted:
+                self._artifacts[digest] = trusted[digest]
+            else:
                 del self._artifacts[digest]
+                gone.add((artifact.manifest.key, artifact.manifest.version))
+        self.graphs.forget(gone)
+        self._on_due()
 
-    def assign(self, wanted: pb.CanaryAssignment, candidate: StoredArtifact) -> None:
-        """Has the ranks of the candidate's key try it, beside the others' present graphs."""
-        digest = spec_digest(spec_part(candidate.manifest.factors))
-        size = int(candidate.manifest.factors["num_tokens"])
+    def assign(self, wanted: pb.CanaryAssignment, new: StoredArtifact) -> None:
+        """Has the ranks of the new graph's key try it, beside the others' present graphs."""
+        digest = spec_digest(spec_part(new.manifest.factors))
+        size = int(new.manifest.factors["num_tokens"])
         specs = [w.specs for w in self.graphs.wanted if w.num_tokens == size]
         digests = [spec_digest(spec) for spec in (specs[0] if specs else ())]
-        found = [candidate if d == digest else self._artifacts.get(d) for d in digests]
+        found = [new if d == digest else self._artifacts.get(d) for d in digests]
         artifacts = [artifact for artifact in found if artifact is not None]
         if len(artifacts) < len(found):
             return
-        self.graphs.canary.assign(
+        self.graphs.trials.assign(
             Assignment(
-                key=candidate.manifest.key,
+                key=new.manifest.key,
                 version=wanted.version,
                 num_tokens=size,
                 paths=tuple(str(artifact.graph_path) for artifact in artifacts),
@@ -97,12 +108,12 @@ class GraphShelf:
                 live_s=wanted.live_s,
             )
         )
-        self._on_offer()
+        self._on_due()
 
     async def retire(self, state: pb.GraphState) -> None:
         """Forgets versions that must not be loaded any more."""
         quarantined = frozenset(state.quarantined)
-        for cache, serving in ((self.cache, state.version), (self.candidates, 0)):
+        for cache, serving in ((self.cache, state.version), (self.trial_cache, 0)):
             await asyncio.to_thread(cache.retire, state.key, serving, quarantined)
         self.graphs.quarantine(state.key, quarantined)
         self._artifacts = {
@@ -111,12 +122,7 @@ class GraphShelf:
             if artifact.manifest.key != state.key or artifact.manifest.version not in quarantined
         }
         if self.graphs.pending:
-            self._on_offer()
-
-    def forget_removed(self) -> None:
-        """Has ranks drop graphs whose artifacts are gone."""
-        self.graphs.forget_removed()
-        self._on_offer()
+            self._on_due()
 
     def _offer_complete(self) -> None:
         """Offers every size for which all ranks' artifacts are here and not loaded yet."""
@@ -127,7 +133,7 @@ class GraphShelf:
                 self._offer(wanted.num_tokens, complete)
 
     def _offer(self, num_tokens: int, artifacts: Sequence[StoredArtifact]) -> None:
-        offer = Offer(
+        candidate = Candidate(
             num_tokens=num_tokens,
             paths=tuple(artifact.graph_path for artifact in artifacts),
             keys=tuple(artifact.manifest.key for artifact in artifacts),
@@ -136,9 +142,33 @@ class GraphShelf:
             signed=all(map(self.cache.is_signed, artifacts)),
         )
         current = self.graphs.current(num_tokens)
-        if current is None or current.identity != offer.identity:
-            self.graphs.offer(offer)
-            self._on_offer()
+        if current is None or current.identity != candidate.identity:
+            self.graphs.offer(candidate)
+            self._on_due()
+
+
+def _find(cache: GraphCache, specs: Sequence[Spec]) -> dict[str, StoredArtifact]:
+    """The best artifact that is cached for each spec, by spec digest."""
+    found = {}
+    for spec in specs:
+        artifacts = map(cache.find, [spec, *lesser_specs(spec)])
+        if artifact := next(filter(None, artifacts), None):
+            found[spec_digest(spec)] = artifact
+    return found
+
+
+def _still_trusted(
+    cache: GraphCache, artifacts: Mapping[str, StoredArtifact]
+) -> dict[str, StoredArtifact]:
+    """Those that a trusted key has signed; another one may have done so since."""
+    trusted = {}
+    for digest, artifact in artifacts.items():
+        manifest, spec = artifact.manifest, spec_part(artifact.manifest.factors)
+        try:
+            trusted[digest] = cache.open(manifest.key, manifest.version, spec)
+        except (ArtifactRejected, GraphNotFound):
+            continue
+    return trusted
 
 
 def _slowest(artifacts: Sequence[StoredArtifact]) -> float:

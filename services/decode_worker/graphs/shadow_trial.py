@@ -1,14 +1,14 @@
-"""Trying a new version of a graph on live steps, beside the one that serves.
+"""Tries a new version of a graph on live steps, beside the one that serves.
 
-A compile worker chooses one decode worker for this. Its ranks load the candidate next to the
-current graph, and for some steps compute both: current, candidate, current again, with the same
-inputs. Each replay writes the same cache slots, those of the step's new tokens, and reads what it
-has written and what was there before. The current graph is last, so the cache and the tokens that
-go out are its own whatever the candidate wrote; and its second time is compared with the
-candidate's, both with warm caches. What follows from it is for the compile worker to decide.
+The compile worker chooses one decode worker for a trial. Its ranks load the new graph next to the
+current one and compute some steps with both: current, new, current again, with the same inputs.
+Each replay writes the same cache slots, those of the step's new tokens, and reads what it has
+written and what was there before. The current graph runs last, so the cache and the tokens that go
+out are its own whatever the new graph wrote. Its second time is compared with the new graph's: both
+had warm caches. The compile worker decides what follows.
 
-Where traffic is too thin to give enough steps in time, the leader makes up the rest: a step with
-the graph's own size that reads block 0 and writes nothing (slots of -1).
+Where traffic is too thin to give enough steps in time, the leader makes up the rest: a step of the
+graph's own size that reads block 0 and writes nothing (slots of -1).
 """
 
 import statistics
@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from precast.log import get_logger
+from precast.system.owner import ThreadOwner
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import LoadGraph, Shadow, Step
 
@@ -39,7 +40,7 @@ class Assignment:
     version: int
     num_tokens: int
     paths: tuple[str, ...]
-    """The candidate for ranks of this key, the graph that serves for others."""
+    """The new graph for ranks of this key, the graph that serves for others."""
     keys: tuple[str, ...]
     versions: tuple[int, ...]
     steps: int
@@ -57,7 +58,7 @@ class Report:
     difference: float
     """Largest of logits, relative to the largest logit."""
     time_ratio: float
-    """Candidate to current, of the median step times; 0: not known yet."""
+    """Of the median step times, new to current; 0: not known yet."""
     finished: bool
     failure: str
 
@@ -78,28 +79,29 @@ class _Trial:
 
     def report(self) -> Report:
         current = statistics.median(s.current_us for s in self.samples) if self.samples else 0.0
-        candidate = statistics.median(s.candidate_us for s in self.samples) if self.samples else 0.0
+        new = statistics.median(s.trial_us for s in self.samples) if self.samples else 0.0
         return Report(
             key=self.assignment.key,
             version=self.assignment.version,
             steps=len(self.samples),
             difference=max((s.difference for s in self.samples), default=0.0),
-            time_ratio=candidate / max(current, 1.0),
+            time_ratio=new / max(current, 1.0),
             finished=self.finished,
             failure=self.failure,
         )
 
 
-class Canary:
+class ShadowTrials:
     """One trial at a time; others wait for their turn."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._owner = ThreadOwner()
         self._clock = clock
         self._trials: dict[str, _Trial] = {}
         """By key, first come first tried."""
         self._drop: set[int] = set()
-        self._shadowing = False
-        """Whether the candidate runs in the ranks now."""
+        self._running: _Trial | None = None
+        """Whose graph the ranks load or run now. It may be withdrawn meanwhile."""
 
     def knows(self, key: str, version: int) -> bool:
         trial = self._trials.get(key)
@@ -107,11 +109,13 @@ class Canary:
 
     def assign(self, assignment: Assignment) -> None:
         """To be loaded between two steps."""
+        self._owner.check()
         self.withdraw(assignment.key)
         self._trials[assignment.key] = _Trial(assignment=assignment)
 
     def withdraw(self, key: str) -> None:
         """The compile worker has decided, or has chosen another worker."""
+        self._owner.check()
         trial = self._trials.pop(key, None)
         if trial is not None and trial.loaded:
             self._drop.add(trial.assignment.num_tokens)
@@ -141,37 +145,36 @@ class Canary:
         return max(0.0, trial.live_until - self._clock()) if trial.loaded else LOAD_POLL_S
 
     def shadows(self, num_tokens: int) -> bool:
-        """Whether the candidate is to be tried in a step that replays this size; notes that it
-        is."""
+        """Whether a trial graph runs in a step that replays this size; notes that it does."""
         trial = self._active()
-        self._shadowing = bool(trial and trial.loaded and trial.assignment.num_tokens == num_tokens)
-        return self._shadowing
+        shadowing = trial is not None and trial.loaded and trial.assignment.num_tokens == num_tokens
+        self._running = trial if shadowing else None
+        return shadowing
 
     def probe(self, step_id: int) -> Step | None:
         """A made-up step, once live ones have not come in time."""
         trial = self._active()
         if trial is None or not trial.loaded or self._clock() < trial.live_until:
             return None
-        self._shadowing = True
+        self._running = trial
         return probe_step(step_id, trial.assignment.num_tokens)
 
     def observe(self, shadow: Shadow | None) -> None:
-        """What a step with the candidate in it has given."""
-        trial, self._shadowing = self._active(), False
+        """What a step with a trial graph in it has given."""
+        trial, self._running = self._running, None
         if shadow is not None and trial is not None:
             trial.samples.append(shadow)
 
     def blame(self, crashed: Mapping[int, str]) -> Assignment | None:
-        """The ranks have died: the candidate if it was in them when they crashed.
+        """The ranks have died: gives the trial whose graph ran in them, if they crashed.
 
         Without a crash it is tried once more, then given up.
         """
-        trial, shadowing = self._active(), self._shadowing
-        self._shadowing = False
+        trial, self._running = self._running, None
         for other in self._trials.values():
             other.loaded = False
         self._drop.clear()
-        if trial is None or not shadowing:
+        if trial is None:
             return None
         if crashed:
             trial.failure = f"crashed a rank with {', '.join(sorted(set(crashed.values())))}"
@@ -182,23 +185,26 @@ class Canary:
         return None
 
     async def apply(self, group: RankGroup, current: Callable[[int], bool]) -> None:
-        """Drops or loads a candidate between two steps; ``current`` says whether there is a graph
+        """Drops or loads a trial graph between two steps; ``current`` says whether there is a graph
         of a size to compare with. Raises GroupFailed."""
         for size in self._drop:
-            group.drop_graph(size, candidate=True)
+            group.drop_graph(size, trial=True)
         self._drop.clear()
         trial = self._active()
         if trial is None or trial.loaded or not current(trial.assignment.num_tokens):
             return
-        self._shadowing = True
+        self._running = trial
         answers = await group.load_graph(_load(trial.assignment))
-        self._shadowing = False
+        self._running = None
+        if self._trials.get(trial.assignment.key) is not trial:  # withdrawn meanwhile
+            self._drop.add(trial.assignment.num_tokens)
+            return
         refusals = [answer.error for answer in answers if answer.error is not None]
         trial.loaded = True
         trial.live_until = self._clock() + trial.assignment.live_s
         trial.failure = f"refused: {refusals[0]}" if refusals else ""
         log.info(
-            "canary loaded",
+            "trial graph loaded",
             key=trial.assignment.key,
             version=trial.assignment.version,
             refused=trial.failure,
@@ -236,5 +242,5 @@ def _load(assignment: Assignment) -> LoadGraph:
         paths=assignment.paths,
         keys=assignment.keys,
         versions=assignment.versions,
-        candidate=True,
+        trial=True,
     )

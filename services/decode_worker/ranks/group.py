@@ -137,8 +137,8 @@ class RankGroup:
         self._broadcast(command)
         return await self._answers(GraphLoaded, LOAD_GRAPH_TIMEOUT_S)
 
-    def drop_graph(self, num_tokens: int, *, candidate: bool = False) -> None:
-        self._broadcast(DropGraph(num_tokens=num_tokens, candidate=candidate))
+    def drop_graph(self, num_tokens: int, *, trial: bool = False) -> None:
+        self._broadcast(DropGraph(num_tokens=num_tokens, trial=trial))
 
     def crashed(self) -> dict[int, str]:
         """After ``stop``: the signal of each rank that its own native code has ended."""

@@ -47,7 +47,7 @@ class RankModel:
     kernels: dict[str, str]
     """Who serves each operator, and why it is not who was asked for."""
     graphs: dict[int, Graph] = field(default_factory=dict)
-    candidates: dict[int, Graph] = field(default_factory=dict)
+    trials: dict[int, Graph] = field(default_factory=dict)
     """Graphs on trial (``shadow_trial.py``), by size."""
 
     def step(self, batch: Batch, drawing: Sequence[int], graph_size: int) -> Tensor:
@@ -66,26 +66,26 @@ class RankModel:
     def shadow(
         self, batch: Batch, drawing: Sequence[int], graph_size: int
     ) -> tuple[Tensor, Shadow | None]:
-        """``step`` with the candidate tried between two replays of the graph that serves.
+        """``step`` with the trial graph run between two replays of the graph that serves.
 
-        The last replay writes over what the candidate has written, so the cache ends up as if there
-        were no candidate.
+        The last replay writes over what the trial graph has written: the cache ends up as if there
+        were none.
         """
-        candidate = self.candidates.get(graph_size)
-        if candidate is None:
+        trial = self.trials.get(graph_size)
+        if trial is None:
             return self.step(batch, drawing, graph_size), None
         current = self.graphs[graph_size]
         compared = drawing or range(batch.sequences)
         rows = _rows(batch, compared)
         _replay(current, batch, rows)
         started = time.perf_counter()
-        tried = _replay(candidate, batch, rows)
+        tried = _replay(trial, batch, rows)
         between = time.perf_counter()
         again = _replay(current, batch, rows)
         ended = time.perf_counter()
         shadow = Shadow(
             difference=min(self._difference(tried, again), MAX_DIFFERENCE),
-            candidate_us=(between - started) * 1e6,
+            trial_us=(between - started) * 1e6,
             current_us=(ended - between) * 1e6,
         )
         return again[: len(drawing)], shadow
@@ -94,12 +94,12 @@ class RankModel:
         """Over the logits of all ranks."""
         return relative_difference(*(gathered(self.shape, part) for part in (tried, expected)))
 
-    def load_graph(self, num_tokens: int, package: Path, *, candidate: bool = False) -> float:
+    def load_graph(self, num_tokens: int, package: Path, *, trial: bool = False) -> float:
         """Loads a verified package and swaps it in; returns milliseconds. Raises
         ArtifactRejected."""
         started = time.perf_counter()
         graph = Graph(package, num_tokens, self.shape, self.weights, self.caches)
-        (self.candidates if candidate else self.graphs)[num_tokens] = graph
+        (self.trials if trial else self.graphs)[num_tokens] = graph
         return (time.perf_counter() - started) * 1e3
 
 

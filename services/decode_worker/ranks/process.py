@@ -111,7 +111,7 @@ def _run(init: Init, model: RankModel, command: object) -> Reply | None:
     if isinstance(command, LoadGraph):
         return _load_graph(init, model, command)
     if isinstance(command, DropGraph):
-        (model.candidates if command.candidate else model.graphs).pop(command.num_tokens, None)
+        (model.trials if command.trial else model.graphs).pop(command.num_tokens, None)
         return None
     raise ValueError(f"unexpected command {type(command).__name__}")
 
@@ -131,7 +131,7 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
     error, load_ms = None, 0.0
     try:
         path = Path(command.paths[init.tp_rank])
-        load_ms = model.load_graph(command.num_tokens, path, candidate=command.candidate)
+        load_ms = model.load_graph(command.num_tokens, path, trial=command.trial)
     except PrecastError as refused:
         error = str(refused)
     return GraphLoaded(

@@ -60,7 +60,7 @@ class LoadGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     paths: tuple[str, ...]
     keys: tuple[str, ...]
     versions: tuple[int, ...]
-    candidate: bool = False
+    trial: bool = False
     """To be tried beside the graph that serves, not in its place."""
 
 
@@ -73,10 +73,10 @@ class GraphLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class DropGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Forget the graph or the candidate of a size. Not answered."""
+    """Forget the graph or the trial graph of a size. Not answered."""
 
     num_tokens: int
-    candidate: bool = False
+    trial: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -119,7 +119,7 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     graph_size: int = 0
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
-    """Try the candidate of the captured size that runs, and compare (``canary.py``)."""
+    """Run the trial graph of the captured size too, and compare (``shadow_trial.py``)."""
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -129,12 +129,12 @@ class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Shadow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """A candidate beside the graph that serves, in one step."""
+    """A trial graph beside the graph that serves, in one step."""
 
     difference: float
     """Largest difference of logits relative to the largest logit; ``MAX_DIFFERENCE``: no number."""
     current_us: float
-    candidate_us: float
+    trial_us: float
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -27,7 +27,7 @@ class Change:
 
 
 @dataclass(kw_only=True)
-class CaptureSet:
+class AutotunePolicy:
     """The policy's memory: how long each size has been of no use."""
 
     max_graphs: int

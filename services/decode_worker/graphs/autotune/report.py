@@ -1,31 +1,31 @@
-"""Traffic as ``GetStatus`` tells it."""
+"""Step statistics as ``GetStatus`` tells it."""
 
 from collections.abc import Collection
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.decode_worker.graphs.autotune.stats import Traffic
-from services.decode_worker.graphs.manager import GraphSet
+from services.decode_worker.graphs.autotune.stats import StepStats
+from services.decode_worker.graphs.manager import GraphManager
 
 
-def traffic_report(
-    traffic: Traffic, graphs: GraphSet, configured: Collection[int], *, adapts: bool
+def stats_report(
+    stats: StepStats, graphs: GraphManager, configured: Collection[int], *, adapts: bool
 ) -> pb.Traffic:
     wanted, loaded = set(graphs.sizes), graphs.layer_us
-    replayed = traffic.replayed.keys() - {0}
+    replayed = stats.replayed.keys() - {0}
     return pb.Traffic(
-        decode_steps=traffic.decode,
-        prompt_steps=traffic.prompt,
+        decode_steps=stats.decode,
+        prompt_steps=stats.prompt,
         sizes=[
             pb.GraphSize(
                 tokens=size,
-                replays=traffic.replayed[size],
+                replays=stats.replayed[size],
                 origin=_origin(size, wanted, configured),
                 layer_us=loaded.get(size, 0.0),
             )
             for size in sorted(wanted | set(configured) | replayed)
         ],
-        live_tokens=traffic.live_tokens,
-        padding_tokens=traffic.padding_tokens,
+        live_tokens=stats.live_tokens,
+        padding_tokens=stats.padding_tokens,
         adapts=adapts,
     )
 

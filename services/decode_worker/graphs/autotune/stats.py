@@ -23,7 +23,7 @@ class Window:
 
 
 @dataclass(kw_only=True)
-class Traffic:
+class StepStats:
     """Counts steps: since the start, and since the last window was taken."""
 
     decode: Counter[int] = field(default_factory=Counter)

@@ -8,14 +8,14 @@ from precast.fleet.leases import DecodeLease, LoadedGraphRecord, version_of
 from services.compile_worker.catalog.entry import GraphRecord, Phase, Trial
 from services.compile_worker.rollout.canary import CanaryPolicy, objection
 from services.decode_worker.graphs.candidates import Crash
-from services.decode_worker.graphs.manager import GraphSet
-from services.decode_worker.graphs.shadow_trial import Assignment, Canary
+from services.decode_worker.graphs.manager import GraphManager
+from services.decode_worker.graphs.shadow_trial import Assignment, ShadowTrials
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import Shadow
 from tests.support.compile_worker import FACTORS
-from tests.unit.test_graph_set import Ranks, begin, offer, ready, settle
+from tests.unit.test_graph_manager import Ranks, begin, offer, ready, settle
 
-SAME = Shadow(difference=0.0, current_us=100.0, candidate_us=110.0)
+SAME = Shadow(difference=0.0, current_us=100.0, trial_us=110.0)
 
 
 def assignment(key: str = "k", version: int = 2, num_tokens: int = 1) -> Assignment:
@@ -31,7 +31,7 @@ def assignment(key: str = "k", version: int = 2, num_tokens: int = 1) -> Assignm
     )
 
 
-async def loaded(canary: Canary, *assignments: Assignment) -> Canary:
+async def loaded(canary: ShadowTrials, *assignments: Assignment) -> ShadowTrials:
     for wanted in assignments:
         canary.assign(wanted)
     await canary.apply(cast(RankGroup, Ranks()), lambda size: True)
@@ -39,11 +39,11 @@ async def loaded(canary: Canary, *assignments: Assignment) -> Canary:
 
 
 async def test_live_steps_of_the_candidates_size_are_compared() -> None:
-    canary = await loaded(Canary(lambda: 0.0), assignment(num_tokens=2))
+    canary = await loaded(ShadowTrials(lambda: 0.0), assignment(num_tokens=2))
     assert not canary.shadows(1)
     for _ in range(2):
         assert canary.shadows(2)
-        canary.observe(Shadow(difference=0.5, current_us=100.0, candidate_us=150.0))
+        canary.observe(Shadow(difference=0.5, current_us=100.0, trial_us=150.0))
     assert not canary.shadows(2)
     [report] = canary.reports()
     assert (report.steps, report.finished, report.failure) == (2, True, "")
@@ -52,7 +52,7 @@ async def test_live_steps_of_the_candidates_size_are_compared() -> None:
 
 async def test_steps_are_made_up_once_live_ones_are_overdue() -> None:
     now = [0.0]
-    canary = await loaded(Canary(lambda: now[0]), assignment(num_tokens=4))
+    canary = await loaded(ShadowTrials(lambda: now[0]), assignment(num_tokens=4))
     assert (canary.probe(1), canary.due_s()) == (None, 10.0)
     now[0] = 10.0
     probe = canary.probe(7)
@@ -62,7 +62,7 @@ async def test_steps_are_made_up_once_live_ones_are_overdue() -> None:
 
 
 async def test_without_a_graph_to_compare_with_nothing_is_loaded() -> None:
-    canary = Canary(lambda: 0.0)
+    canary = ShadowTrials(lambda: 0.0)
     canary.assign(assignment())
     await canary.apply(cast(RankGroup, Ranks()), lambda size: False)
     assert canary.reports() == []
@@ -70,7 +70,7 @@ async def test_without_a_graph_to_compare_with_nothing_is_loaded() -> None:
 
 
 async def test_trials_take_turns_and_a_withdrawn_one_is_dropped() -> None:
-    canary = await loaded(Canary(lambda: 0.0), assignment("a"), assignment("b", num_tokens=2))
+    canary = await loaded(ShadowTrials(lambda: 0.0), assignment("a"), assignment("b", num_tokens=2))
     assert [report.key for report in canary.reports()] == ["a"]
     assert not canary.shadows(2)
     canary.withdraw("a")
@@ -81,29 +81,29 @@ async def test_trials_take_turns_and_a_withdrawn_one_is_dropped() -> None:
 
 
 class Dropping(Ranks):
-    def drop_graph(self, num_tokens: int, *, candidate: bool = False) -> None:
-        assert (num_tokens, candidate) == (1, True)
+    def drop_graph(self, num_tokens: int, *, trial: bool = False) -> None:
+        assert (num_tokens, trial) == (1, True)
 
 
 async def test_a_crash_with_the_candidate_in_it_accuses_the_candidate() -> None:
-    graphs = GraphSet([1], lambda: None)
+    graphs = GraphManager([1], lambda: None)
     graphs.group_started(ready())
     graphs.offer(offer(1))
     await settle(graphs, Ranks())
-    graphs.canary.assign(assignment())
+    graphs.trials.assign(assignment())
     await graphs.apply(cast(RankGroup, Ranks()))
     begin(graphs)
     graphs.group_failed({0: "SIGSEGV"})
     assert graphs.crashes.get_nowait() == Crash(key="k", version=2, signal="SIGSEGV")
     assert graphs.crashes.empty(), "the graph that serves is not to blame"
-    [report] = graphs.canary.reports()
+    [report] = graphs.trials.reports()
     assert "SIGSEGV" in report.failure
     graphs.group_started(ready())
     assert graphs.pending
 
 
 async def test_two_deaths_without_a_crash_end_a_trial() -> None:
-    canary = Canary(lambda: 0.0)
+    canary = ShadowTrials(lambda: 0.0)
     canary.assign(assignment())
     for _ in range(2):
         await canary.apply(cast(RankGroup, Ranks()), lambda size: True)
@@ -139,24 +139,24 @@ def test_a_lease_says_which_version_runs() -> None:
 
 
 class Patient(Ranks):
-    def drop_graph(self, num_tokens: int, *, candidate: bool = False) -> None:
-        if not candidate:
+    def drop_graph(self, num_tokens: int, *, trial: bool = False) -> None:
+        if not trial:
             super().drop_graph(num_tokens)
 
 
 async def test_a_trial_ends_when_what_it_is_compared_with_is_dropped() -> None:
     """Else a made-up step would name a graph that the ranks no longer have."""
-    graphs = GraphSet([1, 2], lambda: None)
+    graphs = GraphManager([1, 2], lambda: None)
     graphs.group_started(ready())
     ranks = Patient()
     graphs.offer(offer(1))
     await settle(graphs, ranks)
-    graphs.canary = Canary(lambda: 100.0)
-    graphs.canary.assign(assignment())
+    graphs.trials = ShadowTrials(lambda: 100.0)
+    graphs.trials.assign(assignment())
     await graphs.apply(cast(RankGroup, ranks))
-    assert graphs.canary.busy
+    assert graphs.trials.busy
     graphs.quarantine("k", [1])
     await graphs.apply(cast(RankGroup, ranks))
-    assert not graphs.canary.busy
-    assert graphs.canary.probe(5) is None
+    assert not graphs.trials.busy
+    assert graphs.trials.probe(5) is None
     assert not begin(graphs).shadow

@@ -4,11 +4,11 @@ from collections import Counter
 
 from services.decode_worker.graphs.autotune.policy import (
     IDLE_WINDOWS,
-    CaptureSet,
+    AutotunePolicy,
     Change,
     kept_sizes,
 )
-from services.decode_worker.graphs.autotune.stats import MIN_STEPS, Traffic, Window
+from services.decode_worker.graphs.autotune.stats import MIN_STEPS, StepStats, Window
 
 LINEAR = {1: 10.0, 4: 40.0, 8: 80.0, 64: 640.0}
 FLAT = {1: 10.0, 4: 40.0, 8: 40.1, 64: 640.0}
@@ -24,8 +24,8 @@ def window(decode: dict[int, int], sizes: dict[int, float], also: tuple[int, ...
     return Window(decode=Counter(decode), replayed=replayed)
 
 
-def policy(max_graphs: int = 8) -> CaptureSet:
-    return CaptureSet(max_graphs=max_graphs, keep=kept_sizes((1, 4, 8), (64,)))
+def policy(max_graphs: int = 8) -> AutotunePolicy:
+    return AutotunePolicy(max_graphs=max_graphs, keep=kept_sizes((1, 4, 8), (64,)))
 
 
 def changed(change: Change | None) -> tuple[int, bool] | None:
@@ -78,7 +78,7 @@ def test_within_the_budget_something_idle_makes_room() -> None:
 
 
 def test_traffic_is_counted_by_kind_and_padding() -> None:
-    traffic = Traffic()
+    traffic = StepStats()
     assert traffic.take_window() is None
     for _ in range(MIN_STEPS - 1):
         traffic.count(3, 4, decoding=True)

@@ -1,15 +1,16 @@
 """Which graphs are loaded, which come back after a restart, and which never."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from services.decode_worker.engine.scheduler import ScheduledStep
-from services.decode_worker.graphs import shadow_trial as canary
-from services.decode_worker.graphs.candidates import Crash, Offer
-from services.decode_worker.graphs.manager import FIRST_REPLAYS, GraphSet
+from services.decode_worker.graphs.candidates import Candidate, Crash
+from services.decode_worker.graphs.manager import GraphManager
+from services.decode_worker.graphs.shadow_trial import probe_step
+from services.decode_worker.graphs.size_record import FIRST_REPLAYS
 from services.decode_worker.ranks.group import GroupFailed, RankGroup
 from services.decode_worker.ranks.protocol import GraphLoaded, LoadGraph, Ready, Step
 
@@ -34,8 +35,8 @@ class Ranks:
         self.loaded.pop(num_tokens, None)
 
 
-def offer(version: int, num_tokens: int = 1) -> Offer:
-    return Offer(num_tokens=num_tokens, paths=(Path("x"),), keys=("k",), versions=(version,))
+def offer(version: int, num_tokens: int = 1) -> Candidate:
+    return Candidate(num_tokens=num_tokens, paths=(Path("x"),), keys=("k",), versions=(version,))
 
 
 def ready() -> list[Ready]:
@@ -51,33 +52,32 @@ def ready() -> list[Ready]:
     ]
 
 
-async def settle(graphs: GraphSet, ranks: Ranks) -> None:
+async def settle(graphs: GraphManager, ranks: Ranks) -> None:
     while graphs.pending:
         await graphs.apply(cast(RankGroup, ranks))
 
 
-def begin(graphs: GraphSet, tokens: int = 1, prompt_tokens: int = 0) -> Step:
+def begin(graphs: GraphManager, tokens: int = 1, prompt_tokens: int = 0) -> Step:
     """A step is sent to the ranks."""
-    message = canary.probe_step(0, tokens)
-    step = SimpleNamespace(tokens=tokens, prompt_tokens=prompt_tokens, message=message)
-    return graphs.assigned(cast(ScheduledStep, step))
+    message = probe_step(0, tokens)
+    return graphs.assigned(message, tokens=tokens, decoding=not prompt_tokens)
 
 
-def decode(graphs: GraphSet, size: int = 1) -> None:
+def decode(graphs: GraphManager, size: int = 1) -> None:
     """A decode step of one sequence that the ranks survive, with a graph of that size."""
     step = begin(graphs)
     assert step.graph_size == size
-    graphs.ran(step)
+    graphs.ran()
 
 
 @pytest.fixture
-def graphs() -> GraphSet:
-    made = GraphSet([2, 1], lambda: None)
+def graphs() -> GraphManager:
+    made = GraphManager([2, 1], lambda: None)
     made.group_started(ready())
     return made
 
 
-async def test_an_offer_is_loaded_and_recorded(graphs: GraphSet) -> None:
+async def test_an_offer_is_loaded_and_recorded(graphs: GraphManager) -> None:
     ranks = Ranks()
     graphs.offer(offer(1))
     await settle(graphs, ranks)
@@ -86,9 +86,9 @@ async def test_an_offer_is_loaded_and_recorded(graphs: GraphSet) -> None:
     assert [(r.num_tokens, r.versions) for r in graphs.records()] == [(1, (1,))]
 
 
-async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: GraphSet) -> None:
+async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: GraphManager) -> None:
     """Or it would be offered again, and loaded twice."""
-    known: list[Offer | None] = []
+    known: list[Candidate | None] = []
 
     class Watched(Ranks):
         async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
@@ -106,7 +106,7 @@ async def test_an_offer_is_known_before_while_and_after_it_is_loaded(graphs: Gra
 
 @pytest.mark.parametrize("what", ["quarantined", "size dropped"])
 async def test_an_offer_that_is_given_up_while_it_is_loaded_is_dropped(
-    graphs: GraphSet, what: str
+    graphs: GraphManager, what: str
 ) -> None:
     class Slow(Ranks):
         async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
@@ -125,7 +125,7 @@ async def test_an_offer_that_is_given_up_while_it_is_loaded_is_dropped(
     assert graphs.current(1) is None
 
 
-async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -> None:
+async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphManager) -> None:
     ranks, specs = Ranks(), [{"num_tokens": "1"}, {"num_tokens": "2"}]
 
     def urgencies() -> list[int]:
@@ -148,7 +148,7 @@ async def test_missed_sizes_are_counted_until_they_are_there(graphs: GraphSet) -
     assert urgencies() == [0, 0]
 
 
-async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphSet) -> None:
+async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphManager) -> None:
     graphs.offer(offer(1))
     await settle(graphs, Ranks())
     decode(graphs)
@@ -160,7 +160,7 @@ async def test_a_new_group_loads_what_the_last_one_had(graphs: GraphSet) -> None
     assert fresh.loaded == {1: 1}
 
 
-async def test_a_refused_version_gives_way_to_the_one_before(graphs: GraphSet) -> None:
+async def test_a_refused_version_gives_way_to_the_one_before(graphs: GraphManager) -> None:
     ranks = Ranks(refuse=2)
     graphs.offer(offer(1))
     await settle(graphs, ranks)
@@ -172,7 +172,7 @@ async def test_a_refused_version_gives_way_to_the_one_before(graphs: GraphSet) -
     assert not graphs.pending
 
 
-async def test_the_second_death_with_a_graph_is_one_too_many(graphs: GraphSet) -> None:
+async def test_the_second_death_with_a_graph_is_one_too_many(graphs: GraphManager) -> None:
     ranks = Ranks(die=2)
     graphs.offer(offer(1))
     await settle(graphs, ranks)
@@ -187,7 +187,7 @@ async def test_the_second_death_with_a_graph_is_one_too_many(graphs: GraphSet) -
     assert ranks.loaded == {1: 1}
 
 
-async def test_a_death_later_on_blames_no_graph(graphs: GraphSet) -> None:
+async def test_a_death_later_on_blames_no_graph(graphs: GraphManager) -> None:
     graphs.offer(offer(1))
     await settle(graphs, Ranks())
     decode(graphs)
@@ -200,7 +200,9 @@ async def test_a_death_later_on_blames_no_graph(graphs: GraphSet) -> None:
 
 
 @pytest.mark.parametrize("replays", [0, 1, FIRST_REPLAYS - 1])
-async def test_one_crash_in_the_first_replays_quarantines(graphs: GraphSet, replays: int) -> None:
+async def test_one_crash_in_the_first_replays_quarantines(
+    graphs: GraphManager, replays: int
+) -> None:
     ranks = Ranks()
     graphs.offer(offer(1))
     await settle(graphs, ranks)
@@ -220,7 +222,7 @@ async def test_one_crash_in_the_first_replays_quarantines(graphs: GraphSet, repl
     assert not graphs.pending
 
 
-async def test_a_crash_later_on_or_in_an_eager_step_accuses_no_graph(graphs: GraphSet) -> None:
+async def test_a_crash_later_on_or_in_an_eager_step_accuses_no_graph(graphs: GraphManager) -> None:
     graphs.offer(offer(1))
     await settle(graphs, Ranks())
     begin(graphs, 5, prompt_tokens=5)
@@ -237,9 +239,9 @@ async def test_a_crash_later_on_or_in_an_eager_step_accuses_no_graph(graphs: Gra
 
 
 async def test_only_the_crashed_ranks_artifact_is_accused() -> None:
-    graphs = GraphSet([1], lambda: None)
+    graphs = GraphManager([1], lambda: None)
     graphs.group_started([*ready(), *ready()])
-    two = Offer(num_tokens=1, paths=(Path("x"),) * 2, keys=("a", "b"), versions=(3, 5))
+    two = Candidate(num_tokens=1, paths=(Path("x"),) * 2, keys=("a", "b"), versions=(3, 5))
     graphs.offer(two)
     await settle(graphs, Ranks())
     begin(graphs)
@@ -248,7 +250,7 @@ async def test_only_the_crashed_ranks_artifact_is_accused() -> None:
     assert graphs.crashes.empty()
 
 
-async def test_a_quarantined_version_is_dropped_between_steps(graphs: GraphSet) -> None:
+async def test_a_quarantined_version_is_dropped_between_steps(graphs: GraphManager) -> None:
     ranks = Ranks()
     graphs.offer(offer(1))
     graphs.offer(offer(3, num_tokens=2))
@@ -267,7 +269,7 @@ async def test_a_quarantined_version_is_dropped_between_steps(graphs: GraphSet) 
     assert graphs.missing == (1,)
 
 
-async def test_other_sizes_are_wanted_from_now_on(graphs: GraphSet) -> None:
+async def test_other_sizes_are_wanted_from_now_on(graphs: GraphManager) -> None:
     ranks = Ranks()
     graphs.offer(offer(1))
     graphs.offer(offer(1, num_tokens=2))
@@ -286,3 +288,91 @@ async def test_other_sizes_are_wanted_from_now_on(graphs: GraphSet) -> None:
     await settle(graphs, ranks)
     assert ranks.loaded == {2: 1}
     assert graphs.missing == (1,)
+
+
+@pytest.mark.parametrize("what", ["quarantined", "size dropped", "the one before quarantined"])
+async def test_a_graph_may_be_refused_while_it_is_given_up(graphs: GraphManager, what: str) -> None:
+    class Slow(Ranks):
+        async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
+            if what == "size dropped":
+                graphs.resize([2])
+            else:
+                graphs.quarantine("k", [2 if what == "quarantined" else 1])
+            return await super().load_graph(command)
+
+    ranks = Slow(refuse=2)
+    graphs.offer(offer(1))
+    await settle(graphs, Ranks())
+    decode(graphs)
+    graphs.offer(offer(2))
+    await settle(graphs, ranks)
+    back = what == "quarantined"
+    assert ranks.loaded == ({1: 1} if back else {})
+    assert graphs.missing == ((2,) if back or what == "size dropped" else (1, 2))
+
+
+async def test_a_quarantined_graph_does_not_serve_until_another_is_loaded(
+    graphs: GraphManager,
+) -> None:
+    """Its successor may be loaded some steps later: only one graph is loaded between two steps."""
+    ranks = Ranks()
+    for size in (1, 2):
+        graphs.offer(offer(1, num_tokens=size))
+    await settle(graphs, ranks)
+    graphs.quarantine("k", [1])
+    for size in (1, 2):
+        graphs.offer(offer(2, num_tokens=size))
+    await graphs.apply(cast(RankGroup, ranks))
+    assert ranks.loaded == {1: 2}
+    await graphs.apply(cast(RankGroup, ranks))
+    assert ranks.loaded == {1: 2, 2: 2}
+
+
+async def test_a_graph_that_is_loaded_again_survives_a_kill_meanwhile(graphs: GraphManager) -> None:
+    graphs.offer(offer(1))
+    await settle(graphs, Ranks())
+    decode(graphs)
+    for _ in range(3):
+        graphs.group_failed({})
+        graphs.group_started(ready())
+        with pytest.raises(GroupFailed):
+            await settle(graphs, Ranks(die=1))
+    graphs.group_failed({})
+    graphs.group_started(ready())
+    ranks = Ranks()
+    await settle(graphs, ranks)
+    assert ranks.loaded == {1: 1}
+
+
+async def test_revoked_graphs_are_dropped_and_may_come_back(graphs: GraphManager) -> None:
+    ranks = Ranks()
+    graphs.offer(offer(1))
+    graphs.offer(offer(2, num_tokens=2))
+    await settle(graphs, ranks)
+    graphs.forget({("k", 1)})
+    await settle(graphs, ranks)
+    assert ranks.loaded == {2: 2}
+    graphs.offer(offer(1))
+    await settle(graphs, ranks)
+    assert ranks.loaded == {1: 1, 2: 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda graphs: graphs.offer(offer(1)),
+        lambda graphs: graphs.quarantine("k", [1]),
+        lambda graphs: graphs.forget({("k", 1)}),
+        lambda graphs: graphs.resize([2]),
+        lambda graphs: graphs.group_failed({}),
+        lambda graphs: graphs.group_started(ready()),
+        lambda graphs: begin(graphs),
+        lambda graphs: graphs.ran(),
+        lambda graphs: graphs.trials.withdraw("k"),
+    ],
+)
+async def test_only_the_loop_changes_anything(
+    graphs: GraphManager, change: Callable[[GraphManager], object]
+) -> None:
+    with pytest.raises(AssertionError, match="does not own it"):
+        await asyncio.to_thread(change, graphs)

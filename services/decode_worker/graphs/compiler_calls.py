@@ -27,7 +27,7 @@ async def report_crash(stub: Any, worker_id: str, key: str, version: int, signal
         log.warning("crash not reported", key=key, version=version, reason=str(error))
 
 
-async def report_canary(stub: Any, worker_id: str, report: Report) -> None:
+async def report_trial(stub: Any, worker_id: str, report: Report) -> None:
     """Says how a trial stands."""
     request = pb.ReportCanaryRequest(
         worker_id=worker_id,
