@@ -261,3 +261,46 @@ def test_a_folder_that_can_not_be_served_is_one_line(
     [line] = [line for line in done.stderr.splitlines() if line.startswith("precast: ")]
     assert said in line
     assert done.exit_code == 1
+
+
+STARTS_RANKS = """
+import sys
+from pathlib import Path
+from precast.config.settings import DecodeWorkerSettings
+from services.decode_worker.model_files import model_folder, open_model
+settings = DecodeWorkerSettings(home=Path(sys.argv[1]), model="tiny")
+for _ in iter(sys.stdin.readline, ""):
+    config, _ = open_model(settings)
+    again = (model_folder(settings) / "model.safetensors").stat().st_ino
+    print(config.max_position_embeddings, again, flush=True)
+"""
+
+
+def test_a_worker_goes_on_with_the_model_that_it_started_with(tmp_path: Path) -> None:
+    """And its ranks too, when they are started again after another one was imported."""
+    models = tmp_path / "models"
+    first = import_model(str(write_model(tmp_path / "a")), models, name="tiny", report=quiet)
+    begun = f"256 {(first.path / 'model.safetensors').stat().st_ino}\n"
+    other = write_model(tmp_path / "b", max_position_embeddings=64)
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS_RANKS, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert worker.stdin is not None and worker.stdout is not None
+
+        def ask() -> str:
+            assert worker.stdin is not None and worker.stdout is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            return worker.stdout.readline()
+
+        assert ask() == begun
+        for _ in range(2):
+            import_model(str(other), models, name="tiny", replace=True, report=quiet)
+            assert ask() == begun
+            assert load_config(models / "tiny").max_position_embeddings == 64
+        worker.stdin.close()
+    import_model(str(other), models, name="tiny", replace=True, report=quiet)
+    assert [path.name for path in models.iterdir() if path.is_dir()] == ["tiny"]

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
+from precast.errors import ModelCorrupt
+from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
 from tests.support.models import write_model
 
@@ -20,3 +24,25 @@ def test_settings_of_a_training_are_off(tmp_path: Path) -> None:
     assert [encoding.ids for encoding in loaded.encode_batch(texts)] == expected
     assert [loaded.encode(text).ids for text in texts] == expected
     assert loaded.truncation is None and loaded.padding is None
+
+
+def test_a_digest_is_of_contents_and_nothing_else(tmp_path: Path) -> None:
+    one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
+    digest = tokenizer_digest(one)
+    assert len(digest) == 64 and tokenizer_digest(other) == digest
+    (one / "config.json").write_text("{}")
+    assert tokenizer_digest(one) == digest
+    seen = {digest}
+    for change in (
+        lambda: (one / "chat_template.jinja").write_text(""),
+        lambda: (one / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda: (one / "tokenizer_config.json").write_text("{}"),
+        lambda: (one / "tokenizer.json").write_text("{}"),
+        lambda: (one / "tokenizer.json").unlink(),
+    ):
+        change()
+        seen.add(tokenizer_digest(one))
+    assert len(seen) == 6
+    (one / "tokenizer.json").mkdir()
+    with pytest.raises(ModelCorrupt, match=r"tokenizer\.json"):
+        tokenizer_digest(one)
