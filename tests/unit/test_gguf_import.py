@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from precast.cli.main import app
+from precast.errors import UnsupportedArchitecture
 from precast.models.config import load_config
 from precast.models.importing.gguf import weights
 from precast.models.importing.gguf.convert import convert
@@ -364,3 +365,11 @@ def test_a_damaged_file_is_one_line(
     source = write_gguf(tmp_path / "tiny.gguf")
     damage(source)
     refused(run(source, tmp_path), tmp_path, said)
+
+
+def test_another_architecture_is_refused_before_its_vocabulary_is_read(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "x.gguf", fields={"general.architecture": "gemma3"})
+    data = source.read_bytes()
+    source.write_bytes(data[: data.index(b"tokenizer.ggml.tokens")])
+    with pytest.raises(UnsupportedArchitecture, match="architecture gemma3 is not one of: llama"):
+        convert(source, tmp_path, lambda _stage: None)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from precast.errors import UnsupportedArchitecture
 from precast.models.config import load_config
-from precast.models.importing.gguf.header import GgufFile
+from precast.models.importing.gguf.header import GgufFile, first_text
 from precast.models.importing.gguf.llama import config_of, read_sizes
 from precast.models.importing.gguf.tensors import wanted_tensors
 from precast.models.importing.gguf.tokenizer import Vocabulary, build_tokenizer, read_vocabulary
@@ -15,6 +15,7 @@ from precast.models.importing.gguf.weights import write_weights
 
 ARCHITECTURES: Final = ("llama",)
 """Values of ``general.architecture`` that can be read."""
+_ARCHITECTURE: Final = "general.architecture"
 END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>")
 """Tokens that end an answer in common chat templates."""
 
@@ -22,13 +23,11 @@ END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>")
 def convert(source: Path, target: Path, report: Callable[[str], None]) -> None:
     """Write ``target``'s files. Raises ``ModelCorrupt`` or ``UnsupportedArchitecture``."""
     report("reading the file")
+    # first, because a large vocabulary takes a second to read
+    if (claimed := first_text(source, _ARCHITECTURE)) is not None:
+        _check_architecture(source, claimed)
     file = GgufFile(source)
-    architecture = file.text("general.architecture", "(none)")
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UnsupportedArchitecture(
-            f"{source}: architecture {ascii(architecture)[1:-1]} is not one of: {known}"
-        )
+    _check_architecture(source, file.text(_ARCHITECTURE, "(none)"))
     vocabulary = read_vocabulary(file)
     sizes = read_sizes(file, vocabulary)
     wanted = wanted_tensors(file, sizes)
@@ -38,6 +37,14 @@ def convert(source: Path, target: Path, report: Callable[[str], None]) -> None:
     _write_tokenizer(file, vocabulary, target)
     report("writing the weights")
     write_weights(file, wanted, target / "model.safetensors")
+
+
+def _check_architecture(source: Path, architecture: str) -> None:
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedArchitecture(
+            f"{source}: architecture {ascii(architecture)[1:-1]} is not one of: {known}"
+        )
 
 
 def end_ids(vocabulary: Vocabulary, template: str) -> list[int]:

@@ -51,6 +51,21 @@ class TensorEntry:
         return rows * self.row_bytes
 
 
+def first_text(path: Path, wanted: str) -> str | None:
+    """The string of a key; no more is read than what comes before it. None where it is missing or
+    can't be read: reading all of the file says why."""
+    try:
+        with path.open("rb") as file:
+            cursor = _Cursor(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for _ in range(_counts(cursor)[1]):
+            key, value = cursor.string(), cursor.value(cursor.u32())
+            if key == wanted:
+                return value if isinstance(value, str) else None
+    except (OSError, ValueError, _Malformed):
+        pass
+    return None
+
+
 class GgufFile:
     """A mapped file. Every method raises ``ModelCorrupt`` with one line for what is wrong."""
 
@@ -169,12 +184,17 @@ class _Cursor:
         return np.frombuffer(self.data, dtype, count, begin)
 
 
-def _read(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, TensorEntry]]:
+def _counts(cursor: _Cursor) -> tuple[int, int]:
+    """Tensors and fields, as the file's first bytes say."""
     if (magic := cursor.data[:4]) != b"GGUF":
         raise _Malformed(f"it begins with {magic!r}")
     cursor.take(4)
     _check_version(cursor.u32())
-    tensors, entries = cursor.u64(), cursor.u64()
+    return cursor.u64(), cursor.u64()
+
+
+def _read(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, TensorEntry]]:
+    tensors, entries = _counts(cursor)
     fields: dict[str, Value] = {}
     for _ in range(entries):
         key = cursor.string()
