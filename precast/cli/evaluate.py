@@ -54,11 +54,11 @@ def evaluate(
     from precast.evaluation.perplexity import evaluate as run
     from precast.models.importing.catalog import find_model
     from precast.ops.native import start_threads
-    from precast.system.process import available_cpus
+    from precast.system.placement import compute_threads
 
     folder = find_model(load_settings(CommonSettings, home=home).home / "models", model).path
     content = _read(text or TEXT)
-    start_threads(tuple(available_cpus()))
+    start_threads(compute_threads())
     with Console(stderr=True).status("fp32") as status:
         scores = []
         for score in run(folder, precisions, content, window):

@@ -191,7 +191,8 @@ class DecodeWorkerSettings(CommonSettings):
     replicas: int = Field(default=1, ge=1, le=64)
     """Workers to run in one start, on ports that follow each other; the cores are dealt out."""
     cores: Cores = ()
-    """CPU ids, dealt out to replicas and ranks in order; empty: all that the process may use."""
+    """CPU ids, dealt out to replicas and ranks in order, a thread for each; empty: as `precast
+    doctor` plans it from cores, nodes, affinity and CPU quota."""
     batch_sizes: BatchSizes = (1, 2, 4, 8, 12, 16, 24, 32)
     """Sequences in a decode step to have graphs for."""
     prefill_buckets: Buckets = (16, 64, 256)
@@ -209,7 +210,8 @@ class DecodeWorkerSettings(CommonSettings):
     max_context_length: Count | None = None
     """Tokens of a sequence; none: the model's own."""
     kv_blocks: Count | None = None
-    """Blocks of the KV cache; none: as many as a full batch of full contexts may need, capped."""
+    """Blocks of the KV cache; none: as many as a full batch of full contexts may need, but no more
+    than 30 % of the memory that host and control groups leave. What can't fit is refused."""
     block_size: int = Field(default=32, ge=16, le=256, multiple_of=16)
     """Tokens of a KV block."""
     max_waiting: Count = 256

@@ -37,3 +37,17 @@ def default_kv_dtype(weight_dtype: WeightDtype, quantization: Quantization) -> K
 def cached_head_bytes(kv_dtype: KvDtype, head_dim: int) -> int:
     """What a head's key, or its value, of one token takes in the cache."""
     return {"fp32": 4 * head_dim, "bf16": 2 * head_dim, "int8": head_dim + 4}[kv_dtype]
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    """What a row of packed weights takes: of a WeightDtype or a Quantization but "none"."""
+    groups = -(-columns // 64) * 2  # of 32; an even number of them
+    return {
+        "fp32": 4 * columns,
+        "bf16": 2 * columns,
+        "fp16": 2 * columns,
+        "int8": -(-columns // 4) * 4 + 4,
+        "q8_0": groups * 34,
+        "q4_0": groups * 18,
+        "q4_1": groups * 20,
+    }[kind]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from precast.system.cgroup import cpus_paid_for
+
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = Path(__file__).parent / "_native.so"
 
@@ -115,7 +117,7 @@ def build(objects: Path, library: Path = LIBRARY, extra: Sequence[str] = ()) -> 
 
     cxx = compiler()
     objects.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(max_workers=cpus_paid_for()) as pool:
         units = [(name, source, [*flags, *extra]) for name, source, flags in _units()]
         built = list(pool.map(lambda unit: _compile(cxx, unit, objects), units))
     stamp = objects / "linked"

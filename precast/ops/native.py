@@ -135,10 +135,11 @@ def _broadcast(x: Tensor, root: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def start_threads(cores: tuple[int, ...]) -> None:
-    """One compute thread on each core; the caller is the first. Replaces torch's own threads.
-    Weights and caches that are allocated from now on lie near these cores."""
-    numa.set_home(cores)
+def start_threads(cores: tuple[int, ...], near: tuple[int, ...] = ()) -> None:
+    """One compute thread on each core, anywhere for -1; the caller is the first. Replaces torch's
+    own threads. Weights and caches that are allocated from now on lie ``near`` these cores, or
+    those of the threads."""
+    numa.set_home(near or cores)
     torch.set_num_threads(1)
     torch.ops.precast.start_threads(list(cores))
 

@@ -5,6 +5,7 @@ own, so all groups up to the top of the mount are read. What a container's names
 that is unknown, but for the memory limit of version 1, whose ``memory.stat`` tells it.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Final, Literal, NamedTuple
 
 from precast.system.topology import read_cpu_list
 
+ROOT: Final = Path("/")
 _UNLIMITED: Final = 1 << 60
 """Version 1 has no word for "no limit": it gives the largest number of pages."""
 _MEMBER: Final = re.compile(r"^(\d+):([^:\n]*):(/.*)$", re.MULTILINE)
@@ -80,6 +82,13 @@ def read_limits(root: Path) -> Limits:
         cpuset=next(filter(None, map(_cpuset, _groups(root, "cpuset"))), ()),
         memory=min(limits, key=lambda limit: limit.headroom, default=None),
     )
+
+
+def cpus_paid_for() -> int:
+    """How many processes at once this process's affinity and quota are enough for; 1 at least."""
+    quota = read_limits(ROOT).quota
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(allowed, int(quota.cpus)) if quota else allowed)
 
 
 def _groups(root: Path, controller: str) -> Iterator[_Group]:

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from precast.system.cgroup import read_limits
-
-ROOT = Path("/")
+from precast.system.cgroup import ROOT, read_limits
 
 
 @dataclass(frozen=True, kw_only=True)

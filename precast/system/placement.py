@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from precast.errors import ConfigError
-from precast.system.cgroup import NO_LIMITS, CpuQuota, Limits, read_limits
+from precast.system.cgroup import NO_LIMITS, ROOT, CpuQuota, Limits, read_limits
 from precast.system.deal import deal
 from precast.system.topology import Core, Topology, cpu_list, read_topology
 
@@ -66,7 +66,7 @@ _Runs = Sequence[Sequence[Sequence[Core]]]
 _Ranks = tuple[tuple[RankPlacement, ...], ...]
 
 
-def this_machine(root: Path = Path("/")) -> Machine:
+def this_machine(root: Path = ROOT) -> Machine:
     affinity = tuple(sorted(os.sched_getaffinity(0)))
     return Machine(
         topology=read_topology(root / "sys", affinity),
@@ -96,7 +96,7 @@ def plan(
         budget = _leave_one(budget, tp * replicas, notes)
     if floating:
         runs = _runs(_from_here(chosen, machine.here), tp, replicas, notes)
-        placed = _floating(runs, budget)
+        placed = _floating(runs, budget, chosen)
     else:
         placed = _pinned(_runs(chosen[:budget], tp, replicas, notes))
     _note_ranks(placed, budget, floating, notes)
@@ -214,24 +214,25 @@ def _pinned_to(cores: Sequence[Core]) -> RankPlacement:
     return RankPlacement(threads=cpus, cpus=cpus, nodes=_nodes(cores))
 
 
-def _floating(runs: _Runs, budget: int) -> _Ranks:
+def _floating(runs: _Runs, budget: int, cores: Sequence[Core]) -> _Ranks:
     """The same, but no more than a group's share of the budget."""
     placed, groups = [], len(runs)
     for number, group in enumerate(runs):
         share = budget * (number + 1) // groups - budget * number // groups
         count = max(1, min(share // len(group), *map(len, group)))
-        placed.append(tuple(_anywhere(run, count) for run in group))
+        placed.append(tuple(_anywhere(run, count, cores) for run in group))
     return tuple(placed)
 
 
-def _anywhere(run: Sequence[Core], count: int) -> RankPlacement:
-    """``count`` threads anywhere on the first nodes that have so many cores."""
-    cores: list[Core] = []
-    for _, node in groupby(run, lambda core: core.node):
-        if len(cores) < count:
-            cores += node
-    cpus = tuple(sorted(cpu for core in cores for cpu in core.cpus))
-    return RankPlacement(threads=(UNPINNED,) * count, cpus=cpus, nodes=_nodes(cores))
+def _anywhere(run: Sequence[Core], count: int, cores: Sequence[Core]) -> RankPlacement:
+    """``count`` threads on any of ``cores`` that are on the first nodes of ``run`` with so many."""
+    nodes: set[int] = set()
+    for node, _ in groupby(run, lambda core: core.node):
+        if sum(core.node in nodes for core in run) < count:
+            nodes.add(node)
+    near = [core for core in cores if core.node in nodes]
+    cpus = tuple(sorted(chain.from_iterable(core.cpus for core in near)))
+    return RankPlacement(threads=(UNPINNED,) * count, cpus=cpus, nodes=_nodes(near))
 
 
 def _note_ranks(placed: _Ranks, budget: int, floating: bool, notes: _Notes) -> None:

@@ -1,5 +1,7 @@
 """``precast decode-worker``: one worker, or several as forks of one process."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from precast.cli.failures import reported
@@ -7,6 +9,9 @@ from precast.config.announce import announce
 from precast.config.settings import DecodeWorkerSettings
 from services.decode_worker.model_files import open_model
 from services.decode_worker.ranks.launcher import RankLauncher
+
+if TYPE_CHECKING:
+    from services.decode_worker.engine.sizing import Share
 
 
 def run(settings: DecodeWorkerSettings) -> int:
@@ -22,16 +27,17 @@ def run(settings: DecodeWorkerSettings) -> int:
         announce("decode-worker", settings)
         open_model(settings)  # says what is wrong with it before the rest is imported
         from services.decode_worker import main
+        from services.decode_worker.engine.sizing import shares
 
-        return main.run(settings, launcher)
+        return main.run(settings, launcher, shares(settings)[0])
     finally:
         launcher.close()
 
 
-def _serve_replica(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
+def _serve_replica(settings: DecodeWorkerSettings, launcher: RankLauncher, share: "Share") -> int:
     from services.decode_worker import main
 
     try:
-        return reported(main.run)(settings, launcher)
+        return reported(main.run)(settings, launcher, share)
     except typer.Exit as ended:
         return ended.exit_code

@@ -5,10 +5,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from typing import Final
-
-import psutil
 
 from precast import log as logging
 from precast.config.settings import DecodeWorkerSettings
@@ -17,27 +14,23 @@ from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import Registry
 from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.trust import TrustFolder
-from precast.models.config import ModelConfig
-from precast.models.precision import cached_head_bytes
-from precast.models.sharding import kv_heads_held
 from precast.rpc.address import advertised
 from precast.rpc.server import Server, start_server
-from precast.system.process import available_cpus
-from precast.system.shared_memory import new_segment_name, sweep_segments
+from precast.system.shared_memory import sweep_segments
 from precast.system.stopping import run_until_stopped
 from services.decode_worker import grpc_server
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.engine.sizing import Share, rank_inits
 from services.decode_worker.graphs.autotune.loop import keep_tuning
 from services.decode_worker.graphs.autotune.policy import AutotunePolicy, kept_sizes
 from services.decode_worker.graphs.compiler_client import CompilerClient
 from services.decode_worker.graphs.loader import ArtifactLoader
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.model_files import model_folder, open_model
+from services.decode_worker.model_files import open_model
 from services.decode_worker.ranks.group import GroupFailed
 from services.decode_worker.ranks.launcher import RankLauncher
-from services.decode_worker.ranks.protocol import Init
 from services.decode_worker.worker import Worker
 
 log = logging.get_logger(__name__)
@@ -45,23 +38,19 @@ log = logging.get_logger(__name__)
 DRAIN_S: Final = 10.0
 TRIALS: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
-KV_MEMORY_SHARE: Final = 0.3
-"""Most of the free memory that the KV cache may take when its size is not set."""
 _GAUGE_INTERVAL_S: Final = 1.0
 
 
-def run(settings: DecodeWorkerSettings, launcher: RankLauncher) -> int:
+def run(settings: DecodeWorkerSettings, launcher: RankLauncher, share: Share) -> int:
     """Serves until SIGTERM or SIGINT; the exit code. Raises PrecastError if it can't start."""
     logging.configure("decode-worker", settings)
-    asyncio.run(_serve(settings, launcher))
+    asyncio.run(_serve(settings, launcher, share))
     return 0
 
 
-async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None:
+async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: Share) -> None:
     started = time.monotonic()
     config, tokenizer = open_model(settings)
-    context = context_length(settings, config)
-    blocks = settings.kv_blocks or kv_blocks(settings, config, context)
     if swept := sweep_segments():
         log.warning("shared memory of dead groups removed", segments=swept)
     metrics = Metrics()
@@ -71,10 +60,10 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
             "UNSIGNED GRAPHS ARE ALLOWED: whoever reaches the compile worker runs code here"
         )
     scheduler = Scheduler(
-        blocks=blocks,
+        blocks=share.kv_blocks,
         block_size=settings.block_size,
         max_batch_size=settings.max_batch_size,
-        max_context_length=context,
+        max_context_length=share.context,
         max_waiting=settings.max_waiting,
         prefill_chunk=settings.prefill_chunk,
     )
@@ -83,7 +72,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,
-        inits=lambda: rank_inits(settings, context, blocks),
+        inits=lambda: rank_inits(settings, share),
         launcher=launcher,
         metrics=metrics,
     )
@@ -97,7 +86,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
         scheduler=scheduler,
         engine=engine,
         graphs=graphs,
-        max_context_length=context,
+        max_context_length=share.context,
     )
     registry = Registry.connect(settings.redis_url)
     server = await start_server(settings.listen, [grpc_server.service(worker)], serving=False)
@@ -124,66 +113,6 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher) -> None
         await asyncio.gather(running, return_exceptions=True)
         await server.stop(0.5)
         await registry.close()
-
-
-def context_length(settings: DecodeWorkerSettings, config: ModelConfig) -> int:
-    """Tokens of a sequence. Raises ConfigError if more are asked for than the model has."""
-    wanted = settings.max_context_length or config.max_position_embeddings
-    if wanted > config.max_position_embeddings:
-        raise ConfigError(
-            f"max_context_length = {wanted}: {settings.model} has "
-            f"{config.max_position_embeddings} positions"
-        )
-    return wanted
-
-
-def kv_blocks(settings: DecodeWorkerSettings, config: ModelConfig, context: int) -> int:
-    """Blocks for a full batch of full contexts, or as many as a share of the free memory holds."""
-    per_sequence = -(-context // settings.block_size)
-    heads = kv_heads_held(config, settings.tp)
-    tokens = 2 * config.num_layers * heads * settings.block_size  # keys and values of a block
-    block_bytes = tokens * cached_head_bytes(settings.kv_dtype, config.head_dim)
-    free = psutil.virtual_memory().available / settings.replicas
-    budget = int(free * KV_MEMORY_SHARE) // block_bytes
-    blocks = min(settings.max_batch_size * per_sequence, budget)
-    if blocks < per_sequence:
-        raise ConfigError(
-            f"max_context_length = {context}: one sequence needs {per_sequence} KV blocks, memory "
-            f"holds {blocks}; set max_context_length or kv_blocks"
-        )
-    return blocks
-
-
-def rank_inits(settings: DecodeWorkerSettings, context: int, blocks: int) -> list[Init]:
-    """The first command of each rank of a new group."""
-    group_id = new_segment_name()
-    return [
-        Init(
-            model_dir=str(model_folder(settings)),
-            packed_dir=str(settings.packed_dir),
-            precision=settings.precision,
-            tp_rank=rank,
-            tp_size=settings.tp,
-            cores=cores,
-            kv_blocks=blocks,
-            block_size=settings.block_size,
-            max_batch_size=settings.max_batch_size,
-            max_context_length=context,
-            group_id=group_id,
-            kernel_provider=settings.kernel_provider,
-        )
-        for rank, cores in enumerate(split_cores(settings.cores or available_cpus(), settings.tp))
-    ]
-
-
-def split_cores(cores: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
-    """Contiguous runs of cores, one a rank; ranks share cores only where there are too few."""
-    if len(cores) < ranks:
-        log.warning("fewer cores than ranks: decoding will be slow", cores=len(cores), ranks=ranks)
-        return [(cores[rank % len(cores)],) for rank in range(ranks)]
-    each, extra = divmod(len(cores), ranks)
-    starts = [rank * each + min(rank, extra) for rank in range(ranks + 1)]
-    return [tuple(cores[starts[rank] : starts[rank + 1]]) for rank in range(ranks)]
 
 
 async def _get_graphs(

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from structlog.contextvars import bind_contextvars
 
@@ -21,8 +21,11 @@ from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.rpc.address import Address
 from precast.system.backoff import Backoff
-from precast.system.process import ONE_THREAD, ForkedChild, available_cpus
+from precast.system.process import ONE_THREAD, ForkedChild
 from services.decode_worker.ranks.launcher import RankLauncher
+
+if TYPE_CHECKING:
+    from services.decode_worker.engine.sizing import Share
 
 log = get_logger(__name__)
 
@@ -35,7 +38,7 @@ STOP_S: Final = 20.0
 _STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 _WATCHED: Final = _STOP_SIGNALS | {signal.SIGCHLD}
 
-Serve = Callable[[DecodeWorkerSettings, RankLauncher], int]
+Serve = Callable[[DecodeWorkerSettings, RankLauncher, "Share"], int]
 """Runs a decode worker until it is told to stop; returns its exit code."""
 
 
@@ -43,6 +46,7 @@ Serve = Callable[[DecodeWorkerSettings, RankLauncher], int]
 class _Replica:
     index: int
     settings: DecodeWorkerSettings
+    share: "Share"
     process: ForkedChild | None = None
     started: float = 0.0
     failures: int = 0
@@ -61,17 +65,15 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     from services.decode_worker.model_files import open_model
 
     open_model(settings)  # forks have it; it says what is wrong before the rest is imported
-    from services.decode_worker.main import split_cores
+    from services.decode_worker import main  # noqa: F401  # for the forks
+    from services.decode_worker.engine.sizing import shares
     from services.decode_worker.ranks import process as rank
 
-    settings = with_kv_blocks(settings)
     gc.freeze()  # or each fork's collector would walk, and copy, what was imported
     gc.enable()
     replicas = [
-        _Replica(index=index, settings=replica(settings, index, cores))
-        for index, cores in enumerate(
-            split_cores(settings.cores or available_cpus(), settings.replicas)
-        )
+        _Replica(index=index, settings=replica(settings, index), share=share)
+        for index, share in enumerate(shares(settings))
     ]
 
     def start(one: _Replica) -> None:
@@ -83,7 +85,7 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
             launcher = RankLauncher()
             launcher.fork_early(one.settings.tp, rank.run)
             try:
-                return serve(one.settings, launcher)
+                return serve(one.settings, launcher, one.share)
             finally:
                 launcher.close()
 
@@ -96,23 +98,8 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
         _stop(replicas)
 
 
-def with_kv_blocks(settings: DecodeWorkerSettings) -> DecodeWorkerSettings:
-    """With the KV blocks of one replica: all share what is free now, and one that starts again gets
-    as many as before. Raises PrecastError."""
-    from services.decode_worker.main import context_length, kv_blocks
-    from services.decode_worker.model_files import open_model
-
-    config, _ = open_model(settings)
-    context = context_length(settings, config)
-    blocks = settings.kv_blocks or kv_blocks(settings, config, context)
-    return settings.model_copy(update={"kv_blocks": blocks})
-
-
-def replica(
-    settings: DecodeWorkerSettings, index: int, cores: tuple[int, ...]
-) -> DecodeWorkerSettings:
-    """The settings of one of several: its cores, and ports that follow the given ones. Raises
-    ConfigError."""
+def replica(settings: DecodeWorkerSettings, index: int) -> DecodeWorkerSettings:
+    """The settings of one of several: its ports follow the given ones. Raises ConfigError."""
 
     def port(name: str, given: int) -> int:
         """Higher by the replica's number; 0 stays: the system chooses, or none."""
@@ -129,7 +116,6 @@ def replica(
         "listen": address("listen", settings.listen),
         "advertise": address("advertise", settings.advertise),
         "metrics_port": port("metrics_port", settings.metrics_port),
-        "cores": cores,
     }
     return settings.model_copy(update=own)
 

@@ -154,17 +154,16 @@ def test_addresses_follow_each_other() -> None:
     settings = load_settings(
         DecodeWorkerSettings, listen="0.0.0.0:7200", advertise="box:9000", metrics_port="9400"
     )
-    third = replica(settings, 2, (4, 5))
-    assert (third.listen, third.advertise, third.metrics_port, third.cores) == (
+    third = replica(settings, 2)
+    assert (third.listen, third.advertise, third.metrics_port) == (
         "0.0.0.0:7202",
         "box:9002",
         9402,
-        (4, 5),
     )
-    assert replica(load_settings(DecodeWorkerSettings, listen="h:0"), 3, ()).listen == "h:0"
+    assert replica(load_settings(DecodeWorkerSettings, listen="h:0"), 3).listen == "h:0"
 
 
 def test_a_port_that_does_not_exist_is_refused() -> None:
     settings = load_settings(DecodeWorkerSettings, listen="127.0.0.1:65535")
     with pytest.raises(ConfigError, match="replica 1 would have port 65536"):
-        replica(settings, 1, ())
+        replica(settings, 1)

@@ -8,7 +8,9 @@ import torch
 
 from precast.config.settings import DecodeWorkerSettings, load_settings
 from precast.models.layers import Paging
-from services.decode_worker.main import rank_inits
+from precast.system.placement import UNPINNED, RankPlacement
+from precast.system.process import available_cpus
+from services.decode_worker.engine.sizing import Share, rank_inits
 from services.decode_worker.ranks import model as rank_model
 from services.decode_worker.ranks.model import Batch, RankModel
 from tests.support.models import write_model
@@ -19,7 +21,8 @@ PROMPT = [1, 2, 3, 4, 5]
 
 def model_with(home: Path, graph: Path, candidate: Path | None) -> RankModel:
     settings = load_settings(DecodeWorkerSettings, home=home, model="tiny", batch_sizes=(1,))
-    [init] = rank_inits(settings, context=64, blocks=4)
+    rank = RankPlacement(threads=(UNPINNED,), cpus=available_cpus(), nodes=(0,))
+    [init] = rank_inits(settings, Share(ranks=(rank,), context=64, kv_blocks=4))
     model = rank_model.load(init)
     model.load_graph(1, graph)
     if candidate is not None:

@@ -147,9 +147,11 @@ def decode_worker(
     environment: dict[str, str] | None = None,
     ready_s: float = 90.0,
     address: str | None = None,
+    prefix: tuple[str, ...] = (),
     **settings: Any,
 ) -> Iterator[DecodeWorker]:
-    """``precast decode-worker`` with these settings, ready; stopped at the end."""
+    """``precast decode-worker`` with these settings, ready; stopped at the end. ``prefix``:
+    words in front of the command."""
     address = address or f"127.0.0.1:{free_port()}"
     flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model}
     flags |= {"prefill_buckets": "", **settings}  # tests that need no captures of them ask for none
@@ -160,7 +162,7 @@ def decode_worker(
     ]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("precast"), "decode-worker", *arguments],
+            [*prefix, Path(sys.executable).with_name("precast"), "decode-worker", *arguments],
             cwd=ROOT,
             stdout=file,
             stderr=file,

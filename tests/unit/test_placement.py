@@ -242,6 +242,12 @@ def test_two_workers_under_one_quota_share_it(tmp_path: Path) -> None:
     assert "2 replicas share the 4 threads" in why(placement)
 
 
+def test_unpinned_ranks_of_a_node_may_use_all_of_it(tmp_path: Path) -> None:
+    box = limited(tmp_path, EPYC_64, quota(8))
+    placed = {rank.cpus for rank in plan(box, tp=8).replicas[0] if rank.nodes == (1,)}
+    assert [cpu_list(cpus) for cpus in placed] == ["16-31,80-95"]
+
+
 def test_what_does_not_divide_goes_to_one_of_them(tmp_path: Path) -> None:
     placement = plan(limited(tmp_path, EPYC_64, quota(5)), replicas=2)
     assert sorted(len(group[0].threads) for group in placement.replicas) == [2, 3]

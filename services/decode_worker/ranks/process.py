@@ -21,7 +21,7 @@ from precast.errors import PrecastError
 from precast.models.forward import gathered, likeliest
 from precast.models.layers import Paging
 from precast.ops import native
-from precast.system.process import die_with_parent
+from precast.system.process import die_with_parent, pin
 from services.decode_worker.ranks import model as rank_model
 from services.decode_worker.ranks.model import Batch, RankModel
 from services.decode_worker.ranks.protocol import (
@@ -94,7 +94,9 @@ def serve(connection: socket.socket) -> None:
         return
     if not isinstance(init, Init):
         raise ValueError(f"expected Init, got {type(init).__name__}")
-    native.start_threads(init.cores)
+    if init.cpus:
+        pin(init.cpus)  # threads that are started from now on, unless they have a core each
+    native.start_threads(init.cores, near=init.cpus)
     model = rank_model.load(init)
     if init.tp_size > 1:
         native.join_group(init.group_id, init.tp_rank, init.tp_size, GROUP_TIMEOUT_S)

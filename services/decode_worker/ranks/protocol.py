@@ -28,7 +28,9 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     tp_rank: int
     tp_size: int
     cores: tuple[int, ...]
-    """CPU ids that this rank is pinned to; one compute thread runs on each."""
+    """For each compute thread, the CPU that it is pinned to, or -1."""
+    cpus: tuple[int, ...] = ()
+    """CPUs that the rank may run on, if not only on its threads' own; its memory is theirs."""
     kv_blocks: int
     block_size: int
     max_batch_size: int

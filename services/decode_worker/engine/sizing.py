@@ -1,0 +1,72 @@
+"""What each replica of a start gets of the machine: cores, and KV blocks."""
+
+from dataclasses import dataclass
+
+from precast.config.settings import DecodeWorkerSettings
+from precast.log import get_logger
+from precast.sizing import Sizing, size
+from precast.system.free_memory import free_memory, gib
+from precast.system.placement import Placement, RankPlacement, described, plan, this_machine
+from precast.system.shared_memory import new_segment_name
+from services.decode_worker.model_files import model_folder
+from services.decode_worker.ranks.protocol import Init
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One replica's."""
+
+    ranks: tuple[RankPlacement, ...]
+    context: int
+    """Tokens of a sequence, at the most."""
+    kv_blocks: int
+
+
+def shares(settings: DecodeWorkerSettings) -> list[Share]:
+    """One for each replica, decided once: what is free changes as the first of them loads. Logs
+    them. Raises ConfigError if the machine can't serve them, and what ``load_config`` raises."""
+    placement = plan(
+        this_machine(), tp=settings.tp, replicas=settings.replicas, cores=settings.cores
+    )
+    sizing = size(settings, model_folder(settings), free_memory())
+    _log(placement, sizing)
+    return [
+        Share(ranks=ranks, context=sizing.context, kv_blocks=sizing.blocks)
+        for ranks in placement.replicas
+    ]
+
+
+def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
+    """The first command of each rank of a new group."""
+    group_id = new_segment_name()
+    return [
+        Init(
+            model_dir=str(model_folder(settings)),
+            packed_dir=str(settings.packed_dir),
+            precision=settings.precision,
+            tp_rank=number,
+            tp_size=settings.tp,
+            cores=rank.threads,
+            cpus=rank.cpus,
+            kv_blocks=share.kv_blocks,
+            block_size=settings.block_size,
+            max_batch_size=settings.max_batch_size,
+            max_context_length=share.context,
+            group_id=group_id,
+            kernel_provider=settings.kernel_provider,
+        )
+        for number, rank in enumerate(share.ranks)
+    ]
+
+
+def _log(placement: Placement, sizing: Sizing) -> None:
+    log.info(
+        "placement",
+        ranks=[described(rank) for ranks in placement.replicas for rank in ranks],
+        kv=f"{gib(sizing.kv_bytes)} in {sizing.blocks} blocks",
+        why=[*placement.reasons, sizing.why],
+    )
+    for warning in placement.warnings:
+        log.warning("placement", reason=warning)
