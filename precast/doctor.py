@@ -15,14 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, Literal
 
-import psutil
-
 from precast.config.settings import DecodeWorkerSettings
-from precast.errors import PrecastError
+from precast.errors import ConfigError, ModelNotFound, PrecastError
 from precast.models.importing.catalog import BrokenModel, list_models
+from precast.sizing import size
 from precast.system.cpu import this_cpu
+from precast.system.free_memory import FreeMemory, free_memory, gib
+from precast.system.placement import Machine, compute_threads, described, plan, this_machine
 from precast.system.process import available_cpus
 from precast.system.shared_memory import FOLDER
+from precast.system.topology import cpu_list
 
 State = Literal["ok", "warning", "problem"]
 _GROUP_BYTES_A_RANK: Final = 2 << 20
@@ -31,7 +33,6 @@ _BANDWIDTH_BYTES: Final = 256 << 20
 _BANDWIDTH_S: Final = 1.0
 _REDIS_TIMEOUT_S: Final = 1.0
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_NODES: Final = Path("/sys/devices/system/node")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,6 @@ def examine(settings: DecodeWorkerSettings) -> Iterator[Finding]:
     """Every finding, as it is made; takes about two seconds, one of them for the memory."""
     checks: list[Callable[[DecodeWorkerSettings], Finding]] = [
         _cpu,
-        _numa,
         _memory,
         _huge_pages,
         _shared_memory,
@@ -58,37 +58,57 @@ def examine(settings: DecodeWorkerSettings) -> Iterator[Finding]:
     for check in checks:
         yield check(settings)
     yield from _models(settings)
+    yield from planned(settings, this_machine(), free_memory())
     if not _native_problem():
         yield _bandwidth()
         yield from _providers(settings)
 
 
 def _cpu(settings: DecodeWorkerSettings) -> Finding:
-    cpu, cores = this_cpu(), available_cpus()
+    cpu = this_cpu()
     extras = [name for name, there in (("AVX-512", cpu.avx512), ("AMX", cpu.amx)) if there]
-    found = f"{cpu.model}, {len(cores)} cores of {os.cpu_count()}"
-    missing = sorted(set(settings.cores) - set(cores))
-    if missing:
-        return _finding("cpu", "problem", f"{found}; cores: {missing[0]} is not one of them")
+    found = f"{cpu.model}, {len(available_cpus())} CPUs of {os.cpu_count()}"
     if not {"avx2", "fma"} <= cpu.flags:
         return _finding("cpu", "warning", f"{found}; no AVX2: kernels will be slow")
-    if len(cores) < settings.tp:
-        return _finding("cpu", "warning", f"{found}: too few for tp = {settings.tp}")
     return _finding("cpu", "ok", ", ".join([found, "AVX2", *extras]))
 
 
-def _numa(settings: DecodeWorkerSettings) -> Finding:
-    nodes = sorted(path.name for path in _NODES.glob("node[0-9]*")) or ["node0"]
-    if len(nodes) > settings.tp:
-        advice = f"{len(nodes)} nodes: tp = {len(nodes)} keeps each rank's weights on its own"
-        return _finding("numa", "warning", advice)
-    return _finding("numa", "ok", f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}")
-
-
 def _memory(settings: DecodeWorkerSettings) -> Finding:
-    memory = psutil.virtual_memory()
-    found = f"{memory.available >> 20} MiB available of {memory.total >> 20}"
-    return _finding("memory", "warning" if memory.available < 1 << 30 else "ok", found)
+    free = free_memory()
+    return _finding("memory", "warning" if free.nbytes < 1 << 30 else "ok", free.why)
+
+
+def planned(
+    settings: DecodeWorkerSettings, machine: Machine, free: FreeMemory
+) -> Iterator[Finding]:
+    """Where a decode worker would compute, with how much KV memory, and why."""
+    try:
+        placement = plan(machine, tp=settings.tp, replicas=settings.replicas, cores=settings.cores)
+    except ConfigError as error:
+        yield _finding("placement", "problem", str(error))
+        return
+    yield _finding("placement", "ok", "; ".join(placement.reasons))
+    for warning in placement.warnings:
+        yield _finding("placement", "warning", warning)
+    for index, ranks in enumerate(placement.replicas):
+        of = f"replica {index} " if settings.replicas > 1 else ""
+        for number, rank in enumerate(ranks):
+            yield _finding(f"{of}rank {number}", "ok", described(rank))
+    spare = f"CPUs {cpu_list(placement.spare)}" if placement.spare else "the ranks' cores"
+    yield _finding("leader, gateway", "ok", spare)
+    yield _kv_memory(settings, free)
+
+
+def _kv_memory(settings: DecodeWorkerSettings, free: FreeMemory) -> Finding:
+    try:
+        sizing = size(settings, settings.model_dir, free)
+    except ModelNotFound as error:
+        return _finding("kv memory", "warning", f"depends on the model: {error}")
+    except PrecastError as error:
+        return _finding("kv memory", "problem", str(error))
+    tokens = sizing.blocks * settings.block_size
+    found = f"{gib(sizing.kv_bytes)} for {tokens} tokens, contexts of up to {sizing.context}"
+    return _finding("kv memory", "ok", f"{found}; {sizing.why}")
 
 
 def _huge_pages(settings: DecodeWorkerSettings) -> Finding:
@@ -187,13 +207,13 @@ def _models(settings: DecodeWorkerSettings) -> Iterator[Finding]:
 
 
 def _bandwidth() -> Finding:
-    """Reads memory with a thread on each core for about a second."""
+    """Reads memory for about a second, with as many threads as a worker would have."""
     import torch
 
     from precast.ops import native
     from precast.system.memory import Arena
 
-    native.start_threads(available_cpus())
+    native.start_threads(compute_threads())
     data = Arena().empty((_BANDWIDTH_BYTES,)).view(torch.int64).fill_(1)
     fastest, end = float("inf"), time.perf_counter() + _BANDWIDTH_S
     while time.perf_counter() < end:

@@ -21,6 +21,12 @@ def doctor(
     redis_url: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
     model: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
     tp: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
+    replicas: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
+    cores: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
+    max_context_length: Annotated[
+        str | None, typer.Option(metavar="VALUE", help="As above.")
+    ] = None,
+    kv_blocks: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
     quantization: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(metavar="VALUE", help="As above.")] = None,
@@ -35,6 +41,10 @@ def doctor(
         redis_url=redis_url,
         model=model,
         tp=tp,
+        replicas=replicas,
+        cores=cores,
+        max_context_length=max_context_length,
+        kv_blocks=kv_blocks,
         weight_dtype=weight_dtype,
         quantization=quantization,
         kv_dtype=kv_dtype,
