@@ -1,11 +1,9 @@
 """Trees of ``/sys`` and ``/proc`` as Linux writes them, for machines that the tests don't run on.
 
-What a real kernel wrote is in ``tests/data/machines``: a file's path and its contents. The
-others are built here in the same form, file by file.
+They are built file by file, in the kernel's own form.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from precast.system.cgroup import NO_LIMITS, Limits
 from precast.system.placement import Machine
 from precast.system.topology import Topology, cpu_list, read_topology
 
-DATA = Path(__file__).parents[1] / "data/machines"
 Files = Mapping[str, str]
 """Contents by path below the root."""
 
@@ -68,8 +65,30 @@ def meminfo(gib: int, available: int | None = None) -> str:
     )
 
 
-def recorded(name: str) -> Files:
-    files: Files = json.loads((DATA / f"{name}.json").read_text())["files"]
+def laptop_files() -> Files:
+    """Six fast cores of two threads each, numbered side by side, then eight slow ones, which share
+    an L2 cache in fours. Two of the fast cores may clock higher than the others."""
+    fast, slow = range(12), range(12, 20)
+    every = "0-19\n"
+    files = {
+        "sys/devices/system/cpu/online": every,
+        "sys/devices/system/node/node0/cpulist": every,
+        "proc/meminfo": meminfo(32),
+    }
+    for cpu in (*fast, *slow):
+        folder = f"sys/devices/system/cpu/cpu{cpu}"
+        core = [cpu - cpu % 2, cpu - cpu % 2 + 1] if cpu in fast else [cpu]
+        level2 = core if cpu in fast else range(cpu - cpu % 4, cpu - cpu % 4 + 4)
+        hertz = 3_900_000 if cpu in slow else 5_200_000 if cpu // 2 in (2, 4) else 5_000_000
+        files |= {
+            f"{folder}/topology/physical_package_id": "0\n",
+            f"{folder}/topology/core_cpus_list": _list(core),
+            f"{folder}/cache/index2/level": "2\n",
+            f"{folder}/cache/index2/shared_cpu_list": _list(level2),
+            f"{folder}/cache/index3/level": "3\n",
+            f"{folder}/cache/index3/shared_cpu_list": every,
+            f"{folder}/cpufreq/cpuinfo_max_freq": f"{hertz}\n",
+        }
     return files
 
 

@@ -1,4 +1,4 @@
-"""Plans for machines that were recorded, or built file by file: exact cores, and why."""
+"""Plans for machines that are built file by file: exact cores, and why."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from tests.support.machines import (
     Server,
     cgroup1,
     cgroup2,
+    laptop_files,
     machine,
-    recorded,
     topology_of,
     write_tree,
 )
@@ -42,7 +42,7 @@ def why(placement: Placement) -> str:
 
 @pytest.fixture
 def laptop(tmp_path: Path) -> Machine:
-    return machine(read_topology(write_tree(tmp_path, recorded("laptop-i7-1370p")) / "sys", ()))
+    return machine(read_topology(write_tree(tmp_path, laptop_files()) / "sys", ()))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from precast.system.topology import (
     parse_cpu_list,
     read_topology,
 )
-from tests.support.machines import EPYC_64, XEON_2X28, Files, recorded, server_files, write_tree
+from tests.support.machines import EPYC_64, XEON_2X28, Files, server_files, write_tree
 
 CPU = "sys/devices/system/cpu/cpu"
 
@@ -57,8 +57,8 @@ def test_an_epyc_in_nps4(tmp_path: Path) -> None:
 
 
 def test_a_laptop_with_two_kinds_of_core(tmp_path: Path) -> None:
-    """What a real one wrote: the frequencies tell the kinds apart."""
-    cores = read_topology(write_tree(tmp_path, recorded("laptop-i7-1370p")) / "sys", ()).cores
+    """The frequencies tell the kinds apart."""
+    cores = read_topology(write_tree(tmp_path, laptop_files()) / "sys", ()).cores
     fast = [core.cpus for core in cores if not core.efficient]
     slow = [core.cpus for core in cores if core.efficient]
     assert fast == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
@@ -68,7 +68,7 @@ def test_a_laptop_with_two_kinds_of_core(tmp_path: Path) -> None:
 
 def test_performance_counters_tell_the_kinds_apart(tmp_path: Path) -> None:
     """On a virtual machine there may be no frequencies."""
-    files = {k: v for k, v in recorded("laptop-i7-1370p").items() if "cpufreq" not in k}
+    files = {k: v for k, v in laptop_files().items() if "cpufreq" not in k}
     kinds = {"sys/devices/cpu_core/cpus": "0-11\n", "sys/devices/cpu_atom/cpus": "12-19\n"}
     cores = read_topology(write_tree(tmp_path, files, kinds) / "sys", ()).cores
     assert cpu_list(c for core in cores if core.efficient for c in core.cpus) == "12-19"
@@ -78,7 +78,7 @@ def test_capacities_tell_the_kinds_apart(tmp_path: Path) -> None:
     def capacity(cpu: int) -> str:
         return "1024\n" if cpu < 10 else "983\n" if cpu < 12 else "618\n"
 
-    files = {k: v for k, v in recorded("laptop-i7-1370p").items() if "cpufreq" not in k}
+    files = {k: v for k, v in laptop_files().items() if "cpufreq" not in k}
     capacities = {f"{CPU}{cpu}/cpu_capacity": capacity(cpu) for cpu in range(20)}
     cores = read_topology(write_tree(tmp_path, files, capacities) / "sys", ()).cores
     assert cpu_list(c for core in cores if core.efficient for c in core.cpus) == "12-19"
