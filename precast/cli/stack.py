@@ -101,6 +101,8 @@ def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
         GATEWAY: {
             "host": settings.host,
             "port": settings.port,
+            "metrics-port": settings.metrics_port,
+            "cors-origins": _text(settings.cors_origins),
             "drain-timeout-s": GATEWAY_DRAIN_S,
         },
         DECODE_WORKER: {"listen": f"{LOOPBACK}:{settings.decode_port}", **decode},
@@ -137,6 +139,7 @@ def _redis(settings: ServeSettings) -> tuple[str, int | None]:
 def _check_ports(settings: ServeSettings) -> None:
     wanted = (
         ("port", settings.host, settings.port),
+        ("metrics_port", LOOPBACK, settings.metrics_port),
         ("compile_port", LOOPBACK, settings.compile_port),
         ("decode_port", LOOPBACK, settings.decode_port),
     )

@@ -29,6 +29,7 @@ from precast.config.types import (
     Cores,
     Count,
     Names,
+    Origins,
     Port,
     RedisUrl,
     Seconds,
@@ -102,6 +103,15 @@ class GatewaySettings(CommonSettings):
     """Requests in the gateway at once; more are answered with 429."""
     allow_control_tokens: bool = False
     """Take ``<|im_end|>`` and the like in messages as control tokens, not as text."""
+    max_connections: Count = 4096
+    """Open connections; a new one then closes the one that has waited longest for a request."""
+    cors_origins: Origins = ()
+    """Origins of web pages that may use the API, such as https://app.example.com; *: all; empty:
+    none. Unless it is empty, a body needs the content type application/json."""
+    metrics_host: str = "127.0.0.1"
+    """Interface of ``metrics_port``."""
+    metrics_port: Port = 8001
+    """Prometheus metrics and the API's reference (/metrics, /docs), apart from the API; 0: none."""
     worker_refresh_s: Seconds = 0.5
     """How often the list of live workers is read."""
     drain_timeout_s: Seconds = 30.0
@@ -117,6 +127,8 @@ class CompileWorkerSettings(CommonSettings):
     """Address of its gRPC server."""
     advertise: AddressText = Field(default_factory=lambda data: reachable(data["listen"]))
     """Address under which other services reach it: ``listen``, this host's name for a wildcard."""
+    metrics_host: str = "127.0.0.1"
+    """Interface of ``metrics_port``."""
     metrics_port: Port = 0
     """Prometheus metrics over HTTP; 0: none."""
     store_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "store")
@@ -237,6 +249,8 @@ class DecodeWorkerSettings(CommonSettings):
     """The compile worker; none: whichever has a lease."""
     kernel_provider: Literal["native", "reference", "sgl_kernel"] = "native"
     """Who implements the operators; what it can't serve falls to native. reference: plain torch."""
+    metrics_host: str = "127.0.0.1"
+    """Interface of ``metrics_port``."""
     metrics_port: Port = 0
     """Prometheus metrics over HTTP; 0: none."""
 
@@ -281,6 +295,10 @@ class ServeSettings(CommonSettings):
     """Address to listen at; 0.0.0.0: all of this machine."""
     port: Port = 8000
     """HTTP port."""
+    metrics_port: Port = 8001
+    """The gateway's metrics and reference of the API, on the loopback interface; 0: none."""
+    cors_origins: Origins = ()
+    """Origins of web pages that may use the API; *: all; empty: none."""
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """As of the decode worker."""
     weight_dtype: WeightDtype = "fp32"

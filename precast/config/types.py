@@ -54,6 +54,14 @@ def _address(value: str) -> str:
     return value
 
 
+def _origin(value: str) -> str:
+    parts = urlsplit(value)
+    plain = parts.scheme in ("http", "https") and parts.netloc and not parts.path
+    if value != "*" and not (plain and value == f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError(f"{value!r} must be an origin such as https://app.example.com, or *")
+    return value
+
+
 def _redis_url(value: str) -> str:
     if not value.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
@@ -75,6 +83,9 @@ Buckets = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split), AfterVal
 """Like ``BatchSizes``, but there may be none."""
 Cores = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_cores)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)
+]
 AddressText = Annotated[str, AfterValidator(_address)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 StoreUrl = Annotated[str, AfterValidator(_store_url)]

@@ -40,6 +40,8 @@ class ModelTokenizer:
     tokenizer: Tokenizer
     vocab_size: int
     """Token ids are less than this."""
+    longest_token: int
+    """Characters of text that one token may stand for, at the most."""
     chat_template: ChatTemplate
     control_tokens: ControlTokens
 
@@ -143,6 +145,7 @@ def read_model_tokenizer(folder: Path) -> ModelTokenizer:
         model=folder.name,
         tokenizer=tokenizer,
         vocab_size=max(tokenizer.get_vocab_size(with_added_tokens=True), declared),
+        longest_token=max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1),
         chat_template=template,
         control_tokens=ControlTokens(tokenizer, template.literals),
     )

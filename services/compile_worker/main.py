@@ -95,7 +95,7 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
     offered = services(canaries, upkeep, capture_s)
     server = await start_server(settings.listen, offered)
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        metrics.serve(settings.metrics_host, settings.metrics_port)
     log.info(
         "compile worker ready",
         port=server.port,

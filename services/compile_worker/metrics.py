@@ -64,9 +64,9 @@ class Metrics:
         """Present value of a metric without labels."""
         return int(self.registry.get_sample_value(name) or 0)
 
-    def serve(self, port: int) -> None:
-        """Answer scrapes on all interfaces. Raises ``ConfigError`` if the port is taken."""
+    def serve(self, host: str, port: int) -> None:
+        """Answer scrapes on one interface. Raises ``ConfigError`` if the port is taken."""
         try:
-            start_http_server(port, registry=self.registry)
+            start_http_server(port, host, registry=self.registry)
         except OSError as error:
             raise ConfigError(f"metrics_port {port}: {error.strerror}") from None

@@ -91,7 +91,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
     registry = Registry.connect(settings.redis_url)
     server = await start_server(settings.listen, [grpc_server.service(worker)], serving=False)
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        metrics.serve(settings.metrics_host, settings.metrics_port)
     address = advertised(settings.advertise, server.port)
     try:
         async with Heartbeat(registry, lambda: worker.lease(address)) as heartbeat:

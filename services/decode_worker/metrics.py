@@ -60,8 +60,8 @@ class Metrics:
             registry=self.registry,
         )
 
-    def serve(self, port: int) -> None:
-        start_http_server(port, registry=self.registry)
+    def serve(self, host: str, port: int) -> None:
+        start_http_server(port, host, registry=self.registry)
 
     def step(self, decode_tokens: int, prompt_tokens: int, graph_size: int, step_us: int) -> None:
         self._tokens.labels("decode").inc(decode_tokens)

@@ -3,26 +3,38 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final, TypeVar
 
 from fastapi import APIRouter, FastAPI
 from msgspec import Struct
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
 from precast.config.settings import GatewaySettings
 from precast.fleet.leases import Registry
 from precast.tokenizer.model_tokenizer import TokenizerStore
+from services.gateway.http.body import BodyReader, check_content_type
 from services.gateway.metrics import Metrics
-from services.gateway.middleware import Admission
+from services.gateway.middleware import Admission, Leniency, PrivatePort
 from services.gateway.openai import errors, responses
+from services.gateway.openai.bodies import parse_body
 from services.gateway.openai.prepare import Plan, Planner
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
+from services.gateway.operations import health_routes, private_app, reference_routes
 from services.gateway.routing.pool import WorkerPool
 
+_POSTS: Final = ("/v1/completions", "/v1/chat/completions")
+_B = TypeVar("_B", bound=BaseModel)
 
-def create_app(settings: GatewaySettings) -> FastAPI:
-    """The gateway. It finds workers from the app's start to its end (ASGI lifespan)."""
+
+def create_app(settings: GatewaySettings, private_port: int | None = None) -> FastAPI:
+    """The gateway. It finds workers from the app's start to its end (ASGI lifespan).
+
+    Requests that come in on ``private_port`` get metrics and the reference, and nothing else does.
+    """
     metrics = Metrics()
     registry = Registry.connect(settings.redis_url)
     pool = WorkerPool(registry, refresh_s=settings.worker_refresh_s)
@@ -37,28 +49,38 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             await pool.close()
             await registry.close()
 
-    app = FastAPI(
-        title="Precast",
-        lifespan=lifespan,
-        strict_content_type=False,  # a body without a content type is JSON
-        redoc_url=None,
-    )
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     errors.install(app)
-    app.add_middleware(
-        Admission,
-        metrics=metrics,
-        max_in_flight=settings.max_in_flight,
-        max_body_bytes=settings.max_body_bytes,
-    )
+    _add_middleware(app, settings, metrics)
+    if private_port is not None:
+        private = private_app(metrics, pool)
+        app.add_middleware(PrivatePort, private=private, port=private_port)
     planner = Planner(
         pool,
         TokenizerStore(settings.models_dir),
         allow_control_tokens=settings.allow_control_tokens,
     )
-    app.include_router(_generation_routes(planner, pool, metrics, settings.request_timeout_s))
+    app.include_router(_generation_routes(planner, pool, metrics, settings))
     app.include_router(_model_routes(pool))
-    app.include_router(_operation_routes(pool, metrics))
+    app.include_router(health_routes(pool))
+    app.include_router(reference_routes())
     return app
+
+
+def _add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) -> None:
+    """The last one added sees a request first."""
+    app.add_middleware(
+        Admission, metrics=metrics, max_in_flight=settings.max_in_flight, endpoints=_POSTS
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("retry-after",),
+        )
+    app.add_middleware(Leniency)
 
 
 def _watch_workers(metrics: Metrics, pool: WorkerPool) -> None:
@@ -76,20 +98,30 @@ def _watch_workers(metrics: Metrics, pool: WorkerPool) -> None:
 
 
 def _generation_routes(
-    planner: Planner, pool: WorkerPool, metrics: Metrics, timeout_s: float
+    planner: Planner, pool: WorkerPool, metrics: Metrics, settings: GatewaySettings
 ) -> APIRouter:
     router = APIRouter(prefix="/v1")
+    reader = BodyReader(settings.max_body_bytes)
+    typed = bool(settings.cors_origins)
+
+    async def read(kind: type[_B], request: Request) -> _B:
+        check_content_type(request, required=typed)
+        return parse_body(kind, await reader.read(request))
 
     def answer(plan: Plan, started: float) -> Response:
-        return GenerationResponse(plan, pool, metrics, started=started, timeout_s=timeout_s)
+        return GenerationResponse(
+            plan, pool, metrics, started=started, timeout_s=settings.request_timeout_s
+        )
 
     @router.post("/completions")
-    async def completions(body: CompletionRequest) -> Response:
+    async def completions(request: Request) -> Response:
+        body = await read(CompletionRequest, request)
         started = time.monotonic()
         return answer(await planner.completion(body), started)
 
     @router.post("/chat/completions")
-    async def chat_completions(body: ChatRequest) -> Response:
+    async def chat_completions(request: Request) -> Response:
+        body = await read(ChatRequest, request)
         started = time.monotonic()
         return answer(await planner.chat(body), started)
 
@@ -114,29 +146,6 @@ def _model_routes(pool: WorkerPool) -> APIRouter:
         if created is None:
             raise errors.model_not_found(model)
         return _json(describe(model, created))
-
-    return router
-
-
-def _operation_routes(pool: WorkerPool, metrics: Metrics) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/health")
-    async def health() -> Response:
-        """The process answers; says nothing of workers."""
-        return JSONResponse({"status": "ok"})
-
-    @router.get("/ready")
-    async def ready() -> Response:
-        """A worker is ready."""
-        count = sum(worker.ready for worker in pool.workers)
-        if not count:
-            raise errors.unavailable("No worker is ready.", "not_ready")
-        return JSONResponse({"status": "ready", "workers": count, "models": list(pool.models)})
-
-    @router.get("/metrics")
-    async def show_metrics() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

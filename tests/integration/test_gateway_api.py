@@ -126,6 +126,44 @@ def test_streamed_chat(client: openai.OpenAI) -> None:
     assert totals.usage.completion_tokens == 40
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_usage_on_every_chunk(client: openai.OpenAI, n: int) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    for stream in (
+        client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            max_tokens=9,
+            n=n,
+            stream=True,
+            stream_options=options,
+        ),
+        client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=9, n=n, stream=True, stream_options=options
+        ),
+    ):
+        usages = [chunk.usage for chunk in stream]
+        counts = [usage.completion_tokens for usage in usages if usage is not None]
+        assert len(counts) == len(usages) > 3
+        assert counts == sorted(counts)
+        assert counts[0] <= 1
+        assert counts[-1] == 9 * n
+        assert {u.total_tokens - u.completion_tokens for u in usages if u} == {
+            usages[-1].prompt_tokens if usages[-1] else None
+        }
+
+
+def test_an_answer_goes_back_into_the_chat(client: openai.OpenAI) -> None:
+    """As SDKs do it: the message object, and its dump with every null."""
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5)
+    said = first.choices[0].message
+    for turn in (said, said.model_dump(), {**said.model_dump(), "reasoning_content": "hm"}):
+        chat: Any = [*MESSAGES, turn, {"role": "user", "content": "on"}]
+        second = client.chat.completions.create(model="tiny", messages=chat, max_tokens=90)
+        told = f"user: hé 🦊\nassistant: {said.content}\nuser: on\n"
+        assert told in (second.choices[0].message.content or "")
+
+
 def test_a_chat_may_fill_the_context(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES)
     assert answer.usage is not None
@@ -173,6 +211,15 @@ def test_stop_strings(client: openai.OpenAI, stream: bool) -> None:
     chunks = list(answer) if stream else [answer]
     assert "".join(chunk.choices[0].text for chunk in chunks) == "the quick "
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_64_stop_strings_of_any_length(client: openai.OpenAI) -> None:
+    stops = ["x" * 2000, *(f"no {index}" for index in range(62)), "brown"]
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=40, stop=stops)
+    assert answer.choices[0].text == "the quick "
+    with pytest.raises(openai.BadRequestError, match="at most 64") as caught:
+        client.completions.create(model="tiny", prompt=PROMPT, stop=[*stops, "more"])
+    assert caught.value.param == "stop"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -296,12 +343,7 @@ def test_health_and_ready(gateway: Gateway) -> None:
 
 def test_metrics(gateway: Gateway, client: openai.OpenAI) -> None:
     client.completions.create(model="tiny", prompt="the", max_tokens=3)
-    text = gateway.get("/metrics").text
-    values = {
-        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-        for line in text.splitlines()
-        if not line.startswith("#")
-    }
+    values = gateway.metrics()
     assert values['gateway_requests_total{endpoint="/v1/completions",status="200"}'] >= 1
     assert values['gateway_time_to_first_token_seconds_count{model="tiny"}'] >= 1
     assert values['gateway_inter_token_seconds_count{model="tiny"}'] >= 2
@@ -341,6 +383,8 @@ def test_odd_model_names(gateway: Gateway, model: str) -> None:
         ({**BODY, "logit_bias": {"70000": 1}}, "logit_bias"),
         ({**BODY, "echo": True, "logprobs": 1}, "echo"),
         ({**BODY, "nonsense": 1}, "nonsense"),
+        ({**BODY, "best_of": 2}, "best_of"),
+        ({**BODY, "prompt": ["a"] * 65, "n": 2}, "n"),
     ],
 )
 def test_bad_requests_name_the_field(gateway: Gateway, body: dict[str, Any], param: str) -> None:

@@ -84,8 +84,11 @@ class Worker(Process):
         return self.status().graph_steps
 
 
+@dataclass(kw_only=True)
 class Gateway(Process):
     """A gateway process."""
+
+    metrics_port: int
 
     @property
     def url(self) -> str:
@@ -103,6 +106,12 @@ class Gateway(Process):
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)
+
+    def metrics(self) -> dict[str, float]:
+        """Values by name and labels, as they are written."""
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
 
     def post(self, path: str, **arguments: Any) -> httpx.Response:
         return httpx.post(self.url + path, timeout=30, **arguments)
@@ -139,6 +148,7 @@ class Stack:
         values = {
             "home": str(self.models_dir.parent),
             "port": port,
+            "metrics_port": free_port(),
             "redis_url": self.redis_url,
             "drain_timeout_s": 2,
             **settings,
@@ -148,8 +158,9 @@ class Stack:
             "from services.gateway.main import run;"
             "sys.exit(run(load_settings(GatewaySettings, **json.loads(sys.argv[1]))))"
         )
-        gateway = Gateway(process=self._start("-c", code, json.dumps(values)), port=port)
-        eventually(lambda: _is_up(gateway))
+        process = self._start("-c", code, json.dumps(values))
+        gateway = Gateway(process=process, port=port, metrics_port=values["metrics_port"])
+        eventually(lambda: _is_up(gateway), deadline_s=60)
         eventually(lambda: gateway.workers() >= wait_for)
         return gateway
 

@@ -32,7 +32,8 @@ class Serve:
         self.lines: list[str] = []
         self._queue: queue.Queue[str | None] = queue.Queue()
         command = [sys.executable, "-m", "precast", "serve", f"--home={home}"]
-        command += [f"--port={self.port}", "--compile-port=0", "--decode-port=0", *flags]
+        command += [f"--port={self.port}", "--compile-port=0", "--decode-port=0"]
+        command += ["--metrics-port=0", *flags]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRECAST_")}
         environment["PRECAST_BUILD_DIR"] = str(BUILD_DIR)
         self.process = subprocess.Popen(

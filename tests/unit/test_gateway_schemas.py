@@ -1,11 +1,13 @@
 """What request bodies are accepted, and what is said of the others."""
 
+import json
+import re
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from services.gateway.openai.errors import from_validation
+from services.gateway.openai.bodies import parse_body
+from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 
 COMPLETION = {"model": "m", "prompt": "p"}
@@ -14,10 +16,9 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 def refusal(kind: type[CompletionRequest | ChatRequest], body: Any) -> tuple[str | None, str]:
     """``param`` and message of the error for a body, as the endpoint would answer."""
-    with pytest.raises(ValidationError) as caught:
-        kind.model_validate(body)
-    failures = [{**e, "loc": ("body", *e["loc"])} for e in caught.value.errors()]
-    error = from_validation(failures)
+    with pytest.raises(ApiError) as caught:
+        parse_body(kind, bytearray(json.dumps(body).encode()))
+    error = caught.value
     assert error.status == 400
     assert error.kind == "invalid_request_error"
     return error.param, error.message
@@ -62,7 +63,6 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ("temperature", -0.1),
         ("temperature", 2.1),
         ("temperature", "hot"),
-        ("temperature", float("nan")),
         ("top_p", 0),
         ("top_p", 1.1),
         ("top_k", -2),
@@ -71,21 +71,21 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ("stop", 5),
         ("stop", ""),
         ("stop", ["a", ""]),
-        ("stop", list("abcde")),
+        ("stop", ["a"] * 65),
         ("stream", "yes"),
-        ("stream_options", {"include_usage": "yes"}),
         ("presence_penalty", 3),
         ("frequency_penalty", -3),
         ("logit_bias", []),
         ("logit_bias", {"x": 1}),
         ("logit_bias", {"1": 101}),
         ("logit_bias", {"1": "a"}),
+        ("logit_bias", {"1": 10**400}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("min_p", False),
         ("logprobs", 21),
         ("logprobs", True),
         ("echo", "yes"),
-        ("best_of", 2),
         ("ignore_eos", 1),
-        ("stop_token_ids", [-1]),
         ("bogus", 1),
     ],
 )
@@ -132,8 +132,6 @@ def test_fields_that_contradict_each_other() -> None:
     assert refusal(CompletionRequest, echo)[0] == "echo"
     options = {**COMPLETION, "stream_options": {"include_usage": True}}
     assert refusal(CompletionRequest, options)[0] == "stream_options"
-    many = {"model": "m", "prompt": ["a"] * 65, "n": 2}
-    assert refusal(CompletionRequest, many)[0] == "n"
     assert refusal(ChatRequest, {**CHAT, "top_logprobs": 1})[0] == "top_logprobs"
 
 
@@ -143,22 +141,122 @@ def test_missing_fields_are_named() -> None:
     assert refusal(ChatRequest, {"model": "m"})[0] == "messages"
 
 
+ANSWER: dict[str, Any] = {
+    "role": "assistant",
+    "content": "hello",
+    "refusal": None,
+    "annotations": [],
+    "audio": None,
+    "function_call": None,
+    "tool_calls": None,
+    "reasoning_content": "hm",
+    "later": {"deep": [1]},
+}
+"""What SDKs append: every field of the answer's message, whether it has a value or not."""
+
+
+def test_an_answer_is_accepted_as_a_message() -> None:
+    messages = [{"role": "user", "content": "hi"}, ANSWER, {"role": "user", "content": "more"}]
+    body = parse_body(
+        ChatRequest, bytearray(json.dumps({"model": "m", "messages": messages}).encode())
+    )
+    assert [message.text for message in body.messages] == ["hi", "hello", "more"]
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    whole = {"role": "assistant", "content": None, "refusal": "I can't."}
+    part = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No.", "id": 1}]}
+    body = ChatRequest.model_validate({"model": "m", "messages": [whole, part]})
+    assert [message.text for message in body.messages] == ["I can't.", "No."]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+
+
 @pytest.mark.parametrize(
-    "messages",
+    ("messages", "param"),
     [
-        [],
-        "hi",
-        ["hi"],
-        [{"role": "user"}],
-        [{"role": "user", "content": None}],
-        [{"role": "king", "content": "hi"}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-        [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}],
-        [{"role": "user", "content": "hi", "mood": "good"}],
+        ([], "messages"),
+        ("hi", "messages"),
+        ([{"role": "user", "content": ""}] * 8193, "messages"),
+        (["hi"], "messages[0]"),
+        ([{"content": "hi"}], "messages[0].role"),
+        ([{"role": "king", "content": "hi"}], "messages[0].role"),
+        ([{"role": "tool", "content": "hi"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([ANSWER, {"role": "assistant", "content": None}], "messages[1].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [5]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0].type"),
+        ([ANSWER, {"role": "user", "content": [IMAGE]}], "messages[1].content[0].type"),
+        ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
+        ([{**ANSWER, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls"),
+        ([{**ANSWER, "function_call": {"name": "f"}}], "messages[0].function_call"),
+        ([{**ANSWER, "audio": {"id": "1"}}], "messages[0].audio"),
     ],
 )
-def test_wrong_messages(messages: Any) -> None:
-    assert refusal(ChatRequest, {"model": "m", "messages": messages})[0] == "messages"
+def test_errors_name_the_path_that_was_written(messages: Any, param: str) -> None:
+    found, message = refusal(ChatRequest, {"model": "m", "messages": messages})
+    assert found == param
+    assert f"'{param}'" in message
+    assert not re.search("function-|union|tagged|Input|instance|dictionary|list", message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": True, "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
+        ({"stream": True, "stream_options": {"more": 3}}, "stream_options.more"),
+        ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
+    ],
+)
+def test_paths_into_other_fields(fields: dict[str, Any], param: str) -> None:
+    assert refusal(CompletionRequest, {**COMPLETION, **fields})[0] == param
+
+
+def test_many_and_long_stop_strings() -> None:
+    stops = ["x" * 100_000, *(f"stop {index}" for index in range(63))]
+    body = bytearray(json.dumps({**COMPLETION, "stop": stops}).encode())
+    assert parse_body(CompletionRequest, body).stop == stops
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"{", "not valid JSON"),
+        (b'{"model": "m",}', "trailing comma at line 1 column 15"),
+        (b'{"model": NaN}', "not valid JSON"),
+        (b'{"model": "\xff"}', "not UTF-8: byte 0xff at position 11"),
+        ('{"model": "m"}'.encode("utf-16"), "not UTF-8: byte 0xff at position 0"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 3000, "nested too deeply"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "a number that is too long"),
+        (b'{"model": "\\ud800"}', "broken escape of a character"),
+        (b"[]", "must be a JSON object"),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_said(content: bytes, reason: str) -> None:
+    with pytest.raises(ApiError, match=reason) as caught:
+        parse_body(ChatRequest, bytearray(content))
+    assert (caught.value.status, caught.value.param) == (400, None)
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    assert (
+        parse_body(ChatRequest, bytearray(b"\xef\xbb\xbf" + json.dumps(CHAT).encode())).model == "m"
+    )
+
+
+def test_messages_of_errors_are_bounded() -> None:
+    found, message = refusal(CompletionRequest, {**COMPLETION, "x" * 1_000_000: 1})
+    assert found is not None
+    body = invalid(message, found).body()["error"]
+    assert len(body["message"]) < 2000
+    assert len(body["param"]) < 2000
 
 
 def test_parts_of_text_are_joined() -> None:

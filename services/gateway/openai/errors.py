@@ -4,21 +4,25 @@
 one SSE event once a stream has begun.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 
 from precast import errors
 from precast.errors import PrecastError
-from services.gateway.openai.schemas import FieldError, UnsupportedField
 
 RETRY_AFTER_S: Final = 1
 """What overloaded and unavailable answers tell clients to wait."""
+
+CLIENT_GONE: Final = 499
+"""The status under which requests are counted whose client left."""
+_MAX_TEXT: Final = 1000
+"""Characters of a message that are shown."""
 
 
 class ApiError(Exception):
@@ -57,8 +61,9 @@ class ApiError(Exception):
 
 
 def _encodable(text: str) -> str:
-    """Errors quote what clients sent, halves of characters included."""
-    return text.encode(errors="replace").decode()
+    """Errors quote what clients sent: halves of characters, and text of any length."""
+    shown = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+    return shown.encode(errors="replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -133,33 +138,13 @@ def from_any(error: Exception) -> ApiError:
     return from_precast(error) if isinstance(error, PrecastError) else internal()
 
 
-def from_validation(failures: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first failure of a body's validation, with the field as ``param``."""
-    first = failures[0]
-    where = [str(part) for part in first["loc"][1:]]  # after "body"
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, FieldError):
-        code = "unsupported_parameter" if isinstance(cause, UnsupportedField) else None
-        return invalid(f"'{cause.field}' {cause.reason}.", cause.field, code)
-    if first["type"] == "json_invalid":
-        return invalid(f"The request body is not valid JSON: {cause}.")
-    if not where:
-        return invalid("The request body must be a JSON object (content-type: application/json).")
-    if first["type"] == "extra_forbidden":
-        return invalid(f"Unrecognized request argument supplied: {where[0]}.", where[0])
-    if first["type"] == "missing":
-        return invalid(f"Missing required parameter: '{'.'.join(where)}'.", where[0])
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    return invalid(f"Invalid '{'.'.join(where)}': {reason}.", where[0])
-
-
 async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
     return from_any(error).response()
 
 
-async def _on_validation(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    return from_validation(error.errors()).response()
+async def _on_disconnect(_: Request, error: Exception) -> Response:
+    """The client left while it sent its body: nobody reads this."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
@@ -178,7 +163,7 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
 def install(app: FastAPI) -> None:
     """Make every error of the app an OpenAI error."""
     app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(PrecastError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_api_error)

@@ -62,6 +62,26 @@ def usage_of(plan: Plan, completion_tokens: int) -> api.Usage:
     )
 
 
+class ChunkUsage:
+    """What the chunks of a stream show as usage: nothing, null, or the tokens up to here."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._tokens = [0] * len(plan.starts)
+
+    def add(self, index: int, tokens: int) -> None:
+        self._tokens[index] += tokens
+
+    def set(self, index: int, tokens: int) -> None:
+        """The choice has finished with so many."""
+        self._tokens[index] = tokens
+
+    def shown(self) -> api.Usage | UnsetType | None:
+        if self._plan.continuous_usage:
+            return usage_of(self._plan, sum(self._tokens))
+        return None if self._plan.include_usage else UNSET
+
+
 def finish_reason(finished: pb.GenerationFinished | None) -> str:
     assert finished is not None, "shown before it finished"
     return "length" if finished.reason == pb.FINISH_REASON_LENGTH else "stop"
@@ -75,13 +95,14 @@ class CompletionFormat:
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._offsets = [TextOffsets(len(echo)) for echo in plan.echoes]
-        self._usage: UnsetType | None = None if plan.include_usage else UNSET
+        self._usage = ChunkUsage(plan)
 
     def opening(self, index: int) -> Struct | None:
         echo = self._plan.echoes[index]
         return self._chunk(api.CompletionChoice(index=index, text=echo)) if echo else None
 
     def delta(self, index: int, delta: pb.TokenDelta) -> Struct | None:
+        self._usage.add(index, len(delta.token_ids))
         if not delta.text and not delta.logprobs:
             return None
         logprobs = completion_logprobs(delta.logprobs, self._offsets[index])
@@ -89,6 +110,7 @@ class CompletionFormat:
         return self._chunk(choice)
 
     def closing(self, index: int, finished: pb.GenerationFinished) -> Struct:
+        self._usage.set(index, finished.completion_tokens)
         reason = finish_reason(finished)
         return self._chunk(api.CompletionChoice(index=index, text="", finish_reason=reason))
 
@@ -108,7 +130,7 @@ class CompletionFormat:
         return self._answer(shown, usage)
 
     def _chunk(self, choice: api.CompletionChoice) -> Struct:
-        return self._answer([choice], self._usage)
+        return self._answer([choice], self._usage.shown())
 
     def _answer(
         self, choices: list[api.CompletionChoice], usage: api.Usage | UnsetType | None
@@ -129,13 +151,14 @@ class ChatFormat:
         self._plan = plan
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._usage: UnsetType | None = None if plan.include_usage else UNSET
+        self._usage = ChunkUsage(plan)
 
     def opening(self, index: int) -> Struct | None:
         delta = api.ChatDelta(role="assistant", content="")
         return self._chunk(api.ChatChunkChoice(index=index, delta=delta))
 
     def delta(self, index: int, delta: pb.TokenDelta) -> Struct | None:
+        self._usage.add(index, len(delta.token_ids))
         if not delta.text and not delta.logprobs:
             return None
         shown = api.ChatDelta(content=delta.text)
@@ -143,6 +166,7 @@ class ChatFormat:
         return self._chunk(api.ChatChunkChoice(index=index, delta=shown, logprobs=logprobs))
 
     def closing(self, index: int, finished: pb.GenerationFinished) -> Struct:
+        self._usage.set(index, finished.completion_tokens)
         reason = finish_reason(finished)
         choice = api.ChatChunkChoice(index=index, delta=api.ChatDelta(), finish_reason=reason)
         return self._chunk(choice)
@@ -169,7 +193,7 @@ class ChatFormat:
         )
 
     def _chunk(self, choice: api.ChatChunkChoice) -> Struct:
-        return self._answer([choice], self._usage)
+        return self._answer([choice], self._usage.shown())
 
     def _answer(
         self, choices: list[api.ChatChunkChoice], usage: api.Usage | UnsetType | None

@@ -12,13 +12,18 @@ from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.openai.errors import context_length_exceeded, internal, invalid
-from services.gateway.openai.schemas import ChatRequest, CompletionRequest, Message
+from services.gateway.openai.fields import MAX_CHOICES
+from services.gateway.openai.lengths import LimitedTokenizer, make_gate
+from services.gateway.openai.messages import Message
+from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.routing.pool import WorkerPool
 
 log = get_logger(__name__)
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's default of ``max_tokens`` for completions; a chat's is what the context has left."""
+_MAX_STOP_TEXT: Final = 8 << 20
+"""Characters of all choices' stop strings."""
 _SEED_MASK: Final = 2**64 - 1
 
 Endpoint = Literal["completions", "chat"]
@@ -36,6 +41,8 @@ class Plan:
     """Text to put before each choice; empty strings without ``echo``."""
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """Every chunk of a stream carries the usage up to it."""
     prompt_tokens: int
     """Of all prompts, each counted once."""
 
@@ -49,13 +56,19 @@ class Planner:
         self._pool = pool
         self._tokenizers = tokenizers
         self._allow_control_tokens = allow_control_tokens
+        self._gate = make_gate()
 
     async def completion(self, body: CompletionRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
+        _check_choices(body)
         tokenizer = await self._tokenizer(body.model)
-        prompts = await _completion_prompts(body.prompts, tokenizer)
+        limited = LimitedTokenizer(tokenizer, limit, self._gate)
+        prompts = await _completion_prompts(body.prompts, tokenizer, limited)
+        stops = _stops(body, tokenizer, limit, len(prompts) * body.choices_per_prompt)
         starts = [
-            _start(body, ids, _completion_budget(body, len(ids), limit), body.logprobs, choice)
+            _start(
+                body, ids, _completion_budget(body, len(ids), limit), stops, body.logprobs, choice
+            )
             for ids in prompts
             for choice in range(body.choices_per_prompt)
         ]
@@ -71,6 +84,7 @@ class Planner:
             echoes=tuple(echo for echo in echoes for _ in range(body.choices_per_prompt)),
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
             prompt_tokens=sum(map(len, prompts)),
         )
 
@@ -79,17 +93,20 @@ class Planner:
         tokenizer = await self._tokenizer(body.model)
         _check_ids("logit_bias", list(body.logit_bias), tokenizer)
         allow = self._allow_control_tokens
-        ids = await _chat_prompt(body, tokenizer, allow_control_tokens=allow)
+        limited = LimitedTokenizer(tokenizer, limit, self._gate)
+        ids = await _chat_prompt(body, limited, allow_control_tokens=allow)
         max_tokens = _chat_budget(body, len(ids), limit)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         count = body.choices_per_prompt
+        stops = _stops(body, tokenizer, limit, count)
         return Plan(
             endpoint="chat",
             model=body.model,
-            starts=tuple(_start(body, ids, max_tokens, logprobs, i) for i in range(count)),
+            starts=tuple(_start(body, ids, max_tokens, stops, logprobs, i) for i in range(count)),
             echoes=("",) * count,
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
             prompt_tokens=len(ids),
         )
 
@@ -102,12 +119,22 @@ class Planner:
             raise internal(f"The gateway can't read the tokenizer of {model!r}.") from error
 
 
+def _check_choices(body: CompletionRequest) -> None:
+    """Raises ``ApiError`` 400 for numbers that don't go together."""
+    n, prompts = body.choices_per_prompt, len(body.prompts)
+    if body.best_of is not None and body.best_of != n:
+        raise invalid(f"Invalid 'best_of': must equal n = {n}.", "best_of")
+    if prompts * n > MAX_CHOICES:
+        asked = f"{prompts} prompts times n = {n}"
+        raise invalid(f"Invalid 'n': {asked} is too much; at most {MAX_CHOICES} choices.", "n")
+
+
 async def _completion_prompts(
-    prompts: list[str | list[int]], tokenizer: ModelTokenizer
+    prompts: list[str | list[int]], tokenizer: ModelTokenizer, limited: LimitedTokenizer
 ) -> list[list[int]]:
     """Token ids of each prompt, whether it came as text or as ids."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await tokenizer.encode(texts, add_special_tokens=True))
+    encoded = iter(await limited.encode(texts, "prompt", add_special_tokens=True))
     ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
     for prompt in ids:
         if not prompt:
@@ -117,12 +144,11 @@ async def _completion_prompts(
 
 
 async def _chat_prompt(
-    body: ChatRequest, tokenizer: ModelTokenizer, *, allow_control_tokens: bool
+    body: ChatRequest, tokenizer: LimitedTokenizer, *, allow_control_tokens: bool
 ) -> list[int]:
     messages = [_message(message) for message in body.messages]
     try:
-        chat = await tokenizer.render_chat(messages, allow_control_tokens=allow_control_tokens)
-        ids = await tokenizer.encode_chat(chat)
+        ids = await tokenizer.encode_chat(messages, allow_control_tokens=allow_control_tokens)
     except InvalidRequest as error:
         raise invalid(str(error), "messages") from None
     if not ids:
@@ -177,17 +203,31 @@ def _fitting(asked: int, prompt: int, limit: int, field: str) -> int:
     return asked
 
 
+def _stops(
+    body: CompletionRequest | ChatRequest, tokenizer: ModelTokenizer, limit: int, choices: int
+) -> list[str]:
+    """Stop strings that can occur: others are longer than the text of a whole context.
+
+    Raises ``ApiError`` 400 if the choices, each of which carries them, make too much of them.
+    """
+    stops = [stop for stop in body.stop if len(stop) <= limit * tokenizer.longest_token]
+    if choices * sum(map(len, stops)) > _MAX_STOP_TEXT:
+        raise invalid(f"Invalid 'stop': too much text for {choices} choices.", "stop")
+    return stops
+
+
 def _start(
     body: CompletionRequest | ChatRequest,
     ids: list[int],
     max_tokens: int,
+    stops: list[str],
     logprobs: int | None,
     choice: int,
 ) -> pb.StartGeneration:
     """What the worker is sent for the ``choice``-th completion of one prompt."""
     stop = pb.StopConditions(
         max_tokens=max_tokens,
-        stop_strings=body.stop,
+        stop_strings=stops,
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
     )

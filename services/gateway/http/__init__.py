@@ -1,0 +1,1 @@
+"""Connections and bodies, before anything knows of OpenAI."""

@@ -1,0 +1,63 @@
+"""What operators look at, on a port of its own: metrics, the API's reference, health."""
+
+import json
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import JSONResponse, Response
+
+from services.gateway.metrics import Metrics
+from services.gateway.openai import errors
+from services.gateway.openai.reference import document
+from services.gateway.routing.pool import WorkerPool
+
+
+def private_app(metrics: Metrics, pool: WorkerPool) -> FastAPI:
+    """The app of ``metrics_port``."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    errors.install(app)
+    app.include_router(health_routes(pool))
+    app.include_router(reference_routes())
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs")
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title="Precast")
+
+    return app
+
+
+def reference_routes() -> APIRouter:
+    """``/openapi.json``, on both ports."""
+    router = APIRouter()
+    reference = json.dumps(document()).encode()
+
+    @router.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(reference, media_type="application/json")
+
+    return router
+
+
+def health_routes(pool: WorkerPool) -> APIRouter:
+    """``/health`` and ``/ready``, on both ports."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """The process answers; says nothing of workers."""
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """A worker is ready."""
+        count = sum(worker.ready for worker in pool.workers)
+        if not count:
+            raise errors.unavailable("No worker is ready.", "not_ready")
+        return JSONResponse({"status": "ready", "workers": count, "models": list(pool.models)})
+
+    return router
