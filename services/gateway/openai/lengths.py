@@ -55,7 +55,7 @@ class LimitedTokenizer:
     async def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, allow_control_tokens: bool
     ) -> list[int]:
-        """Token ids of a chat. Raises ``InvalidRequest``; ``ApiError`` 400 if it is far too long."""
+        """Token ids of a chat. Raises ``InvalidRequest``, or ``ApiError`` 400 if far too long."""
         self.check([message["content"] for message in messages], "messages")
         chat = await self._tokenizer.render_chat(
             messages, allow_control_tokens=allow_control_tokens
