@@ -1,0 +1,142 @@
+"""The server's bounds on connections, with small limits: an app of a few lines, real sockets."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.http.protocol import ConnectionLimits, limited
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+LARGE = 50 << 20
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """``/wait`` never answers; ``/large`` has more to say than any buffer holds."""
+    if scope["path"] == "/wait":
+        await receive()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
+    body = bytes(LARGE) if scope["path"] == "/large" else b"ok"
+    headers = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    if scope["path"] == "/":
+        headers.pop()
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
+    """At most 4 connections, 0.5 s for headers, and 0.5 s to read the end of an answer."""
+    monkeypatch.setattr("services.gateway.http.protocol._LINGER_S", 0.5)
+    limits = ConnectionLimits(connections=4, header_timeout_s=0.5)
+    config = uvicorn.Config(app, port=0, http=limited(limits), lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    task = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server
+    server.should_exit = server.force_exit = True
+    await task
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def ask(self, path: str = "/") -> bytes:
+        self.writer.write(REQUEST.replace(b"/", path.encode(), 1))
+        return await asyncio.wait_for(self.reader.readuntil(b"ok"), 5)
+
+    async def rest(self) -> bytes:
+        """All that comes until the server closes."""
+        with contextlib.suppress(ConnectionError):
+            return await asyncio.wait_for(self.reader.read(), 5)
+        return b""
+
+
+async def connect(server: uvicorn.Server) -> Client:
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return Client(*await asyncio.open_connection("127.0.0.1", port))
+
+
+async def test_a_new_connection_closes_the_one_that_waited_longest(server: uvicorn.Server) -> None:
+    busy = await connect(server)
+    busy.writer.write(REQUEST.replace(b"/", b"/wait", 1))
+    used = [await connect(server) for _ in range(3)]
+    for client in reversed(used):
+        await client.ask()
+    newest = await connect(server)
+    assert await newest.ask()
+    assert await used[2].rest() == b""
+    assert await used[1].ask()
+    assert await used[0].ask()
+    assert not busy.reader.at_eof()
+
+
+async def test_if_all_are_busy_the_new_one_is_closed(server: uvicorn.Server) -> None:
+    busy = [await connect(server) for _ in range(4)]
+    for client in busy:
+        client.writer.write(REQUEST.replace(b"/", b"/wait", 1))
+    await asyncio.sleep(0.1)
+    assert await (await connect(server)).rest() == b""
+    assert not any(client.reader.at_eof() for client in busy)
+
+
+@pytest.mark.parametrize(
+    ("used", "sent", "answer"),
+    [
+        (False, b"", b""),
+        (False, b"\r\n", b"HTTP/1.1 408"),
+        (False, b"GET / HT", b"HTTP/1.1 408"),
+        (False, REQUEST[:-2], b"HTTP/1.1 408"),
+        (True, b"\r\n", b"HTTP/1.1 408"),
+        (True, REQUEST[:-2], b"HTTP/1.1 408"),
+    ],
+)
+async def test_headers_have_a_deadline(
+    server: uvicorn.Server, used: bool, sent: bytes, answer: bytes
+) -> None:
+    client = await connect(server)
+    if used:
+        await client.ask()
+    client.writer.write(sent)
+    assert (await client.rest()).partition(b" Re")[0] == answer
+
+
+async def test_the_rest_of_a_body_that_nobody_reads_has_a_deadline(server: uvicorn.Server) -> None:
+    client = await connect(server)
+    client.writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n")
+    assert await asyncio.wait_for(client.reader.readuntil(b"ok"), 5)
+    started = asyncio.get_running_loop().time()
+    with contextlib.suppress(ConnectionError):
+        while not client.reader.at_eof():
+            client.writer.write(b"x")
+            await asyncio.wait({asyncio.ensure_future(client.reader.read(1))}, timeout=0.1)
+            assert asyncio.get_running_loop().time() - started < 5
+
+
+async def test_a_client_that_does_not_read_is_dropped(server: uvicorn.Server) -> None:
+    client = await connect(server)
+    client.writer.write(REQUEST.replace(b"/", b"/large", 1))
+    await asyncio.sleep(0.3)
+    assert len(server.server_state.connections) == 1
+    deadline = asyncio.get_running_loop().time() + 5
+    while server.server_state.connections:
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_pipelined_requests_are_answered_in_order(server: uvicorn.Server) -> None:
+    client = await connect(server)
+    client.writer.write(REQUEST * 3)
+    for _ in range(3):
+        assert b"200 OK" in await asyncio.wait_for(client.reader.readuntil(b"ok"), 5)
