@@ -129,7 +129,8 @@ def loaded(folder: Path, packed: Path, quantization: Quantization) -> RankModel:
             max_context_length=KV_BLOCKS * BLOCK_SIZE,
             group_id="",
             kernel_provider="native",
-        )
+        ),
+        lambda _done, _total: None,
     )
 
 

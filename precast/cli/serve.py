@@ -60,11 +60,13 @@ def _import_model(settings: ServeSettings, view: View) -> None:
 
 async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: View) -> None:
     # imported here: redis and httpx would slow down every other command
+    from precast.cli.forks import Forks
     from precast.cli.status import Observer
     from precast.cli.supervisor import Supervisor
 
     stop = asyncio.Event()
-    supervisor = Supervisor(plan.specs)
+    forks = Forks()
+    supervisor = Supervisor(plan.specs, forks)
 
     def on_signal() -> None:
         if stop.is_set():  # asked twice: don't wait for anything
@@ -87,6 +89,7 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
     finally:
         view.stage("stopping")
         await supervisor.stop(STOP_GRACE_S)
+        await forks.close()
         await observer.close()
         _sweep_shared_memory()
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from precast.cli.supervisor import ChildSpec
+from precast.cli.forks import SERVICES as FORKED
+from precast.cli.supervisor import PROBE_S, ChildSpec
 from precast.config.settings import ServeSettings, describe
 from precast.errors import ConfigError
 
@@ -49,7 +50,7 @@ class Stack:
 def plan(settings: ServeSettings) -> Stack:
     """The stack that these settings describe. Raises ``ConfigError`` if a port is taken."""
     # imported here: the redis client would slow down every other command
-    from precast.system.redis_server import redis_command
+    from precast.system.redis_server import answers, redis_command
 
     _check_ports(settings)
     redis_url, port = _redis(settings)
@@ -60,13 +61,27 @@ def plan(settings: ServeSettings) -> Stack:
     specs = []
     if port is not None:
         command = redis_command(data, port)
-        specs.append(ChildSpec(name=REDIS, command=command, log_path=logs / f"{REDIS}.log"))
+        specs.append(
+            ChildSpec(
+                name=REDIS,
+                command=command,
+                log_path=logs / f"{REDIS}.log",
+                probe=lambda: answers(redis_url, PROBE_S),
+            )
+        )
     for name, flags in _flags(settings).items():
         flags |= {"home": settings.home, "redis-url": redis_url, "log-level": settings.log_level}
         flags |= {"log-format": settings.log_format}
         given = [f"--{flag}={value}" for flag, value in flags.items()]
-        command = (sys.executable, "-m", "precast", name, *given)
-        specs.append(ChildSpec(name=name, command=command, log_path=logs / f"{name}.log"))
+        specs.append(
+            ChildSpec(
+                name=name,
+                command=(sys.executable, "-m", "precast", name, *given),
+                log_path=logs / f"{name}.log",
+                fork=(name, *given) if name in FORKED else (),
+                beats=True,
+            )
+        )
     return Stack(specs=specs, redis_url=redis_url, embedded_redis=port is not None)
 
 

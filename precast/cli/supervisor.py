@@ -1,27 +1,42 @@
-"""Keeps child processes running: restarts those that end, and stops them all within a deadline."""
+"""Keeps child processes running: restarts those that end or hang, and stops them all within a
+deadline.
+
+Services are forks of one process that has imported what they need, so that they are back at once;
+where that can't be had, they are started afresh.
+"""
 
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from precast.cli.failures import EXIT_USAGE
+from precast.cli.forks import Forks
 from precast.errors import ConfigError
+from precast.log import get_logger
+from precast.system import alive
+from precast.system.alive import Pulse
 from precast.system.backoff import Backoff
+from precast.system.process import Child as ChildProcess
 from precast.system.process import bound_to_parent
 
+log = get_logger(__name__)
+
 BACKOFF: Final = Backoff(first_s=0.2, max_s=5.0)
-"""Before each restart in a row."""
+"""Before each restart but the first in a row, which is at once."""
 SETTLED_S: Final = 30.0
 """A child that ran this long starts again at the first wait."""
+PROBE_S: Final = 2.0
 _LOG_TAIL_BYTES: Final = 4096
-_LOG_BYTES: Final = 32 << 20
-"""A log that is larger when its child starts is put aside as ``.1``."""
+LOG_BYTES: Final = 32 << 20
+"""A log that is larger is put aside as ``.1`` and begun again."""
+LOOK_AT_LOG_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +46,12 @@ class ChildSpec:
     name: str
     command: Sequence[str]
     log_path: Path
+    fork: Sequence[str] = ()
+    """Arguments of ``precast`` that do the same in a fork of a process that has imported it."""
+    beats: bool = False
+    """Whether it says once a second that it is alive (``precast.system.alive``)."""
+    probe: Callable[[], bool] | None = None
+    """Asks whether it answers, in a thread and within ``PROBE_S``."""
 
 
 @dataclass(kw_only=True)
@@ -44,20 +65,25 @@ class Child:
     last_exit: str = ""
     """Why it ended the last time."""
     started: float = field(default_factory=time.monotonic)
+    hung: bool = False
+    """Whether it was killed because it had hung."""
 
 
 class Supervisor:
     """Runs children until stopped. Use it from the main thread: children die with their thread."""
 
-    def __init__(self, specs: Sequence[ChildSpec]) -> None:
+    def __init__(self, specs: Sequence[ChildSpec], forks: Forks | None = None) -> None:
         self.children = [Child(spec=spec) for spec in specs]
+        self._forks = forks
         self._keepers: list[asyncio.Task[None]] = []
+        self._logs = asyncio.create_task(_bound_logs([spec.log_path for spec in specs]))
 
     def start(self, names: Sequence[str]) -> None:
         """Start these children, in order, and keep them running."""
         for child in self.children:
             if child.spec.name in names:
-                self._keepers.append(asyncio.create_task(_keep(child), name=child.spec.name))
+                keeper = asyncio.create_task(_keep(child, self._forks), name=child.spec.name)
+                self._keepers.append(keeper)
 
     def check(self) -> None:
         """Raises ``ConfigError`` if a child refuses its settings: a restart would not help."""
@@ -75,64 +101,179 @@ class Supervisor:
             keeper.cancel()
             await asyncio.wait([keeper], timeout=max(0.0, end - time.monotonic()))
         self.kill()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._logs.cancel()
+        await asyncio.gather(*self._keepers, self._logs, return_exceptions=True)
 
     def kill(self) -> None:
         """Kill every child now."""
         for child in self.children:
-            if child.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGKILL)
+            _kill(child)
 
 
-async def _keep(child: Child) -> None:
-    attempt = 0
+def _kill(child: Child) -> None:
+    if child.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+
+
+async def _keep(child: Child, forks: Forks | None) -> None:
+    failures = 0
     while True:
-        process = await _spawn(child)
+        code = await _run(child, forks)
+        child.last_exit = "hung" if child.hung else _reason(code)
+        if code == EXIT_USAGE and child.restarts == 0:
+            raise ConfigError(f"{child.spec.name}: {last_line(child.spec.log_path)}")
+        settled = time.monotonic() - child.started > SETTLED_S
+        failures = 1 if settled else failures + 1
+        await asyncio.sleep(BACKOFF.wait_s(failures - 1))
+        child.restarts += 1
+
+
+async def _run(child: Child, forks: Forks | None) -> int:
+    """The exit code of one process of the child."""
+    pulse = Pulse()
+    watcher: asyncio.Task[None] | None = None
+    try:
+        process = await _spawn(child, forks, pulse)
+        watcher = asyncio.create_task(_watch(child, pulse))
         try:
-            code = await process.wait()
+            return await process.wait()
         except asyncio.CancelledError:
             await _terminate(process)
             raise
         finally:
             child.pid = None
-        child.last_exit = _reason(code)
-        if code == EXIT_USAGE:
-            raise ConfigError(f"{child.spec.name}: {last_line(child.spec.log_path)}")
-        settled = time.monotonic() - child.started > SETTLED_S
-        attempt = 0 if settled else attempt + 1
-        await asyncio.sleep(BACKOFF.wait_s(max(attempt, 1)))
-        child.restarts += 1
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+        pulse.close()
 
 
-async def _spawn(child: Child) -> asyncio.subprocess.Process:
-    path = child.spec.log_path
-    if path.exists() and path.stat().st_size > _LOG_BYTES:
-        path.replace(path.with_suffix(".log.1"))
-    with path.open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            *bound_to_parent(list(child.spec.command)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C goes to us alone: we stop them in order
-        )
+async def _watch(child: Child, pulse: Pulse) -> None:
+    """Kills the process if it hangs."""
+    look = _Probe(child.spec.probe).hung if child.spec.probe is not None else None
+    while True:
+        await asyncio.sleep(alive.INTERVAL_S)
+        silent = child.spec.beats and pulse.hung()
+        if silent or (look is not None and await look()):
+            log.error("child has hung; killing it", child=child.spec.name, pid=child.pid)
+            child.hung = True
+            _kill(child)
+            return
+
+
+class _Probe:
+    """Asks a process that can't beat by itself."""
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        self._ask = ask
+        self._answered = time.monotonic()
+        self._limit_s = alive.STARTING_S
+
+    async def hung(self) -> bool:
+        asked = time.monotonic()
+        if await asyncio.to_thread(self._ask):
+            self._answered, self._limit_s = time.monotonic(), alive.HUNG_S
+        elif time.monotonic() - asked > 2 * PROBE_S:
+            self._answered += time.monotonic() - asked  # we were kept from asking
+        return time.monotonic() - self._answered > self._limit_s
+
+
+class _Forked:
+    """A fork, with what asyncio has for a process."""
+
+    def __init__(self, child: ChildProcess) -> None:
+        self._child = child
+        self.pid = child.pid
+
+    async def wait(self) -> int:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._child.fileno(), ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._child.fileno())
+        code = self._child.poll()
+        assert code is not None
+        return code
+
+    def terminate(self) -> None:
+        self._child.terminate()
+
+
+_Process = _Forked | asyncio.subprocess.Process
+
+
+async def _spawn(child: Child, forks: Forks | None, pulse: Pulse) -> _Process:
+    child.hung = False
+    with child.spec.log_path.open("ab") as log_file:
+        forked = await _fork(child.spec, forks, pulse, log_file.fileno())
+        process: _Process = forked or await _execute(child.spec, pulse, log_file.fileno())
+    pulse.started()
     child.pid, child.started = process.pid, time.monotonic()
     return process
 
 
-async def _terminate(process: asyncio.subprocess.Process) -> None:
+async def _fork(spec: ChildSpec, forks: Forks | None, pulse: Pulse, log_fd: int) -> _Forked | None:
+    """None where it has to be started afresh."""
+    if forks is None or not spec.fork:
+        return None
+    try:
+        return _Forked(await forks.spawn(spec.command, spec.fork, log_fd, pulse.child_end))
+    except OSError as error:
+        log.warning("can't fork a child; starting it afresh", child=spec.name, reason=str(error))
+        return None
+
+
+async def _execute(spec: ChildSpec, pulse: Pulse, log_fd: int) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *bound_to_parent(list(spec.command)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=log_fd,
+        stderr=log_fd,
+        start_new_session=True,  # Ctrl-C goes to us alone: we stop them in order
+        pass_fds=(pulse.child_end,),
+        env={**os.environ, alive.ENVIRONMENT: str(pulse.child_end)} if spec.beats else None,
+    )
+
+
+async def _terminate(process: _Process) -> None:
     """Ask it to end and wait; whoever stops us kills it when its time is over."""
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     await process.wait()
 
 
+async def _bound_logs(paths: Sequence[Path]) -> None:
+    while True:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(bound_log, path)
+        await asyncio.sleep(LOOK_AT_LOG_S)
+
+
+def bound_log(path: Path, limit: int | None = None) -> None:
+    """Puts a log that has grown too large aside, and empties it while its child writes on.
+
+    The child appends, so that it goes on at the beginning. Where there is no room for a copy there
+    is none; lines that are written between the copy and the cut are lost. Raises ``OSError``.
+    """
+    if not path.exists() or path.stat().st_size <= (LOG_BYTES if limit is None else limit):
+        return
+    aside = path.with_suffix(".log.1")
+    try:
+        shutil.copyfile(path, aside)
+    except OSError:
+        aside.unlink(missing_ok=True)
+    os.truncate(path, 0)
+
+
 def last_line(log_path: Path) -> str:
     """The last line that a child has logged, without a ``precast:`` in front."""
-    with log_path.open("rb") as log:
-        log.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
-        lines = log.read().decode(errors="replace").strip().splitlines()
+    with log_path.open("rb") as log_file:
+        log_file.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
+        lines = log_file.read().decode(errors="replace").strip().splitlines()
     return (lines or ["ended without a word"])[-1].removeprefix("precast: ")
 
 

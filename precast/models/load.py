@@ -34,6 +34,13 @@ _T = TypeVar("_T")
 RANDOM_ROWS = 2048
 """Distinct rows of a random vocabulary."""
 
+Report = Callable[[int, int], None]
+"""Takes how many layers are there, and of how many."""
+
+
+def _no_report(_done: int, _total: int) -> None:
+    """For those who don't want to know."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
@@ -59,14 +66,16 @@ def load_weights(
     shape: Shape,
     positions: int,
     kept: Path | None = None,
+    report: Report = _no_report,
 ) -> Weights:
     """Weights of one rank; rotary tables reach ``positions``. Raises ModelCorrupt.
 
     One layer at a time is read, cut and packed, so that the peak is the packed weights plus a
-    layer. ``kept``: root of the folders where packed linears are kept between starts.
+    layer. ``kept``: root of the folders where packed linears are kept between starts. ``report`` is
+    called with each layer.
     """
     try:
-        return _load(folder, config, shard, shape, positions, kept)
+        return _load(folder, config, shard, shape, positions, kept, report)
     except (SafetensorError, OSError) as error:
         raise ModelCorrupt(f"{folder}: weights can't be read: {error}") from error
 
@@ -78,18 +87,17 @@ def _load(
     shape: Shape,
     positions: int,
     kept: Path | None,
+    report: Report,
 ) -> Weights:
     path = packed_path(kept, folder, shard, shape) if kept is not None else None
     if path is None or path.is_dir():
         packed = PackedFolder(path) if path is not None else None
-        weights = _read(
-            folder, config, shard, shape, positions, packed, lambda _name, _tensors: None
-        )
+        weights = _read(folder, config, shard, shape, positions, packed, _keep_nothing, report)
         if packed is not None:
             packed.close()
         return weights
     with keeping_packed(path) as keep:
-        return _read(folder, config, shard, shape, positions, None, keep)
+        return _read(folder, config, shard, shape, positions, None, keep, report)
 
 
 def _keep_nothing(_name: str, _tensors: Mapping[str, Tensor]) -> None:
@@ -104,6 +112,7 @@ def _read(
     positions: int,
     packed: PackedFolder | None,
     keep: Keep,
+    report: Report,
 ) -> Weights:
     """``packed``: where linears are that were packed before; ``keep`` gets those of each layer."""
     base = Loader(source=Checkpoint(folder), shape=shape, cut=cut_of(config, shard), arena=Arena())
@@ -118,6 +127,7 @@ def _read(
     def layer(index: int, kind: Kind) -> Any:
         prefix = f"model.layers.{index}."
         module = architecture_of(shape)
+        report(index, len(config.layers))
         return load(f"layer-{index}", lambda loader: module.load_layer(loader, kind, prefix))
 
     table, vocab = load("head", lambda loader: _vocabulary(loader, config, shard))

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -66,12 +66,23 @@ def fork(main: Callable[[], int]) -> int:
     """
     parent = os.getpid()
     pid = os.fork()
-    if pid:
-        return pid
+
+    def child() -> int:
+        die_with_parent(signal.SIGKILL, parent)
+        return main()
+
+    if pid == 0:
+        end_with(child)
+    return pid
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Ends a fork with what ``main`` returns or exits with."""
     code = 1
     try:
-        die_with_parent(signal.SIGKILL, parent)
         code = main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -82,19 +93,23 @@ def fork(main: Callable[[], int]) -> int:
             os._exit(code)  # what the parent would do at its end is not the child's to do
 
 
-class ForkedChild:
-    """A fork of this process, with what ``subprocess.Popen`` has for a child."""
+class Child:
+    """A child of this process, with what ``subprocess.Popen`` has for one."""
 
-    def __init__(self, main: Callable[[], int]) -> None:
-        """As for ``fork``."""
+    def __init__(self, pid: int) -> None:
+        """Raises ``OSError``; there is no child then."""
         self.returncode: int | None = None
-        self.pid = fork(main)
+        self.pid = pid
         try:
-            self._pidfd = os.pidfd_open(self.pid)
+            self._pidfd = os.pidfd_open(pid)
         except OSError:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
             raise
+
+    def fileno(self) -> int:
+        """A descriptor that is readable once the child has ended, until ``poll`` says so."""
+        return self._pidfd
 
     def poll(self) -> int | None:
         """The exit code, or the negated number of the signal that ended it; None: it runs."""
@@ -111,15 +126,26 @@ class ForkedChild:
             select.select([self._pidfd], [], [], timeout)
         code = self.poll()
         if code is None:
-            raise subprocess.TimeoutExpired("fork", timeout or 0.0)
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
         return code
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
             signal.pidfd_send_signal(self._pidfd, signum)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class ForkedChild(Child):
+    """A fork of this process."""
+
+    def __init__(self, main: Callable[[], int]) -> None:
+        """As for ``fork``."""
+        super().__init__(fork(main))
 
 
 def available_cpus() -> tuple[int, ...]:

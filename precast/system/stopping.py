@@ -4,6 +4,8 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 
+from precast.system.alive import keep_beating
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -23,6 +25,7 @@ async def run_until_stopped(
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     stopped = asyncio.create_task(stop.wait())
+    beating = asyncio.create_task(keep_beating())
     try:
         done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopped}:
@@ -30,6 +33,7 @@ async def run_until_stopped(
         await before_stop()
     finally:
         stopped.cancel()
+        beating.cancel()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

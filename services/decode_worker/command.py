@@ -8,7 +8,7 @@ from precast.cli.failures import reported
 from precast.config.announce import announce
 from precast.config.settings import DecodeWorkerSettings
 from services.decode_worker.model_files import open_model
-from services.decode_worker.ranks.launcher import RankLauncher
+from services.decode_worker.ranks.launcher import RankLauncher, nursery
 
 if TYPE_CHECKING:
     from services.decode_worker.engine.sizing import Share
@@ -21,8 +21,7 @@ def run(settings: DecodeWorkerSettings) -> int:
         from services.decode_worker import replicas
 
         return replicas.run(settings, _serve_replica)
-    launcher = RankLauncher()
-    launcher.start_early(settings.tp)  # ranks import torch while this process imports the rest
+    launcher = RankLauncher(forks=nursery())  # it imports torch while we import the rest
     try:
         announce("decode-worker", settings)
         open_model(settings)  # says what is wrong with it before the rest is imported
@@ -32,6 +31,12 @@ def run(settings: DecodeWorkerSettings) -> int:
         return main.run(settings, launcher, shares(settings)[0])
     finally:
         launcher.close()
+
+
+def preload() -> None:
+    """Import what a worker and its ranks need, for a process that is going to fork."""
+    from services.decode_worker import main as main
+    from services.decode_worker.ranks import nursery as ranks  # noqa: F401
 
 
 def _serve_replica(settings: DecodeWorkerSettings, launcher: RankLauncher, share: "Share") -> int:

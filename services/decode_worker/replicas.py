@@ -22,7 +22,7 @@ from precast.log import get_logger
 from precast.rpc.address import Address
 from precast.system.backoff import Backoff
 from precast.system.process import ONE_THREAD, ForkedChild
-from services.decode_worker.ranks.launcher import RankLauncher
+from services.decode_worker.ranks.launcher import RankLauncher, nursery
 
 if TYPE_CHECKING:
     from services.decode_worker.engine.sizing import Share
@@ -67,7 +67,7 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
     open_model(settings)  # forks have it; it says what is wrong before the rest is imported
     from services.decode_worker import main  # noqa: F401  # for the forks
     from services.decode_worker.engine.sizing import shares
-    from services.decode_worker.ranks import process as rank
+    from services.decode_worker.ranks import nursery as ranks  # noqa: F401
 
     gc.freeze()  # or each fork's collector would walk, and copy, what was imported
     gc.enable()
@@ -82,8 +82,7 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
             bind_contextvars(replica=one.index)  # into every line that it logs
-            launcher = RankLauncher()
-            launcher.fork_early(one.settings.tp, rank.run)
+            launcher = RankLauncher(forks=nursery())
             try:
                 return serve(one.settings, launcher, one.share)
             finally:

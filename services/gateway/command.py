@@ -10,3 +10,8 @@ def run(settings: GatewaySettings) -> int:
     from services.gateway import main
 
     return main.run(settings)
+
+
+def preload() -> None:
+    """Import what the gateway needs, for a process that is going to fork."""
+    from services.gateway import main as main

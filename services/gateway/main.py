@@ -15,6 +15,7 @@ from precast import log as logs
 from precast.config.settings import GatewaySettings
 from precast.errors import ConfigError
 from precast.log import get_logger
+from precast.system.alive import keep_beating
 from services.gateway.app import create_app
 from services.gateway.http.protocol import ConnectionLimits, limited
 
@@ -35,9 +36,11 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._stop)
+        beating = loop.create_task(keep_beating(), name="beating")
         try:
             yield
         finally:
+            beating.cancel()
             for signum in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(signum)
 

@@ -12,14 +12,14 @@ from services.decode_worker.ranks.launcher import RankLauncher
 MODULE = "tests.support.simulated_rank"
 
 
-def test_early_ranks_are_given_out_first_and_the_rest_ended() -> None:
+async def test_early_ranks_are_given_out_first_and_the_rest_ended() -> None:
     launcher = RankLauncher(MODULE)
     launcher.start_early(2)
-    first, later = launcher.take(), launcher._waiting[0]
+    first, later = await launcher.take(), launcher._waiting[0]
     launcher.close()
     assert later.process.returncode is not None
     assert first.process.poll() is None
-    another = launcher.take()
+    another = await launcher.take()
     assert another.process.pid not in (first.process.pid, later.process.pid)
     for rank in (first, another):
         rank.connection.close()

@@ -49,6 +49,11 @@ def answer(worker: DecodeWorker) -> list[int]:
     return tokens
 
 
+def ranks(leader: psutil.Process) -> list[psutil.Process]:
+    """Without the process that they are forked from."""
+    return [child for child in leader.children() if "rank" in child.cmdline()]
+
+
 def leaders(workers: list[DecodeWorker]) -> list[psutil.Process]:
     return psutil.Process(workers[0].process.pid).children()
 
@@ -60,27 +65,27 @@ def test_each_serves_and_a_killed_one_is_back_beside_the_others(
     before = {worker.status().worker_id for worker in workers}
     assert len(before) == COUNT
     killed = leaders(workers)[0]
-    ranks = killed.children()
+    its_ranks = killed.children()
     killed.kill()
     eventually(lambda: {w.status().worker_id for w in workers if w.is_ready()} - before)
     eventually(lambda: all(worker.is_ready() for worker in workers))
     assert len({worker.status().worker_id for worker in workers} & before) == COUNT - 1
-    eventually(lambda: not any(rank.is_running() for rank in ranks))
+    eventually(lambda: not any(rank.is_running() for rank in its_ranks))
     assert len({tuple(answer(worker)) for worker in workers}) == 1
 
 
 def test_a_rank_that_dies_is_replaced(workers: list[DecodeWorker]) -> None:
     leader = leaders(workers)[0]
-    before = leader.children()
+    before = ranks(leader)
     os.kill(before[1].pid, signal.SIGKILL)
-    eventually(lambda: len(leader.children()) == RANKS and leader.children()[0] not in before, 30)
+    eventually(lambda: len(ranks(leader)) == RANKS and ranks(leader)[0] not in before, 30)
     eventually(lambda: all(worker.is_ready() for worker in workers), 30)
     assert len({tuple(answer(worker)) for worker in workers}) == 1
 
 
 def test_all_stop_with_their_start(workers: list[DecodeWorker]) -> None:
     everything = psutil.Process(workers[0].process.pid).children(recursive=True)
-    assert len(everything) == COUNT * (1 + RANKS)
+    assert len(everything) == COUNT * (1 + 1 + RANKS)  # a leader, a nursery, ranks
     workers[0].process.send_signal(signal.SIGTERM)
     assert workers[0].process.wait(20) == 0
     assert not any(process.is_running() for process in everything)

@@ -23,7 +23,7 @@ def model_with(home: Path, graph: Path, candidate: Path | None) -> RankModel:
     settings = load_settings(DecodeWorkerSettings, home=home, model="tiny", batch_sizes=(1,))
     rank = RankPlacement(threads=(UNPINNED,), cpus=available_cpus(), nodes=(0,))
     [init] = rank_inits(settings, Share(ranks=(rank,), context=64, kv_blocks=4))
-    model = rank_model.load(init)
+    model = rank_model.load(init, lambda _done, _total: None)
     model.load_graph(1, graph)
     if candidate is not None:
         model.load_graph(1, candidate, trial=True)

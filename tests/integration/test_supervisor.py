@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from precast.cli import supervisor as supervision
 from precast.cli.status import CaptureClock
 from precast.cli.supervisor import ChildSpec, Supervisor
 from precast.errors import ConfigError
@@ -48,6 +50,67 @@ async def test_restarts_a_child_that_is_killed(tmp_path: Path) -> None:
     await supervisor.stop(DEADLINE_S)
     assert second is not None
     assert not psutil.pid_exists(second)
+
+
+@pytest.mark.parametrize("fault", ["stopped", "blocked"])
+async def test_a_child_that_hangs_is_killed_within_ten_seconds(tmp_path: Path, fault: str) -> None:
+    hangs = "time.sleep(600)" if fault == "blocked" else "await asyncio.sleep(600)"
+    program = f"""
+import asyncio, pathlib, time
+from precast.system.alive import keep_beating
+async def main():
+    beating = asyncio.create_task(keep_beating())
+    await asyncio.sleep(1.5)
+    if not pathlib.Path({str(tmp_path / "once")!r}).exists():
+        pathlib.Path({str(tmp_path / "once")!r}).touch()
+        {hangs}
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    supervisor = Supervisor([replace(spec(tmp_path, program), beats=True)])
+    (child,) = supervisor.children
+    supervisor.start(["child"])
+    await until((tmp_path / "once").exists)
+    first = child.pid
+    assert first is not None
+    if fault == "stopped":
+        os.kill(first, signal.SIGSTOP)
+    begun = time.monotonic()
+    await until(lambda: child.pid not in (None, first))
+    assert time.monotonic() - begun < 12.0
+    assert (child.restarts, child.last_exit) == (1, "hung")
+    await asyncio.sleep(3.0)
+    assert child.restarts == 1
+    await supervisor.stop(DEADLINE_S)
+
+
+async def test_a_child_that_doesn_t_answer_any_more_is_killed(tmp_path: Path) -> None:
+    answers = [True, True]
+    asked = replace(spec(tmp_path, SLEEPER), probe=lambda: bool(answers and answers.pop()))
+    supervisor = Supervisor([asked])
+    (child,) = supervisor.children
+    supervisor.start(["child"])
+    await until(lambda: child.restarts == 1)
+    assert child.last_exit == "hung"
+    await supervisor.stop(DEADLINE_S)
+
+
+async def test_a_log_stays_bounded_while_its_child_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "LOG_BYTES", 50_000)
+    monkeypatch.setattr(supervision, "LOOK_AT_LOG_S", 0.05)
+    writer = "import time\nfor i in range(10**9): print(i, flush=True); time.sleep(1e-4)"
+    supervisor = Supervisor([spec(tmp_path, writer)])
+    supervisor.start(["child"])
+    log, aside = tmp_path / "child.log", tmp_path / "child.log.1"
+    await until(aside.exists)
+    first = aside.read_bytes()
+    await until(lambda: aside.read_bytes()[:20] != first[:20])
+    assert log.stat().st_size + aside.stat().st_size < 500_000
+    assert b"\0" not in log.read_bytes()
+    assert supervisor.children[0].restarts == 0
+    await supervisor.stop(DEADLINE_S)
 
 
 async def test_a_child_that_refuses_its_settings_is_not_restarted(tmp_path: Path) -> None:

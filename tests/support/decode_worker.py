@@ -121,7 +121,7 @@ class DecodeWorker:
         return [
             int(pid)
             for pid in children.split()
-            if b"decode_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"decode_worker.ranks.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
 
     def kill(self) -> None:

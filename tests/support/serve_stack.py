@@ -93,8 +93,11 @@ class Serve:
     def service(self, word: str) -> psutil.Process:
         """The service whose command line has this word in it, or one of the ``rank`` processes."""
         for process in self.descendants():
-            command = " ".join(process.cmdline())
-            nested = process.ppid() != self.process.pid
+            try:
+                command = " ".join(process.cmdline())
+                nested = process.ppid() != self.process.pid
+            except psutil.NoSuchProcess:  # a compiler that has ended
+                continue
             if (RANK in command) if word == "rank" else (word in command and not nested):
                 return process
         raise AssertionError(f"no process of {word}")

@@ -22,7 +22,11 @@ from services.decode_worker.ranks.protocol import (
     DropGraph,
     GraphLoaded,
     Init,
+    Join,
+    Loaded,
     LoadGraph,
+    Ping,
+    Pong,
     Ready,
     Reply,
     Shutdown,
@@ -43,6 +47,8 @@ def accept(_: Path) -> str | None:
 
 def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply | None:
     """What a rank answers, or None. Tokens are the sequences' context lengths, wrapped."""
+    if isinstance(command, Ping):
+        return Pong(tp_rank=init.tp_rank)
     if isinstance(command, LoadGraph):
         error = load(Path(command.paths[init.tp_rank]))
         return GraphLoaded(
@@ -81,6 +87,9 @@ def serve(
 ) -> None:
     init = _receive(connection)
     if not isinstance(init, Init):
+        return
+    connection.sendall(frame(Loaded(tp_rank=init.tp_rank)))
+    if not isinstance(_receive(connection), Join):
         return
     ready = Ready(
         tp_rank=init.tp_rank,

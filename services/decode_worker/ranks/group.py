@@ -1,12 +1,12 @@
 """The processes of a tensor-parallel group, seen from the leader.
 
 The group works or it doesn't: when one rank dies or fails, the others are killed and whoever waits
-gets ``GroupFailed``. A dead rank closes its socket, so that is noticed at once and not by a
-time-out.
+gets ``GroupFailed``. A dead rank closes its socket, so that is noticed at once. One that hangs is
+known by what the kernel says of it (``watch.py``), so that work may take as long as it takes.
 """
 
 import asyncio
-import contextlib
+import math
 import signal
 import subprocess
 import time
@@ -24,7 +24,12 @@ from services.decode_worker.ranks.protocol import (
     DropGraph,
     GraphLoaded,
     Init,
+    Join,
+    Loaded,
     LoadGraph,
+    Loading,
+    Ping,
+    Pong,
     RankFailed,
     Ready,
     Reply,
@@ -34,10 +39,13 @@ from services.decode_worker.ranks.protocol import (
     decode_reply,
     frame,
 )
+from services.decode_worker.ranks.watch import HUNG_S, LOOK_S, Watch
 
 log = get_logger(__name__)
 
-START_TIMEOUT_S: Final = 120.0
+SILENCE_S: Final = 300.0
+"""Longest time without a word of a rank that loads: a layer read, cut and packed."""
+JOIN_TIMEOUT_S: Final = 60.0
 LOAD_GRAPH_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 3.0
 
@@ -47,6 +55,10 @@ _T = TypeVar("_T")
 
 class GroupFailed(Exception):
     """A rank died, failed or did not answer in time; its text says which and why."""
+
+
+class RankRefused(GroupFailed):
+    """A rank said why it can't serve: another one would say the same."""
 
 
 class _Rank(asyncio.Protocol):
@@ -76,7 +88,9 @@ class _Rank(asyncio.Protocol):
             reply = decode_reply(bytes(self._buffer[FRAME_HEADER.size : end]))
             del self._buffer[:end]
             if isinstance(reply, RankFailed):
-                self._group.fail(f"rank {self._index}: {reply.message}")
+                self._group.fail(f"rank {self._index}: {reply.message}", refused=reply.refused)
+            elif isinstance(reply, Loading):
+                self._group.heard(reply)
             else:
                 self._replies.put_nowait(reply)
 
@@ -99,13 +113,16 @@ class RankGroup:
         self._processes: list[ChildProcess] = []
         self._group_id = ""
         self._stopping = False
+        self._refused = False
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done, with the reason, as soon as the group can't go on."""
         self.ready: tuple[Ready, ...] = ()
+        self._heard = time.monotonic()
 
     @classmethod
     async def start(cls, inits: Sequence[Init], launcher: RankLauncher) -> "RankGroup":
-        """Takes one process for each Init and waits until all have loaded their shard."""
+        """Takes one process for each Init and waits until all have loaded their shard, however long
+        that takes."""
         group = cls()
         group._group_id = inits[0].group_id
         try:
@@ -113,15 +130,32 @@ class RankGroup:
                 await group._connect(index, launcher)
             for rank, init in zip(group._ranks, inits, strict=True):
                 rank.send(frame(init))
-            group.ready = tuple(await group._answers(Ready, START_TIMEOUT_S))
+            await group._answers(Loaded, math.inf, silence_s=SILENCE_S)
+            group._broadcast(Join())
+            group.ready = tuple(await group._answers(Ready, JOIN_TIMEOUT_S))
         except BaseException:
             await group.stop()
             raise
         return group
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, refused: bool = False) -> None:
         if not self.failed.done() and not self._stopping:
+            self._refused = refused
             self.failed.set_result(reason)
+
+    def failure(self) -> GroupFailed:
+        """Why the group, which has failed, can't go on."""
+        return (RankRefused if self._refused else GroupFailed)(self.failed.result())
+
+    def heard(self, loading: Loading) -> None:
+        """A rank has come further."""
+        self._heard = time.monotonic()
+        log.debug("rank loads", rank=loading.tp_rank, done=loading.done, total=loading.total)
+
+    async def ping(self) -> None:
+        """Returns once every rank has answered; for when there is nothing else to do."""
+        self._broadcast(Ping())
+        await self._answers(Pong, HUNG_S)
 
     def send_step(self, step: Step) -> None:
         self._broadcast(step)
@@ -167,41 +201,65 @@ class RankGroup:
 
     def _broadcast(self, command: Command) -> None:
         if self.failed.done():
-            raise GroupFailed(self.failed.result())
+            raise self.failure()
         data = frame(command)
         for rank in self._ranks:
             rank.send(data)
 
     async def _connect(self, index: int, launcher: RankLauncher) -> None:
-        # Not asyncio's processes: its child watcher would reap ranks from a thread that may be
-        # gone, and a fork and exec is all that blocks here.
-        process, connection = launcher.take()
+        process, connection = await launcher.take()
         self._processes.append(process)
         loop = asyncio.get_running_loop()
         rank = _Rank(self, index)
         await loop.create_unix_connection(lambda: rank, sock=connection)
         self._ranks.append(rank)
 
-    async def _answers(self, kind: type[_R], timeout_s: float) -> list[_R]:
+    async def _answers(
+        self, kind: type[_R], timeout_s: float, *, silence_s: float = math.inf
+    ) -> list[_R]:
         gathered = asyncio.gather(*(rank.reply() for rank in self._ranks))
-        replies = await self._within(gathered, timeout_s, kind.__name__)
+        replies = await self._within(gathered, timeout_s, kind.__name__, silence_s)
         wrong = [type(r).__name__ for r in replies if not isinstance(r, kind)]
         if wrong:
             raise GroupFailed(f"expected {kind.__name__}, got {wrong[0]}")
         return [reply for reply in replies if isinstance(reply, kind)]
 
-    async def _within(self, answer: Awaitable[_T], timeout_s: float, what: str) -> _T:
+    async def _within(
+        self, answer: Awaitable[_T], timeout_s: float, what: str, silence_s: float = math.inf
+    ) -> _T:
         waiter = asyncio.ensure_future(answer)
+        try:
+            await self._until_done(waiter, timeout_s, what, silence_s)
+            if waiter.done():
+                return waiter.result()
+            raise self.failure()
+        finally:
+            waiter.cancel()
+            await asyncio.gather(waiter, return_exceptions=True)
+
+    async def _until_done(
+        self, waiter: "asyncio.Future[_T]", timeout_s: float, what: str, silence_s: float
+    ) -> None:
+        """Waits until the answer is there or the group has failed, which it does if it hangs."""
+        self._heard = begun = time.monotonic()
+        watch: Watch | None = None
         either: set[asyncio.Future[Any]] = {waiter, self.failed}
-        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if waiter.done() and not waiter.cancelled():
-            return waiter.result()
-        waiter.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await waiter
-        if not self.failed.done():
-            self.fail(f"no answer to {what} within {timeout_s:g} s")
-        raise GroupFailed(self.failed.result())
+        while True:
+            left = timeout_s - (time.monotonic() - begun)
+            await asyncio.wait(
+                either, timeout=min(LOOK_S, left), return_when=asyncio.FIRST_COMPLETED
+            )
+            if waiter.done() or self.failed.done():
+                return
+            now = time.monotonic()
+            if now - begun >= timeout_s:
+                self.fail(f"no answer to {what} within {timeout_s:g} s")
+            elif now - self._heard >= silence_s:
+                self.fail(f"no word of {what} for {silence_s:g} s")
+            elif watch is None:  # most answers come sooner: looking would cost each step
+                watch = Watch([process.pid for process in self._processes])
+            elif (hung := watch.hung()) is not None:
+                self.fail(f"{hung}, with {what} to answer")
 
     def _kill(self) -> None:
         for process in self._processes:

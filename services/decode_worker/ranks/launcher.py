@@ -1,18 +1,26 @@
-"""Starts rank processes. Light, so that the first ones can import torch while their leader still
-imports what it needs itself: 3 of the 5 seconds of a start.
+"""Starts rank processes: as forks of a nursery, which has imported torch, or each afresh.
+
+Light, so that the nursery can import torch while the leader still imports what it needs itself: 3
+of the 5 seconds of a start. When ranks die, others are there at once.
 """
 
+import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
 from typing import Final, NamedTuple
 
-from precast.system.process import ForkedChild
+from precast.log import get_logger
+from precast.system.fork_server import ForkServer, Order
+from precast.system.process import Child
+
+log = get_logger(__name__)
 
 RANK_MODULE: Final = "services.decode_worker.ranks.process"
-RankMain = Callable[[socket.socket], int]
-ChildProcess = subprocess.Popen[bytes] | ForkedChild
+NURSERY_MODULE: Final = "services.decode_worker.ranks.nursery"
+NURSERY: Final = "precast rank-nursery"
+ChildProcess = subprocess.Popen[bytes] | Child
 
 
 class RankProcess(NamedTuple):
@@ -20,49 +28,63 @@ class RankProcess(NamedTuple):
     connection: socket.socket
 
 
+def nursery() -> ForkServer:
+    """A fork of this process if it has imported torch and has no threads, else a fresh one."""
+    ranks = sys.modules.get(NURSERY_MODULE)
+    if ranks is not None and threading.active_count() == 1:
+        return ForkServer.fork(ranks.main, NURSERY)
+    return ForkServer.start(NURSERY_MODULE)
+
+
 class RankLauncher:
-    def __init__(self, module: str = RANK_MODULE) -> None:
-        """``module`` is run with ``--fd N``, its end of a stream socket."""
+    def __init__(self, module: str = RANK_MODULE, forks: ForkServer | None = None) -> None:
+        """``module`` is run with ``--fd N``, its end of a stream socket, where there are no
+        ``forks``."""
         self._module = module
+        self._forks = forks
         self._waiting: list[RankProcess] = []
 
     def start_early(self, count: int) -> None:
         """Starts ranks that ``take`` will give out."""
         self._waiting += [self._start() for _ in range(count)]
 
-    def fork_early(self, count: int, main: RankMain) -> None:
-        """The same, as forks of this process, which has imported what ``main`` needs and has no
-        threads."""
-        for _ in range(count):
-            self._waiting.append(self._fork(main))
-
-    def take(self) -> RankProcess:
+    async def take(self) -> RankProcess:
         """A rank that waits for its first command."""
-        return self._waiting.pop(0) if self._waiting else self._start()
+        if self._waiting:
+            return self._waiting.pop(0)
+        if self._forks is not None:
+            try:
+                # in a thread, because the nursery may still import torch
+                return await asyncio.to_thread(self._fork, self._forks)
+            except OSError as error:
+                log.warning("no rank from the nursery; starting one afresh", reason=str(error))
+        return self._start()
 
     def close(self) -> None:
-        """Ends those that nobody took."""
+        """Ends the nursery, and ranks that nobody took."""
         for rank in self._waiting:
             rank.process.kill()
             rank.process.wait()
             rank.connection.close()
         self._waiting.clear()
+        if self._forks is not None:
+            self._forks.close()
 
     def _start(self) -> RankProcess:
+        # Not in a thread, and not one of asyncio's processes: with the thread that started it, be
+        # it a child watcher's, a child would end. A fork and exec is all that blocks here.
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", self._module, "--fd", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         return RankProcess(process=process, connection=ours)
 
-    def _fork(self, main: RankMain) -> RankProcess:
+    def _fork(self, forks: ForkServer) -> RankProcess:
         ours, theirs = socket.socketpair()
-        others = [rank.connection for rank in self._waiting]
-
-        def child() -> int:
-            for connection in (ours, *others):  # the leader's ends
-                connection.close()
-            return main(theirs)
-
+        order = Order(command_line=["precast", "rank", self._module])
         with theirs:
-            return RankProcess(process=ForkedChild(child), connection=ours)
+            try:
+                return RankProcess(forks.spawn(order, [theirs.fileno()]), ours)
+            except OSError:
+                ours.close()
+                raise

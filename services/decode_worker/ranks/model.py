@@ -16,7 +16,7 @@ from precast.models.config import load_config
 from precast.models.forward import gathered, hidden_states, logits
 from precast.models.kv_cache import LayerCache, new_cache
 from precast.models.layers import Paging, Shape
-from precast.models.load import Weights, load_weights
+from precast.models.load import Report, Weights, load_weights
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.ops import providers
@@ -103,7 +103,7 @@ class RankModel:
         return (time.perf_counter() - started) * 1e3
 
 
-def load(init: Init) -> RankModel:
+def load(init: Init, report: Report) -> RankModel:
     """Loads the rank's shard and allocates its KV cache. Raises PrecastError with one line."""
     started = time.perf_counter()
     folder = Path(init.model_dir)
@@ -118,7 +118,7 @@ def load(init: Init) -> RankModel:
     selection = providers.select(init.kernel_provider, needs_of(shape))
     providers.start(selection)  # before weights are packed, because each has its own formats
     weights = load_weights(
-        folder, config, part, shape, init.max_context_length, Path(init.packed_dir)
+        folder, config, part, shape, init.max_context_length, Path(init.packed_dir), report
     )
     return RankModel(
         shape=shape,

@@ -27,11 +27,17 @@ from services.decode_worker.ranks.model import Batch, RankModel
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
+    Command,
     DropGraph,
     GraphLoaded,
     Init,
+    Join,
+    Loaded,
     LoadGraph,
+    Loading,
     Logprobs,
+    Ping,
+    Pong,
     RankFailed,
     Ready,
     Reply,
@@ -51,7 +57,7 @@ GROUP_TIMEOUT_S = 60.0
 """Longest wait for a peer in a collective. A dead peer is noticed at once, by its process state."""
 
 
-def receive(connection: socket.socket) -> Init | LoadGraph | DropGraph | Step | Shutdown:
+def receive(connection: socket.socket) -> Command:
     """The next command; Shutdown when the leader is gone. Raises ValueError for a broken frame."""
     _watch(connection)
     header = _read(connection, FRAME_HEADER.size)
@@ -97,10 +103,12 @@ def serve(connection: socket.socket) -> None:
     if init.cpus:
         pin(init.cpus)  # threads that are started from now on, unless they have a core each
     native.start_threads(init.cores, near=init.cpus)
-    model = rank_model.load(init)
-    if init.tp_size > 1:
-        native.join_group(init.group_id, init.tp_rank, init.tp_size, GROUP_TIMEOUT_S)
-    _send(connection, _ready(init, model))
+
+    def report(done: int, total: int) -> None:
+        _send(connection, Loading(tp_rank=init.tp_rank, done=done, total=total))
+
+    model = rank_model.load(init, report)
+    _send(connection, Loaded(tp_rank=init.tp_rank))
     while not isinstance(command := receive(connection), Shutdown):
         reply = _run(init, model, command)
         if reply is not None:
@@ -112,13 +120,19 @@ def _run(init: Init, model: RankModel, command: object) -> Reply | None:
         return _step(init, model, command)
     if isinstance(command, LoadGraph):
         return _load_graph(init, model, command)
+    if isinstance(command, Ping):
+        return Pong(tp_rank=init.tp_rank)
+    if isinstance(command, Join):
+        return _join(init, model)
     if isinstance(command, DropGraph):
         (model.trials if command.trial else model.graphs).pop(command.num_tokens, None)
         return None
     raise ValueError(f"unexpected command {type(command).__name__}")
 
 
-def _ready(init: Init, model: RankModel) -> Ready:
+def _join(init: Init, model: RankModel) -> Ready:
+    if init.tp_size > 1:
+        native.join_group(init.group_id, init.tp_rank, init.tp_size, GROUP_TIMEOUT_S)
     return Ready(
         tp_rank=init.tp_rank,
         load_s=model.load_s,
@@ -216,7 +230,8 @@ def run(connection: socket.socket) -> int:
             serve(connection)
     except (PrecastError, RuntimeError, ValueError, MemoryError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        connection.sendall(frame(RankFailed(tp_rank=-1, message=lines[0])))
+        refused = isinstance(error, PrecastError)
+        connection.sendall(frame(RankFailed(tp_rank=-1, message=lines[0], refused=refused)))
         return 1
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the leader is gone

@@ -2,8 +2,9 @@
 
 Each rank is a process with one Unix stream socket to the leader. A frame is a 4-byte little-endian
 length and a msgpack body. The leader sends every command to every rank in the same order; ranks
-work in lock step. Only rank 0 answers ``Step``; every rank answers ``Init`` and ``LoadGraph``. A
-rank that can't go on sends ``RankFailed`` and exits; a rank that dies closes its socket.
+work in lock step. Only rank 0 answers ``Step``; every rank answers ``Init``, ``Join``,
+``LoadGraph`` and ``Ping``, and says meanwhile how far it has come with an ``Init``. A rank that
+can't go on sends ``RankFailed`` and exits; a rank that dies closes its socket.
 """
 
 import struct
@@ -40,8 +41,26 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kernel_provider: str
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class Loading(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """How far a rank has come with its weights, layer by layer; so often as it is true."""
+
+    tp_rank: int
+    done: int
+    total: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Answer to ``Init``."""
+
+    tp_rank: int
+
+
+class Join(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """All ranks have loaded: meet in the group's shared memory."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Answer to ``Join``."""
 
     tp_rank: int
     load_s: float
@@ -152,14 +171,24 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class RankFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     tp_rank: int
     message: str
+    refused: bool = False
+    """Whether the same command would fail again: of a model or a setting, not of the moment."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Answered by every rank: it is there, and waits for a command."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    tp_rank: int
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-Command = Init | LoadGraph | DropGraph | Step | Shutdown
-Reply = Ready | GraphLoaded | StepDone | RankFailed
+Command = Init | Join | LoadGraph | DropGraph | Step | Ping | Shutdown
+Reply = Loading | Loaded | Ready | GraphLoaded | StepDone | Pong | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode
