@@ -20,6 +20,7 @@ from precast.system.shared_memory import sweep_segments
 from precast.system.stopping import run_until_stopped
 from services.decode_worker import grpc_server
 from services.decode_worker.engine.engine import Engine
+from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sizing import Share, rank_inits
 from services.decode_worker.graphs.autotune.loop import keep_tuning
@@ -59,6 +60,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         log.warning(
             "UNSIGNED GRAPHS ARE ALLOWED: whoever reaches the compile worker runs code here"
         )
+    pace = Pace(settings.max_decode_gap_ms / 1e3)
     scheduler = Scheduler(
         blocks=share.kv_blocks,
         block_size=settings.block_size,
@@ -66,6 +68,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         max_context_length=share.context,
         max_waiting=settings.max_waiting,
         prefill_chunk=settings.prefill_chunk,
+        pace=pace,
     )
     changed = asyncio.Event()
     graphs = GraphManager(settings.graph_sizes, changed.set)
@@ -75,6 +78,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         inits=lambda: rank_inits(settings, share),
         launcher=launcher,
         metrics=metrics,
+        pace=pace,
     )
     running = asyncio.create_task(engine.run(), name="engine")
     worker_id = f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"

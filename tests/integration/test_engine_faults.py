@@ -4,11 +4,11 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from precast.models.precision import Precision
 from precast.proto.decode.v1 import decode_service_pb2 as pb
@@ -17,9 +17,11 @@ from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.load import load_tokenizer
 from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.engine import MAX_FAILED_STARTS, Engine
+from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.response_buffer import Outbox
-from services.decode_worker.engine.scheduler import SamplingSpec, Scheduler, Sequence
+from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 from services.decode_worker.graphs.candidates import Candidate
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
@@ -57,7 +59,7 @@ class Rig:
 
     engine: Engine
     graphs: GraphManager
-    tokenizer: Tokenizer
+    table: TokenTable
     scheduler: Scheduler
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, list[pb.GenerateResponse]] = field(default_factory=dict)
@@ -75,8 +77,8 @@ class Rig:
         self.engine.submit(
             Request(
                 sequence=sequence,
-                tokens=(table := TokenTable(self.tokenizer)),
-                detokenizer=Detokenizer(table, prompt),
+                tokens=self.table,
+                detokenizer=Detokenizer(self.table, prompt),
                 outbox=self._outbox,
                 on_end=lambda _: None,
                 hidden_token_ids=frozenset(),
@@ -118,18 +120,19 @@ def graph(name: str) -> Candidate:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def table(tmp_path_factory: pytest.TempPathFactory) -> TokenTable:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     write_model(folder)
-    return load_tokenizer(folder)
+    return TokenTable(load_tokenizer(folder))
 
 
 @pytest.fixture
 async def rig(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: TokenTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Rig]:
     monkeypatch.setenv("PRECAST_SIMULATED_STEP_MS", str(STEP_MS))
     monkeypatch.setenv("PRECAST_NO_START", str(tmp_path / "no-start"))
+    pace = Pace(0.15)
     scheduler = Scheduler(
         blocks=64,
         block_size=16,
@@ -137,6 +140,7 @@ async def rig(
         max_context_length=128,
         max_waiting=64,
         prefill_chunk=256,
+        pace=pace,
     )
     graphs = GraphManager((1,), lambda: None)
     engine = Engine(
@@ -145,8 +149,9 @@ async def rig(
         inits=inits,
         launcher=RankLauncher("tests.support.faulty_rank"),
         metrics=Metrics(),
+        pace=pace,
     )
-    rig = Rig(engine=engine, graphs=graphs, tokenizer=tokenizer, scheduler=scheduler)
+    rig = Rig(engine=engine, graphs=graphs, table=table, scheduler=scheduler)
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(rig.listen())]
     await engine.started.wait()
     yield rig
@@ -241,8 +246,8 @@ async def test_a_text_that_can_t_be_made_ends_its_own_request(
 ) -> None:
     whole = Detokenizer.push
 
-    def push(self: Detokenizer, token_ids: list[int]) -> tuple[str, bool]:
-        if token_ids == [5]:
+    def push(self: Detokenizer, token_ids: Many[int]) -> tuple[str, bool]:
+        if list(token_ids) == [5]:
             raise RuntimeError("no text")
         return whole(self, token_ids)
 
@@ -263,3 +268,18 @@ async def test_requests_end_with_the_worker(rig: Rig) -> None:
             task.cancel()
     await rig.all_ended()
     assert rig.error("cut") == pb.ERROR_CODE_UNAVAILABLE
+
+
+async def test_a_stopped_rank_counts_as_dead_within_ten_seconds(rig: Rig) -> None:
+    """In a step, and while it has nothing to do."""
+    for restarts, tokens in ((1, 0), (2, 9)):
+        if tokens:
+            rig.submit("runs", [1, 2], tokens)
+            await until(lambda: len(rig.tokens["runs"]) > 1)
+        [rank] = rank_pids()
+        os.kill(rank, signal.SIGSTOP)
+        await until(lambda: not rig.engine.up, 12.0)
+        await until(lambda: rig.engine.up)
+        assert rig.engine.restarts == restarts
+    await rig.all_ended()
+    assert rig.tokens["runs"] == [2 + i for i in range(9)]

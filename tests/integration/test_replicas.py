@@ -51,7 +51,8 @@ def answer(worker: DecodeWorker) -> list[int]:
 
 def ranks(leader: psutil.Process) -> list[psutil.Process]:
     """Without the process that they are forked from."""
-    return [child for child in leader.children() if "rank" in child.cmdline()]
+    living = [c for c in leader.children() if c.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "rank" in child.cmdline()]
 
 
 def leaders(workers: list[DecodeWorker]) -> list[psutil.Process]:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
-from tests.support.recovery import KINDS, SIGNALS, away, settle
 
 from precast.models.importing.importer import import_model
 from tests.support.http_load import check_outcomes
+from tests.support.recovery import KINDS, SIGNALS, away, settle
 from tests.support.serve_stack import MODEL, Serve, serving
 
 NAMESPACE = "PRECAST_CHAOS_NAMESPACE"

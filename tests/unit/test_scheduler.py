@@ -1,35 +1,37 @@
 """Continuous batching and its blocks."""
 
 import itertools
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from precast.errors import ContextLengthExceeded, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool, OutOfBlocks
+from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.scheduler import (
     MAX_LOSSES,
-    FinishReason,
-    SamplingSpec,
-    ScheduledStep,
     Scheduler,
-    Sequence,
 )
+from services.decode_worker.engine.sequence import FinishReason, SamplingSpec, Sequence
+from services.decode_worker.engine.step import ScheduledStep
 
 BLOCK = 4
 
 
-def make(**changes: int) -> Scheduler:
-    values = {
+def make(**changes: Any) -> Scheduler:
+    values: dict[str, Any] = {
         "blocks": 16,
         "block_size": BLOCK,
         "max_batch_size": 4,
         "max_context_length": 32,
         "max_waiting": 8,
         "prefill_chunk": 8,
+        "pace": Pace(0.15),
         **changes,
     }
     return Scheduler(**values)
@@ -163,21 +165,6 @@ def test_preemption_loses_nothing() -> None:
     assert scheduler.blocks.free_blocks == 8
 
 
-def test_a_preempted_sequence_is_prefilled_with_its_output() -> None:
-    scheduler = make(blocks=5, max_context_length=20, prefill_chunk=20)
-    scheduler.add(sequence("old", prompt=8, max_tokens=8))
-    scheduler.add(sequence("young", prompt=7, max_tokens=8))
-    seen = []
-    for step_id in range(60):
-        step = scheduler.schedule(step_id)
-        if step is None:
-            break
-        if step.prompt_tokens and step_id > 0:
-            seen.append(ints(step.message.token_ids)[step.decoding :])
-        scheduler.apply(step, draw(step, 60 + step_id))
-    assert any(tokens[:7] == list(range(1, 8)) and tokens[7:] for tokens in seen)
-
-
 def test_bounds_are_refused_with_numbers() -> None:
     scheduler = make(max_waiting=1)
     with pytest.raises(ContextLengthExceeded, match=r"32 tokens.*32"):
@@ -200,8 +187,10 @@ def test_abort_between_schedule_and_apply() -> None:
 
 def test_a_lost_cache_puts_what_ran_back_in_front_of_the_queue() -> None:
     scheduler = make(max_batch_size=2)
-    for name in "abc":
-        scheduler.add(sequence(name))
+    for number, name in enumerate("abc"):
+        one = sequence(name)
+        one.prompt[0] += 10 * number
+        scheduler.add(one)
     for step_id in range(2):
         step = scheduler.schedule(step_id)
         assert step is not None
@@ -212,7 +201,13 @@ def test_a_lost_cache_puts_what_ran_back_in_front_of_the_queue() -> None:
     again = scheduler.schedule(3)
     assert again is not None
     assert [s.request_id for s in again.sequences] == ["a", "b"]
-    assert ints(again.message.token_ids)[:7] == [1, 2, 3, 4, 5, 50, 50]
+    assert again.counts == (4, 4)
+    assert ints(again.message.token_ids) == [1, 2, 3, 4, 11, 2, 3, 4]
+    scheduler.apply(again, draw(again))
+    rest = scheduler.schedule(4)
+    assert rest is not None
+    assert ints(rest.message.token_ids) == [5, 50, 50, 5, 50]  # with what they had generated
+    scheduler.apply(rest, draw(rest))
     assert {name: len(out) for name, out in run(scheduler).items()} == dict.fromkeys("abc", 4)
 
 
@@ -249,32 +244,51 @@ def test_the_pool_takes_nothing_when_it_can_not_give_all() -> None:
     assert pool.free_blocks == 1
 
 
-class Accounting(RuleBasedStateMachine):
-    """Random traffic: blocks are never leaked, shared or written twice in a step."""
+PREFIXES = ([7] * 16, [8, 9] * 8)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Random traffic over a simulated cache: each block holds what its reader thinks it does, none
+    leaks or is written by two, nobody starves, and each sequence ends once."""
+
+    BLOCKS, CONTEXT = 9, 20
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make(blocks=9, max_context_length=20, prefill_chunk=5)
+        self.pace = Pace(0.1)
+        self.scheduler = make(
+            blocks=self.BLOCKS, max_context_length=self.CONTEXT, prefill_chunk=5, pace=self.pace
+        )
         self.live: dict[str, Sequence] = {}
-        self.names = 0
+        self.ended: set[str] = set()
+        self.cache: dict[int, tuple[int, ...]] = {}
+        """By slot: the tokens that its keys and values depend on."""
         self.step: ScheduledStep | None = None
+        self.steps = 0
 
-    @rule(prompt=st.integers(1, 19), tokens=st.integers(1, 12))
-    def add(self, prompt: int, tokens: int) -> None:
-        new = sequence(f"r{self.names}", prompt, tokens)
-        self.names += 1
-        try:
-            self.scheduler.add(new)
-        except Overloaded:
-            return
-        self.live[new.request_id] = new
+    @rule(
+        prefix=st.sampled_from([[], *PREFIXES]),
+        cut=st.integers(0, 16),
+        own=st.lists(st.integers(1, 3), min_size=1, max_size=8),
+        tokens=st.integers(1, 12),
+        copies=st.sampled_from([1, 1, 3]),
+    )
+    def add(self, prefix: list[int], cut: int, own: list[int], tokens: int, copies: int) -> None:
+        for _ in range(copies):
+            new = sequence(f"r{len(self.live) + len(self.ended)}", 1, tokens)
+            new.prompt = (prefix[:cut] + own)[: self.CONTEXT - 1]
+            try:
+                self.scheduler.add(new)
+            except Overloaded:
+                return
+            self.live[new.request_id] = new
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         if self.live:
             name = data.draw(st.sampled_from(sorted(self.live)))
             assert self.scheduler.abort(name) is not None
-            del self.live[name]
+            self.end(name)
 
     @rule()
     def schedule(self) -> None:
@@ -282,32 +296,180 @@ class Accounting(RuleBasedStateMachine):
             return
         self.step = self.scheduler.schedule(0)
         if self.step is None:
-            assert not self.live
+            assert not self.live, "work is left, but nothing is done"
             return
+        self.steps += 1
         slots = ints(self.step.message.slots)
         assert len(slots) == len(set(slots))
+        assert self.step.prompt_tokens <= 5
+        self.compute(self.step)
 
-    @rule(token=st.integers(90, 99))
-    def apply(self, token: int) -> None:
+    def compute(self, step: ScheduledStep) -> None:
+        """What the ranks do: write the new tokens, then read all of them."""
+        slots = iter(ints(step.message.slots))
+        for one, count in zip(step.sequences, step.counts, strict=True):
+            whole = tuple(one.tokens(0, one.computed + count))
+            for at in range(one.computed, len(whole)):
+                self.cache[next(slots)] = whole[: at + 1]
+            for at in range(len(whole)):
+                slot = one.blocks[at // BLOCK] * BLOCK + at % BLOCK
+                assert self.cache[slot] == whole[: at + 1], (one, at)
+
+    @rule(token=st.integers(96, 99), seconds=st.floats(0.001, 1.0))
+    def apply(self, token: int, seconds: float) -> None:
         if self.step is None:
             return
-        for done, _, reason in self.scheduler.apply(self.step, draw(self.step, token)):
+        step, self.step = self.step, None
+        self.pace.observe(step.decoding, step.prompt_tokens, seconds)
+        for done, _, reason in self.scheduler.apply(step, draw(step, token)):
             if reason is not None:
-                del self.live[done.request_id]
-        self.step = None
+                self.end(done.request_id)
 
     @rule()
     def fail(self) -> None:
         for lost in self.scheduler.lose_cache(self.step):
-            del self.live[lost.request_id]
+            assert lost.losses == MAX_LOSSES
+            self.end(lost.request_id)
         self.step = None
+        self.cache.clear()
+
+    def end(self, name: str) -> None:
+        del self.live[name]
+        assert name not in self.ended
+        self.ended.add(name)
 
     @invariant()
     def blocks_add_up(self) -> None:
-        held = [block for s in self.live.values() for block in s.blocks]
-        assert len(held) == len(set(held))
-        assert len(held) + self.scheduler.blocks.free_blocks == 9
+        pool = self.scheduler.blocks
+        held = Counter(block for one in self.live.values() for block in one.blocks)
+        assert dict(held) == {b: n for b, n in enumerate(pool._holders) if n}
+        assert len(held) + pool.free_blocks == self.BLOCKS
+        assert set(pool._published.values()) == set(pool._key_of)
+        assert set(pool._kept) == set(pool._key_of) - set(held)
+
+    def teardown(self) -> None:
+        """Everything ends when nothing more comes, in no more steps than its tokens take."""
+        left = sum(2 * len(one.prompt) + 3 * one.max_tokens for one in self.live.values()) + 2
+        for _ in range(left * 2):
+            self.schedule()
+            self.apply(96, 0.01)
+        assert not self.live
+        assert self.scheduler.blocks.free_blocks == self.BLOCKS
 
 
-TestAccounting = Accounting.TestCase
-TestAccounting.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    scheduler = make(max_context_length=4096, blocks=2048, prefill_chunk=256)
+    scheduler.add(sequence("long", prompt=4000))
+    step = scheduler.schedule(0)
+    assert step is not None
+    scheduler.apply(step, draw(step))
+    short = sequence("short", prompt=100)
+    short.prompt = [5] * 100
+    scheduler.add(short)
+    for number in range(1, 3):
+        step = scheduler.schedule(number)
+        assert step is not None
+        scheduler.apply(step, draw(step))
+        assert step.tokens == 256  # nothing of the chunk is lost
+        if short.output:
+            break
+    assert number == 1
+    assert len(run(scheduler)) == 2
+
+
+def test_a_long_prompt_goes_on_while_short_ones_keep_coming() -> None:
+    scheduler = make(max_context_length=4096, blocks=2048, prefill_chunk=256, max_waiting=64)
+    scheduler.add(sequence("long", prompt=4000, max_tokens=1))
+    for number in range(4000 // 128 + 1):
+        short = sequence(f"short-{number}", max_tokens=1)
+        short.prompt = [number + 1] * 200
+        scheduler.add(short)
+        step = scheduler.schedule(number)
+        assert step is not None
+        ended = scheduler.apply(step, draw(step))
+        if any(done.request_id == "long" for done, _, _ in ended):
+            return
+    raise AssertionError("the long prompt starves")
+
+
+def test_prompts_beside_decoding_take_no_longer_than_the_gap() -> None:
+    pace = Pace(0.150)
+    scheduler = make(max_context_length=8192, blocks=4096, prefill_chunk=256, pace=pace)
+    for name in "abc":
+        scheduler.add(sequence(name, prompt=2, max_tokens=200))
+    scheduler.add(sequence("long", prompt=3000))
+    times = []
+    for number in range(100):
+        step = scheduler.schedule(number)
+        assert step is not None
+        # what a step really takes: more for each token, the further the prompt has come
+        context = max(s.computed for s in step.sequences)
+        seconds = 0.02 + 0.002 * step.decoding + step.prompt_tokens * (1 + context / 3000) * 1e-3
+        if step.decoding and step.prompt_tokens:
+            times.append(seconds)
+        pace.observe(step.decoding, step.prompt_tokens, seconds)
+        scheduler.apply(step, draw(step))
+    assert len(times) > 10
+    assert max(times) <= 0.150
+    assert sum(times) / len(times) > 0.08, "the gap is not used"
+
+
+def test_one_prompt_of_eight_choices_is_computed_once() -> None:
+    scheduler = make(max_context_length=4096, blocks=2048, max_batch_size=8, prefill_chunk=256)
+    choices = [sequence(f"n{number}", prompt=4001, max_tokens=2) for number in range(8)]
+    for one in choices:
+        scheduler.add(one)
+    prompt_tokens = 0
+    for number in range(60):
+        step = scheduler.schedule(number)
+        if step is None:
+            break
+        prompt_tokens += step.prompt_tokens
+        scheduler.apply(step, draw(step))
+    assert all(len(one.output) == 2 for one in choices)
+    assert prompt_tokens == 4001 + 7 * 1  # the last token has to be computed for each
+    assert [one.cached for one in choices] == [0] + [4000] * 7
+
+
+def test_a_prompt_that_was_there_before_is_not_computed_again() -> None:
+    scheduler = make(blocks=16)
+    scheduler.add(sequence("first", prompt=14, max_tokens=1))
+    run(scheduler)
+    again = sequence("again", prompt=14, max_tokens=1)
+    scheduler.add(again)
+    step = scheduler.schedule(0)
+    assert step is not None
+    assert ints(step.message.positions) == [12, 13]
+    assert again.cached == 12
+    assert ints(step.message.context_lens) == [14]
+
+
+def test_kept_blocks_go_before_anyone_waits() -> None:
+    scheduler = make(blocks=8, max_context_length=32)
+    scheduler.add(sequence("first", prompt=20, max_tokens=1))
+    run(scheduler)
+    other = sequence("other", max_tokens=2)
+    other.prompt = [9] * 28
+    scheduler.add(other)
+    assert list(run(scheduler)) == ["other"]
+
+
+def test_a_lost_cache_is_shared_with_nobody() -> None:
+    scheduler = make()
+    scheduler.add(sequence("first", prompt=14, max_tokens=1))
+    run(scheduler)
+    scheduler.lose_cache(None)
+    again = sequence("again", prompt=14, max_tokens=1)
+    scheduler.add(again)
+    step = scheduler.schedule(0)
+    assert step is not None
+    assert (again.cached, step.counts) == (0, (8,))

@@ -6,7 +6,7 @@ from typing import Final
 
 from precast.errors import InvalidRequest, ModelNotFound
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.decode_worker.engine.scheduler import SamplingSpec, Sequence
+from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 
 MAX_REQUEST_ID: Final = 128
 MAX_STOP_STRINGS: Final = 64

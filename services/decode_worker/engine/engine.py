@@ -19,28 +19,37 @@ from precast.errors import Unavailable
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.backoff import Backoff
-from services.decode_worker.engine import scheduler as scheduling
+from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.request import Request
-from services.decode_worker.engine.scheduler import ScheduledStep, Scheduler
+from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.engine.sequence import FinishReason
+from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.graphs.autotune.stats import StepStats
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.ranks.group import GroupFailed, RankGroup
+from services.decode_worker.ranks.group import GroupFailed, RankGroup, RankRefused
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init, Logprobs, Ready
 
 log = get_logger(__name__)
 
-STEP_TIMEOUT_S: Final = 60.0
-"""Bound of one step. Prefill chunks are small, so only a hung rank takes this long."""
+STEP_TIMEOUT_S: Final = 10.0
+STEP_TIMEOUT_FACTOR: Final = 30.0
+"""A step that takes so much longer than expected, and that long, never ends: for ranks that compute
+for ever. Others are known to hang by what they don't do (``ranks/watch.py``)."""
+UNKNOWN_STEP_TIMEOUT_S: Final = 120.0
+UNKNOWN_TOKEN_TIMEOUT_S: Final = 2.0
+"""For each of its tokens, before anything is known."""
+PING_S: Final = 2.0
+"""How often ranks that have nothing to do are asked whether they are there."""
 RESTART_BACKOFF: Final = Backoff(first_s=0.5, max_s=5.0)
 """Before each restart of the ranks but the first in a row, which is at once."""
 MAX_FAILED_STARTS: Final = 3
 """Groups in a row that can't start before requests stop waiting for the next one."""
 
 _REASONS: Final = {
-    scheduling.FinishReason.STOP: pb.FINISH_REASON_STOP,
-    scheduling.FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 
 
@@ -51,7 +60,7 @@ class _Outcome:
     request: Request
     token: int
     logprobs: Logprobs | None
-    finished: scheduling.FinishReason | None
+    finished: FinishReason | None
 
 
 class Engine:
@@ -63,7 +72,7 @@ class Engine:
         inits: Callable[[], Sequence[Init]],
         launcher: RankLauncher,
         metrics: Metrics,
-        step_timeout_s: float = STEP_TIMEOUT_S,
+        pace: Pace,
     ) -> None:
         """``inits`` gives each start of the group its ranks' first commands."""
         self._scheduler = scheduler
@@ -71,7 +80,7 @@ class Engine:
         self._inits = inits
         self._launcher = launcher
         self._metrics = metrics
-        self._step_timeout_s = step_timeout_s
+        self._pace = pace
         self._requests: dict[str, Request] = {}
         self._wake = asyncio.Event()
         self._unsent: list[_Outcome] = []
@@ -161,11 +170,16 @@ class Engine:
             try:
                 await self._run_group()
             except Exception as error:
-                if not self.started.is_set():
+                if not self.started.is_set() and self._is_final(error):
                     raise
                 self._lose_group(_reason(error))
             failures = failures + 1 if time.monotonic() - began < 30.0 else 1
             await asyncio.sleep(RESTART_BACKOFF.wait_s(failures - 1))
+
+    def _is_final(self, error: Exception) -> bool:
+        """Whether a group that has never run would not run if it were started again."""
+        died = isinstance(error, GroupFailed) and not isinstance(error, RankRefused)
+        return not died or self._failed_starts >= MAX_FAILED_STARTS
 
     async def _run_group(self) -> None:
         self._crashed = {}
@@ -237,14 +251,23 @@ class Engine:
         message = self._graphs.assigned(
             step.message, tokens=step.tokens, decoding=not step.prompt_tokens
         )
+        began = time.monotonic()
         group.send_step(message)
         self._emit()
-        done = await group.step_done(self._step_timeout_s)
+        done = await group.step_done(self._limit_s(step))
         self._in_flight = None
+        self._pace.observe(step.decoding, step.prompt_tokens, time.monotonic() - began)
         tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
         self._unsent = self._apply(step, tokens, done.logprobs)
         self._count(step, message.graph_size, done.step_us)
         self._graphs.ran(done.shadow)
+
+    def _limit_s(self, step: ScheduledStep) -> float:
+        """How long the ranks may take for a step."""
+        expected = self._pace.expected_s(step.decoding, step.prompt_tokens)
+        if expected is None:
+            return UNKNOWN_STEP_TIMEOUT_S + UNKNOWN_TOKEN_TIMEOUT_S * step.tokens
+        return max(STEP_TIMEOUT_S, STEP_TIMEOUT_FACTOR * expected)
 
     async def _probe(self, group: RankGroup) -> None:
         """Runs a trial graph in a made-up step when live ones have not come in time."""
@@ -252,24 +275,24 @@ class Engine:
         if probe is not None:
             self._next_step_id += 1
             group.send_step(probe)
-            done = await group.step_done(self._step_timeout_s)
+            done = await group.step_done(UNKNOWN_STEP_TIMEOUT_S)
             self._graphs.trials.observe(done.shadow)
 
     async def _idle(self, group: RankGroup) -> None:
-        """Waits for work, or raises when the group fails meanwhile."""
+        """Waits for work, and sees to it that the ranks could do some; raises when they can't."""
         wake = asyncio.ensure_future(self._wake.wait())
         either: set[asyncio.Future[Any]] = {wake, group.failed}
+        due_s = self._graphs.trials.due_s()
         await asyncio.wait(
             either,
-            timeout=self._graphs.trials.due_s(),
+            timeout=PING_S if due_s is None else min(PING_S, due_s),
             return_when=asyncio.FIRST_COMPLETED,
         )
-        if not wake.done():
-            wake.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await wake
+        wake.cancel()
         if group.failed.done():
-            raise GroupFailed(group.failed.result())
+            raise group.failure()
+        if not self._wake.is_set():
+            await group.ping()
 
     def _apply(
         self, step: ScheduledStep, tokens: list[int], logprobs: tuple[Logprobs | None, ...]

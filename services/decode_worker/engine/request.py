@@ -7,7 +7,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.response_buffer import Outbox
-from services.decode_worker.engine.scheduler import Sequence
+from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.ranks.protocol import Logprobs
 
 

@@ -1,89 +1,24 @@
 """Continuous batching: which sequences run in the next step, and where their tokens live.
 
-Pure bookkeeping, without IO or clock. A sequence waits until it has blocks for its prompt, is
-prefilled in chunks, then decodes one token a step together with all the others. A step has a token
-of every decoding sequence, and chunks of prompts in what is left of its budget. When blocks run
-out, the youngest running sequence gives up its own and waits again; it is prefilled anew with what
-it had generated, so nothing is lost but time.
+Pure bookkeeping, without IO or clock. A sequence waits until it has a slot and blocks for its
+prompt, is prefilled in chunks, then decodes one token a step together with all the others. A step
+has a token of every decoding sequence, and chunks of prompts in what is left of its budget: half of
+that is the oldest prompt's, so that none starves, and the rest goes to the shortest, so that none
+waits for a long one. What a prompt shares with another is computed once. When blocks run out, the
+youngest running sequence gives up its own and waits again; it is prefilled anew with what it had
+generated, so nothing is lost but time.
 """
 
-import enum
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Final
-
-import numpy as np
 
 from precast.errors import ContextLengthExceeded, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool
-from services.decode_worker.ranks.protocol import Sampling, Step
+from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.sequence import FinishReason, Sequence
+from services.decode_worker.engine.step import ScheduledStep, make_step
 
 MAX_LOSSES: Final = 3
-
-
-class FinishReason(enum.Enum):
-    STOP = "stop"
-    LENGTH = "length"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSpec:
-    """How a request's tokens are drawn, for its whole life (``rank_protocol.Sampling``)."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    logprobs: int = -1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True, eq=False)
-class Sequence:
-    request_id: str
-    prompt: list[int]
-    sampling: SamplingSpec
-    max_tokens: int
-    stop_token_ids: frozenset[int]
-    output: list[int] = field(default_factory=list)
-    computed: int = 0
-    """Tokens whose keys and values are in the cache."""
-    blocks: list[int] = field(default_factory=list)
-    losses: int = 0
-    """Times that the cache was lost in a step with this sequence in it."""
-    alive: bool = True
-    """False once finished or aborted."""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.output)
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        """Tokens of prompt and output at positions [start, stop)."""
-        split = len(self.prompt)
-        if start >= split:
-            return self.output[start - split : stop - split]
-        return self.prompt[start:stop] + self.output[: max(0, stop - split)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduledStep:
-    sequences: tuple[Sequence, ...]
-    counts: tuple[int, ...]
-    """New tokens of each sequence."""
-    decoding: int
-    """Sequences that decode, first among them; the others' tokens are of prompts."""
-    message: Step
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.tokens - self.decoding
 
 
 class Scheduler:
@@ -96,12 +31,14 @@ class Scheduler:
         max_context_length: int,
         max_waiting: int,
         prefill_chunk: int,
+        pace: Pace,
     ) -> None:
         self.blocks = BlockPool(blocks, block_size)
         self._max_batch_size = max_batch_size
         self._max_context_length = max_context_length
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
+        self._pace = pace
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
@@ -149,6 +86,7 @@ class Scheduler:
             sequence.losses += sequence.alive
         for sequence in self._running[::-1]:
             self._preempt(sequence)
+        self.blocks.lose()
         lost = [s for s in self._waiting if s.losses >= MAX_LOSSES]
         for sequence in lost:
             self._waiting.remove(sequence)
@@ -156,15 +94,17 @@ class Scheduler:
         return lost
 
     def schedule(self, step_id: int) -> ScheduledStep | None:
-        """The next step, or None if there is nothing to do.
-
-        A step has up to ``prefill_chunk`` tokens: a long prompt holds up the sequences that decode
-        beside it by a chunk at a time. However many decode, half of it is left to prompts.
-        """
+        """The next step, or None if there is nothing to do."""
+        self._admit()
+        for sequence in self._running:
+            self._adopt(sequence)
         decoding = self._decoding()
-        budget = max(self._prefill_chunk - len(decoding), self._prefill_chunk // 2, 1)
-        chosen = [(sequence, 1) for sequence in decoding] + self._prompt_chunks(budget)
-        return self._step(step_id, chosen, len(decoding)) if chosen else None
+        chosen = [(sequence, 1) for sequence in decoding]
+        chosen += self._prompt_chunks(self._budget(len(decoding)))
+        if not chosen:
+            return None
+        size = self.blocks.block_size
+        return make_step(step_id, chosen, decoding=len(decoding), block_size=size)
 
     def apply(
         self, step: ScheduledStep, token_ids: list[int]
@@ -177,7 +117,7 @@ class Scheduler:
         for sequence, count, token in zip(step.sequences, step.counts, token_ids, strict=True):
             if not sequence.alive:
                 continue
-            sequence.computed += count
+            self._computed(sequence, count)
             if token < 0:
                 continue
             sequence.output.append(token)
@@ -187,6 +127,14 @@ class Scheduler:
                 self._retire(sequence)
             outcomes.append((sequence, token, reason))
         return outcomes
+
+    def _computed(self, sequence: Sequence, count: int) -> None:
+        """Tokens are in the cache: what is full of them may be shared."""
+        size = self.blocks.block_size
+        full = sequence.computed // size
+        sequence.computed += count
+        for index in range(full, sequence.computed // size):
+            self.blocks.publish(sequence.blocks[index], sequence.block_key(index, size))
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.stop_token_ids:
@@ -198,29 +146,93 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _prompt_chunks(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Prompts that are under way, then waiting ones, and how many tokens of each."""
-        chosen: list[tuple[Sequence, int]] = []
-        for sequence in self._running:
-            left = _to_prefill(sequence)
-            if left > 0 and budget > 0:
-                chosen.append((sequence, min(left, budget)))
-                budget -= chosen[-1][1]
-        while budget > 0 and self._waiting and len(self._running) < self._max_batch_size:
+    def _admit(self) -> None:
+        """Gives slots and blocks to those that have waited longest."""
+        while self._waiting and len(self._running) < self._max_batch_size:
             sequence = self._waiting[0]
-            needed = self.blocks.blocks_for(sequence.length)
+            shared = self._shared(sequence)
+            fresh = self.blocks.blocks_for(sequence.length) - len(shared)
+            taken = fresh + sum(not self.blocks.is_held(block) for block in shared)
             # A block is kept for each running sequence's next token, so that admission does not
             # push out at once what it admitted.
-            if needed + len(self._running) > self.blocks.free_blocks and self._running:
-                break
-            if needed > self.blocks.free_blocks:
-                break
+            if taken + len(self._running) > self.blocks.free_blocks and self._running:
+                return
             self._waiting.popleft()
-            sequence.blocks = self.blocks.allocate(needed)
+            for block in shared:
+                self.blocks.share(block)
+            sequence.blocks = shared + self.blocks.allocate(fresh)
+            sequence.computed = len(shared) * self.blocks.block_size
+            if not sequence.output:
+                sequence.cached = sequence.computed
             self._running.append(sequence)
-            chosen.append((sequence, min(sequence.length, budget)))
-            budget -= chosen[-1][1]
-        return chosen
+
+    def _shared(self, sequence: Sequence) -> list[int]:
+        """Computed blocks that begin the sequence. At least one token is left to be computed, or
+        there would be nothing to draw the next one from."""
+        size = self.blocks.block_size
+        found: list[int] = []
+        while (len(found) + 1) * size < sequence.length:
+            block = self.blocks.find(sequence.block_key(len(found), size))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Takes blocks that another sequence has computed meanwhile in place of its own."""
+        size = self.blocks.block_size
+        while self._may_adopt(sequence):
+            index = sequence.computed // size
+            block = self.blocks.find(sequence.block_key(index, size))
+            if block is None:
+                return
+            self.blocks.share(block)
+            self.blocks.free([sequence.blocks[index]])
+            sequence.blocks[index] = block
+            sequence.computed += size
+            sequence.cached += size if not sequence.output else 0
+
+    def _may_adopt(self, sequence: Sequence) -> bool:
+        """Whether its next tokens are a whole block, and not its last."""
+        size = self.blocks.block_size
+        return sequence.computed % size == 0 and sequence.computed + size < sequence.length
+
+    def _budget(self, decoding: int) -> int:
+        """Tokens of prompts in a step. However many decode, half a chunk may be left to them; a
+        sequence that decodes is held up no longer than the pace allows."""
+        most = max(self._prefill_chunk - decoding, self._prefill_chunk // 2, 1)
+        return min(most, self._pace.prompt_tokens(decoding)) if decoding else most
+
+    def _prompt_chunks(self, budget: int) -> list[tuple[Sequence, int]]:
+        """How many tokens of each prompt."""
+        prompts = self._prompts()
+        counts = dict.fromkeys(prompts, 0)
+        if prompts:
+            oldest = budget if len(prompts) == 1 else max(1, budget // 2)
+            counts[prompts[0]] = min(prompts[0].to_prefill, oldest)
+        budget -= sum(counts.values())
+        for sequence in sorted(prompts, key=lambda s: s.to_prefill):
+            more = min(sequence.to_prefill - counts[sequence], budget)
+            counts[sequence] += more
+            budget -= more
+        return [(sequence, count) for sequence, count in counts.items() if count]
+
+    def _prompts(self) -> list[Sequence]:
+        """Those to be prefilled, oldest first, without those whose next block another one among
+        them is about to compute."""
+        size = self.blocks.block_size
+        found: list[Sequence] = []
+        underway: set[bytes] = set()
+        for sequence in self._running:
+            if sequence.to_prefill == 0:
+                continue
+            whole = range(sequence.computed // size, sequence.length // size)
+            keys = [sequence.block_key(index, size) for index in whole]
+            if self._may_adopt(sequence) and keys[0] in underway:
+                continue
+            underway.update(keys)
+            found.append(sequence)
+        return found
 
     def _decoding(self) -> list[Sequence]:
         """Sequences whose prompt is computed, each with a block for its next token."""
@@ -229,7 +241,7 @@ class Scheduler:
         grown = [
             sequence
             for sequence in list(self._running)
-            if sequence.blocks and _to_prefill(sequence) == 0 and self._grow(sequence)
+            if sequence.blocks and sequence.to_prefill == 0 and self._grow(sequence)
         ]
         return [sequence for sequence in grown if sequence.blocks]
 
@@ -256,68 +268,3 @@ class Scheduler:
         self.blocks.free(sequence.blocks)
         sequence.blocks = []
         sequence.alive = False
-
-    def _step(
-        self, step_id: int, chosen: list[tuple[Sequence, int]], decoding: int
-    ) -> ScheduledStep:
-        size = self.blocks.block_size
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, contexts = [0], []
-        width = max(len(sequence.blocks) for sequence, _ in chosen)
-        tables = np.zeros((len(chosen), width), dtype=np.int32)
-        for row, (sequence, count) in enumerate(chosen):
-            first, last = sequence.computed, sequence.computed + count
-            token_ids += sequence.tokens(first, last)
-            positions += range(first, last)
-            slots += [sequence.blocks[at // size] * size + at % size for at in range(first, last)]
-            starts.append(starts[-1] + count)
-            contexts.append(last)
-            tables[row, : len(sequence.blocks)] = sequence.blocks
-        message = Step(
-            step_id=step_id,
-            token_ids=_ints(token_ids),
-            positions=_ints(positions),
-            slots=_ints(slots),
-            query_starts=_ints(starts),
-            context_lens=_ints(contexts),
-            block_tables=tables.tobytes(),
-            block_table_width=width,
-            sample=tuple(
-                _sampling(s) if s.computed + count == s.length else None for s, count in chosen
-            ),
-        )
-        return ScheduledStep(
-            sequences=tuple(sequence for sequence, _ in chosen),
-            counts=tuple(count for _, count in chosen),
-            decoding=decoding,
-            message=message,
-        )
-
-
-def _to_prefill(sequence: Sequence) -> int:
-    """Tokens still to be computed before the sequence decodes; its newest output token aside."""
-    left = sequence.length - sequence.computed
-    return 0 if sequence.output and left == 1 else left
-
-
-def _ints(values: list[int]) -> bytes:
-    return np.array(values, dtype=np.int32).tobytes()
-
-
-def _sampling(sequence: Sequence) -> Sampling:
-    spec = sequence.sampling
-    penalised = bool(spec.presence_penalty or spec.frequency_penalty)
-    return Sampling(
-        temperature=spec.temperature,
-        top_p=spec.top_p,
-        top_k=spec.top_k,
-        seed=spec.seed,
-        step=len(sequence.output),
-        logprobs=spec.logprobs,
-        presence_penalty=spec.presence_penalty,
-        frequency_penalty=spec.frequency_penalty,
-        output_token_ids=_ints(sequence.output) if penalised else b"",
-        logit_bias=spec.logit_bias,
-    )

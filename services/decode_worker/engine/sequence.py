@@ -1,0 +1,73 @@
+"""One sequence of tokens: its prompt, what was generated, and what of it is in the KV cache."""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+from blake3 import blake3
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSpec:
+    """How a request's tokens are drawn, for its whole life (``ranks.protocol.Sampling``)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    logprobs: int = -1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingSpec
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    cached: int = 0
+    """Tokens of the prompt that were in the cache already, out of other sequences."""
+    blocks: list[int] = field(default_factory=list)
+    losses: int = 0
+    """Times that the cache was lost in a step with this sequence in it."""
+    alive: bool = True
+    """False once finished or aborted."""
+    _keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens still to be computed before the sequence decodes; its newest output token
+        aside."""
+        left = self.length - self.computed
+        return 0 if self.output and left == 1 else left
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens of prompt and output at positions [start, stop)."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.output[start - split : stop - split]
+        return self.prompt[start:stop] + self.output[: max(0, stop - split)]
+
+    def block_key(self, index: int, block_size: int) -> bytes:
+        """What a whole block's keys and values depend on: its tokens and all before them."""
+        while len(self._keys) <= index:
+            start = len(self._keys) * block_size
+            tokens = np.array(self.tokens(start, start + block_size), dtype=np.int32)
+            before = self._keys[-1] if self._keys else b""
+            self._keys.append(blake3(before + tokens.tobytes()).digest())
+        return self._keys[index]
