@@ -13,7 +13,7 @@ from precast.system.topology import (
     parse_cpu_list,
     read_topology,
 )
-from tests.support.machines import EPYC_64, XEON_2X28, Files, server_files, write_tree
+from tests.support.machines import EPYC_64, XEON_2X28, Files, laptop_files, server_files, write_tree
 
 CPU = "sys/devices/system/cpu/cpu"
 
