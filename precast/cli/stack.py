@@ -119,6 +119,7 @@ def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
             "metrics-port": settings.metrics_port,
             "cors-origins": _text(settings.cors_origins),
             "drain-timeout-s": GATEWAY_DRAIN_S,
+            "expected-models": settings.model,
         },
         DECODE_WORKER: {"listen": f"{LOOPBACK}:{settings.decode_port}", **decode},
     }

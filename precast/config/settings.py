@@ -112,6 +112,9 @@ class GatewaySettings(CommonSettings):
     """Interface of ``metrics_port``."""
     metrics_port: Port = 8001
     """Prometheus metrics and the API's reference (/metrics, /docs), apart from the API; 0: none."""
+    expected_models: Names = ()
+    """Models whose workers may have yet to come up: requests for them are answered with 503 and
+    Retry-After meanwhile, those for other unknown models with 404."""
     worker_refresh_s: Seconds = 0.5
     """How often the list of live workers is read."""
     drain_timeout_s: Seconds = 30.0

@@ -29,6 +29,8 @@ _health_aio: Any = health.aio  # type: ignore[attr-defined]  # missing in its st
 MAX_MESSAGE_BYTES: Final = 64 << 20
 _ERROR_METADATA: Final = "precast-error"
 """Trailing metadata that carries the class name of a ``PrecastError`` to the caller."""
+HEARTBEATS: Final = ("precast-heartbeats", "1")
+"""Metadata of a Generate call that asks for heartbeats on it."""
 
 _SIZE_OPTIONS: Final = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -162,6 +164,11 @@ async def start_server(listen: str, services: Sequence[Service], *, serving: boo
     running = Server(server, health_servicer, port, names)
     await running.set_serving(serving)
     return running
+
+
+def wants_heartbeats(context: Any) -> bool:
+    """Whether the caller has asked for them."""
+    return HEARTBEATS in [(key, value) for key, value in context.invocation_metadata() or ()]
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer
 
 from precast.errors import ModelCorrupt
 from precast.log import get_logger
+from precast.models.versions import replaced_folders
 from precast.tokenizer.chat_template import ChatTemplate, read_chat_template, template_files
 from precast.tokenizer.control_tokens import ControlTokens
+from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
 
 log = get_logger(__name__)
@@ -21,6 +24,7 @@ log = get_logger(__name__)
 _LONG_TEXT: Final = 4096
 """Characters from which tokenising goes to a thread: shorter ones take less than a millisecond."""
 _MAX_LOADED: Final = 16
+_MAX_EARLIER: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class ModelTokenizer:
     """Characters of text that one token may stand for, at the most."""
     chat_template: ChatTemplate
     control_tokens: ControlTokens
+    digest: str
+    """Of what turns text into tokens and chats into text; see ``tokenizer_digest``."""
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text, in which names of control tokens are these tokens. Long texts
@@ -105,6 +111,15 @@ class TokenizerStore:
         async with self._loading:
             return await self._load(folder, stamp)
 
+    async def earlier(self, model: str) -> list[ModelTokenizer]:
+        """Those of folders that were replaced while a worker has them, the latest first."""
+        folders = await asyncio.to_thread(replaced_folders, self._models_dir, model)
+        found = []
+        for folder in folders[:_MAX_EARLIER]:
+            with suppress(ModelCorrupt):
+                found.append(await self.get(folder.name))
+        return found
+
     async def _load(self, folder: Path, stamp: object) -> ModelTokenizer:
         known = self._loaded.pop(folder.name, None)
         if known is None or known[0] != stamp:
@@ -135,6 +150,7 @@ def _file_stamp(path: Path) -> tuple[int, int] | None:
 def read_model_tokenizer(folder: Path) -> ModelTokenizer:
     """Read a model folder. Raises ``ModelCorrupt`` with the file's name."""
     start = time.monotonic()
+    digest = tokenizer_digest(folder)
     tokenizer = load_tokenizer(folder)
     config = _read_json(folder / "tokenizer_config.json")
     declared = _read_json(folder / "config.json").get("vocab_size", 0)
@@ -148,6 +164,7 @@ def read_model_tokenizer(folder: Path) -> ModelTokenizer:
         longest_token=max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1),
         chat_template=template,
         control_tokens=ControlTokens(tokenizer, template.literals),
+        digest=digest,
     )
     load_ms = round(1000 * (time.monotonic() - start))
     log.info("tokenizer loaded", model=folder.name, load_ms=load_ms, chat=template.reason or "yes")

@@ -1,6 +1,7 @@
 """DecodeService: convert, call the worker, convert back."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -8,7 +9,7 @@ from precast.errors import InvalidRequest
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
-from precast.rpc.server import Service
+from precast.rpc.server import Service, wants_heartbeats
 from services.decode_worker.engine.request import error_response
 from services.decode_worker.engine.response_buffer import Outbox
 from services.decode_worker.worker import Worker
@@ -17,6 +18,8 @@ log = get_logger(__name__)
 
 DEFAULT_DRAIN_S: Final = 30
 MAX_DRAIN_S: Final = 3600
+HEARTBEAT_S: Final = 1.0
+_STATE_POLL_S: Final = 0.1
 
 
 class DecodeServicer(pb_grpc.DecodeServiceServicer):
@@ -30,11 +33,13 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         stream = _Stream(self._worker)
         reader = asyncio.create_task(stream.read(request_iterator))
+        heart = asyncio.create_task(stream.beat(wanted=wants_heartbeats(context)))
         try:
             async for response in stream.outbox.responses():
                 yield response
         finally:
             reader.cancel()
+            heart.cancel()
             stream.abort_all()
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
@@ -73,6 +78,17 @@ class _Stream:
         finally:
             self._half_closed = True
             self._close_if_done()
+
+    async def beat(self, *, wanted: bool) -> None:
+        """Says every second, and when the state changes, that the worker lives."""
+        while wanted:
+            beat = self._worker.heartbeat()
+            self.outbox.heartbeat(beat)
+            due = time.monotonic() + HEARTBEAT_S
+            while time.monotonic() < due:
+                await asyncio.sleep(_STATE_POLL_S)
+                if self._worker.heartbeat().state != beat.state:
+                    break
 
     def abort_all(self) -> None:
         for request_id in list(self._live):

@@ -29,7 +29,7 @@ from services.decode_worker.graphs.compiler_client import CompilerClient
 from services.decode_worker.graphs.loader import ArtifactLoader
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.model_files import open_model
+from services.decode_worker.model_files import digest_of_tokenizer, open_model
 from services.decode_worker.ranks.group import GroupFailed
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.worker import Worker
@@ -91,6 +91,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         engine=engine,
         graphs=graphs,
         max_context_length=share.context,
+        tokenizer_digest=digest_of_tokenizer(settings),
     )
     registry = Registry.connect(settings.redis_url)
     server = await start_server(settings.listen, [grpc_server.service(worker)], serving=False)

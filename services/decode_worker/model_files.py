@@ -3,6 +3,7 @@ as long as the worker runs, whatever is imported meanwhile."""
 
 import functools
 from pathlib import Path
+from typing import Final
 
 from tokenizers import Tokenizer
 
@@ -10,6 +11,7 @@ from precast.config.settings import DecodeWorkerSettings
 from precast.models.config import ModelConfig, load_config
 from precast.models.importing.catalog import check_vocabulary, check_weights
 from precast.models.versions import held_folder
+from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
 
 
@@ -24,6 +26,14 @@ def open_model(settings: DecodeWorkerSettings) -> tuple[ModelConfig, Tokenizer]:
     Replicas are forked from a process that has called it.
     """
     return _open(model_folder(settings))
+
+
+def digest_of_tokenizer(settings: DecodeWorkerSettings) -> str:
+    """Of the folder that this worker has: others compare it with theirs. Raises ModelCorrupt."""
+    return _digest(model_folder(settings))
+
+
+_digest: Final = functools.cache(tokenizer_digest)
 
 
 @functools.cache

@@ -56,6 +56,7 @@ class Worker:
         engine: Engine,
         graphs: GraphManager,
         max_context_length: int,
+        tokenizer_digest: str = "",
     ) -> None:
         self._worker_id = worker_id
         self._settings = settings
@@ -65,6 +66,7 @@ class Worker:
         self._engine = engine
         self._graphs = graphs
         self._max_context_length = max_context_length
+        self._tokenizer_digest = tokenizer_digest
         self._eos = frozenset(config.eos_token_ids)
         self._had_graphs = False
         """Whether all graphs were there once: a size that is added later is no reason to pause."""
@@ -134,6 +136,14 @@ class Worker:
         self._had_graphs = True
         return "ready"
 
+    def heartbeat(self) -> pb.Heartbeat:
+        return pb.Heartbeat(
+            worker_id=self._worker_id,
+            state=_STATES[self.state],
+            running=self._engine.running,
+            waiting=self._engine.waiting,
+        )
+
     def lease(self, address: str) -> DecodeLease:
         return DecodeLease(
             worker_id=self._worker_id,
@@ -150,6 +160,7 @@ class Worker:
             isa=self._graphs.isa,
             weight_dtype=self._settings.weight_dtype,
             quantization=self._settings.quantization,
+            tokenizer_digest=self._tokenizer_digest,
             graphs=self._graphs.records(),
             captures_wanted=self._graphs.missing,
         )

@@ -37,7 +37,11 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
     """
     metrics = Metrics()
     registry = Registry.connect(settings.redis_url)
-    pool = WorkerPool(registry, refresh_s=settings.worker_refresh_s)
+    pool = WorkerPool(
+        registry,
+        refresh_s=settings.worker_refresh_s,
+        expected_models=settings.expected_models,
+    )
     _watch_workers(metrics, pool)
 
     @asynccontextmanager
@@ -50,6 +54,7 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
             await registry.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.end_requests = pool.end_requests
     errors.install(app)
     _add_middleware(app, settings, metrics)
     if private_port is not None:

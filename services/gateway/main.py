@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import uvicorn
+from fastapi import FastAPI
 
 from precast import log as logs
 from precast.config.settings import GatewaySettings
@@ -28,8 +30,26 @@ _OTHER_FILES: Final = 128
 """Files that are open for something else than connections."""
 
 
+_FORCE_AFTER_S: Final = 1.0
+"""A signal that follows the first one sooner is part of it: a whole tree of processes is told to
+stop at once, in more than one way."""
+_LAST_WORDS_S: Final = 5
+"""How long responses may take to end once their requests were ended."""
+
+
 class _Server(uvicorn.Server):
-    """uvicorn, without its habit of raising the signal again after a clean stop."""
+    """uvicorn, without its habit of raising the signal again after a clean stop.
+
+    It stops once: no new connections, then ``drain_s`` for what runs, then an error in OpenAI's
+    shape for what still does. uvicorn itself would cancel it and answer with plain text.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_s = drain_s
+        self._stopped_at: float | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -45,9 +65,23 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
     def _stop(self) -> None:
-        """The first signal lets requests finish; the second doesn't."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        """The first signal lets requests finish; a second one, a second later, ends them."""
+        now = asyncio.get_running_loop().time()
+        if self._stopped_at is None:
+            self._stopped_at = now
+            self.should_exit = True
+            self._end_requests_in(self._drain_s)
+        elif now - self._stopped_at >= _FORCE_AFTER_S:
+            self._end_requests_in(0.0)
+
+    def _end_requests_in(self, delay_s: float) -> None:
+        async def end() -> None:
+            await asyncio.sleep(delay_s)
+            await self._app.state.end_requests()
+
+        if self._ending is not None:
+            self._ending.cancel()
+        self._ending = asyncio.create_task(end(), name="end requests")
 
 
 def run(settings: GatewaySettings) -> int:
@@ -60,7 +94,8 @@ def run(settings: GatewaySettings) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with contextlib.ExitStack() as open_sockets:
         listeners = [open_sockets.enter_context(one) for one in _listeners(settings)]
-        server = _Server(_config(settings, listeners))
+        app = create_app(settings, _private_port(listeners))
+        server = _Server(_config(app, settings), app, settings.drain_timeout_s)
         log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
         server.run(sockets=listeners)
     log.info("gateway stopped")
@@ -77,18 +112,21 @@ def _listeners(settings: GatewaySettings) -> list[socket.socket]:
     return [public, _bind("metrics_", settings.metrics_host, settings.metrics_port)]
 
 
-def _config(settings: GatewaySettings, listeners: list[socket.socket]) -> uvicorn.Config:
-    private_port = listeners[1].getsockname()[1] if len(listeners) > 1 else None
+def _private_port(listeners: list[socket.socket]) -> int | None:
+    return listeners[1].getsockname()[1] if len(listeners) > 1 else None
+
+
+def _config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
     connections = _allow_files(settings.max_connections)
     limits = ConnectionLimits(connections=connections, header_timeout_s=_HEADER_TIMEOUT_S)
     return uvicorn.Config(
-        create_app(settings, private_port),
+        app,
         http=limited(limits),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(max(1, settings.drain_timeout_s)),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + _LAST_WORDS_S,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
 

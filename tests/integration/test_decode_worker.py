@@ -5,11 +5,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 
 import grpc
 import pytest
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.rpc.server import HEARTBEATS
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.models import VOCABULARY
 
@@ -41,6 +43,22 @@ def test_greedy_is_the_same_alone_and_in_a_crowd(worker: DecodeWorker) -> None:
         client.start(f"crowd-{index}", worker.request(prompt, 20, stop=ENDLESS))
     assert [client.finish(f"crowd-{i}").token_ids for i in range(5)] == alone
     assert all(len(tokens) == 20 for tokens in alone)
+
+
+def test_heartbeats_come_to_those_who_ask(worker: DecodeWorker) -> None:
+    asked, silent = (
+        worker.stub().Generate(iter(Queue().get, None), metadata=metadata, timeout=20)
+        for metadata in ([HEARTBEATS], [])
+    )
+    began = time.monotonic()
+    beats = [next(asked).heartbeat for _ in range(3)]
+    assert 1.5 < time.monotonic() - began < 10
+    assert {beat.state for beat in beats} == {pb.WORKER_STATE_READY}
+    assert {beat.worker_id for beat in beats} == {worker.status().worker_id}
+    asked.cancel()
+    silent.cancel()
+    with pytest.raises(grpc.RpcError):  # older gateways know no heartbeats
+        next(silent)
 
 
 def test_a_seed_gives_the_same_tokens(worker: DecodeWorker) -> None:

@@ -7,8 +7,10 @@ fail in that way.
 
 import argparse
 import asyncio
+import signal
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +18,10 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from precast.fleet.heartbeat import Heartbeat
-from precast.fleet.leases import DecodeLease, Registry
+from precast.fleet.leases import LEASE_TTL_S, DecodeLease, Registry
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
-from precast.rpc.server import Service, start_server
+from precast.rpc.server import Service, start_server, wants_heartbeats
 from precast.tokenizer.token_table import TokenTable
 
 FAULTS: Final = {
@@ -42,6 +44,7 @@ class Speech:
 
     table: TokenTable
     start: pb.StartGeneration
+    max_context_length: int
     ids: list[int] = field(default_factory=list)
     sent: int = 0
     """Characters that were sent."""
@@ -55,7 +58,8 @@ class Speech:
     def step(self) -> pb.TokenDelta:
         prompt = self.start.prompt_token_ids
         self.ids.append(prompt[len(self.ids) % len(prompt)])
-        if len(self.ids) == self.start.stop.max_tokens:
+        full = len(prompt) + len(self.ids) >= self.max_context_length
+        if full or len(self.ids) == self.start.stop.max_tokens:
             self.finished = pb.FINISH_REASON_LENGTH
         text = self._sendable(self.tokenizer.decode(self.ids))
         delta = pb.TokenDelta(token_ids=self.ids[-1:], text=text[self.sent :])
@@ -98,16 +102,23 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self.worker_id = options.worker_id or f"parrot-{uuid.uuid4().hex[:8]}"
         self.running: dict[str, asyncio.Task[None]] = {}
         self.served = 0
+        self.state = options.state
+        self.changed = asyncio.Event()
+        """The state has changed."""
+        self._outs: dict[str, tuple[asyncio.Task[None], asyncio.Queue[Any]]] = {}
 
-    async def Generate(self, requests: Any, _context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         out: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
         mine: set[str] = set()
         reader = asyncio.create_task(self._read(requests, out, mine))
+        beats = self._options.heartbeats and wants_heartbeats(context)
+        heart = asyncio.create_task(self._beat(out, wanted=beats))
         try:
             while (response := await out.get()) is not None:
                 yield response
         finally:
             reader.cancel()
+            heart.cancel()
             for request_id in mine:
                 self._stop(request_id)
 
@@ -120,8 +131,34 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             else:
                 mine.add(request.request_id)
                 work = self._generate(request.request_id, request.start, out)
-                self.running[request.request_id] = asyncio.create_task(work)
+                task = self.running[request.request_id] = asyncio.create_task(work)
+                self._outs[request.request_id] = (task, out)
         await out.put(None)
+
+    async def _beat(self, out: "asyncio.Queue[Any]", *, wanted: bool) -> None:
+        while wanted:
+            self.changed.clear()
+            beat = pb.Heartbeat(
+                worker_id=self.worker_id,
+                state=pb.WorkerState.Value(f"WORKER_STATE_{self.state.upper()}"),
+                running=len(self.running),
+            )
+            await out.put(pb.GenerateResponse(heartbeat=beat))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self.changed.wait()
+
+    def lose_ranks(self) -> None:
+        """What a worker does whose ranks have died: all that runs ends, and may be sent again."""
+        self.state = "restarting"
+        for request_id, (task, out) in list(self._outs.items()):
+            task.cancel()
+            out.put_nowait(_error(request_id, pb.ERROR_CODE_UNAVAILABLE, "the ranks have died"))
+        self.changed.set()
+
+    def recover(self) -> None:
+        self.state = "ready"
+        self.changed.set()
 
     def _stop(self, request_id: str) -> None:
         task = self.running.pop(request_id, None)
@@ -136,10 +173,13 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             await self._speak(request_id, start, out)
         finally:
             self.running.pop(request_id, None)
+            self._outs.pop(request_id, None)
 
     async def _speak(
         self, request_id: str, start: pb.StartGeneration, out: "asyncio.Queue[Any]"
     ) -> None:
+        while self.state == "restarting":  # it queues what it gets
+            await asyncio.sleep(0.02)
         prompt = list(start.prompt_token_ids)
         said = self._tokenizer.decode(prompt[:16])
         fault = next((FAULTS[prefix] for prefix in FAULTS if said.startswith(prefix)), None)
@@ -149,7 +189,11 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         if said.startswith(SILENT):
             await asyncio.Event().wait()
         step_s = 0.1 if said.startswith(SLOW) else self._options.step_ms / 1000
-        speech = Speech(table=self._table, start=start)
+        speech = Speech(
+            table=self._table,
+            start=start,
+            max_context_length=self._options.max_context_length,
+        )
         while not speech.finished:
             if step_s:
                 await asyncio.sleep(step_s)
@@ -174,12 +218,13 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             worker_id=self.worker_id,
             address=f"127.0.0.1:{port}",
             model=self._options.model,
-            state=self._options.state,
+            state=self.state,
             running=len(self.running),
             max_batch_size=8,
             max_context_length=self._options.max_context_length,
             weight_dtype="fp32",
             quantization="none",
+            tokenizer_digest=self._options.tokenizer_digest,
         )
 
 
@@ -205,6 +250,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-running", type=int, default=1000)
     parser.add_argument("--max-context-length", type=int, default=256)
     parser.add_argument("--state", default="ready")
+    parser.add_argument("--heartbeats", type=int, default=1, help="0: as older workers, none")
+    parser.add_argument("--tokenizer-digest", default="")
+    parser.add_argument("--lease-ttl-s", type=float, default=LEASE_TTL_S)
     return parser.parse_args()
 
 
@@ -217,7 +265,10 @@ async def _main() -> None:
         add_to_server=pb_grpc.add_DecodeServiceServicer_to_server,
     )
     server = await start_server(f"127.0.0.1:{options.port}", [service])
-    registry = Registry.connect(options.redis_url)
+    registry = Registry.connect(options.redis_url, lease_ttl_s=options.lease_ttl_s)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, parrot.lose_ranks)
+    loop.add_signal_handler(signal.SIGUSR2, parrot.recover)
     async with Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=0.25):
         print(server.port, flush=True)
         await server.wait_for_termination()

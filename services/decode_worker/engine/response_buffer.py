@@ -17,6 +17,7 @@ class Outbox:
     def __init__(self) -> None:
         self._deltas: dict[str, pb.TokenDelta] = {}
         self._endings: list[pb.GenerateResponse] = []
+        self._heartbeat: pb.Heartbeat | None = None
         self._changed = asyncio.Event()
         self._read = asyncio.Event()
         """Set each time the client has taken what was waiting."""
@@ -30,6 +31,11 @@ class Outbox:
         else:
             waiting.MergeFrom(pb.TokenDelta(token_ids=delta.token_ids, logprobs=delta.logprobs))
             waiting.text += delta.text
+        self._changed.set()
+
+    def heartbeat(self, beat: pb.Heartbeat) -> None:
+        """Sent before all that waits; in the place of one that was not read yet."""
+        self._heartbeat = beat
         self._changed.set()
 
     def end(self, response: pb.GenerateResponse) -> None:
@@ -55,6 +61,9 @@ class Outbox:
             self._changed.clear()
             deltas, self._deltas = self._deltas, {}
             endings, self._endings = self._endings, []
+            beat, self._heartbeat = self._heartbeat, None
+            if beat is not None:
+                yield pb.GenerateResponse(heartbeat=beat)
             for request_id, delta in deltas.items():
                 yield pb.GenerateResponse(request_id=request_id, delta=delta)
             for ending in endings:

@@ -45,6 +45,11 @@ class Plan:
     """Every chunk of a stream carries the usage up to it."""
     prompt_tokens: int
     """Of all prompts, each counted once."""
+    open_ended: bool = False
+    """No number of tokens was asked for: a worker that can hold the prompts gives what its context
+    has left."""
+    tokenizer_digest: str = ""
+    """Of the tokenizer that made the prompts; empty: not known."""
 
 
 class Planner:
@@ -86,6 +91,8 @@ class Planner:
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             prompt_tokens=sum(map(len, prompts)),
+            open_ended=body.max_tokens is None,
+            tokenizer_digest=tokenizer.digest,
         )
 
     async def chat(self, body: ChatRequest) -> Plan:
@@ -108,9 +115,22 @@ class Planner:
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             prompt_tokens=len(ids),
+            open_ended=(body.max_completion_tokens or body.max_tokens) is None,
+            tokenizer_digest=tokenizer.digest,
         )
 
     async def _tokenizer(self, model: str) -> ModelTokenizer:
+        """The one that the model's workers have: of its folder, or of the folder that was there
+        before, where a worker goes on with that. Raises ``ApiError`` or ``WorkerUnavailable``."""
+        tokenizer = await self._read_tokenizer(model)
+        if self._pool.reads_as(model, tokenizer.digest):
+            return tokenizer
+        for earlier in await self._tokenizers.earlier(model):
+            if self._pool.reads_as(model, earlier.digest):
+                return earlier
+        raise self._pool.tokenizers_differ(model, tokenizer.digest)
+
+    async def _read_tokenizer(self, model: str) -> ModelTokenizer:
         try:
             return await self._tokenizers.get(model)
         except PrecastError as error:

@@ -1,14 +1,17 @@
 """Answers to generation requests: server-sent events, or one JSON body.
 
 Both watch the connection. A client that leaves ends its generations, which frees their slots.
+
+A stream's status is sent with its first event, so that what fails before has a status of its own;
+but after ``WAITING_S`` it is 200 whatever comes, and comments tell the client and the proxies on
+the way that the connection is alive.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
 from msgspec import Struct
 from starlette.responses import Response
@@ -25,11 +28,14 @@ from services.gateway.openai.prepare import Plan
 from services.gateway.openai.responses import encode
 from services.gateway.routing.event_queue import Event
 from services.gateway.routing.pool import WorkerPool
-from services.gateway.serving import generate_all
+from services.gateway.serving import Generation
 
 log = get_logger(__name__)
 
+WAITING_S: Final = 5.0
+"""How long a stream may be silent before it says that it waits."""
 _DONE: Final = b"data: [DONE]\n\n"
+_WAITING: Final = b": waiting\n\n"
 _LAST_WORDS_S: Final = 5.0
 """How long a client may take to read the error that ends its stream."""
 _SSE_HEADERS: Final = [
@@ -65,9 +71,8 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send)
-        answer = self._stream(sender) if self._plan.stream else self._whole(sender)
         try:
-            await unless_disconnected(receive, self._before_deadline(answer))
+            await unless_disconnected(receive, self._before_deadline(self._answer(sender)))
         except ClientGone:
             self._metrics.disconnects.labels(self._plan.model).inc()
         except Exception as error:
@@ -115,53 +120,100 @@ class GenerationResponse(Response):
         self._metrics.stream_errors.labels(self._plan.model).inc()
         await sender.body(b"data: " + json.dumps(answer.body()).encode() + b"\n\n", more=False)
 
-    async def _whole(self, sender: "_Sender") -> None:
-        choices = [Choice() for _ in self._plan.starts]
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                if isinstance(event, pb.TokenDelta):
-                    choices[index].add(event)
-                else:
-                    choices[index].finished = event
-        tokens = sum(choice.finished.completion_tokens for choice in choices if choice.finished)
-        body = encode(make_format(self._plan).whole(choices, usage_of(self._plan, tokens)))
-        await sender.start(200, [*_json_headers(), (b"content-length", b"%d" % len(body))])
-        await sender.body(body, more=False)
+    async def _answer(self, sender: "_Sender") -> None:
+        """The one loop that every event of the request passes."""
+        plan = self._plan
+        answer: _Answer = _Stream(plan, sender) if plan.stream else _Whole(plan, sender)
+        watch = _TokenWatch(plan, self._metrics, self._started)
+        running = len(plan.starts)
+        async with self._generation() as generation:
+            while running:
+                events = await generation.events.take(WAITING_S)
+                for index, event in events:
+                    watch.see(index, event)
+                    running -= isinstance(event, pb.GenerationFinished)
+                await answer.show(events)
+        await answer.end(watch.completion_tokens)
 
-    async def _stream(self, sender: "_Sender") -> None:
-        """The status is sent with the first event: what fails before has a status of its own."""
-        async with aclosing(self._chunks()) as chunks:
-            async for chunk in chunks:
-                if not sender.started:
-                    await sender.start(200, _SSE_HEADERS)
-                await sender.body(b"data: " + encode(chunk) + b"\n\n", more=True)
-        await sender.body(_DONE, more=False)
+    def _generation(self) -> Generation:
+        plan = self._plan
+        return Generation(
+            self._pool,
+            self._metrics,
+            plan.starts,
+            open_ended=plan.open_ended,
+            tokenizer_digest=plan.tokenizer_digest,
+        )
 
-    async def _chunks(self) -> AsyncGenerator[Struct, None]:
-        shown = make_format(self._plan)
-        opened: set[int] = set()
-        tokens = 0
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                if index not in opened:
-                    opened.add(index)
-                    if (opening := shown.opening(index)) is not None:
-                        yield opening
-                if isinstance(event, pb.GenerationFinished):
-                    tokens += event.completion_tokens
-                    yield shown.closing(index, event)
-                elif (chunk := shown.delta(index, event)) is not None:
-                    yield chunk
+
+class _Answer(Protocol):
+    """How the events reach the client."""
+
+    async def show(self, events: Sequence[tuple[int, Event]]) -> None:
+        """What has come; nothing for a while if it is empty."""
+
+    async def end(self, tokens: int) -> None:
+        """All choices have finished, with so many tokens."""
+
+
+class _Whole:
+    """One JSON body at the end."""
+
+    def __init__(self, plan: Plan, sender: "_Sender") -> None:
+        self._plan = plan
+        self._sender = sender
+        self._choices = [Choice() for _ in plan.starts]
+
+    async def show(self, events: Sequence[tuple[int, Event]]) -> None:
+        for index, event in events:
+            if isinstance(event, pb.TokenDelta):
+                self._choices[index].add(event)
+            else:
+                self._choices[index].finished = event
+
+    async def end(self, tokens: int) -> None:
+        usage = usage_of(self._plan, tokens)
+        body = encode(make_format(self._plan).whole(self._choices, usage))
+        length = (b"content-length", b"%d" % len(body))
+        await self._sender.start(200, [*_json_headers(), length])
+        await self._sender.body(body, more=False)
+
+
+class _Stream:
+    """Server-sent events, as they come."""
+
+    def __init__(self, plan: Plan, sender: "_Sender") -> None:
+        self._plan = plan
+        self._sender = sender
+        self._format = make_format(plan)
+        self._opened: set[int] = set()
+
+    async def show(self, events: Sequence[tuple[int, Event]]) -> None:
+        data = b"".join(b"data: %b\n\n" % encode(c) for e in events for c in self._chunks(*e))
+        if data or not events:
+            await self._send(data or _WAITING)
+
+    async def end(self, tokens: int) -> None:
+        total = b""
         if self._plan.include_usage:
-            yield shown.totals(usage_of(self._plan, tokens))
+            shown = self._format.totals(usage_of(self._plan, tokens))
+            total = b"data: %b\n\n" % encode(shown)
+        await self._sender.body(total + _DONE, more=False)
 
-    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """The plan's events, measured on their way."""
-        watch = _TokenWatch(self._plan, self._metrics, self._started)
-        async with aclosing(generate_all(self._pool, self._metrics, self._plan.starts)) as events:
-            async for index, event in events:
-                watch.see(index, event)
-                yield index, event
+    def _chunks(self, index: int, event: Event) -> Iterator[Struct]:
+        if index not in self._opened:
+            self._opened.add(index)
+            if (opening := self._format.opening(index)) is not None:
+                yield opening
+        if isinstance(event, pb.GenerationFinished):
+            yield self._format.closing(index, event)
+        elif (chunk := self._format.delta(index, event)) is not None:
+            yield chunk
+
+    async def _send(self, data: bytes) -> None:
+        if not self._sender.started:
+            await self._sender.start(200, _SSE_HEADERS)
+        await self._sender.body(data, more=True)
 
 
 class _TokenWatch:
@@ -170,14 +222,17 @@ class _TokenWatch:
     def __init__(self, plan: Plan, metrics: Metrics, started: float) -> None:
         self._started = started
         self._last: dict[int, float] = {}
+        self.completion_tokens = 0
+        """Of the choices that have finished."""
         self._first_token = metrics.first_token_seconds.labels(plan.model)
         self._inter_token = metrics.inter_token_seconds.labels(plan.model)
-        self._completion_tokens = metrics.completion_tokens.labels(plan.model)
+        self._counter = metrics.completion_tokens.labels(plan.model)
         metrics.prompt_tokens.labels(plan.model).inc(plan.prompt_tokens)
 
     def see(self, index: int, event: Event) -> None:
         if isinstance(event, pb.GenerationFinished):
-            self._completion_tokens.inc(event.completion_tokens)
+            self.completion_tokens += event.completion_tokens
+            self._counter.inc(event.completion_tokens)
             return
         now = time.monotonic()
         last = self._last.get(index)

@@ -1,96 +1,256 @@
-"""The way to one worker: a stream that is opened when first needed, and again after a failure."""
+"""The connection to one worker: a stream that is kept open, and that all its requests share.
+
+One task reads the stream and puts each event straight into the queue of its request. A stream that
+breaks ends with an error, or begins anew elsewhere, every request on it; another is opened at once,
+then with growing pauses. The worker's heartbeats come on the stream: one that has sent nothing for
+``SILENCE_S`` is taken for hung and disconnected, although its connection looks sound.
+"""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Final
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
 
+import grpc
 import grpc.aio
 
-from precast.errors import WorkerUnreachable
-from precast.proto.decode.v1.decode_service_pb2 import StartGeneration
-from services.gateway.routing.event_queue import Inbox
-from services.gateway.routing.stream import WorkerStream, connect
+from precast import errors
+from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUnreachable
+from precast.log import get_logger
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.rpc.server import HEARTBEATS, open_channel
+from precast.system.backoff import Backoff
+from services.gateway.routing.event_queue import EventQueue
 
-SUSPECT_S: Final = 1.0
-"""How long other workers are preferred after this one failed."""
+log = get_logger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 2.0
+SILENCE_S: Final = 6.0
+"""Longest that a worker which sends heartbeats, one a second, may send nothing."""
+RECONNECT: Final = Backoff(first_s=0.1, max_s=1.0)
+_TICK_S: Final = 1.0
+_MAX_UNSENT: Final = 4096
+_ERRORS: Final[dict[int, type[PrecastError]]] = {
+    pb.ERROR_CODE_INVALID_ARGUMENT: errors.InvalidRequest,
+    pb.ERROR_CODE_MODEL_NOT_FOUND: errors.ModelNotFound,
+    pb.ERROR_CODE_CONTEXT_LENGTH_EXCEEDED: errors.ContextLengthExceeded,
+    pb.ERROR_CODE_OVERLOADED: errors.Overloaded,
+    pb.ERROR_CODE_UNAVAILABLE: errors.WorkerUnavailable,
+}
 
 
-class WorkerLink:
-    """Sends requests to one worker. Every wait is bounded."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where the events of a request go: a choice of an HTTP request."""
 
-    def __init__(self, worker_id: str, address: str) -> None:
-        self._worker_id = worker_id
-        self._address = address
-        self._channel: grpc.aio.Channel | None = None
-        self._stream: WorkerStream | None = None
-        self._opening = asyncio.Lock()
-        self._failed_at = float("-inf")
-        self._running = 0
-        self._closed = False
+    queue: EventQueue
+    index: int
 
-    @property
-    def suspect(self) -> bool:
-        """Whether it failed a moment ago."""
-        return time.monotonic() - self._failed_at < SUSPECT_S
 
-    @property
-    def idle(self) -> bool:
-        return self._running == 0
+class WorkerConnection:
+    """Keeps a stream to ``address`` open until closed, and sends requests on it."""
 
-    @asynccontextmanager
-    async def running(self, request_id: str, start: StartGeneration) -> AsyncIterator[Inbox]:
-        """Start the request; on leaving, abort it if it hasn't ended.
+    def __init__(
+        self,
+        address: str,
+        *,
+        on_heartbeat: Callable[[pb.Heartbeat], None],
+        on_change: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """``on_change`` is called when the stream is there, and when it has broken; ``on_end`` when
+        a request that was sent has ended, however it did."""
+        self.address = address
+        self.up = False
+        """Whether the stream is open, and the worker heard of lately."""
+        self.met = False
+        """Whether a stream was open at least once."""
+        self._on_heartbeat = on_heartbeat
+        self._on_change = on_change
+        self._on_end = on_end
+        self._places: dict[str, Place] = {}
+        """By request id."""
+        self._unsent: asyncio.Queue[pb.GenerateRequest] = asyncio.Queue(_MAX_UNSENT)
+        self._heard = 0.0
+        self._beats = False
+        """Whether this stream's worker sends heartbeats: one of an older version doesn't."""
+        self._lost: PrecastError = WorkerUnavailable(
+            f"The connection to the worker at {address} was lost."
+        )
+        self._failures = 0
+        self._hurry = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name=f"worker {address}")
 
-        Raises ``WorkerUnreachable`` if the worker can't be reached, ``Overloaded`` if it doesn't
-        read.
-        """
-        self._running += 1
+    def send(self, start: pb.StartGeneration, place: Place) -> str:
+        """Begin a request; returns its id. Raises ``WorkerUnreachable`` or ``Overloaded``."""
+        if not self.up:
+            raise WorkerUnreachable(f"The worker at {self.address} can't be reached.")
+        request_id = uuid.uuid4().hex
+        self._put(pb.GenerateRequest(request_id=request_id, start=start))
+        self._places[request_id] = place
+        return request_id
+
+    def forget(self, request_id: str) -> None:
+        """Nobody waits for the request: free its slot at the worker if it still runs."""
+        if self._pop(request_id) is None:
+            return
+        with suppress(Overloaded):  # it doesn't read at all, and won't be kept for long
+            self._put(pb.GenerateRequest(request_id=request_id, abort=pb.AbortGeneration()))
+
+    def hurry(self) -> None:
+        """There is news of the worker: connect now if a pause was being made."""
+        self._failures = 0
+        self._hurry.set()
+
+    async def close(self, reason: PrecastError | None = None) -> None:
+        """End the stream, and every request on it with the reason: the worker aborts them."""
+        self._lost = reason or self._lost
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _pop(self, request_id: str) -> Place | None:
+        place = self._places.pop(request_id, None)
+        if place is not None:
+            self._on_end()
+        return place
+
+    def _put(self, request: pb.GenerateRequest) -> None:
         try:
-            stream = await self._open_stream()
-            inbox = stream.start(request_id, start)
+            self._unsent.put_nowait(request)
+        except asyncio.QueueFull:
+            raise Overloaded(f"The worker at {self.address} doesn't read its requests.") from None
+
+    async def _run(self) -> None:
+        """Connect, serve until the stream breaks, wait, again. Only ``close`` ends it."""
+        while True:
+            self._hurry.clear()
             try:
-                yield inbox
-            finally:
-                stream.forget(request_id)
-        finally:
-            self._running -= 1
+                await self._connected()
+            except PrecastError as error:
+                log.debug("worker not connected", address=self.address, reason=str(error))
+            except Exception:
+                log.exception("worker connection failed", address=self.address)
+            self._failures += 1
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RECONNECT.wait_s(self._failures)):
+                    await self._hurry.wait()
 
-    async def close(self) -> None:
-        self._closed = True
-        await self._drop()
-
-    async def _open_stream(self) -> WorkerStream:
-        stream = self._stream
-        if stream is not None and not stream.broken:
-            return stream
-        asked_at = time.monotonic()
-        async with self._opening:
-            if self._closed:
-                raise WorkerUnreachable(f"Worker {self._worker_id} is gone.")
-            if self._failed_at > asked_at:  # else all who wait here would try one after the other
-                raise WorkerUnreachable(f"Worker {self._worker_id} can't be reached.")
-            if self._stream is None or self._stream.broken:
-                await self._drop()
-                self._stream = await self._connect()
-            return self._stream
-
-    async def _connect(self) -> WorkerStream:
+    async def _connected(self) -> None:
+        """One stream, from its beginning to its end. Raises ``WorkerUnreachable``."""
+        channel = await connect(self.address)
         try:
-            self._channel = await connect(self._address)
-        except WorkerUnreachable:
-            self._on_failure()
-            raise
-        return WorkerStream(self._channel, self._worker_id, self._on_failure)
-
-    def _on_failure(self) -> None:
-        self._failed_at = time.monotonic()
-
-    async def _drop(self) -> None:
-        stream, self._stream = self._stream, None
-        channel, self._channel = self._channel, None
-        if stream is not None:
-            await stream.close()
-        if channel is not None:
+            await self._stream(channel)
+        finally:
+            self._broken()
             await channel.close(None)
+
+    async def _stream(self, channel: grpc.aio.Channel) -> None:
+        # grpc's stubs don't know that an aio channel makes the stub's calls aio calls
+        stub: Any = DecodeServiceStub(channel)
+        call = stub.Generate(metadata=[HEARTBEATS])
+        self._unsent = asyncio.Queue(_MAX_UNSENT)
+        self._beats, self._heard = False, time.monotonic()
+        self.up, self.met, self._failures = True, True, 0
+        self._on_change()
+        loops = {
+            asyncio.create_task(self._read(call), name=f"read {self.address}"),
+            asyncio.create_task(self._write(call), name=f"write {self.address}"),
+            asyncio.create_task(self._watch(), name=f"watch {self.address}"),
+        }
+        try:
+            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            self._explain([task.exception() for task in done])
+        finally:
+            call.cancel()
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+
+    async def _read(self, call: Any) -> None:
+        """The loop that every token passes."""
+        places = self._places
+        async for response in call:
+            self._heard = time.monotonic()
+            event = response.WhichOneof("event")
+            if event == "heartbeat":
+                self._beats = True
+                self._on_heartbeat(response.heartbeat)
+            elif (place := places.get(response.request_id)) is None:
+                continue  # it was aborted meanwhile
+            elif event == "delta":
+                place.queue.put(place.index, response.delta)
+            else:
+                self._pop(response.request_id)
+                _end(place, response)
+
+    async def _write(self, call: Any) -> None:
+        unsent = self._unsent
+        while True:
+            await call.write(await unsent.get())
+
+    async def _watch(self) -> None:
+        """Ends when the worker has been silent for too long."""
+        while time.monotonic() - self._heard < SILENCE_S or not self._beats:
+            before = time.monotonic()
+            await asyncio.sleep(_TICK_S)
+            if time.monotonic() - before > 2 * _TICK_S:
+                self._heard = time.monotonic()  # it is this process that was held up
+        raise WorkerUnavailable(f"The worker at {self.address} sent nothing for {SILENCE_S:g} s.")
+
+    def _explain(self, failures: list[BaseException | None]) -> None:
+        """Log why the stream has ended."""
+        for error in failures:
+            reason = str(error)
+            if isinstance(error, grpc.aio.AioRpcError):
+                reason = f"{error.code().name}: {error.details()}"
+            elif isinstance(error, grpc.aio.UsageError | asyncio.InvalidStateError):
+                continue  # written to after it ended: the reader says why
+            elif error is not None and not isinstance(error, PrecastError):
+                log.error("worker stream failed", address=self.address, exc_info=error)
+            log.warning("worker stream lost", address=self.address, reason=reason)
+
+    def _broken(self) -> None:
+        if not self.up:
+            return
+        self.up = False
+        for request_id in list(self._places):
+            if (place := self._pop(request_id)) is not None:
+                place.queue.lose(place.index, self._lost)
+        self._on_change()
+
+
+def _end(place: Place, response: pb.GenerateResponse) -> None:
+    """The last message of a request."""
+    if response.WhichOneof("event") == "error":
+        kind = _ERRORS.get(response.error.code, PrecastError)
+        place.queue.lose(place.index, kind(response.error.message))
+    elif response.finished.reason == pb.FINISH_REASON_ABORTED:
+        # We didn't ask for it while somebody waits, so the worker gave the request up.
+        place.queue.lose(place.index, WorkerUnavailable("The worker aborted the request."))
+    else:
+        place.queue.finish(place.index, response.finished)
+
+
+async def connect(address: str) -> grpc.aio.Channel:
+    """A connected channel. Raises ``WorkerUnreachable`` after 2 s, or at once if refused."""
+    channel = open_channel(address)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await _until_connected(channel, address)
+    except BaseException as error:
+        await channel.close(None)
+        if isinstance(error, TimeoutError):
+            raise WorkerUnreachable(f"The worker at {address} doesn't answer.") from None
+        raise
+    return channel
+
+
+async def _until_connected(channel: grpc.aio.Channel, address: str) -> None:
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise WorkerUnreachable(f"The worker at {address} can't be reached.")
+        await channel.wait_for_state_change(state)

@@ -1,12 +1,15 @@
-"""What one generation has received and its HTTP response hasn't sent yet.
+"""What the choices of one request have received and its HTTP response hasn't sent yet.
 
-The stream that fills it is shared by all requests of a worker, so filling never waits. It is
-bounded by merging: once ``MAX_EVENTS`` deltas wait for a slow client, later ones are added to the
+Workers' connections fill it, each shared by many requests, so filling never waits. It is bounded by
+merging: once ``MAX_EVENTS`` deltas of a choice wait for a slow client, later ones are added to the
 last. A slow client gets fewer, larger chunks, and costs no more memory than its own output.
+
+Tokens that are no whole character yet are held back until text comes: as long as nothing of a
+choice was shown, another worker can begin it anew.
 """
 
 import asyncio
-from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from precast.errors import PrecastError
@@ -17,45 +20,91 @@ MAX_EVENTS: Final = 64
 Event = TokenDelta | GenerationFinished
 
 
-class Inbox:
-    """Events of one generation in order: deltas, then one finished or one error."""
+class EventQueue:
+    """Events of one request, of each choice in order: deltas, then one finished."""
 
-    def __init__(self) -> None:
-        self._deltas: deque[TokenDelta] = deque()
-        self._end: GenerationFinished | PrecastError | None = None
-        self._changed = asyncio.Event()
+    def __init__(self, choices: int, on_lost: Callable[[int, PrecastError], bool]) -> None:
+        """``on_lost(index, error)`` is asked when a choice fails before anything of it was shown:
+        true means that it is begun anew."""
+        self._on_lost = on_lost
+        self._ready: list[tuple[int, Event]] = []
+        self._held: list[TokenDelta | None] = [None] * choices
+        """What each choice has received that shows nothing yet."""
+        self._shown = [False] * choices
+        self._waiting: list[list[TokenDelta]] = [[] for _ in range(choices)]
+        """The deltas in ``_ready``, by choice."""
+        self._error: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None
 
-    @property
-    def ended(self) -> bool:
-        """Whether the worker is done with the request; deltas may still be here."""
-        return self._end is not None
+    def put(self, index: int, delta: TokenDelta) -> None:
+        if not self._shown[index]:
+            held = self._held[index]
+            if held is not None:
+                _append(held, delta)
+                delta = held
+            self._shown[index] = bool(delta.text)
+            self._held[index] = None if delta.text else delta
+            if not delta.text:
+                return
+        self._add(index, delta)
 
-    def put(self, delta: TokenDelta) -> None:
-        if self.ended:
+    def finish(self, index: int, finished: GenerationFinished) -> None:
+        held = self._held[index]
+        if held is not None:
+            self._add(index, held)
+        self._held[index], self._shown[index] = None, True
+        self._ready.append((index, finished))
+        self._wake()
+
+    def lose(self, index: int, error: PrecastError) -> None:
+        """The choice's worker has failed or refused it."""
+        self._held[index] = None
+        if self._error is not None or (not self._shown[index] and self._on_lost(index, error)):
             return
-        if len(self._deltas) >= MAX_EVENTS:
-            _append(self._deltas[-1], delta)
-        else:
-            self._deltas.append(delta)
-        self._changed.set()
+        self.fail(error)
 
-    def end(self, how: GenerationFinished | PrecastError) -> None:
-        """The first end counts."""
-        if self._end is None:
-            self._end = how
-            self._changed.set()
+    def fail(self, error: Exception) -> None:
+        """End the whole request, after what has come already. The first error counts."""
+        self._error = self._error or error
+        self._wake()
 
-    async def get(self) -> Event:
-        """The next event. Raises the error that ended the generation, after its deltas."""
-        while not self._deltas and self._end is None:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._deltas:
-            return self._deltas.popleft()
-        assert self._end is not None
-        if isinstance(self._end, PrecastError):
-            raise self._end
-        return self._end
+    async def take(self, timeout_s: float) -> list[tuple[int, Event]]:
+        """What has come, with each event's choice; empty if nothing does within the time.
+
+        Raises the error that ended the request, after its events.
+        """
+        if not self._ready and self._error is None:
+            await self._wait(timeout_s)
+        taken, self._ready = self._ready, []
+        for waiting in self._waiting:
+            waiting.clear()
+        if not taken and self._error is not None:
+            raise self._error
+        return taken
+
+    def _add(self, index: int, delta: TokenDelta) -> None:
+        waiting = self._waiting[index]
+        if len(waiting) >= MAX_EVENTS:
+            _append(waiting[-1], delta)
+            return
+        waiting.append(delta)
+        self._ready.append((index, delta))
+        self._wake()
+
+    async def _wait(self, timeout_s: float) -> None:
+        """Until something comes. A future and a timer: this is waited for at every token."""
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_future()
+        timer = loop.call_later(timeout_s, self._wake)
+        try:
+            await self._reader
+        finally:
+            timer.cancel()
+            self._reader = None
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 def _append(target: TokenDelta, addition: TokenDelta) -> None:

@@ -1,79 +1,56 @@
-"""The live decode workers: found through their leases, each reached by one multiplexed stream."""
+"""The decode workers: found through their leases, each kept in touch with by a connection."""
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Container, Iterator
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
-from precast.errors import ModelNotFound, RegistryUnavailable, WorkerUnavailable
+from precast.errors import (
+    ModelNotFound,
+    PrecastError,
+    RegistryUnavailable,
+    WorkerUnavailable,
+)
 from precast.fleet.leases import DecodeLease, Registry
 from precast.log import get_logger
 from precast.proto.decode.v1.decode_service_pb2 import StartGeneration
-from services.gateway.routing.connection import WorkerLink
-from services.gateway.routing.event_queue import Inbox
-from services.gateway.routing.policy import Candidate, Load, choose
+from precast.system.backoff import Backoff
+from services.gateway.routing.connection import Place
+from services.gateway.routing.policy import choose
+from services.gateway.routing.worker import Worker
 
 log = get_logger(__name__)
 
-MISSING_GRACE_S: Final = 2.0
-"""A worker is given up only when its lease has been missing this long in answers of Redis. A Redis
-that comes back empty lacks every lease until the workers' next beat."""
-
-
-class Worker:
-    """A decode worker as the gateway sees it."""
-
-    def __init__(self, lease: DecodeLease) -> None:
-        self.lease = lease
-        self.link = WorkerLink(lease.worker_id, lease.address)
-        self.load = Load()
-        self.missing_since: float | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.lease.state == "ready" and self.missing_since is None
-
-    @property
-    def gone(self) -> bool:
-        """Its lease has ended; only requests that were there already may go on."""
-        missing = self.missing_since
-        return missing is not None and time.monotonic() - missing >= MISSING_GRACE_S
-
-    def observe(self, lease: DecodeLease) -> None:
-        self.missing_since = None
-        self.lease = lease
-        self.load.observe(lease.running + lease.waiting)
-
-    def candidate(self) -> Candidate | None:
-        """None where it takes no requests."""
-        if self.gone or self.lease.state not in ("ready", "restarting"):
-            return None
-        # A restarting worker queues what it gets, and a link that failed just now may fail again:
-        # both are better than no worker.
-        tier = 2 * self.link.suspect + (not self.ready)
-        return Candidate(
-            worker_id=self.lease.worker_id,
-            tier=tier,
-            load=self.load.total,
-            capacity=self.lease.max_batch_size,
-            max_context_length=self.lease.max_context_length,
-            last_chosen=self.load.last_chosen,
-        )
+STOPPING: Final = "The gateway is shutting down."
+_MAX_PAUSE_S: Final = 2.0
+_MAX_MODELS: Final = 4096
 
 
 class WorkerPool:
-    """Keeps the list of workers fresh and sends requests to them."""
+    """Keeps the list of workers fresh and chooses among them.
 
-    def __init__(self, registry: Registry, *, refresh_s: float) -> None:
+    Workers are kept by address: one that is restarted at its old address is the same place.
+    """
+
+    def __init__(
+        self, registry: Registry, *, refresh_s: float, expected_models: Iterable[str] = ()
+    ) -> None:
+        """A worker of an ``expected_models`` may not have a lease yet."""
         self._registry = registry
         self._refresh_s = refresh_s
+        self._pause = Backoff(first_s=refresh_s, max_s=max(refresh_s, _MAX_PAUSE_S))
         self._workers: dict[str, Worker] = {}
         self._first_seen: dict[str, float] = {}
+        self._expected = frozenset(expected_models)
         self._sequence = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
-        self._reachable = True
+        self._changed = asyncio.Event()
+        self._failures = 0
+        self.stopping = False
+        """Whether no more requests are taken."""
 
     async def start(self) -> None:
         """Read the list once, then keep reading it."""
@@ -85,100 +62,144 @@ class WorkerPool:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        links = [worker.link for worker in self._workers.values()]
+        await self.end_requests()
         self._workers.clear()
-        await asyncio.gather(*(link.close() for link in links))
+
+    async def end_requests(self) -> None:
+        """Take no more requests, and end those that run with an error that says why."""
+        self.stopping = True
+        reason = WorkerUnavailable(STOPPING)
+        await asyncio.gather(*(worker.close(reason) for worker in self._workers.values()))
+        self._on_change()
 
     @property
     def workers(self) -> list[Worker]:
-        return list(self._workers.values())
+        return [worker for worker in self._workers.values() if not worker.gone]
 
     @property
     def models(self) -> dict[str, int]:
         """Names of the models that live workers serve, and when each was first seen (Unix, s)."""
-        names = sorted({w.lease.model for w in self._workers.values() if not w.gone})
-        return {name: int(self._first_seen[name]) for name in names}
+        names = sorted({worker.lease.model for worker in self.workers})
+        return {name: int(self._first_seen.get(name, 0.0)) for name in names}
 
     def max_context_length(self, model: str) -> int:
         """Tokens that the largest worker of this model takes.
 
         Raises ``ModelNotFound`` for a model that was never seen, ``WorkerUnavailable`` for one
-        whose workers are gone.
+        whose workers are gone, or have yet to come.
         """
         lengths = [worker.lease.max_context_length for worker in self._serving(model)]
         if not lengths:
             raise self._none_serves(model)
         return max(lengths)
 
-    def pick(self, model: str, *, tokens: int, exclude: Container[str] = ()) -> Worker:
-        """The worker for a request of ``tokens`` in all. Raises as ``max_context_length``."""
-        candidates = [worker.candidate() for worker in self._serving(model)]
-        usable = (candidate for candidate in candidates if candidate is not None)
-        choice = choose(usable, tokens=tokens, exclude=exclude)
-        if choice is None:
-            raise self._none_serves(model)
-        return self._workers[choice.worker_id]
+    def reads_as(self, model: str, digest: str) -> bool:
+        """Whether a worker has the tokenizer of this digest, as far as is known."""
+        workers = self._serving(model)
+        return not workers or any(worker.reads_as(digest) for worker in workers)
 
-    @asynccontextmanager
-    async def running(
-        self, worker: Worker, request_id: str, start: StartGeneration
-    ) -> AsyncIterator[Inbox]:
-        """The request runs at the worker while in here; on leaving, its slot there is freed.
+    def tokenizers_differ(self, model: str, digest: str) -> WorkerUnavailable:
+        """What to answer where no worker has the gateway's tokenizer."""
+        workers = self._serving(model)
+        message = f"The model files of {model!r} differ between the gateway and its workers."
+        ids = [worker.worker_id for worker in workers]
+        log.error("model files differ", model=model, gateway_digest=digest, worker_ids=ids)
+        return WorkerUnavailable(message)
 
-        Raises ``WorkerUnavailable`` or ``Overloaded`` if it can't be sent.
+    def pick(
+        self, model: str, *, tokens: int, exclude: Container[str] = (), tokenizer_digest: str = ""
+    ) -> Worker:
+        """The worker for a request that needs room for ``tokens``.
+
+        Raises as ``max_context_length``.
         """
-        worker.load.reserve(next(self._sequence))
-        try:
-            async with worker.link.running(request_id, start) as inbox:
-                yield inbox
-        finally:
-            worker.load.release()
+        if self.stopping:
+            raise WorkerUnavailable(STOPPING)
+        usable = {worker.worker_id: worker for worker in self._serving(model)}
+        found = (worker.candidate(tokenizer_digest) for worker in usable.values())
+        candidates = [candidate for candidate in found if candidate is not None]
+        choice = choose(candidates, tokens=tokens, exclude=exclude)
+        if choice is not None:
+            return usable[choice.worker_id]
+        raise self._none_serves(model)
 
-    def _serving(self, model: str) -> Iterator[Worker]:
-        live = (worker for worker in self._workers.values() if not worker.gone)
-        return (worker for worker in live if worker.lease.model == model)
+    def send(self, worker: Worker, start: StartGeneration, place: Place) -> str:
+        """Begin a request there; returns its id, for ``worker.connection.forget``.
 
-    def _none_serves(self, model: str) -> Exception:
-        if model in self._first_seen:
+        Raises ``WorkerUnreachable`` or ``Overloaded``.
+        """
+        return worker.send(next(self._sequence), start, place)
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        """Until a worker comes, goes or changes its state, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+
+    def _on_change(self) -> None:
+        """Wake all that wait; those that begin to wait later wait for the next change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _serving(self, model: str) -> list[Worker]:
+        return [worker for worker in self.workers if worker.lease.model == model]
+
+    def _none_serves(self, model: str) -> PrecastError:
+        if model in self._first_seen or model in self._expected:
             return WorkerUnavailable(f"No worker is ready to serve the model {model!r}.")
         return ModelNotFound(f"The model {model!r} does not exist.")
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._refresh_s)
+            await asyncio.sleep(self._pause.wait_s(self._failures) or self._refresh_s)
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Read the leases. While Redis is down, the last-known workers stay."""
+        """Read the leases. While Redis is down, the last-known workers stay. Never fails."""
         try:
-            leases = await self._registry.decode_workers()
+            await self._apply(await self._registry.decode_workers())
         except RegistryUnavailable as error:
-            if self._reachable:
+            self._failures += 1
+            if self._failures == 1:
                 log.warning("registry lost; keeping the known workers", reason=str(error))
-            self._reachable = False
             return
-        except Exception:  # discovery must not silently end
+        except Exception:  # whatever leases hold, discovery must not end
+            self._failures += 1
             log.exception("worker discovery failed")
             return
-        if not self._reachable:
+        if self._failures:
             log.info("registry is back")
-        self._reachable = True
-        await self._apply({lease.worker_id: lease for lease in leases})
+        self._failures = 0
 
-    async def _apply(self, leases: dict[str, DecodeLease]) -> None:
-        for worker_id, lease in leases.items():
-            self._first_seen.setdefault(lease.model, time.time())
-            if worker_id not in self._workers:
-                log.info("worker found", worker_id=worker_id, address=lease.address)
-                self._workers[worker_id] = Worker(lease)
-            self._workers[worker_id].observe(lease)
-        for worker in [w for i, w in self._workers.items() if i not in leases]:
-            await self._miss(worker)
+    async def _apply(self, leases: Iterable[DecodeLease]) -> None:
+        if self.stopping:
+            return
+        by_address: defaultdict[str, list[DecodeLease]] = defaultdict(list)
+        for lease in leases:
+            if len(self._first_seen) < _MAX_MODELS:
+                self._first_seen.setdefault(lease.model, time.time())
+            by_address[lease.address].append(lease)
+        for address, found in by_address.items():
+            self._observe(address, found)
+        for address, worker in list(self._workers.items()):
+            if address not in by_address:
+                worker.miss()
+            if worker.forgotten:
+                await self._workers.pop(address).close()
 
-    async def _miss(self, worker: Worker) -> None:
-        """The worker has no lease: wait a little, then let its requests end, then forget it."""
-        worker.missing_since = worker.missing_since or time.monotonic()
-        if worker.gone and (worker.link.idle or worker.link.suspect):
-            log.info("worker gone", worker_id=worker.lease.worker_id)
-            del self._workers[worker.lease.worker_id]
-            await worker.link.close()
+    def _observe(self, address: str, leases: Sequence[DecodeLease]) -> None:
+        worker = self._workers.get(address)
+        if worker is None:
+            lease = leases[-1]
+            log.info("worker found", worker_id=lease.worker_id, address=address)
+            worker = self._workers[address] = Worker(lease, self._on_change)
+        worker.observe(_present(worker, leases))
+
+
+def _present(worker: Worker, leases: Sequence[DecodeLease]) -> DecodeLease:
+    """The lease of whoever is at the address now: one that was killed has its own for a while."""
+    if worker.connection.up:
+        answering = [lease for lease in leases if lease.worker_id == worker.worker_id]
+    else:
+        answering = [lease for lease in leases if lease.worker_id != worker.lease.worker_id]
+    return (answering or leases)[0]

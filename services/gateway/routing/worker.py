@@ -1,0 +1,145 @@
+"""A decode worker as the gateway sees it: its last lease, its connection, and its load.
+
+Its connection knows best. A worker that answers on its stream is alive, whatever Redis says of its
+lease: a busy host renews late, and a Redis that is down or full renews nothing. A worker is gone
+when it doesn't answer *and* its lease has ended.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from precast.errors import PrecastError
+from precast.fleet.leases import DecodeLease, WorkerState
+from precast.log import get_logger
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.routing.connection import Place, WorkerConnection
+from services.gateway.routing.policy import Candidate, Load
+
+log = get_logger(__name__)
+
+MISSING_GRACE_S: Final = 2.0
+"""A worker that doesn't answer is gone only when its lease has been missing this long in answers of
+Redis. A Redis that comes back empty lacks every lease until the workers' next beat."""
+FORGET_S: Final = 60.0
+"""How long a worker that is gone is still tried: a Redis that takes no writes doesn't tell of one
+that was restarted at the same address."""
+_STATES: Final[dict[int, WorkerState]] = {
+    pb.WORKER_STATE_STARTING: "starting",
+    pb.WORKER_STATE_READY: "ready",
+    pb.WORKER_STATE_RESTARTING: "restarting",
+    pb.WORKER_STATE_DRAINING: "draining",
+}
+
+
+class Worker:
+    """What is at one address."""
+
+    def __init__(self, lease: DecodeLease, on_change: Callable[[], None]) -> None:
+        """``on_change`` is called when it may take requests that it didn't before, or the other way
+        round."""
+        self.lease = lease
+        self.load = Load()
+        self._on_change = on_change
+        self._missing_since: float | None = None
+        self._down_since = time.monotonic()
+        self._beat: pb.Heartbeat | None = None
+        """The last one of the present stream."""
+        self._reported_gone = False
+        self.connection = WorkerConnection(
+            lease.address,
+            on_heartbeat=self._on_heartbeat,
+            on_change=self._on_connection,
+            on_end=self.load.release,
+        )
+
+    @property
+    def worker_id(self) -> str:
+        """Of the process that answers; if none does, of the last one that had a lease."""
+        return self._beat.worker_id if self._beat is not None else self.lease.worker_id
+
+    @property
+    def state(self) -> WorkerState:
+        if self._beat is not None:
+            return _STATES.get(self._beat.state, "starting")
+        return self.lease.state
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves, as far as is known: one that was never met does if its lease says
+        so."""
+        leased = self._missing_since is None and not self.connection.met
+        return self.state == "ready" and (self.connection.up or leased)
+
+    @property
+    def gone(self) -> bool:
+        return self._gone_for() >= 0
+
+    @property
+    def forgotten(self) -> bool:
+        return self._gone_for() >= FORGET_S
+
+    def observe(self, lease: DecodeLease) -> None:
+        """Its lease was read."""
+        news = lease.worker_id != self.lease.worker_id or self._missing_since is not None
+        self.lease = lease
+        self._missing_since = None
+        self._reported_gone = False
+        if self._beat is None:
+            self.load.observe(lease.running + lease.waiting)
+        if news and not self.connection.up:
+            self.connection.hurry()
+
+    def miss(self) -> None:
+        """Redis answered, and has no lease of it."""
+        self._missing_since = self._missing_since or time.monotonic()
+        if self.gone and not self._reported_gone:
+            self._reported_gone = True
+            log.info("worker gone", worker_id=self.lease.worker_id, address=self.lease.address)
+
+    def candidate(self, tokenizer_digest: str) -> Candidate | None:
+        """None where it takes no requests, or none whose prompts another tokenizer made."""
+        if not self.connection.up or self.state not in ("ready", "restarting"):
+            return None
+        if not self.reads_as(tokenizer_digest):
+            return None
+        return Candidate(
+            worker_id=self.worker_id,
+            tier=int(self.state != "ready"),  # a restarting worker queues what it gets
+            load=self.load.total,
+            capacity=self.lease.max_batch_size,
+            max_context_length=self.lease.max_context_length,
+            last_chosen=self.load.last_chosen,
+        )
+
+    def reads_as(self, tokenizer_digest: str) -> bool:
+        """Whether its token ids are those of this tokenizer, as far as both are known."""
+        digests = {tokenizer_digest, self.lease.tokenizer_digest} - {""}
+        return len(digests) < 2
+
+    def send(self, sequence: int, start: pb.StartGeneration, place: Place) -> str:
+        """Begin a request; returns its id. Raises ``WorkerUnreachable`` or ``Overloaded``."""
+        request_id = self.connection.send(start, place)
+        self.load.reserve(sequence)
+        return request_id
+
+    async def close(self, reason: PrecastError | None = None) -> None:
+        await self.connection.close(reason)
+
+    def _gone_for(self) -> float:
+        """Seconds since it was given up; negative if it was not."""
+        if self.connection.up or self._missing_since is None:
+            return -1.0
+        return time.monotonic() - max(self._missing_since, self._down_since) - MISSING_GRACE_S
+
+    def _on_heartbeat(self, beat: pb.Heartbeat) -> None:
+        changed = self._beat is None or self._beat.state != beat.state
+        self._beat = beat
+        self.load.observe(beat.running + beat.waiting)
+        if changed:
+            self._on_change()
+
+    def _on_connection(self) -> None:
+        self._beat = None
+        self._down_since = time.monotonic()
+        self._on_change()

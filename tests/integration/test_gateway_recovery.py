@@ -1,0 +1,294 @@
+"""What clients see when workers die, hang, restart or lose their leases."""
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from precast.system.redis_server import start_redis
+from tests.support.gateway_stack import Gateway, Stack, Worker, eventually, running_stack
+from tests.support.ports import free_port
+
+BODY = {"model": "tiny", "prompt": "the fox", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Gateway]]:
+    """One gateway for all tests: each has workers of its own."""
+    folder = tmp_path_factory.mktemp("recovery")
+    with (
+        start_redis(folder / "redis") as redis_server,
+        running_stack(redis_server.url, folder) as s,
+    ):
+        yield s, s.gateway(wait_for=0, expected_models="tiny")
+
+
+@pytest.fixture
+def gateway(shared: tuple[Stack, Gateway]) -> Gateway:
+    return shared[1]
+
+
+@pytest.fixture
+def stack(shared: tuple[Stack, Gateway]) -> Iterator[Stack]:
+    """The shared stack; the test's workers are gone afterwards."""
+    stack, gateway = shared
+    before = list(stack.started)
+    yield stack
+    for process in stack.started:
+        if process not in before:
+            process.kill()
+            process.wait()
+    eventually(lambda: not gateway.get("/v1/models").json()["data"], 20)
+
+
+def complete(gateway: Gateway, **changes: Any) -> httpx.Response:
+    return gateway.post("/v1/completions", json={**BODY, **changes})
+
+
+class Asked:
+    """Requests that run in threads; ``answers`` has what came, in the order of its coming."""
+
+    def __init__(self, gateway: Gateway, count: int, **changes: Any) -> None:
+        self.answers: list[httpx.Response] = []
+        ask: Callable[[], None] = lambda: self.answers.append(complete(gateway, **changes))  # noqa: E731
+        self._threads = [threading.Thread(target=ask, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, deadline_s: float) -> list[httpx.Response]:
+        end = time.monotonic() + deadline_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+            assert not thread.is_alive(), f"no answer within {deadline_s} s"
+        return self.answers
+
+
+def last_event(answer: httpx.Response) -> Any:
+    return json.loads(answer.text.strip().rpartition("data: ")[2])
+
+
+def stream_with_tokens(gateway: Gateway, worker: Worker) -> Asked:
+    """A stream of which something was shown."""
+    stream = Asked(gateway, 1, prompt="!slow", max_tokens=240, stream=True)
+    eventually(lambda: worker.running() == 1)
+    time.sleep(0.5)  # three tokens
+    return stream
+
+
+def test_ranks_that_die_cost_no_request_that_has_no_token_yet(
+    stack: Stack, gateway: Gateway
+) -> None:
+    """The worker is the only one: they wait until it is back."""
+    worker = stack.worker(step_ms=1500)
+    eventually(lambda: gateway.workers() == 1)
+    stream = stream_with_tokens(gateway, worker)
+    waiting = Asked(gateway, 7)
+    eventually(lambda: worker.running() == 8)
+    worker.process.send_signal(signal.SIGUSR1)  # its ranks have died
+    (broken,) = stream.wait(5)
+    assert broken.status_code == 200
+    assert last_event(broken)["error"]["code"] == "worker_unavailable"
+    eventually(lambda: gateway.get("/ready").status_code == 503)
+    worker.process.send_signal(signal.SIGUSR2)
+    assert [answer.status_code for answer in waiting.wait(20)] == [200] * 7
+    assert gateway.workers() == 1
+
+
+def test_a_worker_that_is_killed_and_comes_back_costs_no_request(
+    stack: Stack, gateway: Gateway
+) -> None:
+    port = free_port()
+    worker = stack.worker(port=port, step_ms=60_000)
+    eventually(lambda: gateway.workers() == 1)
+    waiting = Asked(gateway, 3)
+    eventually(lambda: worker.running() == 3)
+    worker.kill()
+    stack.worker(port=port)
+    assert [answer.status_code for answer in waiting.wait(15)] == [200] * 3
+
+
+def test_a_worker_that_does_not_come_back_is_503_for_those_that_wait(
+    stack: Stack, gateway: Gateway
+) -> None:
+    worker = stack.worker(step_ms=60_000)
+    eventually(lambda: gateway.workers() == 1)
+    waiting = Asked(gateway, 2)
+    eventually(lambda: worker.running() == 2)
+    worker.kill()
+    answers = waiting.wait(15)
+    assert {answer.status_code for answer in answers} == {503}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"worker_unavailable"}
+    assert all(int(answer.headers["retry-after"]) > 0 for answer in answers)
+
+
+def test_a_stopped_worker_counts_as_dead_within_ten_seconds(stack: Stack, gateway: Gateway) -> None:
+    victim = stack.worker(worker_id="a-victim", step_ms=60_000)
+    eventually(lambda: gateway.workers() == 1)
+    stream = stream_with_tokens(gateway, victim)
+    waiting = Asked(gateway, 2)
+    eventually(lambda: victim.running() == 3)
+    stopped = time.monotonic()
+    victim.process.send_signal(signal.SIGSTOP)
+    (broken,) = stream.wait(10)
+    assert last_event(broken)["error"]["code"] == "worker_unavailable"
+    eventually(lambda: gateway.get("/ready").status_code == 503, 10)
+    assert time.monotonic() - stopped < 10
+    stack.worker(worker_id="b-survivor")  # comes while they wait for the victim
+    assert [answer.status_code for answer in waiting.wait(15)] == [200] * 2
+    victim.process.send_signal(signal.SIGCONT)
+    eventually(lambda: gateway.workers() == 2)
+
+
+def test_a_worker_that_answers_is_alive_whatever_redis_says(stack: Stack, gateway: Gateway) -> None:
+    """Its lease lapses all the time, then Redis refuses it; then it is restarted unseen."""
+    port = free_port()
+    worker = stack.worker(port=port, lease_ttl_s=0.05)
+    eventually(lambda: gateway.workers() == 1)
+    client = redis.Redis.from_url(stack.redis_url)
+
+    def served_for(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert complete(gateway).status_code == 200
+            assert gateway.get("/ready").status_code == 200
+            time.sleep(0.1)
+
+    served_for(3)
+    client.config_set("maxmemory", "1")
+    eventually(lambda: not client.keys("precast:lease:decode:*"))
+    served_for(4)
+    worker.kill()
+    eventually(lambda: gateway.get("/ready").status_code == 503)
+    stack.worker(port=port)
+    eventually(lambda: gateway.workers() == 1)
+    served_for(1)
+    client.config_set("maxmemory", "0")
+    eventually(lambda: client.keys("precast:lease:decode:*"))
+    served_for(1)
+
+
+def test_discovery_outlives_garbage(stack: Stack, gateway: Gateway) -> None:
+    stack.worker()
+    eventually(lambda: gateway.workers() == 1)
+    client = redis.Redis.from_url(stack.redis_url)
+    lease = json.loads(client.get(client.keys("precast:lease:decode:*")[0]))
+    garbage: list[dict[str, Any]] = [
+        {"max_context_length": 10**9},
+        {"model": "../../x\n"},
+        {"address": "[::"},
+        {"running": "\x00"},
+        {"graphs": [{}]},
+    ]
+    for number, wrong in enumerate(garbage):
+        value = json.dumps({**lease, "worker_id": f"bad{number}", **wrong})
+        client.set(f"precast:lease:decode:bad{number}", value)
+    client.set("precast:lease:decode:nothing", b"\xff\x00")
+    client.sadd("precast:leases:decode", *(f"bad{n}" for n in range(9)), b"\xff", "nothing")
+    stack.worker(model="tiny", worker_id="found-later")
+    eventually(lambda: gateway.workers() == 2)
+    models = gateway.get("/v1/models").json()["data"]
+    assert [(model["id"], model["max_model_len"]) for model in models] == [("tiny", 256)]
+    client.delete("precast:leases:decode")
+    client.set("precast:leases:decode", "of another type")  # now reading itself fails
+    time.sleep(1)
+    assert complete(gateway).status_code == 200
+    client.delete("precast:leases:decode")
+    stack.worker(worker_id="found-last")
+    eventually(lambda: gateway.workers() == 3)
+
+
+def test_a_chat_without_max_tokens_goes_wherever_its_prompt_fits(
+    stack: Stack, gateway: Gateway
+) -> None:
+    small, large = stack.worker(max_context_length=64), stack.worker(max_context_length=256)
+    eventually(lambda: gateway.workers() == 2)
+
+    def chat(words: int) -> Any:
+        messages = [{"role": "user", "content": "a " * words}]
+        body = {"model": "tiny", "messages": messages}
+        answer = gateway.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        return answer.json()["usage"]
+
+    totals = {chat(4)["total_tokens"] for _ in range(4)}
+    assert (small.served(), large.served()) == (2, 2)
+    assert totals == {64, 256}
+    for _ in range(3):
+        assert chat(100)["total_tokens"] == 256
+    assert (small.served(), large.served()) == (2, 5)
+
+
+def test_models_that_are_expected_and_tokenizers_that_differ(
+    stack: Stack, gateway: Gateway
+) -> None:
+    answer = complete(gateway)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+    assert complete(gateway, model="unheard-of").status_code == 404
+    other = stack.worker(tokenizer_digest="0" * 32)
+    eventually(lambda: gateway.workers() == 1)
+    answer = complete(gateway)
+    assert answer.status_code == 503
+    assert "model files of 'tiny' differ" in answer.json()["error"]["message"]
+    same = stack.worker(worker_id="same")
+    eventually(lambda: gateway.workers() == 2)
+    for _ in range(3):
+        assert complete(gateway).status_code == 200
+    assert (other.served(), same.served()) == (0, 3)
+
+
+def test_a_stream_that_waits_says_so(stack: Stack, gateway: Gateway) -> None:
+    stack.worker()
+    eventually(lambda: gateway.workers() == 1)
+    body = json.dumps({**BODY, "prompt": "!silent", "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", gateway.port)) as client:
+        client.settimeout(12)
+        head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}".encode() + body)
+        received = b""
+        while received.count(b": waiting\n\n") < 2:
+            received += client.recv(4096)
+    assert received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_stop_ends_requests_once_and_in_openais_shape(
+    stack: Stack, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker = stack.worker()
+    gateway = stack.gateway(drain_timeout_s=2)
+    silent = Asked(gateway, 3, prompt="!silent")
+    streams = Asked(gateway, 2, prompt="!slow", max_tokens=240, stream=True)
+    short = Asked(gateway, 1, prompt="!slow", max_tokens=12)
+    eventually(lambda: worker.running() == 6)
+    time.sleep(0.3)
+    started = time.monotonic()
+    for _ in range(3):  # as from a parent and from a supervisor that end at once
+        gateway.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert [answer.status_code for answer in short.wait(8)] == [200]
+    for answer in silent.wait(8):
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "worker_unavailable"
+        assert "shutting down" in answer.json()["error"]["message"]
+    for answer in streams.wait(8):
+        assert "shutting down" in last_event(answer)["error"]["message"]
+    assert gateway.process.wait(8) == 0
+    assert 2 <= time.monotonic() - started < 8
+    eventually(lambda: worker.running() == 0)
+    assert not re.search("Traceback|Internal Server Error|Exception", "".join(capfd.readouterr()))
+
+
+def test_a_worker_without_heartbeats_is_served_through(stack: Stack, gateway: Gateway) -> None:
+    """One of an older version: its silence means nothing."""
+    worker = stack.worker(heartbeats=0, step_ms=8_000)
+    eventually(lambda: gateway.workers() == 1)
+    answer = complete(gateway, max_tokens=1)
+    assert (answer.status_code, worker.served()) == (200, 1)
