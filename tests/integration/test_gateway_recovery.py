@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -13,7 +14,9 @@ import httpx
 import pytest
 import redis
 
+from precast.models.versions import put_in_place
 from precast.system.redis_server import start_redis
+from precast.tokenizer.digest import tokenizer_digest
 from tests.support.gateway_stack import Gateway, Stack, Worker, eventually, running_stack
 from tests.support.ports import free_port
 
@@ -243,6 +246,25 @@ def test_models_that_are_expected_and_tokenizers_that_differ(
     for _ in range(3):
         assert complete(gateway).status_code == 200
     assert (other.served(), same.served()) == (0, 3)
+
+
+def test_a_worker_that_goes_on_with_a_replaced_model_is_read_as_before(
+    stack: Stack, gateway: Gateway
+) -> None:
+    folder = stack.models_dir / "tiny"
+    stack.worker(tokenizer_digest=tokenizer_digest(folder))
+    eventually(lambda: gateway.workers() == 1)
+    new = stack.models_dir / ".new"
+    shutil.copytree(folder, new)
+    (new / "chat_template.jinja").write_text("{{ raise_exception('the new template') }}")
+    put_in_place(new, folder)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    assert gateway.post("/v1/chat/completions", json=body).status_code == 200
+    stack.worker(worker_id="new", tokenizer_digest=tokenizer_digest(folder))
+    eventually(lambda: gateway.workers() == 2)
+    answer = gateway.post("/v1/chat/completions", json=body)
+    assert "the new template" in answer.json()["error"]["message"]
+    (folder / "chat_template.jinja").unlink()
 
 
 def test_a_stream_that_waits_says_so(stack: Stack, gateway: Gateway) -> None:
