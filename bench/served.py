@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def in_turn(ports: Sequence[int], rounds: int, once: Callable[[int], Any]) -> li
 
 def load_rows(ports: Sequence[int], rounds: int, loads: Sequence[Load]) -> Iterator[list[str]]:
     for load in loads:
-        found = in_turn(ports, rounds, lambda port, load=load: run(port, load))
+        found = in_turn(ports, rounds, partial(run, load=load))
         speeds = [statistics.median(m.tokens_per_s for m in one) for one in found]
         yield [
             load.name,
@@ -189,8 +190,7 @@ def load_rows(ports: Sequence[int], rounds: int, loads: Sequence[Load]) -> Itera
 
 def wait_rows(ports: Sequence[int], rounds: int, long: Sequence[int]) -> Iterator[list[str]]:
     trials: list[tuple[str, Callable[[int], Any]]] = [
-        (f"{tokens}-token prompt", lambda port, tokens=tokens: alone(port, tokens))
-        for tokens in long
+        (f"{tokens}-token prompt", partial(alone, tokens=tokens)) for tokens in long
     ]
     trials += [("7,000-token prompt, again", again), ("short behind 4,000 tokens", behind)]
     for name, once in trials:
