@@ -119,7 +119,7 @@ async def _sleep_or(stop: asyncio.Event, seconds: float) -> None:
 
 
 def _tail(log: Path) -> str:
-    from precast.cli.supervisor import last_line
+    from precast.cli.logs import last_line
 
     return f"{last_line(log)} (log: {log})"
 

@@ -8,7 +8,6 @@ where that can't be had, they are started afresh.
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Final
 
 from precast.cli.failures import EXIT_USAGE
 from precast.cli.forks import Forks
+from precast.cli.logs import keep_logs, last_line
 from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.system import alive
@@ -33,10 +33,6 @@ BACKOFF: Final = Backoff(first_s=0.2, max_s=5.0)
 SETTLED_S: Final = 30.0
 """A child that ran this long starts again at the first wait."""
 PROBE_S: Final = 2.0
-_LOG_TAIL_BYTES: Final = 4096
-LOG_BYTES: Final = 32 << 20
-"""A log that is larger is put aside as ``.1`` and begun again."""
-LOOK_AT_LOG_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +72,7 @@ class Supervisor:
         self.children = [Child(spec=spec) for spec in specs]
         self._forks = forks
         self._keepers: list[asyncio.Task[None]] = []
-        self._logs = asyncio.create_task(_bound_logs([spec.log_path for spec in specs]))
+        self._logs = asyncio.create_task(keep_logs([spec.log_path for spec in specs]))
 
     def start(self, names: Sequence[str]) -> None:
         """Start these children, in order, and keep them running."""
@@ -243,38 +239,6 @@ async def _terminate(process: _Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     await process.wait()
-
-
-async def _bound_logs(paths: Sequence[Path]) -> None:
-    while True:
-        for path in paths:
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(bound_log, path)
-        await asyncio.sleep(LOOK_AT_LOG_S)
-
-
-def bound_log(path: Path, limit: int | None = None) -> None:
-    """Puts a log that has grown too large aside, and empties it while its child writes on.
-
-    The child appends, so that it goes on at the beginning. Where there is no room for a copy there
-    is none; lines that are written between the copy and the cut are lost. Raises ``OSError``.
-    """
-    if not path.exists() or path.stat().st_size <= (LOG_BYTES if limit is None else limit):
-        return
-    aside = path.with_suffix(".log.1")
-    try:
-        shutil.copyfile(path, aside)
-    except OSError:
-        aside.unlink(missing_ok=True)
-    os.truncate(path, 0)
-
-
-def last_line(log_path: Path) -> str:
-    """The last line that a child has logged, without a ``precast:`` in front."""
-    with log_path.open("rb") as log_file:
-        log_file.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
-        lines = log_file.read().decode(errors="replace").strip().splitlines()
-    return (lines or ["ended without a word"])[-1].removeprefix("precast: ")
 
 
 def _reason(code: int) -> str:

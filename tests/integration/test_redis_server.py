@@ -30,6 +30,49 @@ def test_it_keeps_its_data_over_a_restart(tmp_path: Path) -> None:
         assert client.get("name") == b"value"
 
 
+def test_a_full_disk_costs_it_a_snapshot_and_no_write(tmp_path: Path) -> None:
+    """On a disk of its own, in a mount namespace of its own."""
+    done = in_small_disk(tmp_path, FULL_DISK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "b'later' True"
+
+
+FULL_DISK = """
+import os, pathlib, sys, time
+import redis
+from precast.system.redis_server import start_redis
+folder = pathlib.Path(sys.argv[1])
+with start_redis(folder / "redis") as server, redis.Redis.from_url(server.url) as client:
+    client.set("name", "early")
+    with (folder / "filler").open("wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError:
+            pass
+    try:
+        client.save()
+    except redis.RedisError as error:
+        print("no snapshot:", error)
+    client.bgsave()
+    end = time.monotonic() + 10
+    while client.info("persistence")["rdb_bgsave_in_progress"] and time.monotonic() < end:
+        time.sleep(0.05)
+    failed = client.info("persistence")["rdb_last_bgsave_status"] == "err"
+    client.set("name", "later")
+    print(client.get("name"), failed)
+    (folder / "filler").unlink()
+"""
+
+
+def in_small_disk(folder: Path, program: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a program whose argument is a folder of one megabyte."""
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
+    mount = f'mount -t tmpfs -o size=1m small {folder} && exec {sys.executable} -c "$0" {folder}'
+    command = [*unshare, "sh", "-c", mount, program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=50)
+
+
 def test_it_listens_on_loopback_only(tmp_path: Path) -> None:
     with start_redis(tmp_path) as server, redis.Redis.from_url(server.url) as client:
         assert client.config_get("bind")["bind"] == "127.0.0.1"

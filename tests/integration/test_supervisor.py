@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from precast.cli import supervisor as supervision
+from precast.cli import logs
 from precast.cli.status import CaptureClock
 from precast.cli.supervisor import ChildSpec, Supervisor
 from precast.errors import ConfigError
@@ -98,8 +98,8 @@ async def test_a_child_that_doesn_t_answer_any_more_is_killed(tmp_path: Path) ->
 async def test_a_log_stays_bounded_while_its_child_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "LOG_BYTES", 50_000)
-    monkeypatch.setattr(supervision, "LOOK_AT_LOG_S", 0.05)
+    monkeypatch.setattr(logs, "LOG_BYTES", 50_000)
+    monkeypatch.setattr(logs, "LOOK_S", 0.05)
     writer = "import time\nfor i in range(10**9): print(i, flush=True); time.sleep(1e-4)"
     supervisor = Supervisor([spec(tmp_path, writer)])
     supervisor.start(["child"])

@@ -120,7 +120,7 @@ class Chaos:
     def start_redis(self) -> "subprocess.Popen[bytes]":
         folder = self.home / "redis"
         if self.kills and self.random.random() < EMPTIED:
-            for path in folder.glob("appendonly*"):
+            for path in folder.glob("dump.rdb"):
                 path.unlink()
         return start_redis(folder, int(self.redis_url.rpartition(":")[2].partition("/")[0])).process
 
