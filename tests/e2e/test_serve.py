@@ -121,3 +121,25 @@ def test_second_start_is_quick_and_needs_no_capture(home: Path, stack: Serve) ->
         assert "Paris" in again.complete()
         assert time.monotonic() - begun < 60
         assert again.stop() == 0
+
+
+def test_streams_end_whole_when_serve_itself_is_killed(home: Path, stack: Serve) -> None:
+    """Every child drains: the gateway, the worker under it, and the ranks under that."""
+    assert stack.process.poll() is not None
+    with serving(home, *FLAGS) as again:
+        again.wait_line("Precast serves", READY_DEADLINE_S)
+        started = again.descendants()
+        with again.load(max_tokens=48) as load:
+            poll(lambda: load.good() >= 3, READY_DEADLINE_S, "requests run")
+            again.process.kill()
+            load.stop()
+        check_outcomes(load.outcomes)
+        assert load.outcomes[-1].finished
+        poll(lambda: not any(_runs(process) for process in started), 30, "nothing is left")
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

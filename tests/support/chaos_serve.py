@@ -216,7 +216,7 @@ def main() -> int:
     if NAMESPACE not in os.environ:
         return in_namespace(sys.argv[1:])
     with small_disk() as home:
-        import_model(arguments.model, home / "models")
+        import_model(arguments.model, home / "models", report=lambda _stage: None)
         print(json.dumps(run(home, arguments.rounds, arguments.only), indent=1))
     return 0
 

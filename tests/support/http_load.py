@@ -60,6 +60,10 @@ class Load:
             thread.join(2 * DEADLINE_S)
         assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
 
+    def stop(self) -> None:
+        """Ask nothing more; what was asked goes on to its end."""
+        self._stop.set()
+
     def good(self) -> int:
         """How many requests have finished so far."""
         return sum(outcome.finished for outcome in list(self.outcomes))

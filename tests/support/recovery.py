@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(
         prefix="precast-recovery-", ignore_cleanup_errors=True
     ) as home:
-        import_model(arguments.model, Path(home) / "models")
+        import_model(arguments.model, Path(home) / "models", report=lambda _stage: None)
         print(json.dumps(measure(Path(home), arguments.runs), indent=1))
 
 
