@@ -216,6 +216,27 @@ def test_paths_into_other_fields(fields: dict[str, Any], param: str) -> None:
     assert refusal(CompletionRequest, {**COMPLETION, **fields})[0] == param
 
 
+def test_16_0_is_an_integer() -> None:
+    fields = {"max_tokens": 16.0, "seed": -3.0, "prompt": [1.0, 2], "stop_token_ids": [5.0]}
+    body = CompletionRequest.model_validate({**COMPLETION, **fields})
+    assert (body.max_tokens, body.seed, body.prompts, body.stop_token_ids) == (
+        16,
+        -3,
+        [[1, 2]],
+        [5],
+    )
+    assert refusal(CompletionRequest, {**COMPLETION, "max_tokens": 0.0})[0] == "max_tokens"
+    assert refusal(CompletionRequest, {**COMPLETION, "prompt": [1.5]})[0] == "prompt"
+
+
+def test_bounds_are_in_the_reference() -> None:
+    properties = CompletionRequest.model_json_schema()["properties"]
+    assert {"type": "integer", "minimum": 1, "maximum": 128} in properties["n"]["anyOf"]
+    assert properties["best_of"]["anyOf"][0]["minimum"] == 1
+    item = properties["stop_token_ids"]["anyOf"][0]["items"]
+    assert (item["minimum"], item["exclusiveMaximum"]) == (0, 2**32)
+
+
 def test_many_and_long_stop_strings() -> None:
     stops = ["x" * 100_000, *(f"stop {index}" for index in range(63))]
     body = bytearray(json.dumps({**COMPLETION, "stop": stops}).encode())

@@ -14,12 +14,9 @@ MAX_BIAS: Final = 100
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """In JSON 16.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 def _check_prompt(value: Any) -> Any:
@@ -42,7 +39,7 @@ def _check_prompt(value: Any) -> Any:
 def _token_ids(value: list[Any]) -> list[int]:
     if len(value) > MAX_PROMPT_IDS:
         raise ValueError(f"has a prompt of {len(value)} token ids, more than any model takes")
-    ids = [_whole(item) for item in value]
+    ids = [whole(item) for item in value]
     if not all(type(item) is int and 0 <= item < 2**32 for item in ids):
         raise ValueError("must hold only strings, or only token ids from 0 on")
     return ids

@@ -7,9 +7,9 @@ only label a request are accepted and ignored.
 
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from services.gateway.openai.fields import MAX_CHOICES, LogitBias, Prompt, Stop, Whole
+from services.gateway.openai.fields import MAX_CHOICES, LogitBias, Prompt, Stop, whole
 from services.gateway.openai.messages import MAX_MESSAGES, FieldError, Message, UnsupportedField
 
 MAX_LOGPROBS: Final = 20
@@ -94,15 +94,15 @@ class _Sampling(_Body):
     model_config = ConfigDict(json_schema_extra=_complete)
 
     model: str = Field(min_length=1, max_length=256)
-    n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: Whole | None = Field(default=None, ge=-1, lt=2**31)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     """Extension. 0 and -1: every token."""
-    seed: Whole | None = Field(default=None, ge=-_MAX_SEED, le=_MAX_SEED)
+    seed: int | None = Field(default=None, ge=-_MAX_SEED, le=_MAX_SEED)
     stop: Stop = []
-    stop_token_ids: list[Annotated[Whole, Field(ge=0, lt=2**32)]] | None = Field(
-        default=None, max_length=64
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(whole)]] | None = (
+        Field(default=None, max_length=64)
     )
     """Extension."""
     ignore_eos: bool | None = None
@@ -110,7 +110,7 @@ class _Sampling(_Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: LogitBias = {}
-    max_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -123,7 +123,7 @@ class _Sampling(_Body):
             if not _is_neutral(data[name], _NEUTRAL[name]):
                 raise UnsupportedField(name)
         ignored = _NEUTRAL.keys() | _LABELS
-        return {name: value for name, value in data.items() if name not in ignored}
+        return {name: whole(value) for name, value in data.items() if name not in ignored}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -149,8 +149,8 @@ class CompletionRequest(_Sampling):
 
     prompt: Prompt
     echo: bool | None = None
-    logprobs: Whole | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    best_of: Whole | None = Field(default=None, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(default=None, ge=1)
     """None or ``n``."""
 
     @model_validator(mode="after")
@@ -172,9 +172,9 @@ class ChatRequest(_Sampling):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
-    top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _chat(self) -> Self:
