@@ -268,6 +268,7 @@ def _peak(gateway: Gateway) -> int:
 
 # --- anything at all ---
 
+CLIENT = httpx.Client(timeout=30)  # one, for making one takes longer than a request
 JSONISH = st.recursive(
     st.none()
     | st.booleans()
@@ -299,7 +300,7 @@ def test_no_body_is_the_servers_fault(gateway: Gateway, body: Any, chat: bool, g
     path = "/v1/chat/completions" if chat else "/v1/completions"
     if good and isinstance(body, dict):
         body |= {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hi"}
-    answer = httpx.post(gateway.url + path, content=json.dumps(body).encode(), timeout=30)
+    answer = CLIENT.post(gateway.url + path, content=json.dumps(body).encode())
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -310,6 +311,6 @@ def test_no_body_is_the_servers_fault(gateway: Gateway, body: Any, chat: bool, g
 )
 @given(content=st.binary(max_size=200))
 def test_no_bytes_are_the_servers_fault(gateway: Gateway, content: bytes) -> None:
-    answer = httpx.post(f"{gateway.url}/v1/completions", content=content, timeout=30)
+    answer = CLIENT.post(f"{gateway.url}/v1/completions", content=content)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
