@@ -40,6 +40,11 @@ class Metrics:
             ["phase"],
             registry=self.registry,
         )
+        self.cached = Counter(
+            "decode_worker_cached_prompt_tokens",
+            "Tokens of prompts that were in the KV cache already, by requests that have ended",
+            registry=self.registry,
+        )
         self._padding = Counter(
             "decode_worker_padding_tokens",
             "Tokens computed only to fill a graph",

@@ -2,8 +2,8 @@
 
 Starting Python, torch and gRPC takes a worker three seconds of processor time: eight that start at
 once on two cores need 17 s. A fork needs none of it, shares the memory of what was imported, and a
-replica that dies is back in less than a second. The parent only watches: it starts no thread and
-serves nothing. What each replica does is ``main.run``, as for a worker alone.
+replica that dies is back in less than a second. The parent only watches exits and heartbeats: it
+starts no thread and serves nothing. What each replica does is ``main.run``, as for a worker alone.
 """
 
 import gc
@@ -20,6 +20,8 @@ from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.rpc.address import Address
+from precast.system import alive
+from precast.system.alive import Pulse
 from precast.system.backoff import Backoff
 from precast.system.process import ONE_THREAD, ForkedChild
 from services.decode_worker.ranks.launcher import RankLauncher, nursery
@@ -48,6 +50,8 @@ class _Replica:
     settings: DecodeWorkerSettings
     share: "Share"
     process: ForkedChild | None = None
+    pulse: Pulse | None = None
+    """Of the process that runs."""
     started: float = 0.0
     failures: int = 0
     """In a row."""
@@ -83,13 +87,21 @@ def run(settings: DecodeWorkerSettings, serve: Serve) -> int:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
             bind_contextvars(replica=one.index)  # into every line that it logs
             launcher = RankLauncher(forks=nursery())
+            os.environ[alive.ENVIRONMENT] = str(pulse.child_end)
             try:
                 return serve(one.settings, launcher, one.share)
             finally:
                 launcher.close()
 
-        one.started = time.monotonic()
-        one.process = ForkedChild(child)
+        pulse = Pulse()
+        try:
+            one.process = ForkedChild(child)
+        except OSError:
+            pulse.close()
+            raise
+        finally:
+            pulse.started()
+        one.started, one.pulse = time.monotonic(), pulse
 
     try:
         return _keep(replicas, start)
@@ -127,17 +139,27 @@ def _keep(replicas: list[_Replica], start: Callable[[_Replica], None]) -> int:
                     start(one)
                 except OSError as error:  # no memory or no process to be had
                     _put_off(one, str(error))
+            _end_if_hung(one)
             code = one.process.poll() if one.process is not None else None
             if code is None:
                 continue
             if code > 0 and one.failures == 0 and time.monotonic() - one.started < SETTLED_S:
                 return code  # it has never run: starting again would not help
             one.process = None
+            if one.pulse is not None:
+                one.pulse.close()
             _put_off(one, f"ended with {code}")
         waits = [one.due - time.monotonic() for one in replicas if one.process is None]
-        info = signal.sigtimedwait(_WATCHED, max(0.0, min(waits, default=60.0)))
+        info = signal.sigtimedwait(_WATCHED, max(0.0, min([alive.INTERVAL_S, *waits])))
         if info is not None and info.si_signo in _STOP_SIGNALS:
             return 0
+
+
+def _end_if_hung(one: _Replica) -> None:
+    if one.process is not None and one.pulse is not None and one.pulse.hung():
+        log.error("replica has hung; killing it", replica=one.index, pid=one.process.pid)
+        one.process.kill()
+        one.process.wait()
 
 
 def _put_off(one: _Replica, reason: str) -> None:

@@ -84,6 +84,15 @@ def test_a_rank_that_dies_is_replaced(workers: list[DecodeWorker]) -> None:
     assert len({tuple(answer(worker)) for worker in workers}) == 1
 
 
+def test_one_that_hangs_is_replaced_within_ten_seconds(workers: list[DecodeWorker]) -> None:
+    before = {worker.status().worker_id for worker in workers}
+    hung = leaders(workers)[0]
+    os.kill(hung.pid, signal.SIGSTOP)
+    eventually(lambda: hung not in leaders(workers), 12)
+    eventually(lambda: all(worker.is_ready() for worker in workers))
+    assert len({worker.status().worker_id for worker in workers} & before) == COUNT - 1
+
+
 def test_all_stop_with_their_start(workers: list[DecodeWorker]) -> None:
     everything = psutil.Process(workers[0].process.pid).children(recursive=True)
     assert len(everything) == COUNT * (1 + 1 + RANKS)  # a leader, a nursery, ranks

@@ -307,6 +307,7 @@ class Engine:
                 continue  # aborted while the step ran
             if finished is not None:
                 del self._requests[sequence.request_id]
+                self._metrics.cached.inc(sequence.cached)
             outcomes.append(
                 _Outcome(
                     request=request,
