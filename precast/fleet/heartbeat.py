@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Self
 
 from precast.errors import RegistryUnavailable
 from precast.fleet.leases import Lease, Registry
 from precast.log import get_logger
+from precast.system.backoff import Backoff
 
 log = get_logger(__name__)
 
@@ -30,6 +32,7 @@ class Heartbeat:
         self._registry = registry
         self._make_record = make_record
         self._interval_s = interval_s
+        self._retry = Backoff(first_s=interval_s)
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
@@ -65,11 +68,13 @@ class Heartbeat:
         while True:
             self._changed.clear()
             await self._beat()
-            try:
-                async with asyncio.timeout(self._interval_s):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pause_s()):
                     await self._changed.wait()
-            except TimeoutError:
-                pass
+
+    def _pause_s(self) -> float:
+        """Up to the next beat: workers that have lost Redis together don't beat together."""
+        return self._interval_s if self._reachable else self._retry.wait_s(1)
 
     async def _beat(self) -> None:
         try:

@@ -29,7 +29,8 @@ from precast.rpc.address import Address
 
 log = get_logger(__name__)
 
-LEASE_TTL_S: Final = 3.0
+LEASE_TTL_S: Final = 6.0
+"""Beats come every second: a host that is busy for some of them loses no lease."""
 _SOCKET_TIMEOUT_S: Final = 1.0
 _OPERATION_TIMEOUT_S: Final = 2.5
 """Bound of one registry call: name resolution, connecting and one retry included."""
