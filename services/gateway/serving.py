@@ -76,6 +76,7 @@ class Generation:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.events.close()
         for task in self._waiting:
             task.cancel()
         for choice in self._choices:

@@ -35,6 +35,9 @@ class EventQueue:
         """The deltas in ``_ready``, by choice."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._until = 0.0
+        """When the reader has waited long enough (loop's clock, s)."""
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, index: int, delta: TokenDelta) -> None:
         if not self._shown[index]:
@@ -91,16 +94,34 @@ class EventQueue:
         self._ready.append((index, delta))
         self._wake()
 
+    def close(self) -> None:
+        """Nobody takes events any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
     async def _wait(self, timeout_s: float) -> None:
-        """Until something comes. A future and a timer: this is waited for at every token."""
+        """Until something comes, or the time is over. This is waited for at every token, so one
+        timer serves many waits: it looks whether the last of them has lasted too long."""
         loop = asyncio.get_running_loop()
         self._reader = loop.create_future()
-        timer = loop.call_later(timeout_s, self._wake)
+        self._until = loop.time() + timeout_s
+        if self._timer is None or self._timer.when() > self._until:
+            self._set_timer(loop)
         try:
             await self._reader
         finally:
-            timer.cancel()
             self._reader = None
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.close()
+        self._timer = loop.call_at(self._until, self._tick, loop)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._reader is not None and loop.time() < self._until:
+            self._set_timer(loop)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
