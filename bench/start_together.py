@@ -36,7 +36,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.models.importing.importer import import_model
 from precast.proto.decode.v1 import decode_service_pb2 as pb

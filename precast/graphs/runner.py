@@ -21,6 +21,7 @@ from precast.models.kv_cache import LayerCache
 from precast.models.layers import Paging, Shape
 from precast.models.load import Weights
 from precast.ops import native as native  # registers the operators that graphs call
+from precast.system.scratch import scratch_root
 
 
 class Graph:
@@ -60,10 +61,11 @@ class Graph:
 def _unpacking_folder() -> Iterator[None]:
     """Where the loader unpacks a package, gone once the native code is mapped.
 
-    The loader would keep its copies until the graph is freed, for good if the process is killed.
+    Only its owner can enter it. The loader would keep its copies until the graph is freed, for good
+    if the process is killed.
     """
     before = os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="precast-graph-") as folder:
+    with tempfile.TemporaryDirectory(prefix="precast-graph-", dir=scratch_root()) as folder:
         os.environ["TMPDIR"] = folder
         try:
             yield

@@ -12,6 +12,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - what is made there has random names
+
+
+def scratch_root() -> Path:
+    """Where temporary files can be written: in shared memory where no disk can be."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return SHARED_MEMORY
 
 
 @contextmanager

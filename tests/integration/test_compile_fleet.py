@@ -11,8 +11,9 @@ import psutil
 import pytest
 import redis
 
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.system.redis_server import RedisServer, loopback_port, start_redis

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from precast.errors import ArtifactRejected
 from precast.fleet.leases import DecodeLease, LoadedGraphRecord, Registry
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.disk_store import QUARANTINE, DiskStore
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb

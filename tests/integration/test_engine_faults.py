@@ -27,6 +27,7 @@ from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init
+from tests.support.artifacts import at_path
 from tests.support.faulty_rank import POISON
 from tests.support.models import write_model
 
@@ -116,7 +117,9 @@ async def until(check: Callable[[], bool], deadline_s: float = 20.0) -> None:
 
 
 def graph(name: str) -> Candidate:
-    return Candidate(num_tokens=1, paths=(Path("/tmp") / name,), keys=(name,), versions=(1,))
+    return Candidate(
+        num_tokens=1, graphs=(at_path(Path("/tmp") / name),), keys=(name,), versions=(1,)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from precast.errors import GraphNotFound, PrecastError
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as grpc_pb
 from precast.rpc.server import Service, open_channel, start_server

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,72 @@ def test_imported_graphs_need_no_compile_worker(
         ask(worker)
         status = worker.status()
         assert (status.eager_steps, status.graph_steps > 0) == (0, True)
+
+
+@contextmanager
+def other_bytes(*paths: Path) -> Iterator[None]:
+    """Cuts files in place, and makes them what they were at the end."""
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        path.chmod(0o600)
+        os.truncate(path, len(content) // 8)
+    yield
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+
+
+def test_files_that_are_cut_under_load_hurt_nobody(tiny_home: Path, tiny_redis: str) -> None:
+    """Neither weights nor graphs are mapped from files while ranks serve. Ranks that are started
+    again load the graphs that were verified, and wait for the weights without blaming a graph."""
+    with decode_worker(
+        tiny_home,
+        tiny_redis,
+        MODEL,
+        batch_sizes="1",
+        wait_for_graphs=True,
+        compile_address="127.0.0.1:1",
+    ) as worker:
+        expected = ask(worker)
+        weights = tiny_home / "models" / MODEL / "model.safetensors"
+        graphs = list((tiny_home / "cache" / "graphs").rglob("graph.pt2"))
+        with other_bytes(*graphs):
+            with other_bytes(weights):
+                assert ask(worker) == expected
+                [rank] = worker.ranks()
+                mapped = Path(f"/proc/{rank}/maps").read_text()
+                assert str(tiny_home) not in mapped
+                os.kill(rank, signal.SIGBUS)
+                eventually(lambda: worker.status().restarts >= 2)
+            eventually(worker.is_ready)
+            eventually(lambda: version(worker) == 2)
+            assert ask(worker) == expected
+        said = worker.log.read_text()
+        assert "graph crashed a rank" not in said
+        assert "changed_files=['model.safetensors']" in said
+        assert not list((tiny_home / "cache").rglob("reason.txt"))
+
+
+def test_graphs_of_a_folder_that_is_only_read(tiny_home: Path, tiny_redis: str) -> None:
+    """As shipped in an image."""
+    cache = tiny_home / "cache"
+    mount = ["mount", "--bind", "-o", "ro", str(cache), str(cache)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        with decode_worker(
+            tiny_home,
+            tiny_redis,
+            MODEL,
+            batch_sizes="1",
+            wait_for_graphs=True,
+            compile_address="127.0.0.1:1",
+        ) as worker:
+            assert version(worker) == 2
+            ask(worker)
+            assert worker.status().eager_steps == 0
+            assert "graph cache can't be written" in worker.log.read_text()
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
 
 
 def test_graphs_come_back_after_a_rank_died(tiny_home: Path, tiny_redis: str) -> None:

@@ -20,8 +20,9 @@ from precast.errors import ArtifactRejected, ConfigError, GraphNotFound, Precast
 from precast.fleet.leases import Registry
 from precast.fleet.queue.queue import CaptureQueue
 from precast.graphs.artifacts.bundle import write_bundle
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.disk_store import DiskStore
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import Signature
 from precast.graphs.artifacts.transfer import (
     import_into_cache,

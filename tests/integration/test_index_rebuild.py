@@ -11,7 +11,8 @@ import pytest
 import redis
 
 from precast.fleet.leases import connect_redis
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb

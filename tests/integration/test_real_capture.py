@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from precast.graphs.artifacts.cache import GraphCache, fetch_graph
+from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.capture.verify.failure import read_mismatch

@@ -2,11 +2,14 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from precast.graphs.artifacts.manifest import Manifest, encode_manifest
+from precast.graphs.artifacts.sealed import SealedGraph
 from precast.graphs.artifacts.signing import Signature, Signer, TrustedKeys
 from precast.graphs.key import graph_key
 from tests.support.compile_worker import BUILD, FACTORS
@@ -49,3 +52,8 @@ def graph_file(folder: Path, *, seed: int = 0, size: int = 100_000) -> Path:
     path = folder / f"made-{seed}.pt2"
     path.write_bytes(random.Random(seed).randbytes(size))
     return path
+
+
+def at_path(path: Path) -> SealedGraph:
+    """As if it were sealed: for ranks that only look at the path."""
+    return cast(SealedGraph, SimpleNamespace(path=path))

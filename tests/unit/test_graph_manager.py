@@ -13,6 +13,9 @@ from services.decode_worker.graphs.shadow_trial import probe_step
 from services.decode_worker.graphs.size_record import FIRST_REPLAYS
 from services.decode_worker.ranks.group import GroupFailed, RankGroup
 from services.decode_worker.ranks.protocol import GraphLoaded, LoadGraph, Ready, Step
+from tests.support.artifacts import at_path
+
+X = at_path(Path("x"))
 
 
 class Ranks:
@@ -36,7 +39,7 @@ class Ranks:
 
 
 def offer(version: int, num_tokens: int = 1) -> Candidate:
-    return Candidate(num_tokens=num_tokens, paths=(Path("x"),), keys=("k",), versions=(version,))
+    return Candidate(num_tokens=num_tokens, graphs=(X,), keys=("k",), versions=(version,))
 
 
 def ready() -> list[Ready]:
@@ -241,7 +244,7 @@ async def test_a_crash_later_on_or_in_an_eager_step_accuses_no_graph(graphs: Gra
 async def test_only_the_crashed_ranks_artifact_is_accused() -> None:
     graphs = GraphManager([1], lambda: None)
     graphs.group_started([*ready(), *ready()])
-    two = Candidate(num_tokens=1, paths=(Path("x"),) * 2, keys=("a", "b"), versions=(3, 5))
+    two = Candidate(num_tokens=1, graphs=(X,) * 2, keys=("a", "b"), versions=(3, 5))
     graphs.offer(two)
     await settle(graphs, Ranks())
     begin(graphs)

@@ -20,10 +20,12 @@ from services.decode_worker.graphs.shadow_trial import Assignment, probe_step
 from services.decode_worker.graphs.size_record import MAX_ATTEMPTS, MAX_REFUSED
 from services.decode_worker.ranks.group import GroupFailed, RankGroup
 from services.decode_worker.ranks.protocol import GraphLoaded, LoadGraph, Ready, Shadow, Step
+from tests.support.artifacts import at_path
 
 EXAMPLES, STEPS = 200, 50
 """10,000 events in all."""
 KEYS = ("a", "b")
+X = (at_path(Path("x")),) * 2
 SIZES, RANKS = st.sampled_from([1, 2, 4]), st.sampled_from([0, 1])
 READY = Ready(
     tp_rank=0, load_s=0.0, weight_bytes=0, vocab_size=1, kernels={}, graph_factors={"isa": "x"}
@@ -65,9 +67,7 @@ class Ranks:
 
 
 def candidate(size: int, versions: tuple[int, int]) -> Candidate:
-    return Candidate(
-        num_tokens=size, paths=(Path("x"),) * 2, keys=KEYS, versions=versions, layer_us=float(size)
-    )
+    return Candidate(num_tokens=size, graphs=X, keys=KEYS, versions=versions, layer_us=float(size))
 
 
 class Machine(RuleBasedStateMachine):
@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
                 key=key,
                 version=self.version,
                 num_tokens=size,
-                paths=("x", "x"),
+                graphs=X,
                 keys=KEYS,
                 versions=(self.version, self.version),
                 steps=steps,

@@ -13,7 +13,7 @@ from services.decode_worker.graphs.shadow_trial import Assignment, ShadowTrials
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import Shadow
 from tests.support.compile_worker import FACTORS
-from tests.unit.test_graph_manager import Ranks, begin, offer, ready, settle
+from tests.unit.test_graph_manager import Ranks, X, begin, offer, ready, settle
 
 SAME = Shadow(difference=0.0, current_us=100.0, trial_us=110.0)
 
@@ -23,7 +23,7 @@ def assignment(key: str = "k", version: int = 2, num_tokens: int = 1) -> Assignm
         key=key,
         version=version,
         num_tokens=num_tokens,
-        paths=("x",),
+        graphs=(X,),
         keys=(key,),
         versions=(version,),
         steps=2,

@@ -1,34 +1,34 @@
-"""A worker's own copy of the graphs it runs: fetched over gRPC, verified, kept on disk.
+"""A worker's own copy of the graphs it runs: verified, kept on disk.
 
 Nothing gets into the cache, and nothing comes out of it, without a manifest that a trusted key
 signed and bytes that match the manifest's digest. What is refused raises ``ArtifactRejected`` with
 the reason. The cache works without any compile worker alive.
+
+A cache that can't be written (graphs shipped in an image, a full disk) is read as it is. What is
+fetched then is kept in a temporary folder for as long as the process lives.
 """
 
-import asyncio
+import errno
 import os
+import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import grpc.aio
-
-from precast.errors import ArtifactRejected, GraphNotFound, Unavailable
+from precast.errors import ArtifactRejected, GraphNotFound
 from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
-from precast.graphs.artifacts.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest, decode_manifest
+from precast.graphs.artifacts.manifest import MANIFEST_FILE, Manifest, decode_manifest
 from precast.graphs.artifacts.signing import Signature
 from precast.graphs.artifacts.store import StoredArtifact, VersionExists
 from precast.graphs.artifacts.trust import Trust
 from precast.graphs.key import spec_digest, spec_part
 from precast.log import get_logger
-from precast.proto.graphs.v1 import graphs_service_pb2 as pb
-from precast.rpc.server import error_of
-from precast.system.scratch import scratch_folder
+from precast.system.scratch import SHARED_MEMORY, scratch_folder, scratch_root
 
 log = get_logger(__name__)
 
-FETCH_TIMEOUT_S: Final = 60.0
 KEEP_VERSIONS: Final = 2
 MAX_CACHE_BYTES: Final = 8 << 30
 
@@ -40,43 +40,80 @@ class GraphCache:
     """
 
     def __init__(self, root: Path, trusted: Trust, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
-        self._store = DiskStore(root)
-        self._store.sweep()
+        self._root = root
         self._trusted = trusted
         self._max_bytes = max_bytes
+        self._only_read: list[DiskStore] = []
+        """Where nothing can be written or removed."""
+        self._hidden: set[tuple[str, int]] = set()
+        """Keys and versions in there that must not be found."""
+        self._condemned: dict[tuple[str, int], str] = {}
+        """What was put aside by this process, and why: the disk may not take it."""
+        try:
+            self._store = _writable(root)
+        except OSError as error:
+            self.give_up_writing(error)
 
     @property
     def temporary(self) -> Path:
         """Where unfinished downloads lie: the cache's own file system, swept at the next start."""
         return self._store.root / TEMPORARY
 
+    def give_up_writing(self, error: OSError) -> bool:
+        """Goes on in a temporary folder; whether it did not do so before."""
+        if self._only_read:
+            return False
+        self._temporary = _temporary_folder(error)
+        log.warning(
+            "graph cache can't be written; graphs are kept in a temporary folder until the end",
+            path=str(self._root),
+            reason=error.strerror,
+            folder=self._temporary.name,
+        )
+        with suppress(OSError):  # there is none, and none can be made
+            self._only_read = [DiskStore(self._root)]
+        self._store = DiskStore(Path(self._temporary.name))
+        return True
+
     def find(self, spec: Mapping[str, str]) -> StoredArtifact | None:
         """The newest good artifact for these spec factors; bad ones are removed on the way."""
         for key, version in self._candidates()[spec_digest(spec)]:
             try:
                 return self.open(key, version, spec)
-            except (ArtifactRejected, GraphNotFound) as error:
+            except (ArtifactRejected, GraphNotFound, OSError) as error:
                 log.warning("cached graph removed", key=key, reason=str(error))
-                self._store.remove(key, version)
+                self._remove(key, version)
         return None
 
     def retire(self, key: str, serving: int, quarantined: Collection[int]) -> None:
         """Remove what must not be found any more: quarantined versions, and those newer than
         the one that serves (0: none does)."""
-        for version in self._store.versions(key):
+        for version in self._versions(key):
             if version in quarantined or 0 < serving < version:
-                self._store.remove(key, version)
+                self._remove(key, version)
 
     def condemn(self, key: str, version: int, reason: str) -> None:
         """Put an artifact aside for good: it is never found, opened or added again."""
-        self._store.quarantine(key, version, reason)
+        self._condemned[key, version] = reason
+        self._hidden.add((key, version))
+        try:
+            self._store.quarantine(key, version, reason)
+        except OSError as error:
+            log.warning("graph can't be put aside on disk", key=key, reason=error.strerror)
 
     def condemned(self) -> set[tuple[str, int, str]]:
         """(key, version, reason) of what was put aside."""
-        return {
+        on_disk = {
             (key, version, reason)
-            for key in self._store.keys_put_aside()
-            for version, reason in self._store.put_aside(key).items()
+            for store in self._stores
+            for key in store.keys_put_aside()
+            for version, reason in store.put_aside(key).items()
+        }
+        known = {(key, version) for key, version, _ in on_disk}
+        return on_disk | {
+            (*artifact, reason)
+            for artifact, reason in self._condemned.items()
+            if artifact not in known
         }
 
     def is_signed(self, artifact: StoredArtifact) -> bool:
@@ -90,31 +127,31 @@ class GraphCache:
     def distrust(self) -> set[tuple[str, int]]:
         """Remove what no key that is trusted now has signed: (key, version) of each."""
         removed = set()
-        for key in self._store.published_keys():
-            for version in self._store.versions(key):
-                try:
-                    artifact = self._store.open(key, version)
-                    self._trusted.verify(artifact.manifest_bytes, artifact.signature)
-                except GraphNotFound:
-                    continue
-                except ArtifactRejected as error:
-                    log.warning("cached graph removed", key=key, reason=str(error))
-                    self._store.remove(key, version)
-                    removed.add((key, version))
+        for key, version in self._published():
+            try:
+                artifact = self._open(key, version)
+                self._trusted.verify(artifact.manifest_bytes, artifact.signature)
+            except GraphNotFound:
+                continue
+            except ArtifactRejected as error:
+                log.warning("cached graph removed", key=key, reason=str(error))
+                self._remove(key, version)
+                removed.add((key, version))
         return removed
 
     def open(self, key: str, version: int, spec: Mapping[str, str]) -> StoredArtifact:
         """A cached artifact, verified. Raises ``GraphNotFound`` or ``ArtifactRejected``."""
-        artifact = self._store.open(key, version)
+        artifact = self._open(key, version)
         self.check(artifact.manifest_bytes, artifact.signature, spec)
-        os.utime(artifact.graph_path.parent)  # its place in the order of eviction
+        with suppress(OSError):
+            os.utime(artifact.graph_path.parent)  # its place in the order of eviction
         return artifact
 
     def check(self, manifest: bytes, signature: Signature, spec: Mapping[str, str]) -> Manifest:
         """Verify a manifest: signed by a trusted key, well-formed, and of the graph asked for."""
         self._trusted.verify(manifest, signature)
         parsed = decode_manifest(manifest)
-        if (reason := self._store.put_aside(parsed.key).get(parsed.version)) is not None:
+        if (reason := self._put_aside(parsed.key, parsed.version)) is not None:
             raise ArtifactRejected(
                 f"version {parsed.version} of graph {parsed.key} was put aside: {reason}"
             )
@@ -153,21 +190,59 @@ class GraphCache:
     def _candidates(self) -> dict[str, list[tuple[str, int]]]:
         """spec digest -> (key, version), newest first; read from manifests, not yet verified."""
         found: dict[str, list[tuple[float, str, int]]] = defaultdict(list)
-        for key in self._store.published_keys():
-            for version in self._store.versions(key):
-                path = self._store.root / key / str(version) / MANIFEST_FILE
-                try:
-                    manifest = decode_manifest(path.read_bytes())
-                except (OSError, ArtifactRejected) as error:
-                    log.warning("cached graph ignored", key=key, reason=str(error))
-                    continue
-                digest = spec_digest(spec_part(manifest.factors))
-                found[digest].append((manifest.created_at, key, version))
+        for key, version in self._published():
+            try:
+                manifest = decode_manifest(self._manifest_path(key, version).read_bytes())
+            except (OSError, ArtifactRejected) as error:
+                log.warning("cached graph ignored", key=key, reason=str(error))
+                continue
+            digest = spec_digest(spec_part(manifest.factors))
+            found[digest].append((manifest.created_at, key, version))
         newest_first = {digest: sorted(rows, reverse=True) for digest, rows in found.items()}
         return defaultdict(
             list,
             {d: [(key, number) for _, key, number in rows] for d, rows in newest_first.items()},
         )
+
+    @property
+    def _stores(self) -> list[DiskStore]:
+        return [self._store, *self._only_read]
+
+    def _versions(self, key: str) -> list[int]:
+        """Those that may be found."""
+        there = {version for store in self._stores for version in store.versions(key)}
+        written = set(self._store.versions(key))
+        return sorted(v for v in there if v in written or (key, v) not in self._hidden)
+
+    def _published(self) -> list[tuple[str, int]]:
+        keys = {key for store in self._stores for key in store.published_keys()}
+        return [(key, version) for key in sorted(keys) for version in self._versions(key)]
+
+    def _store_of(self, key: str, version: int) -> DiskStore:
+        """The one to look for an artifact in."""
+        hidden = (key, version) in self._hidden
+        others = [store for store in self._only_read if not hidden]
+        return next(
+            (store for store in [self._store, *others] if version in store.versions(key)),
+            self._store,
+        )
+
+    def _open(self, key: str, version: int) -> StoredArtifact:
+        return self._store_of(key, version).open(key, version)
+
+    def _manifest_path(self, key: str, version: int) -> Path:
+        return self._store_of(key, version).root / key / str(version) / MANIFEST_FILE
+
+    def _remove(self, key: str, version: int) -> None:
+        self._store.remove(key, version)
+        if self._only_read:
+            self._hidden.add((key, version))
+
+    def _put_aside(self, key: str, version: int) -> str | None:
+        """Why, if it was."""
+        reasons = [store.put_aside(key).get(version) for store in self._stores]
+        reasons.append(self._condemned.get((key, version)))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def _prune(self, added: Manifest) -> None:
         """Keep the newest versions, and the one just added whatever its number."""
@@ -187,67 +262,20 @@ class GraphCache:
                 total -= holding.size
 
 
-async def fetch_graph(
-    stub: Any,
-    cache: GraphCache,
-    key: str,
-    *,
-    spec: Mapping[str, str],
-    version: int = 0,
-    worker_id: str = "",
-    timeout_s: float = FETCH_TIMEOUT_S,
-) -> StoredArtifact:
-    """Stream an artifact from a compile worker into the cache (version 0: the newest).
-
-    ``stub`` is a ``GraphsServiceStub``; ``spec`` are the factors that the graph was asked for with.
-
-    Raises:
-        ArtifactRejected: unsigned, signed by a key that isn't trusted, not what was asked for,
-            longer or shorter than signed, or of another digest. Nothing of it is kept.
-        PrecastError: what the server answered, as ``precast.rpc.server.error_of`` reads it.
-    """
-    call = stub.FetchGraph(
-        pb.FetchGraphRequest(key=key, version=version, worker_id=worker_id), timeout=timeout_s
-    )
-    parts = aiter(call)
-    try:
-        header = await _read_header(parts)
-        signature = Signature(signer=header.signer, signature=header.signature)
-        manifest = cache.check(header.manifest, signature, spec)
-        if manifest.key != key or version not in (0, manifest.version):
-            raise ArtifactRejected(
-                f"asked for {key}/{version}, got {manifest.key}/{manifest.version}"
-            )
-        with scratch_folder(cache.temporary, key) as folder:
-            await _receive(parts, folder / GRAPH_FILE, manifest.size)
-            return await asyncio.to_thread(
-                cache.add, header.manifest, signature, folder / GRAPH_FILE
-            )
-    except grpc.aio.AioRpcError as failure:
-        raise error_of(failure) from None
-    except OSError as error:
-        raise Unavailable(f"graph cache: {error}") from None
-    finally:
-        call.cancel()
+def _writable(root: Path) -> DiskStore:
+    """Raises OSError if nothing can be written there."""
+    store = DiskStore(root)
+    store.sweep()
+    with scratch_folder(store.temporary, "probe"):
+        return store
 
 
-async def _read_header(parts: AsyncIterator[pb.FetchGraphResponse]) -> pb.ArtifactHeader:
-    first = await anext(parts, None)
-    if first is None or first.WhichOneof("part") != "header":
-        raise ArtifactRejected("stream does not begin with a header")
-    return first.header
-
-
-async def _receive(parts: AsyncIterator[pb.FetchGraphResponse], path: Path, size: int) -> None:
-    """Write the stream's chunks to ``path``, and not one byte more than was signed."""
-    received = 0
-    with path.open("xb") as file:
-        async for message in parts:
-            if message.WhichOneof("part") != "chunk":
-                raise ArtifactRejected("stream has something other than a chunk after its header")
-            received += len(message.chunk)
-            if received > size:
-                raise ArtifactRejected(f"stream is longer than the {size} bytes that were signed")
-            file.write(message.chunk)
-    if received != size:
-        raise ArtifactRejected(f"stream ended after {received} of {size} bytes")
+def _temporary_folder(trouble: OSError) -> "tempfile.TemporaryDirectory[str]":
+    """On another file system than the one that is in trouble, as far as that can be guessed."""
+    roots = [scratch_root(), SHARED_MEMORY]
+    if trouble.errno == errno.ENOSPC:
+        roots.reverse()
+    for root in roots[:-1]:
+        with suppress(OSError):
+            return tempfile.TemporaryDirectory(prefix="precast-graphs-", dir=root)
+    return tempfile.TemporaryDirectory(prefix="precast-graphs-", dir=roots[-1])

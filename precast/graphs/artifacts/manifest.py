@@ -95,10 +95,15 @@ def check_graph_file(path: Path, manifest: Manifest) -> None:
     """
     if path.is_symlink() or not path.is_file():
         raise ArtifactRejected(f"{path.name} of {manifest.key} is missing or no regular file")
+    check_graph_bytes(path, manifest)
+
+
+def check_graph_bytes(path: Path, manifest: Manifest) -> None:
+    """The same of a file whose place is known to be right. Raises ``ArtifactRejected``."""
     size = path.stat().st_size
     if size != manifest.size:
         raise ArtifactRejected(
-            f"{path.name} of {manifest.key} has {size} bytes, its manifest says {manifest.size}"
+            f"{GRAPH_FILE} of {manifest.key} has {size} bytes, its manifest says {manifest.size}"
         )
     if file_digest(path) != manifest.digest:
-        raise ArtifactRejected(f"{path.name} of {manifest.key} differs from its digest")
+        raise ArtifactRejected(f"{GRAPH_FILE} of {manifest.key} differs from its digest")

@@ -13,9 +13,10 @@ from typing import Final
 
 import msgspec
 
-CRASH_SIGNALS: Final = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE")
+CRASH_SIGNALS: Final = ("SIGSEGV", "SIGILL", "SIGABRT", "SIGFPE")
 """Signals that native code brings upon itself. SIGKILL (an operator, or the kernel out of memory),
-other signals and an exit say nothing about a graph."""
+SIGBUS (memory that is gone: a mapped file was cut, a full file system, a broken module), other
+signals and an exit say nothing about a graph."""
 MAX_MARKS: Final = 64
 MAX_REASON: Final = 1024
 MAX_MODELS: Final = 256

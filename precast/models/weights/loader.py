@@ -88,8 +88,10 @@ class Loader(Generic[O_co]):
     """Those that this loader has given out."""
 
     def norm(self, name: str, size: int | None = None) -> Tensor:
-        """float32 [size], by default [H]."""
-        return self.source.get(f"{name}.weight", (size or self.shape.hidden_size,)).float()
+        """float32 [size], by default [H]; a copy, as everything is that serves: a checkpoint that
+        is cut while it is mapped would end the rank with SIGBUS."""
+        weight = self.source.get(f"{name}.weight", (size or self.shape.hidden_size,))
+        return self.arena.copy(weight.float())
 
     def decoder(
         self,

@@ -1,7 +1,8 @@
 """What graphs a worker wants, and the artifacts that it may load for them."""
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from precast.graphs.artifacts.sealed import SealedGraph
 
 Identity = tuple[tuple[str, int], ...]
 """Key and version of each rank's artifact."""
@@ -12,7 +13,7 @@ class Candidate:
     """Verified artifacts for steps of up to ``num_tokens`` tokens, one for each rank."""
 
     num_tokens: int
-    paths: tuple[Path, ...]
+    graphs: tuple[SealedGraph, ...]
     keys: tuple[str, ...]
     versions: tuple[int, ...]
     layer_us: float = 0.0

@@ -20,7 +20,7 @@ from precast.errors import (
     PrecastError,
 )
 from precast.fleet.leases import Registry
-from precast.graphs.artifacts.cache import fetch_graph
+from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.artifacts.trust import Trust
 from precast.log import get_logger
@@ -212,10 +212,9 @@ class CompilerClient:
                 version=wanted.version,
                 worker_id=self._worker_id,
             )
+            await self._loader.assign(wanted, new)
         except (ArtifactRejected, NotFound) as error:
             log.error("trial graph rejected", key=state.key, reason=str(error))
-            return
-        self._loader.assign(wanted, new)
 
     async def _keep_asking(self, stub: Any) -> None:
         """Repeats the request, so that a compile worker or a Redis that lost it captures after
@@ -284,10 +283,9 @@ class CompilerClient:
             artifact = await fetch_graph(
                 stub, self._loader.cache, state.key, spec=captured, version=state.version
             )
+            await self._loader.put(spec, artifact)
         except ArtifactRejected as error:
             log.error("artifact rejected", key=state.key, version=state.version, reason=str(error))
-            return
-        self._loader.put(spec, artifact)
 
     async def _borrow(self, stub: Any, spec: Spec) -> None:
         """Takes the best graph for a lesser instruction set, until there is the right one."""

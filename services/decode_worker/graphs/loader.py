@@ -6,9 +6,12 @@ Threads read and hash files, and return what they found: only the event loop cha
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 from precast.errors import ArtifactRejected, GraphNotFound
 from precast.graphs.artifacts.cache import GraphCache
+from precast.graphs.artifacts.sealed import SealedGraph, seal_graph
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.targets import lesser
@@ -19,6 +22,13 @@ from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.graphs.shadow_trial import Assignment
 
 Spec = dict[str, str]
+
+
+class Held(NamedTuple):
+    """An artifact that was verified, and its graph as it was then."""
+
+    artifact: StoredArtifact
+    graph: SealedGraph
 
 
 class ArtifactLoader:
@@ -37,17 +47,19 @@ class ArtifactLoader:
         self.trial_cache = trial_cache
         self._on_due = on_due
         self._owner = ThreadOwner()
-        self._artifacts: dict[str, StoredArtifact] = {}
+        self._held: dict[str, Held] = {}
         """Newest verified artifact by spec digest."""
 
     def get(self, spec: Spec) -> StoredArtifact | None:
         """What is used for a spec."""
-        return self._artifacts.get(spec_digest(spec))
+        held = self._held.get(spec_digest(spec))
+        return held.artifact if held else None
 
-    def put(self, spec: Spec, artifact: StoredArtifact) -> None:
-        """To be used for a spec from now on."""
+    async def put(self, spec: Spec, artifact: StoredArtifact) -> None:
+        """To be used for a spec from now on. Raises ArtifactRejected."""
         self._owner.check()
-        self._artifacts[spec_digest(spec)] = artifact
+        held = await asyncio.to_thread(_hold, artifact)
+        self._held[spec_digest(spec)] = held
         self._offer_complete()
 
     def borrows(self, spec: Spec) -> bool:
@@ -64,7 +76,7 @@ class ArtifactLoader:
         """Offers what the cache holds."""
         unknown = [spec for spec in self.specs() if self.get(spec) is None]
         found = await asyncio.to_thread(_find, self.cache, unknown)
-        self._artifacts = {**found, **self._artifacts}  # what was fetched meanwhile is newer
+        self._held = {**found, **self._held}  # what was fetched meanwhile is newer
         self._offer_complete()
 
     async def distrust(self) -> None:
@@ -72,38 +84,40 @@ class ArtifactLoader:
         for key, _ in await asyncio.to_thread(self.trial_cache.distrust):
             self.graphs.trials.withdraw(key)
         await asyncio.to_thread(self.cache.distrust)
-        known = dict(self._artifacts)
+        known = dict(self._held)
         trusted = await asyncio.to_thread(_still_trusted, self.cache, known)
         gone = set()
-        for digest, artifact in known.items():
-            if self._artifacts.get(digest) is not artifact:  # another one came meanwhile
+        for digest, held in known.items():
+            if self._held.get(digest) is not held:  # another one came meanwhile
                 continue
             if digest in trusted:
-                self._artifacts[digest] = trusted[digest]
+                self._held[digest] = trusted[digest]
             else:
-                del self._artifacts[digest]
-                gone.add((artifact.manifest.key, artifact.manifest.version))
+                del self._held[digest]
+                gone.add((held.artifact.manifest.key, held.artifact.manifest.version))
         self.graphs.forget(gone)
         self._on_due()
 
-    def assign(self, wanted: pb.CanaryAssignment, new: StoredArtifact) -> None:
-        """Has the ranks of the new graph's key try it, beside the others' present graphs."""
+    async def assign(self, wanted: pb.CanaryAssignment, new: StoredArtifact) -> None:
+        """Has the ranks of the new graph's key try it, beside the others' present graphs. Raises
+        ArtifactRejected."""
+        tried = await asyncio.to_thread(_hold, new)
         digest = spec_digest(spec_part(new.manifest.factors))
         size = int(new.manifest.factors["num_tokens"])
         specs = [w.specs for w in self.graphs.wanted if w.num_tokens == size]
         digests = [spec_digest(spec) for spec in (specs[0] if specs else ())]
-        found = [new if d == digest else self._artifacts.get(d) for d in digests]
-        artifacts = [artifact for artifact in found if artifact is not None]
-        if len(artifacts) < len(found):
+        found = [tried if d == digest else self._held.get(d) for d in digests]
+        held = [one for one in found if one is not None]
+        if len(held) < len(found):
             return
         self.graphs.trials.assign(
             Assignment(
                 key=new.manifest.key,
                 version=wanted.version,
                 num_tokens=size,
-                paths=tuple(str(artifact.graph_path) for artifact in artifacts),
-                keys=tuple(artifact.manifest.key for artifact in artifacts),
-                versions=tuple(artifact.manifest.version for artifact in artifacts),
+                graphs=tuple(one.graph for one in held),
+                keys=tuple(one.artifact.manifest.key for one in held),
+                versions=tuple(one.artifact.manifest.version for one in held),
                 steps=wanted.steps,
                 live_s=wanted.live_s,
             )
@@ -116,10 +130,11 @@ class ArtifactLoader:
         for cache, serving in ((self.cache, state.version), (self.trial_cache, 0)):
             await asyncio.to_thread(cache.retire, state.key, serving, quarantined)
         self.graphs.quarantine(state.key, quarantined)
-        self._artifacts = {
-            digest: artifact
-            for digest, artifact in self._artifacts.items()
-            if artifact.manifest.key != state.key or artifact.manifest.version not in quarantined
+        self._held = {
+            digest: held
+            for digest, held in self._held.items()
+            if held.artifact.manifest.key != state.key
+            or held.artifact.manifest.version not in quarantined
         }
         if self.graphs.pending:
             self._on_due()
@@ -127,15 +142,16 @@ class ArtifactLoader:
     def _offer_complete(self) -> None:
         """Offers every size for which all ranks' artifacts are here and not loaded yet."""
         for wanted in self.graphs.wanted:
-            artifacts = [self._artifacts.get(spec_digest(spec)) for spec in wanted.specs]
-            complete = [artifact for artifact in artifacts if artifact is not None]
-            if len(complete) == len(artifacts):
-                self._offer(wanted.num_tokens, complete)
+            found = [self._held.get(spec_digest(spec)) for spec in wanted.specs]
+            held = [one for one in found if one is not None]
+            if len(held) == len(found):
+                self._offer(wanted.num_tokens, held)
 
-    def _offer(self, num_tokens: int, artifacts: Sequence[StoredArtifact]) -> None:
+    def _offer(self, num_tokens: int, held: Sequence[Held]) -> None:
+        artifacts = [one.artifact for one in held]
         candidate = Candidate(
             num_tokens=num_tokens,
-            paths=tuple(artifact.graph_path for artifact in artifacts),
+            graphs=tuple(one.graph for one in held),
             keys=tuple(artifact.manifest.key for artifact in artifacts),
             versions=tuple(artifact.manifest.version for artifact in artifacts),
             layer_us=_slowest(artifacts),
@@ -147,28 +163,42 @@ class ArtifactLoader:
             self._on_due()
 
 
-def _find(cache: GraphCache, specs: Sequence[Spec]) -> dict[str, StoredArtifact]:
+def _hold(artifact: StoredArtifact) -> Held:
+    return Held(artifact, seal_graph(artifact.graph_path, artifact.manifest))
+
+
+def _find(cache: GraphCache, specs: Sequence[Spec]) -> dict[str, Held]:
     """The best artifact that is cached for each spec, by spec digest."""
     found = {}
     for spec in specs:
         artifacts = map(cache.find, [spec, *lesser_specs(spec)])
         if artifact := next(filter(None, artifacts), None):
-            found[spec_digest(spec)] = artifact
+            with suppress(ArtifactRejected):  # changed since it was verified a moment ago
+                found[spec_digest(spec)] = _hold(artifact)
     return found
 
 
-def _still_trusted(
-    cache: GraphCache, artifacts: Mapping[str, StoredArtifact]
-) -> dict[str, StoredArtifact]:
+def _still_trusted(cache: GraphCache, known: Mapping[str, Held]) -> dict[str, Held]:
     """Those that a trusted key has signed; another one may have done so since."""
     trusted = {}
-    for digest, artifact in artifacts.items():
-        manifest, spec = artifact.manifest, spec_part(artifact.manifest.factors)
-        try:
-            trusted[digest] = cache.open(manifest.key, manifest.version, spec)
-        except (ArtifactRejected, GraphNotFound):
-            continue
+    for digest, held in known.items():
+        with suppress(ArtifactRejected, GraphNotFound):
+            trusted[digest] = Held(_vouched(cache, held.artifact), held.graph)
     return trusted
+
+
+def _vouched(cache: GraphCache, artifact: StoredArtifact) -> StoredArtifact:
+    """The artifact with a signature that is trusted now. Raises ArtifactRejected or
+    GraphNotFound."""
+    manifest, spec = artifact.manifest, spec_part(artifact.manifest.factors)
+    try:
+        cache.check(artifact.manifest_bytes, artifact.signature, spec)
+        return artifact
+    except ArtifactRejected:
+        present = cache.open(manifest.key, manifest.version, spec)
+        if present.manifest != manifest:
+            raise
+        return present
 
 
 def _slowest(artifacts: Sequence[StoredArtifact]) -> float:

@@ -5,11 +5,12 @@ Candidates are offered at any time and loaded between two steps. Each size has o
 
 A graph whose native code crashes a rank while it is loaded or in its first replays is condemned at
 once, and the crash is there to be reported: the whole fleet quarantines it. How the rank died
-decides. SIGSEGV, SIGBUS, SIGILL, SIGABRT and SIGFPE are what native code brings upon itself;
-SIGKILL comes from outside (an operator, the kernel out of memory), and an exit is an error that the
-rank has reported. These prove nothing: only after the second one before a graph's first replay is
-over, or when a rank refuses to load it, this worker alone goes on without the graph. The graph that
-ran before a bad one comes back.
+decides. SIGSEGV, SIGILL, SIGABRT and SIGFPE are what native code brings upon itself. SIGKILL comes
+from outside (an operator, the kernel out of memory), SIGBUS from memory that is gone (a mapped file
+that was cut, a broken module), and an exit is an error that the rank has reported. These prove
+nothing: only after the second one before a graph's first replay is over, or when a rank refuses to
+load it, this worker alone goes on without the graph. The graph that ran before a bad one comes
+back.
 """
 
 import asyncio
@@ -200,7 +201,7 @@ class GraphManager:
         answers = await group.load_graph(
             LoadGraph(
                 num_tokens=size,
-                paths=tuple(map(str, candidate.paths)),
+                paths=tuple(str(graph.path) for graph in candidate.graphs),
                 keys=candidate.keys,
                 versions=candidate.versions,
             )

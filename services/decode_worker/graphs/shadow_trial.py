@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from precast.graphs.artifacts.sealed import SealedGraph
 from precast.log import get_logger
 from precast.system.owner import ThreadOwner
 from services.decode_worker.ranks.group import RankGroup
@@ -39,7 +40,7 @@ class Assignment:
     key: str
     version: int
     num_tokens: int
-    paths: tuple[str, ...]
+    graphs: tuple[SealedGraph, ...]
     """The new graph for ranks of this key, the graph that serves for others."""
     keys: tuple[str, ...]
     versions: tuple[int, ...]
@@ -239,7 +240,7 @@ def probe_step(step_id: int, rows: int) -> Step:
 def _load(assignment: Assignment) -> LoadGraph:
     return LoadGraph(
         num_tokens=assignment.num_tokens,
-        paths=assignment.paths,
+        paths=tuple(str(graph.path) for graph in assignment.graphs),
         keys=assignment.keys,
         versions=assignment.versions,
         trial=True,

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Awaitable, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from precast.graphs.artifacts.versions import CRASH_SIGNALS
@@ -112,6 +113,9 @@ class RankGroup:
         self._ranks: list[_Rank] = []
         self._processes: list[ChildProcess] = []
         self._group_id = ""
+        self._model_dir = Path()
+        self._weights: dict[str, int] = {}
+        """Names and sizes of the model's files when the ranks began to read them."""
         self._stopping = False
         self._refused = False
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -125,6 +129,8 @@ class RankGroup:
         that takes."""
         group = cls()
         group._group_id = inits[0].group_id
+        group._model_dir = Path(inits[0].model_dir)
+        group._weights = _weight_sizes(group._model_dir)
         try:
             for index in range(len(inits)):
                 await group._connect(index, launcher)
@@ -182,7 +188,20 @@ class RankGroup:
             # a rank that was dying already when we killed it keeps its own signal
             if process.returncode is not None and process.returncode < 0
         }
+        if "SIGBUS" in names.values():
+            self._tell_cut_files([rank for rank, name in names.items() if name == "SIGBUS"])
         return {index: name for index, name in names.items() if name in CRASH_SIGNALS}
+
+    def _tell_cut_files(self, ranks: Sequence[int]) -> None:
+        """A rank dies of SIGBUS when a file becomes shorter while it is mapped."""
+        now = _weight_sizes(self._model_dir)
+        changed = [name for name, size in self._weights.items() if now.get(name) != size]
+        log.error(
+            "ranks died of SIGBUS: memory is gone that they had mapped",
+            ranks=ranks,
+            model=str(self._model_dir),
+            changed_files=changed,
+        )
 
     async def stop(self) -> None:
         """Ends the processes, by force where they don't follow, and removes their segment."""
@@ -273,3 +292,7 @@ class RankGroup:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _weight_sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
