@@ -149,14 +149,25 @@ async def _run(child: Child, forks: Forks | None) -> int:
 async def _watch(child: Child, pulse: Pulse) -> None:
     """Kills the process if it hangs."""
     look = _Probe(child.spec.probe).hung if child.spec.probe is not None else None
+    stopped_s = 0.0
     while True:
         await asyncio.sleep(alive.INTERVAL_S)
-        silent = child.spec.beats and pulse.hung()
+        stopped_s = stopped_s + alive.INTERVAL_S if _is_stopped(child.pid) else 0.0
+        # one that starts may be silent for long, but it is not stopped
+        silent = stopped_s >= alive.HUNG_S or (child.spec.beats and pulse.hung())
         if silent or (look is not None and await look()):
             log.error("child has hung; killing it", child=child.spec.name, pid=child.pid)
             child.hung = True
             _kill(child)
             return
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether the kernel says that a process was stopped by a signal or a debugger."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
 
 
 class _Probe:

@@ -84,6 +84,18 @@ asyncio.run(main())
     await supervisor.stop(DEADLINE_S)
 
 
+async def test_a_child_that_is_stopped_while_it_starts_is_killed(tmp_path: Path) -> None:
+    supervisor = Supervisor([replace(spec(tmp_path, SLEEPER), beats=True)])
+    (child,) = supervisor.children
+    supervisor.start(["child"])
+    await until(lambda: child.pid is not None)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    await until(lambda: child.restarts == 1)
+    assert child.last_exit == "hung"
+    await supervisor.stop(DEADLINE_S)
+
+
 async def test_a_child_that_doesn_t_answer_any_more_is_killed(tmp_path: Path) -> None:
     answers = [True, True]
     asked = replace(spec(tmp_path, SLEEPER), probe=lambda: bool(answers and answers.pop()))
