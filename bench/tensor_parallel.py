@@ -28,7 +28,7 @@ from precast.system.process import available_cpus
 from precast.system.shared_memory import new_segment_name
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.launcher import RankLauncher
-from services.decode_worker.ranks.protocol import Init, LoadGraph, Sampling, Step
+from services.decode_worker.ranks.protocol import Init, LoadGraph, Step
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 128
@@ -90,7 +90,6 @@ def step(step_id: int, width: int) -> Step:
         return np.asarray(values, dtype=np.int32).tobytes()
 
     tables = np.arange(width * BLOCKS_A_ROW).reshape(width, -1)
-    greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0)
     return Step(
         step_id=step_id,
         graph_size=width,
@@ -101,7 +100,9 @@ def step(step_id: int, width: int) -> Step:
         context_lens=ints(np.full(width, CONTEXT + 1)),
         block_tables=ints(tables),
         block_table_width=BLOCKS_A_ROW,
-        sample=(greedy,) * width,
+        sampling_slots=ints(np.zeros(width)),
+        drawn=ints(np.zeros(width)),
+        greedy=True,
     )
 
 

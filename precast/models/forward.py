@@ -1,8 +1,8 @@
 """A step without a graph: the architecture's functions called layer by layer."""
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,19 +44,25 @@ def gathered(shape: Shape, logits: Tensor) -> Tensor:
 
 
 def likeliest(shape: Shape, logits: Tensor) -> list[int]:
-    """Each row's likeliest token in all ranks' logits, the first of equals.
+    """Each row's likeliest token in all ranks' logits, the first of equals; -1 where a logit is NaN
+    or +inf, or all are -inf.
 
     Ranks tell each other their largest instead of all logits: of 16 rows of 49152, gathering those
     took 0.5 ms and torch's argmax over them 0.65 ms, this takes 0.05.
     """
     values, places = torch.ops.precast.largest(logits)
-    if shape.tp_size == 1:
-        return cast("list[int]", places.tolist())
     # float32 holds places exactly up to 2^24.
     mine = torch.stack((values, places.float()), dim=1)
+    if shape.tp_size > 1:
+        mine = torch.ops.precast.all_gather(mine, [2] * shape.tp_size)
     starts = list(accumulate(shape.vocab_widths, initial=0))
-    tokens = []
-    for row in torch.ops.precast.all_gather(mine, [2] * shape.tp_size).tolist():
-        rank = max(range(shape.tp_size), key=lambda rank: row[2 * rank])
-        tokens.append(starts[rank] + int(row[2 * rank + 1]))
-    return tokens
+    return [_likeliest_of(row[::2], row[1::2], starts) for row in mine.tolist()]
+
+
+def _likeliest_of(values: list[float], places: list[float], starts: list[int]) -> int:
+    """Of the ranks' largest logits and their places in each rank's part of the vocabulary."""
+    most = max(values)
+    if any(map(math.isnan, values)) or math.isinf(most):
+        return -1
+    rank = values.index(most)
+    return starts[rank] + int(places[rank])

@@ -23,7 +23,6 @@ the instruction set. A row whose logits hold NaN or +inf, or in which nothing is
 and no token; the others are drawn.
 """
 
-import enum
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,27 +44,6 @@ INTS: Final = ("top_k", "seed", "step", "logprobs", "given")
 """Columns of ``Columns.ints``. ``seed`` and ``step`` are the bits of unsigned numbers.
 ``logprobs``: likeliest tokens to report, -1 for no log probabilities. ``given``: a token to report
 on instead of a draw, -1 to draw."""
-
-
-class DrawStatus(enum.IntEnum):
-    """What became of a row (``csrc/sampling.h``)."""
-
-    DRAWN = 0
-    NOT_FINITE = 1
-    NOTHING_LEFT = 2
-    BAD_TOKEN = 3
-
-    @property
-    def message(self) -> str:
-        return _MESSAGES[self]
-
-
-_MESSAGES: Final = {
-    DrawStatus.DRAWN: "drawn",
-    DrawStatus.NOT_FINITE: "the model's logits are NaN or infinite",
-    DrawStatus.NOTHING_LEFT: "no token is allowed: bias, penalties or mask forbid all",
-    DrawStatus.BAD_TOKEN: "a token id of bias or penalties is outside of the vocabulary",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +80,7 @@ class Drawings:
     tokens: Tensor
     """int64 [S]; -1 where ``status`` is not DRAWN."""
     status: Tensor
-    """int32 [S]."""
+    """int32 [S] (``precast.ops.draw_status``)."""
     logprobs: Tensor
     """float32 [S], of the tokens; 0 where none were asked for."""
     top_ids: Tensor

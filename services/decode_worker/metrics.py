@@ -14,6 +14,12 @@ class Metrics:
         self.restarts = Counter(
             "decode_worker_group_restarts", "Times the ranks were restarted", registry=self.registry
         )
+        self.failed_draws = Counter(
+            "decode_worker_failed_draws",
+            "Requests that ended because no token could be drawn, as when logits are NaN",
+            ["reason"],
+            registry=self.registry,
+        )
         self.running = Gauge(
             "decode_worker_running_requests", "Requests with a slot", registry=self.registry
         )

@@ -71,6 +71,40 @@ def test_a_seed_gives_the_same_tokens(worker: DecodeWorker) -> None:
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_the_smallest_top_p_is_the_likeliest_token(worker: DecodeWorker) -> None:
+    """1e-320 rounds to 0 on the wire, and is there nevertheless."""
+    client = worker.client()
+    client.start("greedy", worker.request([1, 2], 20, stop=ENDLESS))
+    sampling = {"temperature": 2.0, "top_p": 1e-320}
+    client.start("top_p", worker.request([1, 2], 20, sampling=sampling, stop=ENDLESS))
+    client.start("top_k", worker.request([1, 2], 20, sampling={**sampling, "top_k": 1, "top_p": 1}))
+    tokens = client.finish("greedy").token_ids
+    assert client.finish("top_p").token_ids == tokens
+    found = client.finish("top_k").token_ids
+    assert found == tokens[: len(found)]
+
+
+def test_a_bias_for_every_token_and_penalties_beside_other_streams(worker: DecodeWorker) -> None:
+    client = worker.client()
+    others = {str(index): worker.request([index], 30, stop=ENDLESS) for index in range(3)}
+    alone = {}
+    for name, request in others.items():
+        client.start(f"alone-{name}", request)
+        alone[name] = client.finish(f"alone-{name}").token_ids
+    for name, request in others.items():
+        client.start(name, request)
+    bias = {token: 100.0 if token in (40, 41) else -100.0 for token in range(VOCABULARY)}
+    sampling = {"logit_bias": bias, "temperature": 1.0, "seed": 3}
+    client.start("biased", worker.request([9], 12, sampling=sampling, stop=ENDLESS))
+    assert set(client.finish("biased").token_ids) <= {40, 41}
+    assert {name: client.finish(name).token_ids for name in others} == alone
+    # Each time that a token was said costs it 2, more than this model's logits differ by.
+    sampling = {"frequency_penalty": 2.0, "repetition_penalty": 100.0}
+    client.start("penalised", worker.request([9], 12, sampling=sampling, stop=ENDLESS))
+    tokens = client.finish("penalised").token_ids
+    assert len(set(tokens)) == 12
+
+
 def test_logprobs_come_with_every_token(worker: DecodeWorker) -> None:
     client = worker.client()
     client.start("a", worker.request([1], 3, logprobs=2, stop=ENDLESS))
@@ -146,6 +180,22 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redi
             {"sampling": pb.SamplingParams(logit_bias={VOCABULARY + 5: 1.0})},
             pb.ERROR_CODE_INVALID_ARGUMENT,
             "logit_bias",
+        ),
+        (
+            {"sampling": pb.SamplingParams(logit_bias={7: 101.0})},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "logit_bias of token 7",
+        ),
+        (
+            {"sampling": pb.SamplingParams(logit_bias=dict.fromkeys(range(1 << 17), 1.0))},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "131072 entries",
+        ),
+        ({"sampling": pb.SamplingParams(min_p=1.5)}, pb.ERROR_CODE_INVALID_ARGUMENT, "min_p"),
+        (
+            {"sampling": pb.SamplingParams(repetition_penalty=0.0)},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "repetition_penalty",
         ),
         ({"logprobs": 500}, pb.ERROR_CODE_INVALID_ARGUMENT, "logprobs"),
     ],

@@ -28,7 +28,7 @@ from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init
 from tests.support.artifacts import at_path
-from tests.support.faulty_rank import POISON
+from tests.support.faulty_rank import DAMAGED, POISON
 from tests.support.models import write_model
 
 pytestmark = pytest.mark.timeout(60)
@@ -62,6 +62,7 @@ class Rig:
     graphs: GraphManager
     table: TokenTable
     scheduler: Scheduler
+    metrics: Metrics
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, list[pb.GenerateResponse]] = field(default_factory=dict)
     _outbox: Outbox = field(default_factory=Outbox)
@@ -146,15 +147,16 @@ async def rig(
         pace=pace,
     )
     graphs = GraphManager((1,), lambda: None)
+    metrics = Metrics()
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,
         inits=inits,
         launcher=RankLauncher("tests.support.faulty_rank"),
-        metrics=Metrics(),
+        metrics=metrics,
         pace=pace,
     )
-    rig = Rig(engine=engine, graphs=graphs, table=table, scheduler=scheduler)
+    rig = Rig(engine=engine, graphs=graphs, table=table, scheduler=scheduler, metrics=metrics)
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(rig.listen())]
     await engine.started.wait()
     yield rig
@@ -207,6 +209,25 @@ async def test_a_request_that_kills_its_ranks_is_given_up(rig: Rig) -> None:
     assert rig.engine.restarts == 3
     assert rig.error("poison") == pb.ERROR_CODE_UNAVAILABLE
     assert rig.tokens["later"] == [3, 4]
+
+
+async def test_damaged_logits_end_their_own_request(
+    rig: Rig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig.submit("before", [1, 2], 3)
+    rig.submit("damaged", [1, DAMAGED, 3], 3)
+    rig.submit("after", [1, 2, 3], 2)
+    await rig.all_ended()
+    assert rig.engine.restarts == 0
+    assert rig.error("damaged") == pb.ERROR_CODE_INTERNAL
+    assert "NaN or infinite" in rig.ends["damaged"][0].error.message
+    assert rig.tokens == {"before": [2, 3, 4], "damaged": [], "after": [3, 4]}
+    failed = rig.metrics.registry.get_sample_value(
+        "decode_worker_failed_draws_total", {"reason": "not_finite"}
+    )
+    assert failed == 1
+    logged = capsys.readouterr()
+    assert "no token drawn" in logged.out + logged.err
 
 
 async def test_requests_don_t_wait_for_ranks_that_never_start(rig: Rig, tmp_path: Path) -> None:

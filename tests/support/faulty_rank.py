@@ -8,14 +8,18 @@ start.
 import os
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
-from services.decode_worker.ranks.protocol import Command, Init, Reply, Step
+from precast.ops.draw_status import DrawStatus
+from services.decode_worker.ranks.protocol import Command, Init, Reply, Step, StepDone
 from tests.support import simulated_rank
 
 POISON = 255
+DAMAGED = 254
 
 
 def crash() -> None:
@@ -33,7 +37,20 @@ def reply_to(
 ) -> Reply | None:
     if isinstance(command, Step) and POISON in np.frombuffer(command.token_ids, dtype=np.int32):
         crash()
-    return honest(command, init, step_s, load)
+    reply = honest(command, init, step_s, load)
+    return damage(command, reply) if isinstance(command, Step) else reply
+
+
+def damage(step: Step, reply: Reply | None) -> Reply | None:
+    assert isinstance(reply, StepDone)
+    given = np.frombuffer(step.token_ids, dtype=np.int32)
+    starts = np.frombuffer(step.query_starts, dtype=np.int32)
+    tokens = np.frombuffer(reply.token_ids, dtype=np.int32).copy()
+    for index, (first, last) in enumerate(pairwise(starts)):
+        if DAMAGED in given[first:last]:
+            tokens[index] = -1
+            reply.failed[index] = DrawStatus.NOT_FINITE
+    return structs.replace(reply, token_ids=tokens.tobytes())
 
 
 if __name__ == "__main__":

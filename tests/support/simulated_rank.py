@@ -30,6 +30,7 @@ from services.decode_worker.ranks.protocol import (
     Ready,
     Reply,
     Shutdown,
+    StartSampling,
     Step,
     StepDone,
     decode_command,
@@ -57,13 +58,13 @@ def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply |
     if isinstance(command, Step):
         time.sleep(step_s)
         return _draw(command, step_s) if init.tp_rank == 0 else None
-    assert isinstance(command, DropGraph)
+    assert isinstance(command, DropGraph | StartSampling)
     return None
 
 
 def _draw(step: Step, step_s: float) -> StepDone:
     lengths = np.frombuffer(step.context_lens, dtype=np.int32) % VOCABULARY
-    drawn = np.array([sample is not None for sample in step.sample])
+    drawn = np.frombuffer(step.sampling_slots, dtype=np.int32) >= 0
     return StepDone(
         step_id=step.step_id,
         token_ids=np.where(drawn, lengths, -1).astype(np.int32).tobytes(),

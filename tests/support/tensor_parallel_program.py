@@ -26,18 +26,25 @@ from services.decode_worker.ranks.protocol import (
     Init,
     Ready,
     Reply,
-    Sampling,
     Shutdown,
     Step,
     StepDone,
     decode_reply,
     frame,
 )
+from tests.support.sampling import new_sampling
 
 BLOCK = 16
 PROMPTS = ((5, 9, 200, 31, 7, 7, 90), (17,), tuple(range(100, 119)))
 DECODE_STEPS = 4
 TOP = 5
+PLAIN, REPORTED, CHANCE = range(3)
+"""Slots of ways to draw: the likeliest token, that with log probabilities, and by chance."""
+WAYS = (
+    new_sampling(PLAIN, temperature=0.0),
+    new_sampling(REPORTED, temperature=0.0, logprobs=TOP),
+    new_sampling(CHANCE, temperature=1.0, seed=4),
+)
 
 
 def start(init: Init) -> socket.socket:
@@ -83,10 +90,9 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
     lengths = [len(n) for n in new]
     # Of four steps, one needs no logits (ranks only compare their largest), and one draws for some
     # of the sequences, by chance for one.
-    top = TOP if step_id % 2 == 0 else -1
-    greedy = Sampling(temperature=0, top_p=1, top_k=0, seed=0, step=0, logprobs=top)
-    chance = Sampling(temperature=1, top_p=1, top_k=0, seed=step_id, step=0)
+    greedy = REPORTED if step_id % 2 == 0 else PLAIN
     mixed = step_id % 4 == 3
+    sampling = [-1, CHANCE, greedy] if mixed else [greedy] * len(new)
     return Step(
         step_id=step_id,
         token_ids=ints(chain(*new)),
@@ -96,7 +102,9 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
         context_lens=ints([past + n for past, n in zip(contexts, lengths, strict=True)]),
         block_tables=ints([b for s in range(len(new)) for b in (2 * s, 2 * s + 1)]),
         block_table_width=2,
-        sample=(None, chance, greedy) if mixed else (greedy,) * len(new),
+        sampling_slots=ints(sampling),
+        drawn=ints([step_id] * len(new)),
+        greedy=set(sampling) == {PLAIN},
     )
 
 
@@ -109,6 +117,8 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
         ready = reply(connection)
         assert isinstance(ready, Ready), ready
         kernels = ready.kernels
+    for way in WAYS:
+        connections[0].sendall(frame(way))
     answers: list[dict[str, object]] = []
     contexts, new = [0] * len(PROMPTS), [list(prompt) for prompt in PROMPTS]
     for index in range(1 + DECODE_STEPS):

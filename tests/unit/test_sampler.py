@@ -1,82 +1,128 @@
-"""Drawing tokens."""
+"""How a rank draws for its slots. What a draw is: ``test_sampling_operator.py``."""
+
+from collections import Counter
 
 import numpy as np
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from services.decode_worker.ranks.protocol import Sampling
-from services.decode_worker.ranks.sampler import is_likeliest, sample
-
-
-def request(**changes: object) -> Sampling:
-    values: dict[str, object] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 1, "step": 0}
-    return Sampling(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def draws(logits: torch.Tensor, count: int, **changes: object) -> np.ndarray:
-    tokens = [
-        sample(logits.clone()[None], (request(**changes, step=i),))[0][0] for i in range(count)
-    ]
-    return np.bincount(tokens, minlength=logits.shape[0]) / count
+from precast.ops import native
+from precast.ops.draw_status import DrawStatus
+from services.decode_worker.ranks.sampler import Drawn, Sampler
+from services.decode_worker.ranks.token_counts import ROOM, TokenCounts
+from tests.support.sampling import new_sampling
 
 
-def test_greedy_takes_the_largest() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]])
-    tokens, logprobs = sample(logits, (request(temperature=0.0), request(temperature=0.0)))
-    assert tokens == [1, 0]
-    assert logprobs == [None, None]
+@pytest.fixture(autouse=True)
+def threads() -> None:
+    torch.manual_seed(0)
+    native.start_threads((-1, -1))
 
 
-def test_what_needs_no_logits() -> None:
-    assert is_likeliest(request(temperature=0.0))
-    changes: list[dict[str, object]] = [
-        {"temperature": 0.1},
-        {"temperature": 0.0, "logprobs": 0},
-        {"temperature": 0.0, "logit_bias": {2: 5.0}},
-        {"temperature": 0.0, "presence_penalty": 1.0},
-        {"temperature": 0.0, "frequency_penalty": 1.0},
-    ]
-    assert not any(is_likeliest(request(**changed)) for changed in changes)
+def int32(*values: int) -> "np.ndarray[tuple[int], np.dtype[np.int32]]":
+    return np.array(values, dtype=np.int32)
 
 
-def test_frequencies_follow_the_softmax() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0])
-    expected = (logits / 0.7).softmax(-1).numpy()
-    assert np.abs(draws(logits, 4000, temperature=0.7) - expected).max() < 0.03
+def draw(sampler: Sampler, logits: Tensor, *slots: int, drawn: int = 0) -> Drawn:
+    return sampler.draw(logits.clone(), int32(*slots), np.full(len(slots), drawn, dtype=np.int32))
 
 
-def test_top_k_and_top_p_cut_the_tail() -> None:
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    assert draws(logits, 300, top_k=2)[:2].sum() == 0
-    cut = draws(logits, 3000, top_p=0.65)  # 0.4 + 0.3 reach it
-    assert cut[:2].sum() == 0
-    assert abs(cut[3] - 4 / 7) < 0.04
+def test_each_slot_draws_its_own_way() -> None:
+    sampler = Sampler(slots=4)
+    sampler.start(new_sampling(0))
+    sampler.start(new_sampling(3, logprobs=2))
+    bias = {"bias_token_ids": int32(5).tobytes(), "bias_values": np.float32([50.0]).tobytes()}
+    sampler.start(new_sampling(2, **bias))
+    logits = torch.randn(3, 40)
+    result = draw(sampler, logits, 3, 2, 0)
+    assert result.tokens == [int(logits[0].argmax()), 5, int(logits[2].argmax())]
+    reported, *others = result.logprobs
+    assert others == [None, None]
+    assert reported is not None
+    expected = logits[0].log_softmax(-1).topk(2)
+    assert reported.top_ids == tuple(expected.indices.tolist())
+    assert reported.top_logprobs == pytest.approx(expected.values.tolist(), abs=1e-5)
+    assert reported.logprob == reported.top_logprobs[0]
 
 
-def test_a_draw_depends_on_seed_and_step_alone() -> None:
-    logits = torch.randn(1000)
-    alone = sample(logits.clone()[None], (request(seed=5, step=9),))[0][0]
-    batch = torch.stack([torch.randn(1000), logits, torch.randn(1000)])
-    among = sample(batch, (request(seed=1), request(seed=5, step=9), request(seed=2)))[0][1]
-    assert alone == among
-    others = {sample(logits.clone()[None], (request(seed=s, step=9),))[0][0] for s in range(40)}
-    assert len(others) > 5
+def test_counts_are_kept_from_step_to_step() -> None:
+    """With a frequency penalty the likeliest token gives way, until the others have paid too."""
+    sampler = Sampler(slots=2)
+    sampler.start(new_sampling(1, frequency_penalty=1.0))
+    logits = torch.tensor([[3.0, 2.5, 0.0]])
+    drawn = [draw(sampler, logits, 1, drawn=step).tokens[0] for step in range(6)]
+    assert drawn == [0, 1, 0, 1, 0, 1]
 
 
-def test_bias_and_penalties_move_the_choice() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0]])
-    greedy = request(temperature=0.0, logit_bias={2: 5.0})
-    assert sample(logits.clone(), (greedy,))[0] == [2]
-    seen = np.array([0, 0], dtype=np.int32).tobytes()
-    once = request(temperature=0.0, presence_penalty=1.5, output_token_ids=seen)
-    assert sample(logits.clone(), (once,))[0] == [1]
-    twice = request(temperature=0.0, frequency_penalty=0.6, output_token_ids=seen)
-    assert sample(logits.clone(), (twice,))[0] == [1]
+def test_a_new_sequence_in_a_slot_starts_afresh() -> None:
+    sampler = Sampler(slots=1)
+    logits = torch.tensor([[2.0, 1.0]])
+    biased = {"bias_token_ids": int32(1).tobytes(), "bias_values": np.float32([9.0]).tobytes()}
+    sampler.start(new_sampling(0, presence_penalty=2.0, **biased))
+    assert draw(sampler, logits, 0).tokens == [1]
+    sampler.start(new_sampling(0))
+    assert draw(sampler, logits, 0).tokens == [0]
+    sampler.start(new_sampling(0, presence_penalty=2.0))
+    assert draw(sampler, logits, 0).tokens == [0]
+    assert draw(sampler, logits, 0).tokens == [1]
 
 
-def test_logprobs_are_of_the_whole_distribution() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0]])
-    _, (entry,) = sample(logits.clone(), (request(temperature=0.0, logprobs=2),))
-    assert entry is not None
-    expected = logits[0].log_softmax(-1)
-    assert abs(entry.logprob - float(expected[2])) < 1e-6
-    assert entry.top_ids == (2, 1)
+def test_a_sequence_that_comes_back_has_its_counts() -> None:
+    sampler = Sampler(slots=1)
+    logits = torch.tensor([[2.0, 1.0, 0.9]])
+    seen = int32(0, 1).tobytes()
+    sampler.start(new_sampling(0, presence_penalty=2.0, output_token_ids=seen))
+    assert draw(sampler, logits, 0).tokens == [2]
+    sampler.start(new_sampling(0, presence_penalty=2.0, prompt_token_ids=seen))
+    assert draw(sampler, logits, 0).tokens == [0]  # presence is of the output alone
+    sampler.start(new_sampling(0, repetition_penalty=3.0, prompt_token_ids=seen))
+    assert draw(sampler, logits, 0).tokens == [2]
+
+
+def test_biases_follow_their_slots_when_the_batch_changes() -> None:
+    sampler = Sampler(slots=3)
+    for slot in range(3):
+        bias = {"bias_token_ids": int32(slot).tobytes(), "bias_values": b"\0\0\xc8B"}  # 100
+        sampler.start(new_sampling(slot, **bias))
+    for slots in ((0, 1), (1, 0), (0, 1), (2, 0, 1)):
+        assert draw(sampler, torch.zeros(len(slots), 5), *slots).tokens == list(slots)
+
+
+def test_a_row_without_a_token_says_why() -> None:
+    sampler = Sampler(slots=2)
+    sampler.start(new_sampling(0, temperature=1.0, logprobs=1))
+    sampler.start(new_sampling(1, temperature=1.0, logprobs=1, frequency_penalty=1.0))
+    logits = torch.zeros(2, 10)
+    logits[1, 3] = torch.nan
+    result = draw(sampler, logits, 0, 1)
+    assert result.failed == {1: DrawStatus.NOT_FINITE}
+    assert result.tokens[1] == -1
+    assert result.logprobs[0] is not None
+    assert result.logprobs[1] is None
+
+
+def test_seeds_of_all_64_bits() -> None:
+    sampler = Sampler(slots=2)
+    sampler.start(new_sampling(0, temperature=1.0, seed=2**64 - 1))
+    sampler.start(new_sampling(1, temperature=1.0, seed=2**63 - 1))
+    logits = torch.zeros(1, 5000).expand(2, -1)
+    drawn = [draw(sampler, logits, 0, 1, drawn=step).tokens for step in range(5)]
+    assert all(first != second for first, second in drawn)
+    assert len({first for first, _ in drawn}) == 5
+
+
+tokens = st.lists(st.integers(0, 3 * ROOM), max_size=4 * ROOM)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(tokens, tokens, tokens)
+def test_counts(prompt: list[int], before: list[int], after: list[int]) -> None:
+    counts = TokenCounts(int32(*prompt), int32(*before))
+    for token in after:
+        counts.add(token)
+    expected = Counter(dict.fromkeys(prompt, 0))
+    expected.update(before + after)
+    assert dict(zip(counts.ids.tolist(), counts.counts.tolist(), strict=True)) == expected

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from precast.ops import native
-from precast.ops.sampling import Drawings, DrawStatus, sample
+from precast.ops.draw_status import DrawStatus
+from precast.ops.sampling import Drawings, sample
 from tests.support.sampling_reference import (
     Floats,
     Row,
@@ -243,6 +245,18 @@ def test_draws_are_philox() -> None:
     for seed, step in ((0, 0), (1, 0), (2**64 - 1, 3), (99, 2**40)):
         drawn = run(torch.zeros(1, 1 << 16), [Row(seed=seed, step=step)])
         assert int(drawn.tokens[0]) == int(uniform(seed, step) * (1 << 16))
+
+
+@pytest.mark.parametrize(
+    ("cut", "count"),
+    [({"top_p": 0.9005}, 901), ({"top_k": 37}, 37), ({"top_k": 700, "top_p": 0.5001}, 351)],
+)
+def test_cuts_are_exact_to_the_token(cut: dict[str, Any], count: int) -> None:
+    """Of 1000 equal tokens the first ``count`` are kept, each with the same share."""
+    rows = [Row(seed=seed, **cut) for seed in range(300)]
+    drawn = run(torch.zeros(len(rows), 1000), rows)
+    expected = [int(uniform(seed, 0) * count) for seed in range(300)]
+    assert drawn.tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-320, 1e-30])

@@ -52,8 +52,12 @@ def ints(data: bytes) -> list[int]:
     return values
 
 
+def ints_bytes(*values: int) -> bytes:
+    return np.array(values, dtype=np.int32).tobytes()
+
+
 def draw(step: ScheduledStep, token: int = 50) -> list[int]:
-    return [-1 if sample is None else token for sample in step.message.sample]
+    return [-1 if slot < 0 else token for slot in ints(step.message.sampling_slots)]
 
 
 def run(scheduler: Scheduler, limit: int = 500) -> dict[str, list[int]]:
@@ -75,13 +79,14 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     first = scheduler.schedule(0)
     assert first is not None and (first.decoding, first.prompt_tokens) == (0, 8)
     assert ints(first.message.positions) == list(range(8))
-    assert first.message.sample == (None,)
+    assert ints(first.message.sampling_slots) == [-1]
+    assert first.sampling == ()
     scheduler.apply(first, [-1])
     second = scheduler.schedule(1)
     assert second is not None
     assert ints(second.message.token_ids) == [9, 10, 11]
     assert ints(second.message.context_lens) == [11]
-    assert second.message.sample[0] is not None
+    assert ints(second.message.sampling_slots) == [second.sampling[0].slot]
     scheduler.apply(second, [50])
     third = scheduler.schedule(2)
     assert third is not None and (third.decoding, third.prompt_tokens) == (1, 0)
@@ -223,17 +228,59 @@ def test_a_sequence_that_was_there_at_each_loss_is_given_up() -> None:
     assert list(run(scheduler)) == ["waiting"]
 
 
-def test_penalties_travel_with_what_was_generated() -> None:
+def test_how_to_draw_travels_once() -> None:
     scheduler = make()
     scheduler.add(sequence("a", presence_penalty=0.5, seed=3))
-    for token in (50, 51):
+    sent = []
+    for drawn in range(3):
         step = scheduler.schedule(0)
         assert step is not None
-        scheduler.apply(step, [token])
-    step = scheduler.schedule(1)
-    assert step is not None and step.message.sample[0] is not None
-    assert ints(step.message.sample[0].output_token_ids) == [50, 51]
-    assert (step.message.sample[0].step, step.message.sample[0].seed) == (2, 3)
+        assert ints(step.message.drawn) == [drawn]
+        assert ints(step.message.sampling_slots) != [-1]
+        sent += step.sampling
+        scheduler.apply(step, [50 + drawn])
+    (message,) = sent
+    assert (message.seed, message.presence_penalty) == (3, 0.5)
+    assert (message.prompt_token_ids, message.output_token_ids) == (b"", b"")
+
+
+def test_a_preempted_sequence_draws_on_with_what_it_had_drawn() -> None:
+    """Two sequences that don't fit together: the younger one waits, and gets a slot again."""
+    scheduler = make(blocks=5)
+    scheduler.add(sequence("old", prompt=7, max_tokens=8))
+    scheduler.add(sequence("young", prompt=7, max_tokens=8, repetition_penalty=1.5))
+    young = []
+    for step_id in range(60):
+        step = scheduler.schedule(step_id)
+        if step is None:
+            break
+        young += [message for message in step.sampling if message.repetition_penalty == 1.5]
+        scheduler.apply(step, draw(step, 50 + step_id))
+    first, again = young
+    prompt = list(range(1, 8))
+    assert (ints(first.prompt_token_ids), ints(first.output_token_ids)) == (prompt, [])
+    assert ints(again.prompt_token_ids) == prompt
+    assert ints(again.output_token_ids)
+
+
+def test_only_plain_sequences_need_no_logits() -> None:
+    assert SamplingSpec().is_likeliest
+    assert SamplingSpec(top_p=0.5, top_k=3, min_p=0.1).is_likeliest
+    changes: list[dict[str, object]] = [
+        {"temperature": 0.1},
+        {"logprobs": 0},
+        {"bias_token_ids": ints_bytes(2), "bias_values": b"0000"},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"repetition_penalty": 1.1},
+    ]
+    for changed in changes:
+        scheduler = make()
+        scheduler.add(sequence("plain"))
+        scheduler.add(sequence("other", prompt=2, **changed))
+        step = scheduler.schedule(0)
+        assert step is not None
+        assert not step.message.greedy, changed
 
 
 def test_the_pool_takes_nothing_when_it_can_not_give_all() -> None:
@@ -265,6 +312,8 @@ class Traffic(RuleBasedStateMachine):
         """By slot: the tokens that its keys and values depend on."""
         self.step: ScheduledStep | None = None
         self.steps = 0
+        self.told: dict[int, int] = {}
+        """Seeds that a rank knows, by slot."""
 
     @rule(
         prefix=st.sampled_from([[], *PREFIXES]),
@@ -275,7 +324,8 @@ class Traffic(RuleBasedStateMachine):
     )
     def add(self, prefix: list[int], cut: int, own: list[int], tokens: int, copies: int) -> None:
         for _ in range(copies):
-            new = sequence(f"r{len(self.live) + len(self.ended)}", 1, tokens)
+            number = len(self.live) + len(self.ended)
+            new = sequence(f"r{number}", 1, tokens, seed=number)
             new.prompt = (prefix[:cut] + own)[: self.CONTEXT - 1]
             try:
                 self.scheduler.add(new)
@@ -303,6 +353,13 @@ class Traffic(RuleBasedStateMachine):
         assert len(slots) == len(set(slots))
         assert self.step.prompt_tokens <= 5
         self.compute(self.step)
+        self.tell(self.step)
+
+    def tell(self, step: ScheduledStep) -> None:
+        """What the first rank knows of how to draw: each slot is its sequence's."""
+        self.told |= {message.slot: message.seed for message in step.sampling}
+        for slot, one in zip(ints(step.message.sampling_slots), step.sequences, strict=True):
+            assert slot < 0 or self.told[slot] == one.sampling.seed
 
     def compute(self, step: ScheduledStep) -> None:
         """What the ranks do: write the new tokens, then read all of them."""
@@ -332,6 +389,7 @@ class Traffic(RuleBasedStateMachine):
             self.end(lost.request_id)
         self.step = None
         self.cache.clear()
+        self.told.clear()
 
     def end(self, name: str) -> None:
         del self.live[name]
@@ -355,6 +413,12 @@ class Traffic(RuleBasedStateMachine):
             self.apply(96, 0.01)
         assert not self.live
         assert self.scheduler.blocks.free_blocks == self.BLOCKS
+
+    @invariant()
+    def slots_are_of_one_sequence_each(self) -> None:
+        held = [s.slot for s in self.live.values() if s.blocks]
+        assert len(held) == len(set(held)) == self.scheduler.running
+        assert set(held) <= set(range(4))
 
 
 TestTraffic = Traffic.TestCase

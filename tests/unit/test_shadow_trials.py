@@ -57,7 +57,7 @@ async def test_steps_are_made_up_once_live_ones_are_overdue() -> None:
     now[0] = 10.0
     probe = canary.probe(7)
     assert probe is not None
-    assert (probe.shadow, len(probe.sample), canary.due_s()) == (True, 4, 0.0)
+    assert (probe.shadow, probe.sampling_slots, canary.due_s()) == (True, b"\xff" * 16, 0.0)
     assert probe.slots == b"\xff" * 16, "nothing is written"
 
 

@@ -2,7 +2,10 @@
 
 import math
 import secrets
+from collections.abc import Mapping
 from typing import Final
+
+import numpy as np
 
 from precast.errors import InvalidRequest, ModelNotFound
 from precast.proto.decode.v1 import decode_service_pb2 as pb
@@ -14,6 +17,9 @@ MAX_LOGPROBS: Final = 20
 MAX_PENALTY: Final = 2.0
 MAX_TEMPERATURE: Final = 100.0
 MAX_BIAS: Final = 100.0
+MAX_BIAS_ENTRIES: Final = 1 << 16
+"""Half a megabyte to the rank. Vocabularies may be larger, but no client names them all."""
+MAX_REPETITION: Final = 100.0
 
 
 def make_sequence(
@@ -59,26 +65,48 @@ def _check_stop(stop: pb.StopConditions) -> None:
 
 def _sampling(start: pb.StartGeneration, vocab_size: int) -> SamplingSpec:
     given = start.sampling
+    top_p = given.top_p if given.HasField("top_p") else 1.0
+    repetition = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
     _check_range("temperature", given.temperature, 0.0, MAX_TEMPERATURE)
-    _check_range("top_p", given.top_p, 0.0, 1.0)
+    _check_range("top_p", top_p, 0.0, 1.0)
+    _check_range("min_p", given.min_p, 0.0, 1.0)
+    _check_range("repetition_penalty", repetition, 1 / MAX_REPETITION, MAX_REPETITION)
     _check_range("presence_penalty", given.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _check_range("frequency_penalty", given.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-    for token, bias in given.logit_bias.items():
-        _check_range(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
-        if token >= vocab_size:
-            raise InvalidRequest(f"logit_bias: token id {token} is outside of the vocabulary")
     if start.HasField("logprobs") and start.logprobs > MAX_LOGPROBS:
         raise InvalidRequest(f"logprobs = {start.logprobs}: at most {MAX_LOGPROBS}")
+    bias_token_ids, bias_values = _bias(given.logit_bias, vocab_size)
     return SamplingSpec(
         temperature=given.temperature,
-        top_p=given.top_p or 1.0,
+        top_p=top_p,
         top_k=given.top_k,
+        min_p=given.min_p,
         seed=given.seed if given.HasField("seed") else secrets.randbits(64),
         logprobs=start.logprobs if start.HasField("logprobs") else -1,
+        repetition_penalty=repetition,
         presence_penalty=given.presence_penalty,
         frequency_penalty=given.frequency_penalty,
-        logit_bias=dict(given.logit_bias),
+        bias_token_ids=bias_token_ids,
+        bias_values=bias_values,
     )
+
+
+def _bias(given: Mapping[int, float], vocab_size: int) -> tuple[bytes, bytes]:
+    """int32 ids, which rise, and their float32 values."""
+    if len(given) > MAX_BIAS_ENTRIES:
+        raise InvalidRequest(f"logit_bias has {len(given)} entries: at most {MAX_BIAS_ENTRIES}")
+    if not given:
+        return b"", b""
+    ids = np.fromiter(given.keys(), dtype=np.int64, count=len(given))
+    values = np.fromiter(given.values(), dtype=np.float32, count=len(given))
+    if (largest := int(ids.max())) >= vocab_size:
+        raise InvalidRequest(f"logit_bias: token id {largest} is outside of the vocabulary")
+    wrong = np.flatnonzero(~(np.abs(values) <= MAX_BIAS))
+    if wrong.size:
+        name, value = f"logit_bias of token {ids[wrong[0]]}", float(values[wrong[0]])
+        _check_range(name, value, -MAX_BIAS, MAX_BIAS)
+    order = np.argsort(ids)  # for the rank's caches
+    return ids[order].astype(np.int32).tobytes(), values[order].tobytes()
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from precast.errors import Unavailable
 from precast.log import get_logger
+from precast.ops.draw_status import DrawStatus
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.backoff import Backoff
 from services.decode_worker.engine.pace import Pace
@@ -252,12 +253,13 @@ class Engine:
             step.message, tokens=step.tokens, decoding=not step.prompt_tokens
         )
         began = time.monotonic()
-        group.send_step(message)
+        group.send_step(message, step.sampling)
         self._emit()
         done = await group.step_done(self._limit_s(step))
         self._in_flight = None
         self._pace.observe(step.decoding, step.prompt_tokens, time.monotonic() - began)
         tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+        self._fail_draws(step, done.failed)
         self._unsent = self._apply(step, tokens, done.logprobs)
         self._count(step, message.graph_size, done.step_us)
         self._graphs.ran(done.shadow)
@@ -293,6 +295,18 @@ class Engine:
             raise group.failure()
         if not self._wake.is_set():
             await group.ping()
+
+    def _fail_draws(self, step: ScheduledStep, failed: Mapping[int, int]) -> None:
+        """Ends the requests whose token could not be drawn; the others of the step go on."""
+        for index, code in failed.items():
+            sequence, status = step.sequences[index], DrawStatus(code)
+            request = self._requests.get(sequence.request_id)
+            if request is None or request.sequence is not sequence:
+                continue  # aborted while the step ran
+            self._metrics.failed_draws.labels(status.name.lower()).inc()
+            log.error("no token drawn", request_id=request.request_id, reason=status.message)
+            self._end(request)
+            request.fail(pb.ERROR_CODE_INTERNAL, f"no token could be drawn: {status.message}")
 
     def _apply(
         self, step: ScheduledStep, tokens: list[int], logprobs: tuple[Logprobs | None, ...]

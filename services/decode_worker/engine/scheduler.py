@@ -42,6 +42,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
+        self._free_slots = list(range(max_batch_size))
 
     @property
     def running(self) -> int:
@@ -161,6 +162,7 @@ class Scheduler:
             for block in shared:
                 self.blocks.share(block)
             sequence.blocks = shared + self.blocks.allocate(fresh)
+            sequence.slot = self._free_slots.pop()
             sequence.computed = len(shared) * self.blocks.block_size
             if not sequence.output:
                 sequence.cached = sequence.computed
@@ -259,12 +261,17 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self.blocks.free(sequence.blocks)
-        sequence.blocks = []
+        self._release(sequence)
         sequence.computed = 0
         self._waiting.appendleft(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.alive = False
+
+    def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.blocks)
         sequence.blocks = []
-        sequence.alive = False
+        if sequence.slot >= 0:
+            self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.sampling_sent = -1, False

@@ -14,16 +14,31 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
-    """How a request's tokens are drawn, for its whole life (``ranks.protocol.Sampling``)."""
+    """How a request's tokens are drawn, for its whole life (``ranks.protocol.StartSampling``)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     logprobs: int = -1
+    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    bias_token_ids: bytes = b""
+    """int32."""
+    bias_values: bytes = b""
+    """float32."""
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def is_likeliest(self) -> bool:
+        """Whether the likeliest token is wanted as it stands, and nothing else."""
+        reports = self.logprobs >= 0
+        return not (self.temperature or self.bias_token_ids or self.penalises or reports)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,6 +58,10 @@ class Sequence:
     """Times that the cache was lost in a step with this sequence in it."""
     alive: bool = True
     """False once finished or aborted."""
+    slot: int = -1
+    """Of the rank's sampler, while the sequence runs."""
+    sampling_sent: bool = False
+    """Whether the slot knows how to draw."""
     _keys: list[bytes] = field(default_factory=list)
 
     @property

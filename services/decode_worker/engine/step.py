@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.decode_worker.engine.sequence import Sequence
-from services.decode_worker.ranks.protocol import Sampling, Step
+from services.decode_worker.ranks.protocol import StartSampling, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class ScheduledStep:
     decoding: int
     """Sequences that decode, first among them; the others' tokens are of prompts."""
     message: Step
+    sampling: tuple[StartSampling, ...]
+    """To be sent before it."""
 
     @property
     def tokens(self) -> int:
@@ -45,6 +47,7 @@ def make_step(
         starts.append(starts[-1] + count)
         contexts.append(last)
         tables[row, : len(sequence.blocks)] = sequence.blocks
+    drawing = [s for s, count in chosen if _draws(s, count)]
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -54,15 +57,16 @@ def make_step(
         context_lens=_ints(contexts),
         block_tables=tables.tobytes(),
         block_table_width=width,
-        sample=tuple(
-            _sampling(s) if s.computed + count == s.length else None for s, count in chosen
-        ),
+        sampling_slots=_ints([s.slot if _draws(s, count) else -1 for s, count in chosen]),
+        drawn=_ints([len(s.output) for s, _ in chosen]),
+        greedy=all(s.sampling.is_likeliest for s in drawing),
     )
     return ScheduledStep(
         sequences=tuple(sequence for sequence, _ in chosen),
         counts=tuple(count for _, count in chosen),
         decoding=decoding,
         message=message,
+        sampling=tuple(_start_sampling(s) for s in drawing if not s.sampling_sent),
     )
 
 
@@ -74,18 +78,28 @@ def _ints(values: list[int]) -> bytes:
     return np.array(values, dtype=np.int32).tobytes()
 
 
-def _sampling(sequence: Sequence) -> Sampling:
+def _draws(sequence: Sequence, count: int) -> bool:
+    """Whether ``count`` tokens more are all there are."""
+    return sequence.computed + count == sequence.length
+
+
+def _start_sampling(sequence: Sequence) -> StartSampling:
     spec = sequence.sampling
-    penalised = bool(spec.presence_penalty or spec.frequency_penalty)
-    return Sampling(
+    sequence.sampling_sent = True
+    repeats = spec.repetition_penalty != 1
+    return StartSampling(
+        slot=sequence.slot,
         temperature=spec.temperature,
         top_p=spec.top_p,
         top_k=spec.top_k,
+        min_p=spec.min_p,
         seed=spec.seed,
-        step=len(sequence.output),
         logprobs=spec.logprobs,
+        repetition_penalty=spec.repetition_penalty,
         presence_penalty=spec.presence_penalty,
         frequency_penalty=spec.frequency_penalty,
-        output_token_ids=_ints(sequence.output) if penalised else b"",
-        logit_bias=spec.logit_bias,
+        prompt_token_ids=_ints(sequence.prompt) if repeats else b"",
+        output_token_ids=_ints(sequence.output) if spec.penalises else b"",
+        bias_token_ids=spec.bias_token_ids,
+        bias_values=spec.bias_values,
     )

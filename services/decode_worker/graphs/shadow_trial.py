@@ -231,7 +231,9 @@ def probe_step(step_id: int, rows: int) -> Step:
         context_lens=ints(np.full(rows, PROBE_CONTEXT)),
         block_tables=ints(np.zeros(rows)),
         block_table_width=1,
-        sample=(None,) * rows,
+        sampling_slots=ints(np.full(rows, -1)),
+        drawn=ints(np.zeros(rows)),
+        greedy=True,
         graph_size=rows,
         shadow=True,
     )

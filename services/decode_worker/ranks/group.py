@@ -35,6 +35,7 @@ from services.decode_worker.ranks.protocol import (
     Ready,
     Reply,
     Shutdown,
+    StartSampling,
     Step,
     StepDone,
     decode_reply,
@@ -163,7 +164,12 @@ class RankGroup:
         self._broadcast(Ping())
         await self._answers(Pong, HUNG_S)
 
-    def send_step(self, step: Step) -> None:
+    def send_step(self, step: Step, sampling: Sequence[StartSampling] = ()) -> None:
+        """``sampling``: of sequences that draw for the first time."""
+        if self.failed.done():
+            raise self.failure()
+        for message in sampling:
+            self._ranks[0].send(frame(message))
         self._broadcast(step)
 
     async def step_done(self, timeout_s: float) -> StepDone:

@@ -1,7 +1,7 @@
 """One tensor-parallel rank: ``python -m services.decode_worker.ranks.process --fd N``.
 
 Reads commands from its leader's socket and computes. It holds no state that a step doesn't name but
-weights, KV cache and graphs, and lives and dies with its leader.
+weights, KV cache, graphs and how its sequences draw, and lives and dies with its leader.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from precast.errors import PrecastError
 from precast.models.forward import gathered, likeliest
 from precast.models.layers import Paging
 from precast.ops import native
+from precast.ops.draw_status import DrawStatus
 from precast.system.process import die_with_parent, pin
 from services.decode_worker.ranks import model as rank_model
 from services.decode_worker.ranks.model import Batch, RankModel
@@ -41,14 +42,14 @@ from services.decode_worker.ranks.protocol import (
     RankFailed,
     Ready,
     Reply,
-    Sampling,
     Shutdown,
+    StartSampling,
     Step,
     StepDone,
     decode_command,
     frame,
 )
-from services.decode_worker.ranks.sampler import is_likeliest, sample
+from services.decode_worker.ranks.sampler import Drawn, Ints, Sampler
 
 WATCH_S = 0.001
 """How long a rank looks for the next command before it sleeps. Woken from sleep, ranks begin a step
@@ -109,15 +110,27 @@ def serve(connection: socket.socket) -> None:
 
     model = rank_model.load(init, report)
     _send(connection, Loaded(tp_rank=init.tp_rank))
+    rank = _Rank(model=model, sampler=Sampler(slots=init.max_batch_size))
     while not isinstance(command := receive(connection), Shutdown):
-        reply = _run(init, model, command)
+        reply = _run(init, rank, command)
         if reply is not None:
             _send(connection, reply)
 
 
-def _run(init: Init, model: RankModel, command: object) -> Reply | None:
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    model: RankModel
+    sampler: Sampler
+    """Of the first rank; the others' has no sequences."""
+
+
+def _run(init: Init, rank: _Rank, command: object) -> Reply | None:
+    model = rank.model
     if isinstance(command, Step):
-        return _step(init, model, command)
+        return _step(init, rank, command)
+    if isinstance(command, StartSampling):
+        rank.sampler.start(command)
+        return None
     if isinstance(command, LoadGraph):
         return _load_graph(init, model, command)
     if isinstance(command, Ping):
@@ -155,49 +168,62 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
     )
 
 
-def _step(init: Init, model: RankModel, step: Step) -> StepDone | None:
+def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
     started = time.perf_counter()
     batch = _batch(step)
-    drawing = [index for index, request in enumerate(step.sample) if request is not None]
+    slots = np.frombuffer(step.sampling_slots, dtype=np.int32)
+    drawing = np.flatnonzero(slots >= 0)
     shadow = None
     if step.shadow:
-        logits, shadow = model.shadow(batch, drawing, step.graph_size)
+        logits, shadow = rank.model.shadow(batch, drawing.tolist(), step.graph_size)
     else:
-        logits = model.step(batch, drawing, step.graph_size)
-    tokens, logprobs = _draw(init, model, step.sample, logits)
+        logits = rank.model.step(batch, drawing.tolist(), step.graph_size)
+    before = np.frombuffer(step.drawn, dtype=np.int32)[drawing]
+    drawn = _draw(init, rank, step, slots[drawing], before, logits)
     if init.tp_rank != 0:
         return None
+    tokens = np.full(len(slots), -1, dtype=np.int32)
+    tokens[drawing] = drawn.tokens
     return StepDone(
         step_id=step.step_id,
-        token_ids=np.array(tokens, dtype=np.int32).tobytes(),
-        logprobs=_reported(logprobs),
+        token_ids=tokens.tobytes(),
+        logprobs=_reported(len(slots), drawing.tolist(), drawn.logprobs),
         step_us=int((time.perf_counter() - started) * 1e6),
+        failed={int(drawing[row]): status for row, status in drawn.failed.items()},
         shadow=shadow,
     )
 
 
-def _draw(
-    init: Init, model: RankModel, requests: Sequence[Sampling | None], logits: Tensor
-) -> tuple[list[int], list[Logprobs | None]]:
-    """Each sequence's token, -1 where none is drawn, and its log probabilities; of ranks but the
-    first, only their part in the collectives. ``logits`` has a row for each that draws."""
-    drawing = [request for request in requests if request is not None]
-    tokens: list[int] = []
-    logprobs: list[Logprobs | None] = [None] * len(drawing)
-    if drawing and all(map(is_likeliest, drawing)):
-        tokens = likeliest(model.shape, logits)
-    elif drawing:
-        whole = gathered(model.shape, logits)
-        if init.tp_rank != 0:
-            return [], []
-        tokens, logprobs = sample(whole, drawing)
-    drawn = iter(zip(tokens, logprobs, strict=True))
-    pairs = [(-1, None) if request is None else next(drawn) for request in requests]
-    return [token for token, _ in pairs], [logprobs for _, logprobs in pairs]
+def _draw(init: Init, rank: _Rank, step: Step, slots: Ints, before: Ints, logits: Tensor) -> Drawn:
+    """What the sequences draw that draw in this step; of ranks but the first, only their part in
+    the collectives. ``logits`` has a row for each."""
+    nothing = Drawn(tokens=[], logprobs=[], failed={})
+    if len(slots) == 0:
+        return nothing
+    if step.greedy:
+        return _greedy(likeliest(rank.model.shape, logits))
+    whole = gathered(rank.model.shape, logits)
+    return rank.sampler.draw(whole, slots, before) if init.tp_rank == 0 else nothing
 
 
-def _reported(logprobs: list[Logprobs | None]) -> tuple[Logprobs | None, ...]:
-    return tuple(logprobs) if any(entry is not None for entry in logprobs) else ()
+def _greedy(tokens: list[int]) -> Drawn:
+    lost = [row for row, token in enumerate(tokens) if token < 0]
+    return Drawn(
+        tokens=tokens,
+        logprobs=[None] * len(tokens),
+        failed=dict.fromkeys(lost, int(DrawStatus.NOT_FINITE)),
+    )
+
+
+def _reported(
+    sequences: int, drawing: list[int], logprobs: list[Logprobs | None]
+) -> tuple[Logprobs | None, ...]:
+    if not any(logprobs):
+        return ()
+    found: list[Logprobs | None] = [None] * sequences
+    for index, entry in zip(drawing, logprobs, strict=True):
+        found[index] = entry
+    return tuple(found)
 
 
 def _batch(step: Step) -> Batch:

@@ -1,10 +1,11 @@
 """Messages between a decode worker's leader and its rank processes.
 
 Each rank is a process with one Unix stream socket to the leader. A frame is a 4-byte little-endian
-length and a msgpack body. The leader sends every command to every rank in the same order; ranks
-work in lock step. Only rank 0 answers ``Step``; every rank answers ``Init``, ``Join``,
-``LoadGraph`` and ``Ping``, and says meanwhile how far it has come with an ``Init``. A rank that
-can't go on sends ``RankFailed`` and exits; a rank that dies closes its socket.
+length and a msgpack body. The leader sends every command to every rank in the same order, but
+``StartSampling`` only to rank 0, which draws; ranks work in lock step. Only rank 0 answers
+``Step``; every rank answers ``Init``, ``Join``, ``LoadGraph`` and ``Ping``, and says meanwhile how
+far it has come with an ``Init``. A rank that can't go on sends ``RankFailed`` and exits; a rank
+that dies closes its socket.
 """
 
 import struct
@@ -100,22 +101,31 @@ class DropGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     trial: bool = False
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How to draw one sequence's next token. Stateless: the draw depends on (seed, step) alone."""
+class StartSampling(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """How to draw the tokens of the sequence that has a slot, until another one gets it.
 
+    Comes once, before the first step that draws for it: steps name the slot. A sequence that was
+    preempted comes again, with what it had drawn. Not answered. Token ids are little-endian
+    int32."""
+
+    slot: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     seed: int
-    step: int
-    """Tokens of this sequence generated so far."""
-    logprobs: int = -1
+    logprobs: int
     """Alternatives to report; -1: no logprobs."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    output_token_ids: bytes = b""
-    """int32; filled only where a penalty is set."""
-    logit_bias: dict[int, float] = {}
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    prompt_token_ids: bytes
+    """Filled only where there is a repetition penalty."""
+    output_token_ids: bytes
+    """Filled only where there is a penalty."""
+    bias_token_ids: bytes
+    bias_values: bytes
+    """Little-endian float32."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -135,8 +145,13 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     context_lens: bytes
     block_tables: bytes
     block_table_width: int
-    sample: tuple[Sampling | None, ...]
-    """For each sequence: how to draw, or None where the prompt goes on in a later step."""
+    sampling_slots: bytes
+    """[S] slot of how to draw (``StartSampling``); -1 where the prompt goes on in a later step."""
+    drawn: bytes
+    """[S] tokens of each sequence drawn so far: with its seed, what a draw depends on."""
+    greedy: bool
+    """Whether all that draw want the likeliest token as it stands, and nothing else: ranks then
+    gather no logits."""
     graph_size: int = 0
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
@@ -165,6 +180,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     logprobs: tuple[Logprobs | None, ...]
     """[S], or empty when no sequence asked for them."""
     step_us: int
+    failed: dict[int, int] = {}
+    """Why there is no token (``precast.ops.draw_status``), by the sequence's place in the step."""
     shadow: Shadow | None = None
 
 
@@ -187,7 +204,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-Command = Init | Join | LoadGraph | DropGraph | Step | Ping | Shutdown
+Command = Init | Join | LoadGraph | DropGraph | StartSampling | Step | Ping | Shutdown
 Reply = Loading | Loaded | Ready | GraphLoaded | StepDone | Pong | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode

@@ -1,101 +1,166 @@
-"""Draws next tokens from logits: greedy, temperature, top-k, top-p, penalties and logit bias.
+"""Draws the tokens of a step's sequences: columns by slot for ``precast.ops.sampling``.
 
-A draw depends on the sequence's (seed, step) alone, never on its place in a batch, so a request
-with a seed gives the same tokens whatever else is running.
+What doesn't change while a sequence lives is set once (``start``). Counts for penalties are kept
+here, so that a step only names slots.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from precast.ops import native as native  # registers the operators
-from services.decode_worker.ranks.protocol import Logprobs, Sampling
+from precast.ops.draw_status import DrawStatus
+from precast.ops.sampling import INTS, REALS, ByRow, Columns, Drawings, sample
+from services.decode_worker.ranks.protocol import Logprobs, StartSampling
+from services.decode_worker.ranks.token_counts import TokenCounts
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+_STEP: Final = INTS.index("step")
+_LOGPROBS: Final = INTS.index("logprobs")
 
 
-def sample(logits: Tensor, requests: Sequence[Sampling]) -> tuple[list[int], list[Logprobs | None]]:
-    """float32 [S, V] logits to token ids [S] and logprobs [S].
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Of the sequences that drew, in their order."""
 
-    Logits are changed in place. Logprobs are of the distribution that penalties and bias leave,
-    before temperature and cuts, as OpenAI reports them.
-    """
-    greedy = torch.ops.precast.largest(logits)[1].tolist() if any(map(_plain, requests)) else []
-    tokens: list[int] = []
-    logprobs: list[Logprobs | None] = []
-    for row, request in enumerate(requests):
-        if _plain(request):
-            token = greedy[row]
-        else:
-            _adjust(logits[row], request)
-            token = _draw(logits[row], request)
-        tokens.append(token)
-        logprobs.append(_logprobs(logits[row], token, request.logprobs))
-    return tokens, logprobs
+    tokens: list[int]
+    """-1 where there is none."""
+    logprobs: list[Logprobs | None]
+    failed: dict[int, int]
+    """Status of those without a token (``DrawStatus``), by place."""
 
 
-def is_likeliest(request: Sampling) -> bool:
-    """Whether the request is for the likeliest token as it stands, and for nothing else."""
-    return _plain(request) and request.logprobs < 0
+@dataclass(frozen=True, kw_only=True)
+class _Bias:
+    ids: Ints
+    values: Floats
 
 
-def _plain(request: Sampling) -> bool:
-    return request.temperature == 0 and not _adjusts(request)
+@dataclass(kw_only=True)
+class Sampler:
+    """State of ``slots`` sequences."""
+
+    slots: int
+    _reals: NDArray[np.float64] = field(init=False)
+    _ints: NDArray[np.int64] = field(init=False)
+    _counts: dict[int, TokenCounts] = field(default_factory=dict, init=False)
+    """By slot, of sequences with penalties."""
+    _biases: dict[int, _Bias] = field(default_factory=dict, init=False)
+    """By slot, of sequences with a bias."""
+    _biased: tuple[tuple[int, ...], ByRow] | None = field(default=None, init=False)
+    """The last step's slots and their biases: mostly the next step's too."""
+
+    def __post_init__(self) -> None:
+        self._reals = np.zeros((self.slots, len(REALS)))
+        self._ints = np.zeros((self.slots, len(INTS)), dtype=np.int64)
+
+    def start(self, message: StartSampling) -> None:
+        """A sequence gets a slot."""
+        slot = message.slot
+        self._reals[slot] = [getattr(message, name) for name in REALS]
+        seed = np.uint64(message.seed).astype(np.int64)
+        self._ints[slot] = (message.top_k, seed, 0, message.logprobs, -1)
+        self._counts.pop(slot, None)
+        self._biases.pop(slot, None)
+        self._biased = None
+        if _penalises(message):
+            prompt, output = _ids(message.prompt_token_ids), _ids(message.output_token_ids)
+            self._counts[slot] = TokenCounts(prompt, output)
+        if message.bias_token_ids:
+            values = np.frombuffer(message.bias_values, dtype=np.float32)
+            self._biases[slot] = _Bias(ids=_ids(message.bias_token_ids), values=values)
+
+    def draw(self, logits: Tensor, slots: Ints, drawn: Ints) -> Drawn:
+        """float32 [S, V] logits, which are changed, to tokens. ``slots`` [S] are the rows', and
+        ``drawn`` [S] how many tokens each sequence has drawn before."""
+        ints = self._ints[slots]
+        ints[:, _STEP] = drawn
+        rows = slots.tolist()
+        columns = Columns(
+            reals=torch.from_numpy(self._reals[slots]),
+            ints=torch.from_numpy(ints),
+            seen=self._seen(rows),
+            bias=self._bias(rows),
+        )
+        wanted: list[int] = ints[:, _LOGPROBS].tolist()
+        result = sample(logits, columns, max(0, *wanted))
+        tokens: list[int] = result.tokens.tolist()
+        self._count(rows, tokens)
+        return Drawn(
+            tokens=tokens, logprobs=_logprobs(result, tokens, wanted), failed=_failed(result)
+        )
+
+    def _count(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        if not self._counts:
+            return
+        for slot, token in zip(rows, tokens, strict=True):
+            if token >= 0 and (counts := self._counts.get(slot)) is not None:
+                counts.add(token)
+
+    def _seen(self, rows: Sequence[int]) -> ByRow | None:
+        found = [self._counts.get(slot) for slot in rows] if self._counts else []
+        if not any(found):
+            return None
+        ids = [counts.ids if counts else _NO_IDS for counts in found]
+        return _by_row(ids, [counts.counts if counts else _NO_IDS for counts in found])
+
+    def _bias(self, rows: Sequence[int]) -> ByRow | None:
+        key = tuple(rows) if self._biases else ()
+        if not any(slot in self._biases for slot in key):
+            return None
+        if self._biased is None or self._biased[0] != key:
+            found = [self._biases.get(slot, _NO_BIAS) for slot in key]
+            entries = _by_row([bias.ids for bias in found], [bias.values for bias in found])
+            self._biased = (key, entries)
+        return self._biased[1]
 
 
-def _adjusts(request: Sampling) -> bool:
-    return bool(request.logit_bias or request.presence_penalty or request.frequency_penalty)
+_NO_IDS: Final = np.empty(0, dtype=np.int32)
+_NO_BIAS: Final = _Bias(ids=_NO_IDS, values=np.empty(0, dtype=np.float32))
 
 
-def _adjust(row: Tensor, request: Sampling) -> None:
-    if request.output_token_ids and (request.presence_penalty or request.frequency_penalty):
-        seen = np.frombuffer(request.output_token_ids, dtype=np.int32)
-        ids, counts = np.unique(seen, return_counts=True)
-        penalty = request.presence_penalty + request.frequency_penalty * counts
-        row[torch.from_numpy(ids.astype(np.int64))] -= torch.from_numpy(penalty).float()
-    for token, bias in request.logit_bias.items():
-        row[token] += bias
-
-
-def _draw(row: Tensor, request: Sampling) -> int:
-    if request.temperature == 0:
-        return int(row.argmax())
-    vocabulary = row.shape[0]
-    keep = min(request.top_k, vocabulary) if request.top_k > 0 else vocabulary
-    # Only the kept candidates are sorted: a full sort of 49152 logits costs 2 ms.
-    if keep < vocabulary:
-        values, ids = row.topk(keep)
-    elif request.top_p < 1.0:
-        values, ids = row.sort(descending=True, stable=True)
-    else:
-        values, ids = row, None
-    probabilities = torch.softmax(values.double() / request.temperature, dim=-1)
-    if request.top_p < 1.0:
-        # The smallest set whose mass reaches top_p: a candidate stays while the mass before it is
-        # less.
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = torch.where(before < request.top_p, probabilities, 0.0)
-    cumulative = probabilities.cumsum(-1)
-    target = _uniform(request.seed, request.step) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    index = min(index, values.shape[0] - 1)
-    return index if ids is None else int(ids[index])
-
-
-def _uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) from a counter-based generator (Salmon et al., "Parallel random numbers:
-    as easy as 1, 2, 3", 2011)."""
-    generator = np.random.Generator(np.random.Philox(key=seed & (2**64 - 1), counter=step))
-    return float(generator.random())
-
-
-def _logprobs(row: Tensor, token: int, top: int) -> Logprobs | None:
-    if top < 0:
-        return None
-    scores = torch.log_softmax(row, dim=-1)
-    values, ids = scores.topk(min(top, row.shape[0])) if top else (scores[:0], scores[:0])
-    return Logprobs(
-        logprob=float(scores[token]),
-        top_ids=tuple(int(i) for i in ids.tolist()),
-        top_logprobs=tuple(values.tolist()),
+def _penalises(message: StartSampling) -> bool:
+    return bool(
+        message.repetition_penalty != 1 or message.presence_penalty or message.frequency_penalty
     )
+
+
+def _ids(data: bytes) -> Ints:
+    return np.frombuffer(data, dtype=np.int32)
+
+
+def _by_row(ids: list[Ints], values: list[Ints] | list[Floats]) -> ByRow:
+    starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    return ByRow(
+        starts=torch.from_numpy(starts),
+        ids=torch.from_numpy(np.concatenate(ids)),
+        values=torch.from_numpy(np.concatenate(values)),
+    )
+
+
+def _failed(result: Drawings) -> dict[int, int]:
+    status: list[int] = result.status.tolist()
+    return {row: code for row, code in enumerate(status) if code != DrawStatus.DRAWN}
+
+
+def _logprobs(
+    result: Drawings, tokens: Sequence[int], wanted: Sequence[int]
+) -> list[Logprobs | None]:
+    if max(wanted) < 0:
+        return [None] * len(tokens)
+    columns = (result.logprobs, result.top_ids, result.top_logprobs)
+    rows = zip(*(column.tolist() for column in columns), tokens, wanted, strict=True)
+    return [
+        _row_logprobs(logprob, ids, scores) if count >= 0 and token >= 0 else None
+        for logprob, ids, scores, token, count in rows
+    ]
+
+
+def _row_logprobs(logprob: float, ids: list[int], scores: list[float]) -> Logprobs:
+    found = tuple(token for token in ids if token >= 0)
+    return Logprobs(logprob=logprob, top_ids=found, top_logprobs=tuple(scores[: len(found)]))
