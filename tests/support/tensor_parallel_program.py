@@ -24,6 +24,9 @@ from services.decode_worker.ranks import process as rank
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
     Init,
+    Join,
+    Loaded,
+    Loading,
     Ready,
     Reply,
     Shutdown,
@@ -113,6 +116,12 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
     connections = [start(init) for init in inits]
     for connection, init in zip(connections, inits, strict=True):
         connection.sendall(frame(init))
+    for connection in connections:
+        while isinstance(loaded := reply(connection), Loading):
+            pass
+        assert isinstance(loaded, Loaded), loaded
+    for connection in connections:
+        connection.sendall(frame(Join()))
     for connection in connections:
         ready = reply(connection)
         assert isinstance(ready, Ready), ready
