@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # gRPC's C core logs to stderr on its own; below ERROR it is about every connection that ends. It
 # reads this when it is imported, so it must be set before.
