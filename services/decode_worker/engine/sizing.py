@@ -56,6 +56,8 @@ def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
             max_context_length=share.context,
             group_id=group_id,
             kernel_provider=settings.kernel_provider,
+            log_level=settings.log_level,
+            log_format=settings.log_format,
         )
         for number, rank in enumerate(share.ranks)
     ]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from precast import log as logging
 from precast.errors import PrecastError
 from precast.models.forward import gathered, likeliest
 from precast.models.layers import Paging
@@ -101,6 +102,7 @@ def serve(connection: socket.socket) -> None:
         return
     if not isinstance(init, Init):
         raise ValueError(f"expected Init, got {type(init).__name__}")
+    logging.configure("rank", init)  # whose handler outlives a disk that is full
     if init.cpus:
         pin(init.cpus)  # threads that are started from now on, unless they have a core each
     native.start_threads(init.cores, near=init.cpus)

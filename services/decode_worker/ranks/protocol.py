@@ -40,6 +40,8 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     group_id: str
     """Names the group's shared-memory segment: unique to this start of this group."""
     kernel_provider: str
+    log_level: str = "info"
+    log_format: str = "console"
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from precast.models import versions
-from precast.models.versions import model_name, put_in_place, remove_unheld, replaced_folders
+from precast.system import held_folders as versions
+from precast.system.held_folders import model_name, put_in_place, remove_unheld, replaced_folders
 
 READER = """
 import sys
 from pathlib import Path
-from precast.models.versions import held_folder
+from precast.system.held_folders import held_folder
 for _ in iter(sys.stdin.readline, ""):
     print((held_folder(Path(sys.argv[1])) / "content").read_text(), flush=True)
 """
