@@ -153,11 +153,11 @@ class CompileWorkerSettings(CommonSettings):
     build_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "cache" / "build")
     """What captures share: headers and compiled parts. To be trusted like the signing key."""
     capture_timeout_s: Seconds = 300.0
-    """Longest that one capture may take before it is killed."""
+    """Longest that one capture may take before it is killed, without its waits for a free CPU."""
     capture_memory_mb: Count = 4096
     """Resident memory of one capture, its compilers included."""
-    capture_nice: int = Field(default=10, ge=0, le=19)
-    """Added to a capture's niceness: decode workers on the same machine come first."""
+    capture_idle: bool = True
+    """Give captures only what others leave of the CPUs, so that decode workers don't feel them."""
     capture_cpus: Cores = ()
     """CPU ids that captures may use; empty: all that the process may."""
     parallel_captures: Count = 1

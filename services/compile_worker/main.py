@@ -22,6 +22,7 @@ from precast.graphs.capture import compiler
 from precast.graphs.key import build_digest
 from precast.rpc.address import advertised
 from precast.rpc.server import Server, start_server
+from precast.system.background import remove_idle_cgroups
 from precast.system.process import available_cpus
 from precast.system.scratch import sweep
 from precast.system.stopping import run_until_stopped
@@ -162,10 +163,11 @@ async def _work_until_stopped(
 ) -> None:
     graphs, metrics = upkeep.graphs, upkeep.metrics
     worker_id = f"compile-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    remove_idle_cgroups()  # of a killed predecessor
     forks = ForkServer(
         program.module,
         program.arguments,
-        nice=settings.capture_nice,
+        idle=settings.capture_idle,
         cpus=settings.capture_cpus,
     )
     workers = [

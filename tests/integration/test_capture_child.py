@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from precast.errors import CaptureFailed
+from services.compile_worker.sandbox import capture as capturing
 from services.compile_worker.sandbox.capture import CaptureLimits, run_capture
 from services.compile_worker.sandbox.client import ForkServer
 from tests.support.compile_worker import FACTORS, ROOT, program, starts, wait_until
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.asyncio
 @asynccontextmanager
 async def fork_server(tmp_path: Path, **options: Any) -> AsyncIterator[ForkServer]:
     captures = program(tmp_path / "ledger")
-    server = ForkServer(captures.module, captures.arguments, **options)
+    server = ForkServer(captures.module, captures.arguments, **{"idle": False, **options})
     try:
         yield server
     finally:
@@ -159,16 +160,47 @@ async def test_cancellation_kills_the_capture(tmp_path: Path) -> None:
         assert is_over(process)
 
 
-async def test_runs_with_less_priority_where_it_may(tmp_path: Path) -> None:
+async def test_takes_only_what_others_leave(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
-    async with fork_server(tmp_path, nice=7, cpus=(cpu,)) as server:
+    async with fork_server(tmp_path, idle=True, cpus=(cpu,)) as server:
         task = asyncio.create_task(capture(tmp_path, "hang", server=server))
         child = await started(tmp_path)
-        assert child.nice() == min(os.nice(0) + 7, 19)
-        assert child.cpu_affinity() == [cpu]
+        await asyncio.to_thread(wait_until, child.children, 5)
+        for process in (child, *child.children(recursive=True)):  # as compilers are
+            assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+            assert process.cpu_affinity() == [cpu]
         assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == 800
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_waiting_for_a_cpu_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that would run and gets no CPU has more time, but not for ever."""
+    monkeypatch.setattr(capturing, "_runnable", lambda _: {1: 0.0})
+    monkeypatch.setattr(capturing, "_MAX_WAIT", 3)
+    limits = CaptureLimits(timeout_s=2.0, memory_bytes=1 << 30)
+    async with fork_server(tmp_path) as server:
+        (tmp_path / "ledger" / "pace").write_text("3.0")
+        await capture(tmp_path, "llama", limits, server)
+        began = time.monotonic()
+        with pytest.raises(CaptureFailed, match="longer than 2 s"):
+            await capture(tmp_path, "hang", limits, server)
+        assert time.monotonic() - began > 6
+
+
+async def test_a_process_that_works_or_sleeps_does_not_wait() -> None:
+    pid = os.getpid()
+    before = capturing._runnable(pid)[pid]
+    while time.process_time() < before + 0.2:
+        pass
+    assert capturing._runnable(pid)[pid] >= before + 0.1
+    sleeper = subprocess.Popen(["sleep", "5"])
+    await asyncio.sleep(0.3)
+    assert sleeper.pid not in capturing._runnable(pid)
+    sleeper.kill()
+    sleeper.wait()
 
 
 async def test_captures_share_a_server_and_fail_alone(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ line in ``LEDGER/started``. The factor ``architecture`` chooses what happens: "g
 file ``LEDGER/open``, as all do while there is a file ``LEDGER/closed``; "foreign" is captured for a
 CPU that isn't there; "hang", "crash", "exit",
 "eat", "refuse", "differ", "silent", "noisy", "orphan" are the ways in which a capture can go wrong;
-anything else is captured at once. The graph is the file ``LEDGER/package`` if there is one, else
-bytes that stand for it: the factors, and bytes that follow from them. The file
+anything else is captured at once. The graph is the file
+``LEDGER/package`` if there is one, else bytes that stand for it: the factors, and bytes that follow
+from them. The file
 ``LEDGER/pace`` holds how many seconds each capture takes longer.
 """
 

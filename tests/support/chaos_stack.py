@@ -126,6 +126,7 @@ class Chaos:
 
     def start_compile_worker(self, address: str) -> "subprocess.Popen[bytes]":
         given = self.common(address) | {"build_dir": str(BUILD_DIR), "parallel_captures": 2}
+        given["capture_idle"] = False
         arguments = ["-m", "tests.support.compile_worker", json.dumps(given), str(self.ledger)]
         return self.spawn("compile", arguments)
 

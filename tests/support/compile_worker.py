@@ -97,7 +97,7 @@ def compile_worker(
     """
     address = f"127.0.0.1:{free_port()}"
     given = {"home": str(home), "redis_url": redis_url, "listen": address}
-    given |= {"build_dir": str(BUILD_DIR), **settings}
+    given |= {"build_dir": str(BUILD_DIR), "capture_idle": False, **settings}
     home.mkdir(parents=True, exist_ok=True)
     log = home / f"worker-{time.time_ns()}.log"
     with log.open("wb") as file:

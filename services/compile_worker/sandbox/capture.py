@@ -7,6 +7,7 @@ on.
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ MAX_REPORT_BYTES: Final = 64 << 10
 EXIT_REFUSED: Final = 2
 EXIT_DIFFERS: Final = 3
 _STDERR_TAIL_BYTES: Final = 8 << 10
-_MEMORY_POLL_S: Final = 0.2
+_POLL_S: Final = 0.2
+_MAX_WAIT: Final = 20
+"""Times the limit on a capture's time that it may wait for a CPU beside."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
 OnStage = Callable[[str], Awaitable[None]]
@@ -37,6 +40,7 @@ class CaptureLimits:
     """What one capture may use."""
 
     timeout_s: float
+    """Without what its processes wait for a free CPU: they get only what others leave."""
     memory_bytes: int
     """Resident memory of all its processes together."""
 
@@ -69,11 +73,14 @@ async def run_capture(
     the server dies, which is hardly the capture's fault, it is tried once more with a new one.
     """
     try:
-        async with asyncio.timeout(limits.timeout_s):
+        async with asyncio.timeout(limits.timeout_s) as deadline:
+            extending = asyncio.create_task(_extend(deadline, server, limits.timeout_s * _MAX_WAIT))
             try:
                 return await _run(server, spec, folder, limits, on_stage)
             except ServerEnded:
                 return await _run(server, spec, folder, limits, on_stage)
+            finally:
+                extending.cancel()
     except TimeoutError:
         raise CaptureFailed(f"capture took longer than {limits.timeout_s:g} s") from None
 
@@ -138,17 +145,50 @@ async def _watch_memory(pid: int, limit: int) -> None:
         used = await asyncio.to_thread(_resident_bytes, pid)
         if used > limit:
             raise CaptureFailed(f"capture used more than {limit >> 20} MB of memory")
-        await asyncio.sleep(_MEMORY_POLL_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def _resident_bytes(pid: int) -> int:
     total = 0
-    with suppress(psutil.Error):
-        root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
-            with suppress(psutil.Error):
-                total += process.memory_info().rss
+    for process in _tree(pid):
+        with suppress(psutil.Error):
+            total += process.memory_info().rss
     return total
+
+
+async def _extend(deadline: asyncio.Timeout, server: ForkServer, most_s: float) -> None:
+    """Move a deadline by what the captures wait for a free CPU, up to ``most_s``."""
+    seen: dict[int, float] = {}
+    then = time.monotonic()
+    while most_s > 0 and not deadline.expired():
+        await asyncio.sleep(_POLL_S)
+        now, used = time.monotonic(), await asyncio.to_thread(_runnable, server.pid)
+        # Only one works at a time: the others wait for it.
+        waits = [now - then - (cpu - seen[pid]) for pid, cpu in used.items() if pid in seen]
+        more = min(max(0.0, *waits, 0.0), most_s)
+        when = deadline.when()
+        if more and when is not None and not deadline.expired():
+            deadline.reschedule(when + more)
+        seen, then, most_s = used, now, most_s - more
+
+
+def _runnable(pid: int | None) -> dict[int, float]:
+    """CPU seconds of each process of a tree that runs or would run."""
+    found = {}
+    for process in _tree(pid) if pid else ():
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_RUNNING:
+                times = process.cpu_times()
+                found[process.pid] = times.user + times.system
+    return found
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 def _check_exit(code: int, stderr: bytes) -> None:

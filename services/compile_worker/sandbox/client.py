@@ -12,8 +12,9 @@ from typing import Final
 import msgspec
 
 from precast.errors import CaptureFailed
+from precast.system.background import remove_idle_cgroups
 from services.compile_worker.sandbox import server as fork_server
-from services.compile_worker.sandbox.server import ENVIRONMENT, MAX_ORDER_BYTES, Order
+from services.compile_worker.sandbox.server import ENVIRONMENT, IDLE, MAX_ORDER_BYTES, Order
 
 _STOP_S: Final = 10.0
 
@@ -64,11 +65,11 @@ class ForkServer:
     """Started with the first capture, and again when it has died."""
 
     def __init__(
-        self, module: str, arguments: Sequence[str], *, nice: int = 0, cpus: Sequence[int] = ()
+        self, module: str, arguments: Sequence[str], *, idle: bool = True, cpus: Sequence[int] = ()
     ) -> None:
-        """``module`` with ``arguments`` captures (see ``fork_server``). ``nice`` is added to its
-        niceness; ``cpus`` are the CPUs on which it may run, none: wherever this process may."""
-        self._program = (str(nice), ",".join(map(str, cpus)), module, *arguments)
+        """``module`` with ``arguments`` captures (see ``fork_server``). ``idle``: it gets only what
+        others leave. ``cpus`` are the CPUs on which it may run, none: wherever this process may."""
+        self._program = (IDLE if idle else "", ",".join(map(str, cpus)), module, *arguments)
         self._process: asyncio.subprocess.Process | None = None
         self._orders: socket.socket | None = None
         self._starting = asyncio.Lock()
@@ -118,6 +119,7 @@ class ForkServer:
                 self._process.kill()
                 await self._process.wait()
             self._process = None
+            remove_idle_cgroups()
 
     async def _send(self, order: bytes, theirs: socket.socket) -> None:
         async with self._starting:

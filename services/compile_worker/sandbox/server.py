@@ -1,6 +1,6 @@
 """A process that has imported all that captures need, and forks one for each order.
 
-``python -m services.compile_worker.sandbox.server ORDERS PARENT NICE CPUS PROGRAM ARGUMENT...``
+``python -m services.compile_worker.sandbox.server ORDERS PARENT IDLE CPUS PROGRAM ARGUMENT...``
 
 ORDERS is a socket. Each message on it is an ``Order`` with one descriptor: the capture's end of a
 stream, which is its stdout. On that stream the compile worker hears ``{"pid": N}`` first, then what
@@ -11,7 +11,7 @@ the server and all captures.
 PROGRAM is a module with ``preload()``, which imports and warms up and leaves no thread, and
 ``main() -> int``, which is called in each fork with the ARGUMENTs and ``--out FOLDER`` as its
 command line and the order's factors on stdin. CPUS are the ids of those that captures may use, with
-commas between; "" means all.
+commas between; "" means all. IDLE is "idle" for captures that get only what others leave of them.
 """
 
 import importlib
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from precast.system.background import step_back
 from precast.system.process import ONE_THREAD, adopt_orphans, die_with_parent, fork, pin
 from services.compile_worker.failures import STDERR_FILE
 from services.compile_worker.sandbox import watchdog as guard
@@ -39,6 +40,7 @@ MAX_ORDER_BYTES: Final = 64 << 10
 ENVIRONMENT: Final = {**ONE_THREAD, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Of a server. Threads would not help either: random weights for a verification took 1.3 s of
 processor time where they take 0.14 s without."""
+IDLE: Final = "idle"
 OOM_SCORE: Final = "800"
 """Should the machine run out of memory, the kernel takes a capture first."""
 
@@ -156,10 +158,11 @@ def _finish(fork: Fork) -> None:
 
 
 def main() -> None:
-    orders, parent, nice, cpus, name, *arguments = sys.argv[1:]
+    orders, parent, idle, cpus, name, *arguments = sys.argv[1:]
     die_with_parent(signal.SIGKILL, int(parent))
     adopt_orphans()
-    os.nice(int(nice))
+    if idle == IDLE:
+        step_back()
     if cpus:
         pin(map(int, cpus.split(",")))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
