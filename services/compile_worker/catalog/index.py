@@ -1,8 +1,9 @@
 """The index of graphs: here in memory, and in Redis for every compile worker.
 
 Each change is written to the hash ``precast:graphs`` and announced on ``precast:graphs:changed``.
-Neither is relied on: a reconciliation every few seconds takes over what was missed, and puts back
-what Redis has lost. With Redis away the index goes on from memory.
+Neither is relied on: every few seconds a counter of the writes is compared. Where it has changed or
+is gone, a reconciliation takes over what was missed, and puts back what Redis has lost. With Redis
+away the index goes on from memory.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ from services.compile_worker.catalog.events import Changes
 log = get_logger(__name__)
 
 HASH: Final = "precast:graphs"
+COUNTER: Final = "precast:graphs:writes"
+"""Goes up with each write to the hash, and is gone when Redis has lost it."""
 CHANNEL: Final = "precast:graphs:changed"
 RECONCILE_INTERVAL_S: Final = 2.0
 MAX_UNPUBLISHED: Final = 4096
@@ -38,6 +41,10 @@ class GraphIndex:
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._client = client
         self._records: dict[str, GraphRecord] = {}
+        self._exchanged: bytes | None = None
+        """The counter of writes at the last reconciliation."""
+        self._unshared = True
+        """Whether there may be records here that Redis doesn't have."""
         self.changes = Changes()
 
     def get(self, key: str) -> GraphRecord | None:
@@ -49,6 +56,7 @@ class GraphIndex:
 
     def restore(self, record: GraphRecord) -> None:
         """Take a record into memory alone; the next reconciliation shares it."""
+        self._unshared = True
         self._merge(record)
 
     async def put(self, record: GraphRecord) -> None:
@@ -60,6 +68,7 @@ class GraphIndex:
             await self._share(self._records[record.key])
             await self._trim()
         except RegistryUnavailable as error:
+            self._unshared = True
             log.warning("graph index not shared", key=record.key, reason=str(error))
 
     async def reconcile(self) -> None:
@@ -68,6 +77,7 @@ class GraphIndex:
 
         Raises ``RegistryUnavailable``.
         """
+        self._exchanged = await self._command("GET", COUNTER)
         shared = {record.key: record for record in _parse_all(await self._command("HVALS", HASH))}
         for record in shared.values():
             self._merge(record)
@@ -75,6 +85,13 @@ class GraphIndex:
             present = self._records.get(key)
             if present and shared.get(key) != present:
                 await self._share(present)
+
+    async def reconcile_if_changed(self) -> None:
+        """``reconcile``, unless nobody has written since: that is seen in a counter."""
+        counter = await self._command("GET", COUNTER)
+        if counter is None or counter != self._exchanged or self._unshared:
+            self._unshared = False
+            await self.reconcile()
 
     async def run(self) -> None:
         """Listen for changes and reconcile, until cancelled."""
@@ -86,9 +103,10 @@ class GraphIndex:
         reachable = True
         while True:
             try:
-                await self.reconcile()
+                await self.reconcile_if_changed()
                 reachable = True
             except RegistryUnavailable as error:
+                self._unshared = True
                 if reachable:
                     log.warning("graph index is on its own", reason=str(error))
                 reachable = False
@@ -122,6 +140,7 @@ class GraphIndex:
     async def _share(self, record: GraphRecord) -> None:
         raw = msgspec.json.encode(record)
         await self._command("HSET", HASH, record.key, raw)
+        await self._command("INCR", COUNTER)
         await self._command("PUBLISH", CHANNEL, raw)
 
     async def _trim(self) -> None:

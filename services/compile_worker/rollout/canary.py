@@ -9,6 +9,7 @@ merge (``lifecycle.py``): several compile workers may look after the same candid
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,12 +25,14 @@ from precast.graphs.capture.verify.tolerances import bound_of
 from precast.graphs.key import explain
 from precast.graphs.targets import runs
 from precast.log import get_logger
+from precast.system.backoff import Backoff
 from services.compile_worker.catalog.entry import GraphRecord, Trial, changed
 from services.compile_worker.catalog.versions import Versions
 
 log = get_logger(__name__)
 
-POLL_S: Final = 0.2
+_PACE: Final = Backoff(first_s=0.2, max_s=5.0)
+"""Between two looks at a candidate whose record doesn't change."""
 UNVERIFIED_STEPS: Final = 32
 """Of the trial of a graph that the compile worker couldn't run, where others have none."""
 NO_WORKER_S: Final = 3.5
@@ -96,6 +99,45 @@ class _Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agenda:
+    """When to look at which candidate."""
+
+    clock: Callable[[], float]
+    _looks: dict[str, int] = field(default_factory=dict)
+    """Since the record has changed."""
+    _due: dict[str, float] = field(default_factory=dict)
+
+    def renew(self, record: GraphRecord) -> None:
+        """A record is new or has changed."""
+        if waits(record):
+            self._looks[record.key] = 0
+            self._due[record.key] = self.clock()
+
+    def due(self) -> list[str]:
+        now = self.clock()
+        return [key for key, at in self._due.items() if at <= now]
+
+    def looked(self, record: GraphRecord | None, key: str) -> None:
+        if record is None or not waits(record):
+            self._looks.pop(key, None)
+            self._due.pop(key, None)
+            return
+        self._looks[key] = self._looks.get(key, 0) + 1
+        self._due[key] = self.clock() + _PACE.wait_s(self._looks[key])
+
+    def wait_s(self) -> float | None:
+        """Until the next look; None: for a change."""
+        if not self._due:
+            return None
+        return max(min(self._due.values()) - self.clock(), 0.0)
+
+
+def waits(record: GraphRecord) -> bool:
+    """Whether a candidate of the graph may be promoted, now or later."""
+    return not record.lifecycle.pin.version and bool(record.lifecycle.having(Verdict.CANDIDATE))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Canaries:
     versions: Versions
     registry: Registry
@@ -106,16 +148,31 @@ class Canaries:
     """By key, version and worker."""
 
     async def run(self) -> None:
-        """Look after candidates until cancelled."""
-        while True:
+        """Look after candidates until cancelled.
+
+        A graph without one costs nothing. One that waits is looked at ever more rarely, until its
+        record changes: each look reads the store.
+        """
+        with self.versions.index.changes.subscribe() as changes:
+            agenda = Agenda(clock=self.clock)
             for record in self.versions.index.records():
-                try:
-                    candidates = await self._candidates(record)
-                    if candidates:
-                        await self._tend(record, candidates)
-                except PrecastError as error:
-                    log.warning("canary not looked after", key=record.key, reason=str(error))
-            await asyncio.sleep(POLL_S)
+                agenda.renew(record)
+            while True:
+                for key in agenda.due():
+                    await self._look_after(key)
+                    agenda.looked(self.versions.index.get(key), key)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(agenda.wait_s()):
+                        agenda.renew(await changes.next())
+
+    async def _look_after(self, key: str) -> None:
+        record = self.versions.index.get(key)
+        try:
+            candidates = await self._candidates(record) if record else []
+            if record and candidates:
+                await self._tend(record, candidates)
+        except (PrecastError, OSError) as error:
+            log.warning("canary not looked after", key=key, reason=str(error))
 
     async def report(self, key: str, trial: Trial) -> None:
         """A worker's result so far. Raises ``GraphNotFound`` or ``InvalidRequest``."""
@@ -132,11 +189,9 @@ class Canaries:
 
     async def _candidates(self, record: GraphRecord) -> list[int]:
         """Those in our store, ascending; none while the graph is pinned."""
-        if record.lifecycle.pin.version:
+        if not waits(record):
             return []
         marked = record.lifecycle.having(Verdict.CANDIDATE)
-        if not marked:
-            return []
         there = (await self.versions.standing(record.key)).there
         return [version for version in marked if version in there]
 
