@@ -38,6 +38,8 @@ log = get_logger(__name__)
 BACKOFF: Final = Backoff(first_s=15.0)
 """Wait after the first failure of a capture; each further one doubles it."""
 CANCEL_HOLD_S: Final = 600.0
+DISK_WAIT_S: Final = 30.0
+"""Until a capture is tried again that could not write."""
 LOOKED_UP_AT_ONCE: Final = 8
 ENDING_POLLS: Final = 20
 ENDING_POLL_S: Final = 0.1
@@ -153,6 +155,11 @@ class Graphs:
         failures = record.failures + 1
         wait = self.backoff.wait_s(failures) if failures < MAX_FAILURES else NEVER_S
         await self._unsuccessful(record, error, failures, wait)
+
+    async def postponed(self, job: Job, error: str) -> None:
+        """A capture could not write: that is not the graph's fault, so it is tried for ever."""
+        record = self._record(job)
+        await self._unsuccessful(record, error, record.failures, DISK_WAIT_S)
 
     async def cancelled(self, job: Job) -> None:
         """A capture was cancelled: for a while it is not begun again because a worker misses it."""

@@ -30,6 +30,7 @@ from services.compile_worker.convert import (
 )
 from services.compile_worker.explain import explain_factors, explain_key
 from services.compile_worker.graphs import Graphs
+from services.compile_worker.handouts import Handouts
 from services.compile_worker.maintenance.resign import resign
 from services.compile_worker.maintenance.store import Upkeep
 from services.compile_worker.metrics import Metrics
@@ -56,6 +57,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     def __init__(self, graphs: Graphs, canaries: Canaries, metrics: Metrics) -> None:
         self._graphs = graphs
         self._canaries = canaries
+        self._handouts = Handouts(registry=canaries.registry)
         self._metrics = metrics
 
     async def RequestGraphs(
@@ -77,6 +79,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         except ArtifactRejected:
             self._metrics.fetches.labels("rejected").inc()
             raise
+        await self._handouts.note(request.worker_id, request.key, artifact.manifest.version)
         with artifact.graph_path.open("rb") as file:  # held open: it may be pruned meanwhile
             yield graphs_pb.FetchGraphResponse(header=_header(artifact))
             while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
@@ -125,7 +128,9 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
     ) -> graphs_pb.ReportCrashResponse:
         check_key(request.key)
         reason = crash_reason(request.worker_id, request.signal)
-        await self._graphs.versions.crashed(request.key, request.version, reason)
+        await self._graphs.versions.require(request.key, request.version)
+        await self._handouts.check(request.worker_id, request.key, request.version)
+        await self._graphs.versions.quarantine(request.key, request.version, reason)
         return graphs_pb.ReportCrashResponse()
 
     async def ReportCanary(

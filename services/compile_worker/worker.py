@@ -6,6 +6,8 @@ should somebody else capture the same graph meanwhile, the store takes only the 
 """
 
 import asyncio
+import errno
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,8 @@ log = get_logger(__name__)
 MAX_ATTEMPTS: Final = 5
 _RETRY: Final = Backoff(first_s=0.5, max_s=5.0)
 _FINISH_TRIES: Final = 20
+_DISK_FULL: Final = os.strerror(errno.ENOSPC)
+"""What compilers say too."""
 
 
 class Held:
@@ -109,8 +113,8 @@ class Worker:
         with self.metrics.capturing.track_inprogress():
             try:
                 await self._work(held)
-            except StoreUnavailable as error:
-                await self._end(held, Stage.FAILED, str(error))
+            except (StoreUnavailable, OSError) as error:
+                await self._end(held, Stage.FAILED, _reason(error))
         outcome = held.claim.job.stage if held.hold is not Hold.LOST else "lost"
         seconds = time.monotonic() - started
         self.metrics.captures.labels(str(outcome)).inc()
@@ -159,8 +163,12 @@ class Worker:
             await self.graphs.cancelled(job)
             await self._end(held, Stage.CANCELLED, "cancelled")
         elif held.hold is Hold.HELD:
-            reason = str(result) if isinstance(result, PrecastError) else f"{result!r}"
-            await self.graphs.failed(job, reason, held.failure)
+            reason = _reason(result)
+            if isinstance(result, OSError) or _DISK_FULL in reason:
+                log.error("capture can't write", key=job.key, reason=reason)
+                await self.graphs.postponed(job, reason)
+            else:
+                await self.graphs.failed(job, reason, held.failure)
             await self._end(held, Stage.FAILED, reason)
 
     async def _capture(self, held: Held) -> None:
@@ -196,3 +204,12 @@ class Worker:
             except RegistryUnavailable:
                 await asyncio.sleep(_RETRY.wait_s(tries))
         log.warning("end of capture not recorded", key=job.key)
+
+
+def _reason(error: object) -> str:
+    """One line; of a file that can't be written, its name."""
+    if isinstance(error, OSError) and error.filename:
+        return f"can't use {error.filename}: {error.strerror}"
+    if isinstance(error, PrecastError | OSError):
+        return str(error)
+    return f"{error!r}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from precast.fleet.leases import connect_redis
+from precast.fleet.leases import Registry, connect_redis
 from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
@@ -26,6 +26,7 @@ from tests.support.compile_worker import (
     starts,
     wait_until,
 )
+from tests.support.leases import lease
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.asyncio
@@ -70,6 +71,15 @@ async def versions(client: Client, key: str) -> list[Any]:
     return [(each.version, each.state, each.pinned, each.reason) for each in answer.versions]
 
 
+async def quarantined(client: Client, redis_url: str, key: str) -> None:
+    """By the report of a worker that runs the graph."""
+    registry = Registry.connect(redis_url)
+    await registry.publish(lease("w", keys=[key]))
+    crash = pb.ReportCrashRequest(worker_id="w", key=key, version=1, signal="SIGSEGV")
+    await client.graphs.ReportCrash(crash, timeout=5)
+    await registry.close()
+
+
 async def recompiled(client: Client, key: str) -> None:
     request = admin_pb.RecompileRequest(keys=[key], adoption_deadline_s=1)
     async for _ in client.admin.Recompile(request, timeout=30):
@@ -94,8 +104,7 @@ async def test_emptied_redis_is_filled_again(
             await client.admin.RollBackGraph(rollback, timeout=5)
             pin = admin_pb.PinVersionRequest(key=keys[1], version=1)
             await client.admin.PinVersion(pin, timeout=5)
-            crash = pb.ReportCrashRequest(worker_id="w", key=keys[2], version=1, signal="SIGSEGV")
-            await client.graphs.ReportCrash(crash, timeout=5)
+            await quarantined(client, redis_url, keys[2])
             known = await listed(client)
             decided = [await versions(client, key) for key in keys]
             assert [(known[key][1], known[key][3]) for key in keys] == [

@@ -173,7 +173,7 @@ class Versions:
                 record = await changes.next()
                 try:
                     await self._take_over(record)
-                except PrecastError as error:
+                except (PrecastError, OSError) as error:
                     log.warning("not taken over", key=record.key, reason=str(error))
 
     async def refresh(self, key: str) -> None:
@@ -198,12 +198,11 @@ class Versions:
         now = await self.standing(key)
         return not now.serving and bool({*now.lifecycle.having(Verdict.CANDIDATE)} & {*now.there})
 
-    async def crashed(self, key: str, version: int, reason: str) -> None:
-        """Quarantine a version that crashed a worker. Raises ``GraphNotFound``."""
+    async def require(self, key: str, version: int) -> None:
+        """Raises ``GraphNotFound`` for a version that nobody knows."""
         known = self.index.get(key) is not None or version in (await self.standing(key)).there
         if not known or version < 1:
             raise GraphNotFound(f"no graph {key[:64]!r}, version {version}")
-        await self.quarantine(key, version, reason)
 
     async def _take_over(self, record: GraphRecord) -> None:
         """Write down a decision that came through the index, and act upon it."""

@@ -281,7 +281,12 @@ class CompilerClient:
             return
         try:
             artifact = await fetch_graph(
-                stub, self._loader.cache, state.key, spec=captured, version=state.version
+                stub,
+                self._loader.cache,
+                state.key,
+                spec=captured,
+                version=state.version,
+                worker_id=self._worker_id,
             )
             await self._loader.put(spec, artifact)
         except ArtifactRejected as error:

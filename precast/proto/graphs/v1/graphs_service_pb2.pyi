@@ -416,7 +416,9 @@ class FetchGraphRequest(_message.Message):
     version: _builtins.int
     """0: the one that serves."""
     worker_id: _builtins.str
-    """A version that is being tried goes to the worker that tries it."""
+    """A version that is being tried goes to the worker that tries it. A worker whose id is here, and
+    that holds a lease, may report a crash of the version later.
+    """
     def __init__(
         self,
         *,
