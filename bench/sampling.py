@@ -17,10 +17,9 @@ from typing import Final
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from bench.figures import record
 from precast.ops import native
 from precast.ops.sampling import INTS, REALS, ByRow, Columns, sample
 from precast.system.process import available_cpus
@@ -137,7 +136,8 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = available_cpus()
     native.start_threads(cores)
-    table = Table("vocabulary", "rows", "draw", "operator us", "sort us", "reading us")
+    headings = ["vocabulary", "rows", "draw", "operator us", "sort us", "reading us"]
+    found: list[list[object]] = []
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for vocabulary in map(int, arguments.vocabularies.split(",")):
@@ -145,11 +145,8 @@ def main() -> None:
                 logits = torch.randn(rows, vocabulary, generator=generator) * arguments.spread
                 for kind in KINDS:
                     figures = [f"{time_us:.0f}" for time_us in measure(kind, logits)]
-                    table.add_row(str(vocabulary), str(rows), kind.name, *figures)
-                table.add_section()
-    console = Console()
-    console.print(f"{len(cores)} threads, {native.native_isa()}, spread {arguments.spread:g}")
-    console.print(table)
+                    found.append([vocabulary, rows, kind.name, *figures])
+    record("sampling", headings, found)
 
 
 if __name__ == "__main__":
