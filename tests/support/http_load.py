@@ -112,7 +112,7 @@ def _read_stream(answer: httpx.Response) -> dict[str, Any]:
 
 def _events(answer: httpx.Response) -> Iterator[str]:
     for line in answer.iter_lines():
-        if line:
+        if line and not line.startswith(":"):  # a comment: the stream waits
             assert line.startswith("data: "), line
             yield line.removeprefix("data: ")
 
