@@ -57,8 +57,10 @@ SIMULATED = (
     "import sys; from precast.config.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.ranks.launcher import RankLauncher;"
     "launcher = RankLauncher('bench.start_rank'); launcher.start_early(1);"
+    "from services.decode_worker.engine.sizing import shares;"
     "from services.decode_worker.main import run;"
-    "sys.exit(run(load_settings(DecodeWorkerSettings), launcher))"
+    "settings = load_settings(DecodeWorkerSettings);"
+    "sys.exit(run(settings, launcher, shares(settings)[0]))"
 )
 
 

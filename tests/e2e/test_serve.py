@@ -13,7 +13,7 @@ from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.models.importing.importer import import_model
 from tests.support.http_load import check_outcomes
-from tests.support.serve_stack import Serve, poll, segments, serving
+from tests.support.serve_stack import Serve, alive, poll, segments, serving
 
 pytestmark = pytest.mark.timeout(600)
 READY_DEADLINE_S = 120.0
@@ -64,7 +64,7 @@ def test_recovers_from_a_kill_while_requests_run(
     with stack.load(max_tokens=32) as load:
         poll(lambda: load.good() >= 3, RECOVERY_DEADLINE_S, "requests run")
         os.kill(killed.pid, signal.SIGKILL)
-        poll(lambda: not killed.is_running(), 5, f"{service} is dead")
+        poll(lambda: not alive(killed), 5, f"{service} is dead")
 
         def restarted() -> bool:
             try:
@@ -92,7 +92,7 @@ def test_stops_everything(stack: Serve, pids: set[int]) -> None:
     begun = time.monotonic()
     assert stack.stop(signal.SIGINT) == 0
     assert time.monotonic() - begun < 20
-    assert not [process for process in before if process.is_running()]
+    poll(lambda: not any(map(alive, before)), 5, "everything has ended")
     ours = set(map(str, pids))
     assert not [name for name in segments() if ours & set(name.split("-"))]
 

@@ -286,7 +286,7 @@ async def test_recompile_reports_every_stage_and_adoption(tmp_path: Path, redis_
             await registry.publish(decode_lease("two", key, 1))
             await registry.publish(decode_lease("elsewhere", other, 1))
             steps = []
-            request = admin_pb.RecompileRequest(model="tiny", batch_sizes=[1])
+            request = admin_pb.RecompileRequest(model="tiny", sizes=[1])
             async for step in client.admin.Recompile(request, timeout=30):
                 steps.append(step)
                 if step.stage == admin_pb.RECOMPILE_STAGE_ADOPTED:

@@ -21,9 +21,10 @@ def placed(worker: DecodeWorker) -> list[str]:
     return re.findall(r"'([^']*)'", found[1])
 
 
-def leaves(process: psutil.Process) -> list[psutil.Process]:
-    """Of a start with replicas: the ranks."""
-    return [one for one in process.children(recursive=True) if not one.children()]
+def ranks_of(process: psutil.Process) -> list[psutil.Process]:
+    """Below a start, with replicas or without: by the titles that they give themselves."""
+    below = process.children(recursive=True)
+    return [one for one in below if " ".join(one.cmdline()).startswith("precast rank ")]
 
 
 def test_two_workers_under_one_quota_share_it(tiny_home: Path, tiny_redis: str) -> None:
@@ -40,7 +41,7 @@ def test_two_workers_under_one_quota_share_it(tiny_home: Path, tiny_redis: str) 
         client.start("one", worker.request([1, 2, 3], 8, stop={"ignore_eos": True}))
         assert len(client.finish("one", 30).token_ids) == 8
         client.close()
-        processes = leaves(psutil.Process(worker.process.pid))
+        processes = ranks_of(psutil.Process(worker.process.pid))
         assert len(processes) == 2
         if len(available_cpus()) > 1:
             assert all(rank.endswith("not pinned") for rank in ranks)
@@ -52,7 +53,7 @@ def test_ranks_that_fill_the_machine_are_pinned(tiny_home: Path, tiny_redis: str
     prefix = ("taskset", "-c", str(first))
     with decode_worker(tiny_home, tiny_redis, "tiny", prefix=prefix, batch_sizes="1") as worker:
         assert placed(worker)[0].startswith(f"1 thread on CPU {first}, node ")
-        [rank] = leaves(psutil.Process(worker.process.pid))
+        [rank] = ranks_of(psutil.Process(worker.process.pid))
         assert rank.cpu_affinity() == [first]
 
 

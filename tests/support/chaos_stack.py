@@ -53,9 +53,11 @@ CALM_S = 120.0
 DECODE_WORKER = (
     "import sys, json; from precast.config.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.main import run;"
+    "from services.decode_worker.engine.sizing import shares;"
     "from services.decode_worker.ranks.launcher import RankLauncher;"
     "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
-    "sys.exit(run(settings, RankLauncher('tests.support.chaos_rank')))"
+    "launcher = RankLauncher('tests.support.chaos_rank');"
+    "sys.exit(run(settings, launcher, shares(settings)[0]))"
 )
 
 

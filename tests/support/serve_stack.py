@@ -130,3 +130,11 @@ def poll(check: Callable[[], bool], deadline_s: float, what: str) -> None:
 def segments() -> set[str]:
     """Precast's shared-memory segments on this machine."""
     return {path.name for path in Path("/dev/shm").glob("precast*")}
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs: one that has ended may wait for init to collect it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
