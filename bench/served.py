@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, help="Precast's folder; keeps graphs between runs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the peer")
+    parser.add_argument("--no-waits", action="store_true", help="leave out the long prompts")
     parser.add_argument("--quick", action="store_true", help="one short load, for a check in CI")
     parser.add_argument("flags", nargs="*", help="more for precast serve, after --")
     arguments = parser.parse_args()
@@ -227,7 +228,11 @@ def main() -> None:
         ratio = ["ratio"] if other else []
         speeds = list(load_rows(ports, arguments.rounds, loads))
         times = [f"{name}: gap p50 / p99, first token, ms" for name in names]
-        waits = [] if arguments.quick else list(wait_rows(ports, arguments.rounds, LONG))
+        waits = (
+            []
+            if arguments.quick or arguments.no_waits
+            else list(wait_rows(ports, arguments.rounds, LONG))
+        )
     columns = ["load", *(f"{name}, tokens/s" for name in names), *ratio, *times]
     record("served" if other else "served-alone", columns, speeds)
     if waits:
