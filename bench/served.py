@@ -127,7 +127,7 @@ async def alone(port: int, tokens: int) -> float:
 def precast(home: Path, flags: Sequence[str]) -> Iterator[int]:
     """A stack whose graphs are there; its port."""
     with serving(home, *flags) as stack:
-        stack.wait_line("try:", READY_S)
+        stack.wait_line("Precast serves", READY_S)
         stack.wait_line("every step replays a graph", READY_S)
         yield stack.port
 
