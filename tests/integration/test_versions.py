@@ -103,7 +103,7 @@ def test_one_crash_quarantines_a_graph_everywhere(
 
         client = busy.client()
         client.start("doomed", busy.request([1, 2, 3], 12))
-        assert client.finish("doomed").end.WhichOneof("event") == "error"
+        assert client.finish("doomed", 60).end.WhichOneof("event") == "finished"
         runs(busy, 1)
         runs(idle, 1)
         assert ask(busy) == ask(idle) == expected
@@ -136,7 +136,7 @@ def test_a_crash_while_no_compile_worker_is_there_is_reported_later(
         graphs.compiler.kill()
         client = worker.client()
         client.start("doomed", worker.request([1, 2, 3], 12))
-        assert client.finish("doomed").end.WhichOneof("event") == "error"
+        assert client.finish("doomed", 60).end.WhichOneof("event") == "finished"
         runs(worker, 1)
         ask(worker)
     with fleet(home, redis_url, **UNTRIED) as graphs:
@@ -156,7 +156,7 @@ def test_a_graph_without_a_good_version_is_not_captured_again_by_itself(
         runs(worker, 1)
         client = worker.client()
         client.start("doomed", worker.request([1, 2, 3], 12))
-        assert client.finish("doomed").end.WhichOneof("event") == "error"
+        assert client.finish("doomed", 60).end.WhichOneof("event") == "finished"
         eventually(worker.is_ready)
         expected = ask(worker)
         assert version(worker) == 0
