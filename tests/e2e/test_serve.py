@@ -135,11 +135,4 @@ def test_streams_end_whole_when_serve_itself_is_killed(home: Path, stack: Serve)
             load.stop()
         check_outcomes(load.outcomes)
         assert load.outcomes[-1].finished
-        poll(lambda: not any(_runs(process) for process in started), 30, "nothing is left")
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        poll(lambda: not any(map(alive, started)), 30, "nothing is left")

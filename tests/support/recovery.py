@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from precast.models.importing.importer import import_model
-from tests.support.serve_stack import MODEL, Serve, serving
+from tests.support.serve_stack import MODEL, Serve, alive, serving
 
 KINDS = ("rank", "decode-worker", "gateway", "compile-worker", "redis-server")
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
@@ -30,7 +30,7 @@ def away(stack: Serve, kind: str, signum: signal.Signals) -> tuple[float, float]
     victim = stack.service(kind)
     begun = time.monotonic()
     os.kill(victim.pid, signum)
-    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+    while alive(victim):
         assert time.monotonic() - begun < DEADLINE_S, f"{kind} was never replaced"
         time.sleep(0.01)
     noticed = time.monotonic() - begun
