@@ -33,3 +33,14 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 def redis_url(redis_server: RedisServer) -> str:
     return redis_server.url
+
+
+@pytest.fixture(autouse=True)
+def _same_cpus() -> Iterator[None]:
+    """A test that pins this process to a core, and leaves it there, fails: later tests, and what
+    they start, would have that core only."""
+    before = os.sched_getaffinity(0)
+    yield
+    after = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before)
+    assert after == before, "this test has left its process pinned"
