@@ -174,6 +174,7 @@ def load_rows(ports: Sequence[int], rounds: int, loads: Sequence[Load]) -> Itera
     for load in loads:
         found = in_turn(ports, rounds, partial(run, load=load))
         speeds = [statistics.median(m.tokens_per_s for m in one) for one in found]
+        print(f"{load.name}: {' : '.join(f'{speed:.0f}' for speed in speeds)} tokens/s", flush=True)
         yield [
             load.name,
             *(f"{speed:.0f}" for speed in speeds),
@@ -195,6 +196,7 @@ def wait_rows(ports: Sequence[int], rounds: int, long: Sequence[int]) -> Iterato
     trials += [("7,000-token prompt, again", again), ("short behind 4,000 tokens", behind)]
     for name, once in trials:
         seconds = [statistics.median(one) for one in in_turn(ports, rounds, once)]
+        print(f"{name}: {' : '.join(f'{one:.2f}' for one in seconds)} s", flush=True)
         ratio = [f"{seconds[1] / seconds[0]:.2f}"] if len(seconds) > 1 else []
         yield [name, *(f"{one:.2f}" for one in seconds), *ratio]
 

@@ -111,8 +111,8 @@ async def run(group: RankGroup, ids: "count[int]", width: int) -> list[float]:
     for _ in range(STEPS):
         command = step(next(ids), width)
         started = time.perf_counter()
-        group.send_step(command)
-        await group.step_done(TIMEOUT_S)
+        group.send_step(command, timeout_s=TIMEOUT_S)
+        await group.step_done()
         times.append(time.perf_counter() - started)
     return times
 

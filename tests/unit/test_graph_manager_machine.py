@@ -79,7 +79,8 @@ class Machine(RuleBasedStateMachine):
         self.graphs.group_started([READY, READY])
         self.ranks = Ranks()
         self.applying: Coroutine[Any, Any, None] | None = None
-        self.step: Step | None = None
+        self.steps: list[tuple[Step, bool]] = []
+        """Under way, and which of them are made up."""
         self.quarantined: set[tuple[str, int]] = set()
         self.refused: set[tuple[int, tuple[int, ...]]] = set()
         self.reported: set[tuple[str, int]] = set()
@@ -171,7 +172,7 @@ class Machine(RuleBasedStateMachine):
             )
         )
 
-    @precondition(lambda self: self.applying is None and self.step is None)
+    @precondition(lambda self: self.applying is None and not self.steps)
     @rule(size=SIZES, fresh=st.booleans())
     def apply(self, size: int, fresh: bool) -> None:
         if fresh:
@@ -179,7 +180,7 @@ class Machine(RuleBasedStateMachine):
         self.applying = self.graphs.apply(cast(RankGroup, self.ranks))
         self.proceed(None)
 
-    @precondition(lambda self: self.applying is None and self.step is None)
+    @precondition(lambda self: self.applying is None and not self.steps)
     @rule()
     def come_to_rest(self) -> None:
         """Everything that is due is done, and no rank refuses anything."""
@@ -196,17 +197,17 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.applying is not None)
     @rule(refusing=st.sampled_from([set(), {0}, {1}]))
     def answer(self, refusing: set[int]) -> None:
-        suspect = self.graphs._suspect
+        suspect = self.graphs.suspect
         if suspect is not None and refusing and suspect.num_tokens in self.graphs.sizes:
             self.refused.add((suspect.num_tokens, suspect.versions))
         self.proceed(refusing)
 
-    @precondition(lambda self: self.applying is None and self.step is None)
+    @precondition(lambda self: self.applying is None and len(self.steps) < self.most_steps())
     @rule(tokens=st.integers(1, 5), decoding=st.booleans(), probe=st.booleans())
     def send_step(self, tokens: int, decoding: bool, probe: bool) -> None:
         """A step names nothing that a rank does not have."""
         self.now += 20.0 * probe
-        made_up = self.graphs.trials.probe(1) if probe else None
+        made_up = self.graphs.trials.probe(1) if probe and not self.steps else None
         if made_up is None:
             message = probe_step(1, tokens)
             step = self.graphs.assigned(message, tokens=tokens, decoding=decoding)
@@ -215,17 +216,24 @@ class Machine(RuleBasedStateMachine):
             step = made_up
         for rank in (0, 1):
             assert step.graph_size == 0 or step.graph_size in self.ranks.graphs[rank]
-        self.step = step
+        self.steps.append((step, made_up is not None))
 
-    @precondition(lambda self: self.step is not None)
+    def most_steps(self) -> int:
+        """Under way at once."""
+        return 2 if self.graphs.settled else 1
+
+    @precondition(lambda self: self.steps)
     @rule()
     def finish_step(self) -> None:
-        assert self.step is not None
-        tried = self.step.shadow and all(self.step.graph_size in t for t in self.ranks.trials)
-        self.graphs.ran(Shadow(difference=0.0, current_us=1.0, trial_us=1.0) if tried else None)
-        self.step = None
+        step, made_up = self.steps.pop(0)
+        tried = step.shadow and all(step.graph_size in t for t in self.ranks.trials)
+        shadow = Shadow(difference=0.0, current_us=1.0, trial_us=1.0) if tried else None
+        if made_up:
+            self.graphs.trials.observe(shadow)
+        else:
+            self.graphs.ran(shadow)
 
-    @precondition(lambda self: self.applying is not None or self.step is not None)
+    @precondition(lambda self: self.applying is not None or self.steps)
     @rule(
         signals=st.dictionaries(
             st.integers(0, 1), st.sampled_from(["SIGSEGV", "SIGILL"]), max_size=2
@@ -233,13 +241,13 @@ class Machine(RuleBasedStateMachine):
     )
     def lose_group(self, signals: dict[int, str]) -> None:
         """The ranks die: of their own code where ``signals`` says so, else for another reason."""
-        suspect = self.graphs._suspect
+        suspect = self.graphs.suspect
         if self.applying is not None:
             try:
                 self.applying.throw(GroupFailed("died"))
             except GroupFailed:
                 self.applying = None
-        self.step = None
+        self.steps.clear()
         self.graphs.group_failed(signals)
         self.ranks.graphs, self.ranks.trials = [{}, {}], [{}, {}]
         assert self.graphs.records() == ()

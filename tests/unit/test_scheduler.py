@@ -19,6 +19,7 @@ from services.decode_worker.engine.scheduler import (
 )
 from services.decode_worker.engine.sequence import FinishReason, SamplingSpec, Sequence
 from services.decode_worker.engine.step import ScheduledStep
+from services.decode_worker.ranks.protocol import LAST_DRAWN
 
 BLOCK = 4
 
@@ -263,6 +264,50 @@ def test_a_preempted_sequence_draws_on_with_what_it_had_drawn() -> None:
     assert ints(again.output_token_ids)
 
 
+def test_a_step_is_scheduled_before_the_draws_of_the_last_are_known() -> None:
+    scheduler = make()
+    scheduler.add(sequence("a", max_tokens=3))
+    steps = [scheduler.schedule(number) for number in range(4)]
+    assert steps[3] is None  # whatever is drawn, it ends with the third
+    given = [(ints(s.message.token_ids), ints(s.message.drawn)) for s in steps if s is not None]
+    assert given == [([1, 2, 3, 4, 5], [0]), ([LAST_DRAWN], [1]), ([LAST_DRAWN], [2])]
+    for step in steps[:3]:
+        assert step is not None
+        ended = scheduler.apply(step, draw(step))
+    assert ended[0][2] is FinishReason.LENGTH
+
+
+def test_a_sequence_that_ends_is_in_the_next_step_once_more() -> None:
+    scheduler = make()
+    scheduler.add(sequence("a", max_tokens=9))
+    first, second = scheduler.schedule(0), scheduler.schedule(1)
+    assert first is not None and second is not None
+    assert [reason for *_, reason in scheduler.apply(first, [99])] == [FinishReason.STOP]
+    assert scheduler.schedule(2) is None
+    assert scheduler.apply(second, [7]) == []
+    assert scheduler.blocks.free_blocks == 16
+
+
+def test_a_sequence_that_was_preempted_waits_for_its_token() -> None:
+    """It has to be prefilled with that."""
+    scheduler = make(blocks=5)
+    old, young = sequence("old", prompt=7, max_tokens=8), sequence("young", prompt=7, max_tokens=8)
+    young.prompt[0] = 9
+    scheduler.add(old)
+    scheduler.add(young)
+    steps = []
+    while young.blocks or not steps:
+        step = scheduler.schedule(len(steps))
+        assert step is not None
+        steps.append(step)
+    assert young.drawing
+    scheduler.abort("old")
+    assert scheduler.schedule(9) is None
+    for step in steps:
+        scheduler.apply(step, draw(step))
+    assert {name: len(out) for name, out in run(scheduler).items()} == {"young": 8}
+
+
 def test_only_plain_sequences_need_no_logits() -> None:
     assert SamplingSpec().is_likeliest
     assert SamplingSpec(top_p=0.5, top_k=3, min_p=0.1).is_likeliest
@@ -310,8 +355,10 @@ class Traffic(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.cache: dict[int, tuple[int, ...]] = {}
         """By slot: the tokens that its keys and values depend on."""
-        self.step: ScheduledStep | None = None
-        self.steps = 0
+        self.under_way: list[tuple[ScheduledStep, list[int]]] = []
+        """Scheduled, and computed in the simulated cache, with draws that nobody knows yet."""
+        self.last: dict[int, tuple[int, ...]] = {}
+        """By sampling slot: all tokens of its sequence with the one drawn last."""
         self.told: dict[int, int] = {}
         """Seeds that a rank knows, by slot."""
 
@@ -340,20 +387,21 @@ class Traffic(RuleBasedStateMachine):
             assert self.scheduler.abort(name) is not None
             self.end(name)
 
-    @rule()
-    def schedule(self) -> None:
-        if self.step is not None:
+    @rule(token=st.integers(96, 99))
+    def schedule(self, token: int) -> None:
+        if len(self.under_way) == 3:
             return
-        self.step = self.scheduler.schedule(0)
-        if self.step is None:
-            assert not self.live, "work is left, but nothing is done"
+        before = {one: one.computed for one in self.live.values()}
+        step = self.scheduler.schedule(0)
+        if step is None:
+            assert not self.live or self.under_way, "work is left, but nothing is done"
             return
-        self.steps += 1
-        slots = ints(self.step.message.slots)
+        slots = ints(step.message.slots)
         assert len(slots) == len(set(slots))
-        assert self.step.prompt_tokens <= 5
-        self.compute(self.step)
-        self.tell(self.step)
+        assert step.prompt_tokens <= 5
+        self.tell(step)
+        self.compute(step, before, token)
+        self.under_way.append((step, draw(step, token)))
 
     def tell(self, step: ScheduledStep) -> None:
         """What the first rank knows of how to draw: each slot is its sequence's."""
@@ -361,35 +409,52 @@ class Traffic(RuleBasedStateMachine):
         for slot, one in zip(ints(step.message.sampling_slots), step.sequences, strict=True):
             assert slot < 0 or self.told[slot] == one.sampling.seed
 
-    def compute(self, step: ScheduledStep) -> None:
-        """What the ranks do: write the new tokens, then read all of them."""
+    def compute(self, step: ScheduledStep, before: dict[Sequence, int], token: int) -> None:
+        """What the ranks do: write the new tokens, read all of them, draw."""
         slots = iter(ints(step.message.slots))
-        for one, count in zip(step.sequences, step.counts, strict=True):
-            whole = tuple(one.tokens(0, one.computed + count))
-            for at in range(one.computed, len(whole)):
+        given = iter(ints(step.message.token_ids))
+        drawing = ints(step.message.sampling_slots)
+        message = step.message
+        contexts, before_it = ints(message.context_lens), ints(message.drawn)
+        rows = zip(step.sequences, step.counts, drawing, contexts, before_it, strict=True)
+        for one, count, slot, context, drawn in rows:
+            new = [next(given) for _ in range(count)]
+            assert drawn < one.max_tokens
+            assert context <= self.CONTEXT
+            first = context - count
+            whole = tuple(one.tokens(0, first)) + tuple(new)
+            if new == [LAST_DRAWN]:
+                whole = self.last[slot]
+            assert len(whole) == context and LAST_DRAWN not in whole
+            assert first >= before.get(one, 0)
+            for at in range(first, context):
                 self.cache[next(slots)] = whole[: at + 1]
-            for at in range(len(whole)):
-                slot = one.blocks[at // BLOCK] * BLOCK + at % BLOCK
-                assert self.cache[slot] == whole[: at + 1], (one, at)
+            for at in range(context):
+                place = one.blocks[at // BLOCK] * BLOCK + at % BLOCK
+                assert self.cache[place] == whole[: at + 1], (one, at)
+            if slot >= 0:
+                self.last[slot] = (*whole, token)
 
-    @rule(token=st.integers(96, 99), seconds=st.floats(0.001, 1.0))
-    def apply(self, token: int, seconds: float) -> None:
-        if self.step is None:
+    @rule(seconds=st.floats(0.001, 1.0))
+    def apply(self, seconds: float) -> None:
+        if not self.under_way:
             return
-        step, self.step = self.step, None
+        step, tokens = self.under_way.pop(0)
         self.pace.observe(step.decoding, step.prompt_tokens, seconds)
-        for done, _, reason in self.scheduler.apply(step, draw(step, token)):
+        for done, _, reason in self.scheduler.apply(step, tokens):
             if reason is not None:
                 self.end(done.request_id)
 
     @rule()
     def fail(self) -> None:
-        for lost in self.scheduler.lose_cache(self.step):
+        first = self.under_way[0][0] if self.under_way else None
+        for lost in self.scheduler.lose_cache(first):
             assert lost.losses == MAX_LOSSES
             self.end(lost.request_id)
-        self.step = None
+        self.under_way.clear()
         self.cache.clear()
         self.told.clear()
+        self.last.clear()
 
     def end(self, name: str) -> None:
         del self.live[name]
@@ -408,9 +473,9 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Everything ends when nothing more comes, in no more steps than its tokens take."""
         left = sum(2 * len(one.prompt) + 3 * one.max_tokens for one in self.live.values()) + 2
-        for _ in range(left * 2):
-            self.schedule()
-            self.apply(96, 0.01)
+        for _ in range(left * 3):
+            self.schedule(96)
+            self.apply(0.01)
         assert not self.live
         assert self.scheduler.blocks.free_blocks == self.BLOCKS
 

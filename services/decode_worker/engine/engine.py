@@ -1,14 +1,17 @@
 """The leader's loop: schedule a step, let the ranks compute it, hand out what it made.
 
-While the ranks compute one step, the previous step's tokens are turned into text and sent: that
-work costs no step time. When the group of ranks fails, another is started and running requests go
-on where they were: a prompt is computed again with what followed it, and draws depend on nothing
-else. Every request ends exactly once, whatever fails between two steps.
+While the ranks compute one step, the previous step's tokens are turned into text and sent, and the
+next step is scheduled and sent behind it: ranks don't wait for their leader. That happens shortly
+before the step's end, so that a request which comes meanwhile is in the next one. When the group of
+ranks fails, another is started and running requests go on where they were: a prompt is computed
+again with what followed it, and draws depend on nothing else. Every request ends exactly once,
+whatever fails between two steps.
 """
 
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,7 +33,7 @@ from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import GroupFailed, RankGroup, RankRefused
 from services.decode_worker.ranks.launcher import RankLauncher
-from services.decode_worker.ranks.protocol import Init, Logprobs, Ready
+from services.decode_worker.ranks.protocol import Init, Logprobs, Ready, StepDone
 
 log = get_logger(__name__)
 
@@ -41,6 +44,10 @@ for ever. Others are known to hang by what they don't do (``ranks/watch.py``).""
 UNKNOWN_STEP_TIMEOUT_S: Final = 120.0
 UNKNOWN_TOKEN_TIMEOUT_S: Final = 2.0
 """For each of its tokens, before anything is known."""
+AHEAD_S: Final = 0.002
+AHEAD: Final = 0.15
+"""How long before the end of a step, by what it should take, the next one is scheduled: so long, or
+this part of it. Scheduling, sending and a busy event loop take less than that."""
 PING_S: Final = 2.0
 """How often ranks that have nothing to do are asked whether they are there."""
 RESTART_BACKOFF: Final = Backoff(first_s=0.5, max_s=5.0)
@@ -62,6 +69,16 @@ class _Outcome:
     token: int
     logprobs: Logprobs | None
     finished: FinishReason | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A step that the ranks have."""
+
+    step: ScheduledStep
+    graph_size: int
+    expected_s: float
+    """How long it should take; 0: not known."""
 
 
 class Engine:
@@ -86,8 +103,8 @@ class Engine:
         self._wake = asyncio.Event()
         self._unsent: list[_Outcome] = []
         """Outcomes of the last step that nobody was told of yet."""
-        self._in_flight: ScheduledStep | None = None
-        """The step that the ranks compute."""
+        self._under_way: deque[_Sent] = deque()
+        """Steps that the ranks have, in the order in which they compute them."""
         self._next_step_id = 0
         self._failed_starts = 0
         self._draining = False
@@ -211,8 +228,8 @@ class Engine:
         self.restarts += 1
         self._metrics.restarts.inc()
         self._graphs.group_failed(self._crashed)
-        step, self._in_flight = self._in_flight, None
-        lost = self._scheduler.lose_cache(step)
+        lost = self._scheduler.lose_cache(self._under_way[0].step if self._under_way else None)
+        self._under_way.clear()
         log.error(
             "ranks failed; restarting them",
             reason=reason,
@@ -232,53 +249,62 @@ class Engine:
 
     async def _steps(self, group: RankGroup) -> None:
         while True:
-            await self._graphs.apply(group)
+            if not self._graphs.settled:
+                await self._finish_steps(group)
+                await self._graphs.apply(group)
+                await self._probe(group)
+            await self._almost_done(group)
             self._wake.clear()
-            await self._probe(group)
             step = self._scheduler.schedule(self._next_step_id)
-            if step is None:
-                self._emit()
-                if not self._graphs.pending:  # one graph is loaded between two steps
-                    await self._idle(group)
-                continue
-            await self._step(group, step)
-            # Streams get their turn even when every step is ready at once.
-            await asyncio.sleep(0)
+            if step is not None:
+                self._send(group, step)
+                await self._finish_steps(group, but=1 if self._graphs.settled else 0)
+            elif self._under_way:
+                await self._finish_steps(group)
+            elif not self._graphs.pending:  # one graph is loaded between two steps
+                await self._idle(group)
 
-    async def _step(self, group: RankGroup, step: ScheduledStep) -> None:
-        """Has the ranks compute a step, and meanwhile tells of the one before it."""
-        self._in_flight = step
+    async def _almost_done(self, group: RankGroup) -> None:
+        """Until the next step has to be scheduled, to be there when the ranks want it."""
+        if self._under_way:
+            expected = self._under_way[0].expected_s
+            await group.step_almost_done(expected - max(AHEAD_S, AHEAD * expected))
+
+    def _send(self, group: RankGroup, step: ScheduledStep) -> None:
         self._next_step_id += 1
         message = self._graphs.assigned(
             step.message, tokens=step.tokens, decoding=not step.prompt_tokens
         )
-        began = time.monotonic()
-        group.send_step(message, step.sampling)
-        self._emit()
-        done = await group.step_done(self._limit_s(step))
-        self._in_flight = None
-        self._pace.observe(step.decoding, step.prompt_tokens, time.monotonic() - began)
+        expected = self._pace.expected_s(step.decoding, step.prompt_tokens)
+        sent = _Sent(step=step, graph_size=message.graph_size, expected_s=expected or 0.0)
+        self._under_way.append(sent)
+        group.send_step(message, step.sampling, timeout_s=_limit_s(step, expected))
+
+    async def _finish_steps(self, group: RankGroup, but: int = 0) -> None:
+        """Takes in what the ranks answer, until so many steps are under way."""
+        while len(self._under_way) > but:
+            done = await group.step_done()
+            self._finish(self._under_way.popleft(), done)
+            self._emit()
+            # Streams get their turn even when every step is ready at once.
+            await asyncio.sleep(0)
+
+    def _finish(self, sent: _Sent, done: StepDone) -> None:
+        step = sent.step
+        self._pace.observe(step.decoding, step.prompt_tokens, done.step_us / 1e6)
         tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
         self._fail_draws(step, done.failed)
         self._unsent = self._apply(step, tokens, done.logprobs)
-        self._count(step, message.graph_size, done.step_us)
+        self._count(step, sent.graph_size, done.step_us)
         self._graphs.ran(done.shadow)
-
-    def _limit_s(self, step: ScheduledStep) -> float:
-        """How long the ranks may take for a step."""
-        expected = self._pace.expected_s(step.decoding, step.prompt_tokens)
-        if expected is None:
-            return UNKNOWN_STEP_TIMEOUT_S + UNKNOWN_TOKEN_TIMEOUT_S * step.tokens
-        return max(STEP_TIMEOUT_S, STEP_TIMEOUT_FACTOR * expected)
 
     async def _probe(self, group: RankGroup) -> None:
         """Runs a trial graph in a made-up step when live ones have not come in time."""
         probe = self._graphs.trials.probe(self._next_step_id)
         if probe is not None:
             self._next_step_id += 1
-            group.send_step(probe)
-            done = await group.step_done(UNKNOWN_STEP_TIMEOUT_S)
-            self._graphs.trials.observe(done.shadow)
+            group.send_step(probe, timeout_s=UNKNOWN_STEP_TIMEOUT_S)
+            self._graphs.trials.observe((await group.step_done()).shadow)
 
     async def _idle(self, group: RankGroup) -> None:
         """Waits for work, and sees to it that the ranks could do some; raises when they can't."""
@@ -367,6 +393,13 @@ class Engine:
             self.eager_steps += graph_size == 0
         self.stats.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
         self._metrics.step(step.decoding, step.prompt_tokens, graph_size, step_us)
+
+
+def _limit_s(step: ScheduledStep, expected_s: float | None) -> float:
+    """How long the ranks may take for a step."""
+    if expected_s is None:
+        return UNKNOWN_STEP_TIMEOUT_S + UNKNOWN_TOKEN_TIMEOUT_S * step.tokens
+    return max(STEP_TIMEOUT_S, STEP_TIMEOUT_FACTOR * expected_s)
 
 
 def _reason(error: Exception) -> str:

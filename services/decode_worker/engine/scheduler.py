@@ -7,6 +7,10 @@ that is the oldest prompt's, so that none starves, and the rest goes to the shor
 waits for a long one. What a prompt shares with another is computed once. When blocks run out, the
 youngest running sequence gives up its own and waits again; it is prefilled anew with what it had
 generated, so nothing is lost but time.
+
+Steps are scheduled one ahead: the next may be asked for before the draws of the last are known
+(``apply``). A sequence counts as computed what a step under way computes, for steps run in order;
+one that turns out to have ended was computed once too often, and nobody is told of that token.
 """
 
 from collections import deque
@@ -69,8 +73,7 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             for sequence in queue:
                 if sequence.request_id == request_id:
-                    queue.remove(sequence)
-                    self._retire(sequence)
+                    self._drop(sequence)
                     return sequence
         return None
 
@@ -79,14 +82,16 @@ class Scheduler:
     def lose_cache(self, step: ScheduledStep | None) -> list[Sequence]:
         """Puts everything that had a slot back in front of the queue, oldest first.
 
-        It is prefilled again with what it had generated. A sequence may be what ended the ranks, so
-        it is dropped, and returned, once ``MAX_LOSSES`` steps with it were lost; ``step`` is the
-        one that was lost now.
+        It is prefilled again with what it had generated; what steps under way draw is lost. A
+        sequence may be what ended the ranks, so it is dropped, and returned, once ``MAX_LOSSES``
+        steps with it were lost; ``step`` is the one that was running now.
         """
         for sequence in step.sequences if step is not None else ():
             sequence.losses += sequence.alive
         for sequence in self._running[::-1]:
             self._preempt(sequence)
+        for sequence in self._waiting:
+            sequence.drawing = 0
         self.blocks.lose()
         lost = [s for s in self._waiting if s.losses >= MAX_LOSSES]
         for sequence in lost:
@@ -105,52 +110,59 @@ class Scheduler:
         if not chosen:
             return None
         size = self.blocks.block_size
-        return make_step(step_id, chosen, decoding=len(decoding), block_size=size)
+        step = make_step(step_id, chosen, decoding=len(decoding), block_size=size)
+        for sequence, count, draws in zip(step.sequences, step.counts, step.draws, strict=True):
+            sequence.computed += count
+            sequence.drawing += draws
+            self._publish(sequence)
+        return step
 
     def apply(
         self, step: ScheduledStep, token_ids: list[int]
     ) -> list[tuple[Sequence, int, FinishReason | None]]:
-        """Takes in a step's draws; -1 where nothing was drawn. Finished sequences free their
-        blocks."""
+        """Takes in the draws of the oldest step under way; -1 where nothing was drawn. Finished
+        sequences free their blocks."""
         if len(token_ids) != len(step.sequences):
             raise ValueError(f"{len(token_ids)} tokens for {len(step.sequences)} sequences")
         outcomes = []
-        for sequence, count, token in zip(step.sequences, step.counts, token_ids, strict=True):
-            if not sequence.alive:
+        for sequence, draws, token in zip(step.sequences, step.draws, token_ids, strict=True):
+            if not sequence.alive or not draws:
                 continue
-            self._computed(sequence, count)
+            sequence.drawing -= 1
             if token < 0:
                 continue
             sequence.output.append(token)
+            self._publish(sequence)
             reason = self._finish_reason(sequence, token)
             if reason is not None:
-                self._running.remove(sequence)
-                self._retire(sequence)
+                self._drop(sequence)
             outcomes.append((sequence, token, reason))
         return outcomes
 
-    def _computed(self, sequence: Sequence, count: int) -> None:
-        """Tokens are in the cache: what is full of them may be shared."""
+    def _publish(self, sequence: Sequence) -> None:
+        """Blocks that are full of computed tokens, all of them known, may be shared."""
         size = self.blocks.block_size
-        full = sequence.computed // size
-        sequence.computed += count
-        for index in range(full, sequence.computed // size):
+        full = min(sequence.computed, sequence.known) // size
+        for index in range(sequence.published, full):
             self.blocks.publish(sequence.blocks[index], sequence.block_key(index, size))
+        sequence.published = max(sequence.published, full)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.stop_token_ids:
             return FinishReason.STOP
-        full = sequence.length >= min(
-            self._max_context_length, self.blocks.total * self.blocks.block_size
-        )
-        if full or len(sequence.output) >= sequence.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(sequence, len(sequence.output)) else None
+
+    def _is_full(self, sequence: Sequence, drawn: int) -> bool:
+        """Whether a sequence ends for its length with so many tokens drawn."""
+        context = min(self._max_context_length, self.blocks.total * self.blocks.block_size)
+        return drawn >= sequence.max_tokens or len(sequence.prompt) + drawn >= context
 
     def _admit(self) -> None:
         """Gives slots and blocks to those that have waited longest."""
         while self._waiting and len(self._running) < self._max_batch_size:
             sequence = self._waiting[0]
+            if sequence.drawing:
+                return  # it was preempted in the step under way, whose token it is prefilled with
             shared = self._shared(sequence)
             fresh = self.blocks.blocks_for(sequence.length) - len(shared)
             taken = fresh + sum(not self.blocks.is_held(block) for block in shared)
@@ -164,6 +176,7 @@ class Scheduler:
             sequence.blocks = shared + self.blocks.allocate(fresh)
             sequence.slot = self._free_slots.pop()
             sequence.computed = len(shared) * self.blocks.block_size
+            sequence.published = len(shared)
             if not sequence.output:
                 sequence.cached = sequence.computed
             self._running.append(sequence)
@@ -192,6 +205,7 @@ class Scheduler:
             self.blocks.free([sequence.blocks[index]])
             sequence.blocks[index] = block
             sequence.computed += size
+            sequence.published = index + 1
             sequence.cached += size if not sequence.output else 0
 
     def _may_adopt(self, sequence: Sequence) -> bool:
@@ -237,15 +251,21 @@ class Scheduler:
         return found
 
     def _decoding(self) -> list[Sequence]:
-        """Sequences whose prompt is computed, each with a block for its next token."""
+        """Sequences whose prompt is computed, each with a block for its next token; but those whose
+        last token is being drawn."""
         # A copy: growing a sequence may put a younger one, chosen already or not, back in the
         # queue.
         grown = [
             sequence
             for sequence in list(self._running)
-            if sequence.blocks and sequence.to_prefill == 0 and self._grow(sequence)
+            if sequence.blocks and sequence.to_prefill == 0 and not self._ends(sequence)
+            if self._grow(sequence)
         ]
         return [sequence for sequence in grown if sequence.blocks]
+
+    def _ends(self, sequence: Sequence) -> bool:
+        """Whether the token that is being drawn is its last, whatever it is."""
+        return self._is_full(sequence, len(sequence.output) + sequence.drawing)
 
     def _grow(self, sequence: Sequence) -> bool:
         """A block for the sequence's next token, taken from the youngest if none is free."""
@@ -262,8 +282,12 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.published = 0
         self._waiting.appendleft(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self._release(sequence)

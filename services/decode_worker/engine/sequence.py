@@ -49,8 +49,12 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     output: list[int] = field(default_factory=list)
+    drawing: int = 0
+    """Tokens that steps under way draw: they follow the output, and are not known yet."""
     computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, or will be when steps under way are over."""
+    published: int = 0
+    """Blocks that others may share, as far as this sequence has seen to it."""
     cached: int = 0
     """Tokens of the prompt that were in the cache already, out of other sequences."""
     blocks: list[int] = field(default_factory=list)
@@ -65,15 +69,21 @@ class Sequence:
     _keys: list[bytes] = field(default_factory=list)
 
     @property
-    def length(self) -> int:
+    def known(self) -> int:
+        """Tokens of prompt and output."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def length(self) -> int:
+        """With those that are being drawn."""
+        return self.known + self.drawing
 
     @property
     def to_prefill(self) -> int:
         """Tokens still to be computed before the sequence decodes; its newest output token
         aside."""
         left = self.length - self.computed
-        return 0 if self.output and left == 1 else left
+        return 0 if self.length > len(self.prompt) and left == 1 else left
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens of prompt and output at positions [start, stop)."""
@@ -84,6 +94,7 @@ class Sequence:
 
     def block_key(self, index: int, block_size: int) -> bytes:
         """What a whole block's keys and values depend on: its tokens and all before them."""
+        assert (index + 1) * block_size <= self.known, "a token of the block is still being drawn"
         while len(self._keys) <= index:
             start = len(self._keys) * block_size
             tokens = np.array(self.tokens(start, start + block_size), dtype=np.int32)

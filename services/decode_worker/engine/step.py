@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.decode_worker.engine.sequence import Sequence
-from services.decode_worker.ranks.protocol import StartSampling, Step
+from services.decode_worker.ranks.protocol import LAST_DRAWN, StartSampling, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,8 @@ class ScheduledStep:
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
     """New tokens of each sequence."""
+    draws: tuple[bool, ...]
+    """Whether each sequence gets a token."""
     decoding: int
     """Sequences that decode, first among them; the others' tokens are of prompts."""
     message: Step
@@ -32,7 +34,10 @@ class ScheduledStep:
 def make_step(
     step_id: int, chosen: Many[tuple[Sequence, int]], *, decoding: int, block_size: int
 ) -> ScheduledStep:
-    """The next ``count`` tokens of each sequence, which has blocks for them."""
+    """The next ``count`` tokens of each sequence, which has blocks for them.
+
+    A token that is still being drawn is named by what it will be: the last one of its slot.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -42,12 +47,14 @@ def make_step(
     for row, (sequence, count) in enumerate(chosen):
         first, last = sequence.computed, sequence.computed + count
         token_ids += sequence.tokens(first, last)
+        token_ids += [LAST_DRAWN] * (last - max(first, sequence.known))
         positions += range(first, last)
         slots += [_slot(sequence, at, block_size) for at in range(first, last)]
         starts.append(starts[-1] + count)
         contexts.append(last)
         tables[row, : len(sequence.blocks)] = sequence.blocks
-    drawing = [s for s, count in chosen if _draws(s, count)]
+    draws = tuple(_draws(sequence, count) for sequence, count in chosen)
+    drawing = [sequence for (sequence, _), one in zip(chosen, draws, strict=True) if one]
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -57,13 +64,16 @@ def make_step(
         context_lens=_ints(contexts),
         block_tables=tables.tobytes(),
         block_table_width=width,
-        sampling_slots=_ints([s.slot if _draws(s, count) else -1 for s, count in chosen]),
-        drawn=_ints([len(s.output) for s, _ in chosen]),
+        sampling_slots=_ints(
+            [s.slot if one else -1 for (s, _), one in zip(chosen, draws, strict=True)]
+        ),
+        drawn=_ints([len(s.output) + s.drawing for s, _ in chosen]),
         greedy=all(s.sampling.is_likeliest for s in drawing),
     )
     return ScheduledStep(
         sequences=tuple(sequence for sequence, _ in chosen),
         counts=tuple(count for _, count in chosen),
+        draws=draws,
         decoding=decoding,
         message=message,
         sampling=tuple(_start_sampling(s) for s in drawing if not s.sampling_sent),

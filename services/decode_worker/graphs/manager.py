@@ -14,6 +14,7 @@ back.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -45,8 +46,11 @@ class GraphManager:
         self._owner = ThreadOwner()
         self._on_change = on_change
         self._table = SizeTable(sizes)
-        self._suspect: Candidate | None = None
-        """Being loaded, or in one of its first replays: a crash now is its own."""
+        self._loading: Candidate | None = None
+        """A crash now is its own."""
+        self._replaying: deque[Candidate | None] = deque()
+        """For each step under way, its graph if this is one of that one's first replays: a crash in
+        the oldest step is its own."""
         self.resized = asyncio.Event()
         """Set when other sizes are wanted than before."""
         self.trials = ShadowTrials()
@@ -64,6 +68,17 @@ class GraphManager:
     def pending(self) -> bool:
         """Whether there is something to do between two steps."""
         return bool(self._table.pending() or self._table.dropping())
+
+    @property
+    def settled(self) -> bool:
+        """Whether a step may be sent while another runs: nothing is to be done between the two, and
+        none is on trial."""
+        return not self.pending and self.trials.due_s() is None
+
+    @property
+    def suspect(self) -> Candidate | None:
+        """What a crash of the ranks is laid to."""
+        return self._replaying[0] if self._replaying else self._loading
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -143,7 +158,9 @@ class GraphManager:
     def group_failed(self, crashed: Mapping[int, str]) -> None:
         """``crashed``: the signal that ended each rank which died of its own native code."""
         self._owner.check()
-        suspect, self._suspect = self._suspect, None
+        suspect = self.suspect
+        self._loading = None
+        self._replaying.clear()
         tried = self.trials.blame(crashed)
         self._table.lose_group()
         if tried is not None:
@@ -167,7 +184,8 @@ class GraphManager:
             await self.trials.apply(group, lambda size: size in self._table.held())
 
     def assigned(self, message: Step, *, tokens: int, decoding: bool) -> Step:
-        """The step's message with the graph that replays it, and whether a trial graph runs too.
+        """The message of a step that is sent now, with the graph that replays it, and whether a
+        trial graph runs too.
 
         Notes which graph is to blame if the ranks die in one of its first replays.
         """
@@ -176,13 +194,13 @@ class GraphManager:
         replayable = self._table.replayable()
         layer_us = {size: candidate.layer_us for size, candidate in replayable.items()}
         size = graph_for(layer_us, tokens, decoding=decoding)
-        self._suspect = self._if_new(replayable.get(size))
+        self._replaying.append(self._if_new(replayable.get(size)))
         return msgspec.structs.replace(message, graph_size=size, shadow=self.trials.shadows(size))
 
     def ran(self, shadow: Shadow | None = None) -> None:
-        """The ranks have survived a step."""
+        """The ranks have survived the oldest step under way."""
         self._owner.check()
-        suspect, self._suspect = self._suspect, None
+        suspect = self._replaying.popleft()
         self.trials.observe(shadow)
         if suspect is not None:
             attempt = self._table.attempt(suspect)
@@ -195,7 +213,7 @@ class GraphManager:
         return candidate
 
     async def _load(self, size: int, group: RankGroup) -> None:
-        candidate = self._suspect = self._table.start_load(size)
+        candidate = self._loading = self._table.start_load(size)
         if not candidate.signed:
             log.warning("LOADING UNSIGNED NATIVE CODE", num_tokens=size, keys=candidate.keys)
         answers = await group.load_graph(
@@ -206,7 +224,7 @@ class GraphManager:
                 versions=candidate.versions,
             )
         )
-        self._suspect = None
+        self._loading = None
         refusals = [answer.error for answer in answers if answer.error is not None]
         if refusals:
             self._refuse(candidate, refusals[0], group)

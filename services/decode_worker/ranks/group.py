@@ -10,6 +10,7 @@ import math
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -91,6 +92,8 @@ class _Rank(asyncio.Protocol):
             del self._buffer[:end]
             if isinstance(reply, RankFailed):
                 self._group.fail(f"rank {self._index}: {reply.message}", refused=reply.refused)
+            elif isinstance(reply, StepDone):
+                self._group.answered(reply)
             elif isinstance(reply, Loading):
                 self._group.heard(reply)
             else:
@@ -123,6 +126,14 @@ class RankGroup:
         """Done, with the reason, as soon as the group can't go on."""
         self.ready: tuple[Ready, ...] = ()
         self._heard = time.monotonic()
+        self._limits: deque[float] = deque()
+        """How long each step that was sent may take, once those before it are over (s)."""
+        self._since = 0.0
+        """When the oldest of them became that."""
+        self._answers_to_steps: deque[StepDone] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._watch: Watch | None = None
 
     @classmethod
     async def start(cls, inits: Sequence[Init], launcher: RankLauncher) -> "RankGroup":
@@ -149,6 +160,7 @@ class RankGroup:
         if not self.failed.done() and not self._stopping:
             self._refused = refused
             self.failed.set_result(reason)
+            self._tell()
 
     def failure(self) -> GroupFailed:
         """Why the group, which has failed, can't go on."""
@@ -164,20 +176,76 @@ class RankGroup:
         self._broadcast(Ping())
         await self._answers(Pong, HUNG_S)
 
-    def send_step(self, step: Step, sampling: Sequence[StartSampling] = ()) -> None:
-        """``sampling``: of sequences that draw for the first time."""
-        if self.failed.done():
-            raise self.failure()
+    def send_step(
+        self, step: Step, sampling: Sequence[StartSampling] = (), *, timeout_s: float
+    ) -> None:
+        """Behind those that are under way. ``sampling``: of sequences that draw for the first time.
+
+        Doesn't raise: a group that has failed says so to whoever waits for the answer.
+        """
         for message in sampling:
             self._ranks[0].send(frame(message))
-        self._broadcast(step)
+        data = frame(step)
+        for rank in self._ranks:
+            rank.send(data)
+        if not self._limits:
+            self._since = time.monotonic()
+        self._limits.append(timeout_s)
+        if self._look is None:
+            self._look_later()
 
-    async def step_done(self, timeout_s: float) -> StepDone:
-        """Rank 0's answer to the step sent last."""
-        done = await self._within(self._ranks[0].reply(), timeout_s, "step")
-        if not isinstance(done, StepDone):
-            raise GroupFailed(f"rank 0 answered a step with {type(done).__name__}")
-        return done
+    async def step_done(self) -> StepDone:
+        """Rank 0's answer to the oldest step under way. What it answered before the group failed is
+        given first."""
+        while not self._answers_to_steps:
+            if self.failed.done():
+                raise self.failure()
+            await self._news()
+        return self._answers_to_steps.popleft()
+
+    async def step_almost_done(self, after_s: float) -> None:
+        """Until the oldest step under way is over, or has taken so long."""
+        left = self._since + after_s - time.monotonic()
+        if left > 0 and not self._answers_to_steps and not self.failed.done():
+            timer = asyncio.get_running_loop().call_later(left, self._tell)
+            await self._news()
+            timer.cancel()
+
+    def answered(self, done: StepDone) -> None:
+        """Rank 0 has computed the oldest step."""
+        if not self._limits:
+            self.fail("rank 0 answered a step that it was not sent")
+            return
+        self._limits.popleft()
+        self._since, self._watch = time.monotonic(), None
+        self._answers_to_steps.append(done)
+        self._tell()
+
+    async def _news(self) -> None:
+        """Until there is an answer to a step, or the group has failed."""
+        self._reader = asyncio.get_running_loop().create_future()
+        await self._reader
+
+    def _tell(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _look_later(self) -> None:
+        self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_at_step)
+
+    def _look_at_step(self) -> None:
+        """Once a second while steps are under way: one timer for all of them, not one each."""
+        self._look = None
+        if not self._limits or self.failed.done():
+            return
+        taken = time.monotonic() - self._since
+        if taken >= self._limits[0]:
+            self.fail(f"no answer to step within {self._limits[0]:g} s")
+        elif self._watch is None:  # most answers come sooner: looking would cost each step
+            self._watch = Watch([process.pid for process in self._processes])
+        elif (hung := self._watch.hung()) is not None:
+            self.fail(f"{hung}, with step to answer")
+        self._look_later()
 
     async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
         self._broadcast(command)
@@ -213,6 +281,8 @@ class RankGroup:
         """Ends the processes, by force where they don't follow, and removes their segment."""
         orderly = not self.failed.done()
         self._stopping = True
+        if self._look is not None:
+            self._look.cancel()
         for rank in self._ranks:
             if orderly and rank.transport is not None and not rank.transport.is_closing():
                 rank.send(frame(Shutdown()))

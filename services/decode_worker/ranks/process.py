@@ -28,6 +28,7 @@ from services.decode_worker.ranks import model as rank_model
 from services.decode_worker.ranks.model import Batch, RankModel
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
+    LAST_DRAWN,
     MAX_FRAME_BYTES,
     Command,
     DropGraph,
@@ -112,7 +113,11 @@ def serve(connection: socket.socket) -> None:
 
     model = rank_model.load(init, report)
     _send(connection, Loaded(tp_rank=init.tp_rank))
-    rank = _Rank(model=model, sampler=Sampler(slots=init.max_batch_size))
+    rank = _Rank(
+        model=model,
+        sampler=Sampler(slots=init.max_batch_size),
+        last=np.zeros(init.max_batch_size, dtype=np.int32),
+    )
     while not isinstance(command := receive(connection), Shutdown):
         reply = _run(init, rank, command)
         if reply is not None:
@@ -124,6 +129,8 @@ class _Rank:
     model: RankModel
     sampler: Sampler
     """Of the first rank; the others' has no sequences."""
+    last: Ints
+    """[slots] the token that was drawn last for each."""
 
 
 def _run(init: Init, rank: _Rank, command: object) -> Reply | None:
@@ -172,8 +179,8 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
 
 def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
     started = time.perf_counter()
-    batch = _batch(step)
     slots = np.frombuffer(step.sampling_slots, dtype=np.int32)
+    batch = _batch(step, _token_ids(step, slots, rank.last))
     drawing = np.flatnonzero(slots >= 0)
     shadow = None
     if step.shadow:
@@ -182,6 +189,7 @@ def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
         logits = rank.model.step(batch, drawing.tolist(), step.graph_size)
     before = np.frombuffer(step.drawn, dtype=np.int32)[drawing]
     drawn = _draw(init, rank, step, slots[drawing], before, logits)
+    _keep(init, step, rank.last, slots[drawing], drawn.tokens)
     if init.tp_rank != 0:
         return None
     tokens = np.full(len(slots), -1, dtype=np.int32)
@@ -228,9 +236,27 @@ def _reported(
     return tuple(found)
 
 
-def _batch(step: Step) -> Batch:
+def _token_ids(step: Step, slots: Ints, last: Ints) -> Tensor:
+    """int64 [T]: those that the leader does not know yet are their slots' last ones."""
+    ids = np.frombuffer(step.token_ids, dtype=np.int32).astype(np.int64)
+    drawn = np.flatnonzero(ids == LAST_DRAWN)
+    ids[drawn] = last[slots[drawn]]
+    return torch.from_numpy(ids)
+
+
+def _keep(init: Init, step: Step, last: Ints, slots: Ints, tokens: list[int]) -> None:
+    """Notes what was drawn: every rank goes on from it in the next step. One that could not be
+    drawn is replaced by any, for its sequence has ended."""
+    if len(slots) == 0:
+        return
+    last[slots] = np.maximum(tokens, 0) if tokens else 0
+    if init.tp_size > 1 and not step.greedy:  # only the first rank has drawn
+        last[slots] = torch.ops.precast.broadcast(torch.from_numpy(last[slots]), 0).numpy()
+
+
+def _batch(step: Step, token_ids: Tensor) -> Batch:
     return Batch(
-        token_ids=_ints(step.token_ids).long(),
+        token_ids=token_ids,
         positions=_ints(step.positions).long(),
         paging=Paging(
             slots=_ints(step.slots),

@@ -18,6 +18,8 @@ from precast.models.precision import Precision
 FRAME_HEADER: Final = struct.Struct("<I")
 MAX_FRAME_BYTES: Final = 64 << 20
 MAX_DIFFERENCE: Final = 1e9
+LAST_DRAWN: Final = -1
+"""In place of a token id: the one that was drawn last for the sequence's slot."""
 
 
 class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -139,6 +141,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     step_id: int
     token_ids: bytes
+    """[T]; ``LAST_DRAWN`` where a sequence decodes whose token the step before draws: this one is
+    sent while that one runs. Such sequences come first, and have one token."""
     positions: bytes
     slots: bytes
     """[T] flat cache slot of each new token: block * block_size + offset."""
