@@ -35,11 +35,17 @@ class Detokenizer:
     ) -> None:
         self._decoder: _Decoder = _Bytes(table) if table.has_bytes else _Window(table, prompt)
         self._stops = StopStrings(stop_strings)
+        self._may_stop = bool(stop_strings)
         self._held = ""
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """Text that can be sent now, and whether a stop string was hit (nothing follows then)."""
         return self._release("".join(map(self._decoder.push, token_ids)))
+
+    def push_token(self, token_id: int) -> tuple[str, bool]:
+        """``push`` of one token."""
+        text = self._decoder.push(token_id)
+        return self._release(text) if self._may_stop else (text, False)
 
     def flush(self) -> str:
         """The rest: no token follows, so what was held back is text after all."""
@@ -63,10 +69,18 @@ class _Bytes:
 
     def __init__(self, table: TokenTable) -> None:
         self._table = table
+        self._texts = table.whole_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._partial = False
+        """Whether the decoder holds a part of a character."""
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._table.bytes_of(token_id))
+        # Most tokens are whole characters that follow whole characters: a look-up, and no more.
+        if not self._partial and (text := self._texts.get(token_id)) is not None:
+            return text
+        text = self._utf8.decode(self._table.bytes_of(token_id))
+        self._partial = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -70,11 +70,8 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._automata = [_Automaton(stop) for stop in dict.fromkeys(stops) if stop]
         self._begins = frozenset(automaton.stop[0] for automaton in self._automata)
-
-    @property
-    def begun(self) -> int:
+        self.begun = 0
         """Characters at the text's end that may be the beginning of a stop string."""
-        return max((automaton.matched for automaton in self._automata), default=0)
 
     def feed(self, text: str) -> Match | None:
         """The first stop string that the text completes. Nothing may be fed after one."""
@@ -85,4 +82,5 @@ class StopStrings:
             for automaton in self._automata
             if (end := automaton.feed(text)) >= 0
         ]
+        self.begun = max((automaton.matched for automaton in self._automata), default=0)
         return min(found, key=lambda match: (match.end, -match.length), default=None)

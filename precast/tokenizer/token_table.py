@@ -8,6 +8,7 @@ those bytes, joined and decoded, and a part of a character has an exact value. O
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from tokenizers import Tokenizer, pre_tokenizers
@@ -31,6 +32,8 @@ class TokenTable:
         self._rule = _rule_of(_decoder_of(tokenizer))
         self._anchor: int | None = None
         self._known: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}
+        """Of the tokens asked for so far whose bytes are whole characters."""
 
     @property
     def has_bytes(self) -> bool:
@@ -50,6 +53,8 @@ class TokenTable:
         known = self._known.get(token_id)
         if known is None:
             known = self._known[token_id] = self._find(token_id)
+            with suppress(UnicodeDecodeError):
+                self.whole_texts[token_id] = known.decode()
         return known
 
     def shown(self, token_id: int) -> tuple[str, bytes | None]:

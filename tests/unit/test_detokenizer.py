@@ -53,7 +53,7 @@ def stream(name: str, text: str, *stops: str) -> tuple[list[str], bool]:
 def stream_ids(detokenizer: Detokenizer, ids: list[int]) -> tuple[list[str], bool]:
     pieces = []
     for token in ids:
-        piece, stopped = detokenizer.push([token])
+        piece, stopped = detokenizer.push_token(token)
         pieces.append(piece)
         if stopped:
             return pieces, True
