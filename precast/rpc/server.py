@@ -31,6 +31,8 @@ _ERROR_METADATA: Final = "precast-error"
 """Trailing metadata that carries the class name of a ``PrecastError`` to the caller."""
 HEARTBEATS: Final = ("precast-heartbeats", "1")
 """Metadata of a Generate call that asks for heartbeats on it."""
+COLUMNS: Final = ("precast-columns", "1")
+"""Metadata of a Generate call that asks for one message a step, in columns."""
 
 _SIZE_OPTIONS: Final = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -168,7 +170,16 @@ async def start_server(listen: str, services: Sequence[Service], *, serving: boo
 
 def wants_heartbeats(context: Any) -> bool:
     """Whether the caller has asked for them."""
-    return HEARTBEATS in [(key, value) for key, value in context.invocation_metadata() or ()]
+    return HEARTBEATS in _metadata_of(context)
+
+
+def wants_columns(context: Any) -> bool:
+    """Whether the caller has asked for them."""
+    return COLUMNS in _metadata_of(context)
+
+
+def _metadata_of(context: Any) -> list[tuple[str, str | bytes]]:
+    return [(key, value) for key, value in context.invocation_metadata() or ()]
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

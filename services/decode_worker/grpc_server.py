@@ -9,9 +9,8 @@ from precast.errors import InvalidRequest
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
-from precast.rpc.server import Service, wants_heartbeats
-from services.decode_worker.engine.request import error_response
-from services.decode_worker.engine.response_buffer import Outbox
+from precast.rpc.server import Service, wants_columns, wants_heartbeats
+from services.decode_worker.engine.response_buffer import Ending, Outbox, Recipient
 from services.decode_worker.worker import Worker
 
 log = get_logger(__name__)
@@ -31,7 +30,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
-        stream = _Stream(self._worker)
+        stream = _Stream(self._worker, columns=wants_columns(context))
         reader = asyncio.create_task(stream.read(request_iterator))
         heart = asyncio.create_task(stream.beat(wanted=wants_heartbeats(context)))
         try:
@@ -63,9 +62,9 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 class _Stream:
     """One Generate call: the requests that came on it and what goes back."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, columns: bool) -> None:
         self._worker = worker
-        self.outbox = Outbox()
+        self.outbox = Outbox(columns=columns)
         self._live: set[str] = set()
         self._half_closed = False
 
@@ -96,24 +95,21 @@ class _Stream:
 
     def _handle(self, request: pb.GenerateRequest) -> None:
         action = request.WhichOneof("action")
+        recipient = Recipient(request_id=request.request_id, handle=request.handle)
         if action == "start":
-            self._start(request.request_id, request.start)
+            self._start(recipient, request.start)
         elif action == "abort":
             if request.request_id in self._live:
                 self._worker.abort(request.request_id)
         else:
-            self.outbox.end(
-                error_response(
-                    request.request_id,
-                    pb.ERROR_CODE_INVALID_ARGUMENT,
-                    "a message needs start or abort",
-                )
-            )
+            code, message = pb.ERROR_CODE_INVALID_ARGUMENT, "a message needs start or abort"
+            refusal = pb.GenerationError(code=code, message=message)
+            self.outbox.end(Ending(recipient=recipient, end=refusal))
 
-    def _start(self, request_id: str, start: pb.StartGeneration) -> None:
-        refusal = self._worker.start(request_id, start, self.outbox, self._ended)
+    def _start(self, recipient: Recipient, start: pb.StartGeneration) -> None:
+        refusal = self._worker.start(recipient, start, self.outbox, self._ended)
         if refusal is None:
-            self._live.add(request_id)
+            self._live.add(recipient.request_id)
         else:
             self.outbox.end(refusal)
 

@@ -21,8 +21,8 @@ from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.admission import make_sequence
 from services.decode_worker.engine.engine import Engine
-from services.decode_worker.engine.request import Request, error_response
-from services.decode_worker.engine.response_buffer import Outbox
+from services.decode_worker.engine.request import Request
+from services.decode_worker.engine.response_buffer import Ending, Outbox, Recipient
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.graphs.autotune.report import stats_report
 from services.decode_worker.graphs.manager import GraphManager
@@ -73,28 +73,30 @@ class Worker:
 
     def start(
         self,
-        request_id: str,
+        recipient: Recipient,
         start: pb.StartGeneration,
         outbox: Outbox,
         on_end: Callable[[str], None],
-    ) -> pb.GenerateResponse | None:
+    ) -> Ending | None:
         """Queues a request; returns the refusal, if it was refused."""
         try:
-            self._submit(request_id, start, outbox, on_end)
+            self._submit(recipient, start, outbox, on_end)
         except PrecastError as error:
             code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
-            return error_response(request_id, code or pb.ERROR_CODE_INTERNAL, str(error))
+            refusal = pb.GenerationError(code=code or pb.ERROR_CODE_INTERNAL, message=str(error))
+            return Ending(recipient=recipient, end=refusal)
         return None
 
     def _submit(
         self,
-        request_id: str,
+        recipient: Recipient,
         start: pb.StartGeneration,
         outbox: Outbox,
         on_end: Callable[[str], None],
     ) -> None:
         if self._engine.draining:
             raise Overloaded("the worker is draining")
+        request_id = recipient.request_id
         if self._engine.knows(request_id):
             raise InvalidRequest(f"request_id {request_id!r} is running already")
         sequence = make_sequence(
@@ -108,11 +110,13 @@ class Worker:
         self._engine.submit(
             Request(
                 sequence=sequence,
+                recipient=recipient,
                 detokenizer=detokenizer,
                 tokens=self._tokens,
                 outbox=outbox,
                 on_end=on_end,
                 hidden_token_ids=sequence.stop_token_ids,
+                deliver_at_end=start.deliver_at_end,
             )
         )
 

@@ -5,6 +5,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.gateway.token_histogram import TokenHistogram
+
 _LATENCY_BUCKETS_S: Final = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
@@ -26,12 +28,18 @@ class Metrics:
         self.request_seconds = self._histogram(
             "gateway_request_seconds", "Whole HTTP requests for generations", _LATENCY_BUCKETS_S
         )
-        self.first_token_seconds = self._histogram(
-            "gateway_time_to_first_token_seconds", "Request to first token", _LATENCY_BUCKETS_S
+        self.first_token_seconds = TokenHistogram(
+            "gateway_time_to_first_token_seconds",
+            "Request to first token, of streams",
+            _LATENCY_BUCKETS_S,
         )
-        self.inter_token_seconds = self._histogram(
-            "gateway_inter_token_seconds", "Between two tokens of a choice", _STEP_BUCKETS_S
+        self.inter_token_seconds = TokenHistogram(
+            "gateway_inter_token_seconds",
+            "Between two tokens of a stream's choice",
+            _STEP_BUCKETS_S,
         )
+        for tokens in (self.first_token_seconds, self.inter_token_seconds):
+            self.registry.register(tokens)
         self.prompt_tokens = self._counter("gateway_prompt_tokens_total", "Tokens of prompts")
         self.completion_tokens = self._counter(
             "gateway_completion_tokens_total", "Tokens generated for finished choices"

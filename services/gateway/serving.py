@@ -35,7 +35,8 @@ class _Choice:
 
     start: pb.StartGeneration
     worker: Worker | None = None
-    request_id: str = ""
+    handle: int = 0
+    """What the worker's connection calls it."""
     attempts: int = 0
     tried: set[str] = field(default_factory=set)
     """Ids of workers that had it, or could not be reached, in this round."""
@@ -135,7 +136,7 @@ class Generation:
                 return True
             try:
                 place = Place(queue=self.events, index=index)
-                choice.request_id = self._pool.send(worker, choice.start, place)
+                choice.handle = self._pool.send(worker, choice.start, place)
             except (Overloaded, WorkerUnreachable) as error:
                 choice.failure = error
                 choice.tried.add(worker.worker_id)
@@ -155,4 +156,4 @@ class Generation:
 
     def _forget(self, choice: _Choice) -> None:
         if choice.worker is not None:
-            choice.worker.connection.forget(choice.request_id)
+            choice.worker.connection.forget(choice.handle)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
@@ -11,7 +12,7 @@ import grpc
 import pytest
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from precast.rpc.server import HEARTBEATS
+from precast.rpc.server import COLUMNS, HEARTBEATS
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.models import VOCABULARY
 
@@ -59,6 +60,58 @@ def test_heartbeats_come_to_those_who_ask(worker: DecodeWorker) -> None:
     silent.cancel()
     with pytest.raises(grpc.RpcError):  # older gateways know no heartbeats
         next(silent)
+
+
+def test_columns_come_to_those_who_ask(worker: DecodeWorker) -> None:
+    """The same tokens and text as messages of single requests have; some only at the end."""
+    prompts = {7: [1, 2], 8: [3, 4, 5], 9: [6, 7]}
+    client = worker.client()
+    expected = {}
+    for handle, prompt in prompts.items():
+        client.start(f"single-{handle}", worker.request(prompt, 20, logprobs=1, stop=ENDLESS))
+        answer = client.finish(f"single-{handle}")
+        expected[handle] = (answer.token_ids, answer.text)
+    requests: Queue[pb.GenerateRequest] = Queue()
+    for handle, prompt in prompts.items():
+        late = {"deliver_at_end": True} if handle == 9 else {}
+        start = worker.request(prompt, 20, logprobs=1, stop=ENDLESS, **late)
+        requests.put(pb.GenerateRequest(request_id=f"column-{handle}", handle=handle, start=start))
+    call = worker.stub().Generate(iter(requests.get, None), metadata=[COLUMNS], timeout=60)
+    ids: dict[int, list[int]] = {handle: [] for handle in prompts}
+    reports: dict[int, list[int]] = {handle: [] for handle in prompts}
+    texts, pieces, ends = dict.fromkeys(prompts, ""), Counter[int](), dict[int, int]()
+    while len(ends) < len(prompts):
+        step = next(call).step
+        rest = list(step.token_ids)
+        for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
+            ids[handle] += rest[:count]
+            rest = rest[count:]
+            texts[handle] += text
+            pieces[handle] += 1
+        for each in step.logprobs:
+            reports[each.handle] += [token.token_id for token in each.tokens]
+        ends |= {end.handle: end.finished.completion_tokens for end in step.ends}
+    call.cancel()
+    assert {handle: (ids[handle], texts[handle]) for handle in prompts} == expected
+    assert reports == ids
+    assert ends == dict.fromkeys(prompts, 20)
+    assert pieces[9] == 1 < min(pieces[7], pieces[8])
+
+
+def test_cached_tokens_are_told_and_salts_share_nothing(worker: DecodeWorker) -> None:
+    client = worker.client()
+    prompt = [number % 200 + 1 for number in range(0, 400, 7)]  # no other test has it
+    found = []
+    for number, salt in enumerate(("x", "x", "y", "")):
+        client.start(f"{number}", worker.request(prompt, 1, cache_salt=salt))
+        found.append(client.finish(f"{number}").end.finished.cached_tokens)
+    assert found == [0, 32, 0, 0]
+    client.start("long", worker.request(prompt, 1, cache_salt="x" * 257))
+    end = client.finish("long").end
+    assert (end.error.code, "cache_salt" in end.error.message) == (
+        pb.ERROR_CODE_INVALID_ARGUMENT,
+        True,
+    )
 
 
 def test_a_seed_gives_the_same_tokens(worker: DecodeWorker) -> None:

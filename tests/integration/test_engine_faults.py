@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.engine import MAX_FAILED_STARTS, Engine
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.request import Request
-from services.decode_worker.engine.response_buffer import Outbox
+from services.decode_worker.engine.response_buffer import Outbox, Recipient
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 from services.decode_worker.graphs.candidates import Candidate
@@ -79,6 +78,7 @@ class Rig:
         self.engine.submit(
             Request(
                 sequence=sequence,
+                recipient=Recipient(request_id=name, handle=0),
                 tokens=self.table,
                 detokenizer=Detokenizer(self.table, prompt),
                 outbox=self._outbox,
@@ -268,14 +268,14 @@ async def test_a_defect_between_two_steps_costs_a_restart(
 async def test_a_text_that_can_t_be_made_ends_its_own_request(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Detokenizer.push
+    whole = Detokenizer.push_token
 
-    def push(self: Detokenizer, token_ids: Many[int]) -> tuple[str, bool]:
-        if list(token_ids) == [5]:
+    def push_token(self: Detokenizer, token_id: int) -> tuple[str, bool]:
+        if token_id == 5:
             raise RuntimeError("no text")
-        return whole(self, token_ids)
+        return whole(self, token_id)
 
-    monkeypatch.setattr(Detokenizer, "push", push)
+    monkeypatch.setattr(Detokenizer, "push_token", push_token)
     rig.submit("bad", [1] * 5, 9)
     rig.submit("good", [1] * 6, 3)
     await rig.all_ended()

@@ -328,6 +328,34 @@ def test_sampling_parameters_are_accepted(client: openai.OpenAI) -> None:
 # --- models and operation ---
 
 
+CACHED_TEXT = "lazy dog, "
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+def test_cached_tokens_are_in_the_usage_and_salts_share_nothing(
+    gateway: Gateway, endpoint: str, stream: bool
+) -> None:
+    text = CACHED_TEXT * (3 if stream else 2)
+    given = {"prompt": text} if endpoint == "completions" else {"messages": [_user(text)]}
+    body = {"model": "tiny", "max_tokens": 3, "n": 2, "stream": stream, **given}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    found = []
+    for salt in ({}, {}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "a"}):
+        answer = gateway.post(f"/v1/{endpoint}", json={**body, **salt})
+        assert answer.status_code == 200, answer.text
+        last = answer.text.split("data: ")[-2] if stream else answer.text
+        usage = json.loads(last)["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        found.append(cached // (usage["prompt_tokens"] - 1))
+    assert found == [0, 1, 0, 0, 1], "the second choice finds the first one's prompt: not counted"
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "precast"
@@ -342,7 +370,7 @@ def test_health_and_ready(gateway: Gateway) -> None:
 
 
 def test_metrics(gateway: Gateway, client: openai.OpenAI) -> None:
-    client.completions.create(model="tiny", prompt="the", max_tokens=3)
+    list(client.completions.create(model="tiny", prompt="the", max_tokens=3, stream=True))
     values = gateway.metrics()
     assert values['gateway_requests_total{endpoint="/v1/completions",status="200"}'] >= 1
     assert values['gateway_time_to_first_token_seconds_count{model="tiny"}'] >= 1

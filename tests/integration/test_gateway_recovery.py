@@ -80,8 +80,9 @@ def last_event(answer: httpx.Response) -> Any:
 
 def stream_with_tokens(gateway: Gateway, worker: Worker) -> Asked:
     """A stream of which something was shown."""
+    before = worker.served()
     stream = Asked(gateway, 1, prompt="!slow", max_tokens=240, stream=True)
-    eventually(lambda: worker.running() == 1)
+    eventually(lambda: worker.served() > before)
     time.sleep(0.5)  # three tokens
     return stream
 
@@ -89,12 +90,14 @@ def stream_with_tokens(gateway: Gateway, worker: Worker) -> Asked:
 def test_ranks_that_die_cost_no_request_that_has_no_token_yet(
     stack: Stack, gateway: Gateway
 ) -> None:
-    """The worker is the only one: they wait until it is back."""
+    """The worker is the only one: they wait until it is back. So does one that isn't streamed:
+    it has shown nothing, whatever it has got."""
     worker = stack.worker(step_ms=1500)
     eventually(lambda: gateway.workers() == 1)
+    whole = Asked(gateway, 1, prompt="!slow", max_tokens=20)
     stream = stream_with_tokens(gateway, worker)
     waiting = Asked(gateway, 7)
-    eventually(lambda: worker.running() == 8)
+    eventually(lambda: worker.running() == 9)
     worker.process.send_signal(signal.SIGUSR1)  # its ranks have died
     (broken,) = stream.wait(5)
     assert broken.status_code == 200
@@ -102,6 +105,8 @@ def test_ranks_that_die_cost_no_request_that_has_no_token_yet(
     eventually(lambda: gateway.get("/ready").status_code == 503)
     worker.process.send_signal(signal.SIGUSR2)
     assert [answer.status_code for answer in waiting.wait(20)] == [200] * 7
+    (begun_anew,) = whole.wait(20)
+    assert begun_anew.json()["usage"]["completion_tokens"] == 20
     assert gateway.workers() == 1
 
 
@@ -153,7 +158,7 @@ def test_a_stopped_worker_counts_as_dead_within_ten_seconds(stack: Stack, gatewa
 def test_a_worker_that_answers_is_alive_whatever_redis_says(stack: Stack, gateway: Gateway) -> None:
     """Its lease lapses all the time, then Redis refuses it; then it is restarted unseen."""
     port = free_port()
-    worker = stack.worker(port=port, lease_ttl_s=0.05)
+    worker = stack.worker(port=port, lease_ttl_s=0.12)
     eventually(lambda: gateway.workers() == 1)
     client = redis.Redis.from_url(stack.redis_url)
 
@@ -314,3 +319,19 @@ def test_a_worker_without_heartbeats_is_served_through(stack: Stack, gateway: Ga
     eventually(lambda: gateway.workers() == 1)
     answer = complete(gateway, max_tokens=1)
     assert (answer.status_code, worker.served()) == (200, 1)
+
+
+def test_a_worker_without_columns_is_served_through(stack: Stack, gateway: Gateway) -> None:
+    """One of an older version, which sends a message for each token of each request."""
+    stack.worker(columns=0)
+    eventually(lambda: gateway.workers() == 1)
+    answers = [complete(gateway, max_tokens=9, n=2, logprobs=2, stream=s) for s in (True, False)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    events = [json.loads(line[6:]) for line in answers[0].text.split("\n\n") if "choices" in line]
+    texts, tokens = ["", ""], [0, 0]
+    for choice in (event["choices"][0] for event in events):
+        texts[choice["index"]] += choice["text"]
+        tokens[choice["index"]] += len((choice["logprobs"] or {"tokens": ()})["tokens"])
+    assert texts == [choice["text"] for choice in answers[1].json()["choices"]]
+    assert tokens == [9, 9]
+    assert complete(gateway, prompt="!invalid").status_code == 400

@@ -21,8 +21,9 @@ from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import LEASE_TTL_S, DecodeLease, Registry
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
-from precast.rpc.server import Service, start_server, wants_heartbeats
+from precast.rpc.server import Service, start_server, wants_columns, wants_heartbeats
 from precast.tokenizer.token_table import TokenTable
+from services.decode_worker.engine.response_buffer import Ending, Outbox, Output, Recipient
 
 FAULTS: Final = {
     "!invalid": pb.ERROR_CODE_INVALID_ARGUMENT,
@@ -55,18 +56,19 @@ class Speech:
     def tokenizer(self) -> Tokenizer:
         return self.table.tokenizer
 
-    def step(self) -> pb.TokenDelta:
+    def step(self) -> tuple[int, str, pb.TokenLogprob | None]:
+        """A token, the text that it completes, and its report."""
         prompt = self.start.prompt_token_ids
         self.ids.append(prompt[len(self.ids) % len(prompt)])
         full = len(prompt) + len(self.ids) >= self.max_context_length
         if full or len(self.ids) == self.start.stop.max_tokens:
             self.finished = pb.FINISH_REASON_LENGTH
         text = self._sendable(self.tokenizer.decode(self.ids))
-        delta = pb.TokenDelta(token_ids=self.ids[-1:], text=text[self.sent :])
+        new = text[self.sent :]
         self.sent = max(self.sent, len(text))
-        if self.start.HasField("logprobs"):
-            delta.logprobs.append(self._logprob(self.ids[-1], self.start.logprobs))
-        return delta
+        asked = self.start.HasField("logprobs")
+        report = self._logprob(self.ids[-1], self.start.logprobs) if asked else None
+        return self.ids[-1], new, report
 
     def _sendable(self, text: str) -> str:
         stops = list(self.start.stop.stop_strings)
@@ -102,19 +104,20 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self.worker_id = options.worker_id or f"parrot-{uuid.uuid4().hex[:8]}"
         self.running: dict[str, asyncio.Task[None]] = {}
         self.served = 0
+        self._seen: set[tuple[str, tuple[int, ...]]] = set()
         self.state = options.state
         self.changed = asyncio.Event()
         """The state has changed."""
-        self._outs: dict[str, tuple[asyncio.Task[None], asyncio.Queue[Any]]] = {}
+        self._outs: dict[str, tuple[asyncio.Task[None], Recipient, Outbox]] = {}
 
     async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        out: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
+        out = Outbox(columns=self._options.columns and wants_columns(context))
         mine: set[str] = set()
         reader = asyncio.create_task(self._read(requests, out, mine))
         beats = self._options.heartbeats and wants_heartbeats(context)
         heart = asyncio.create_task(self._beat(out, wanted=beats))
         try:
-            while (response := await out.get()) is not None:
+            async for response in out.responses():
                 yield response
         finally:
             reader.cancel()
@@ -122,20 +125,21 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             for request_id in mine:
                 self._stop(request_id)
 
-    async def _read(self, requests: Any, out: "asyncio.Queue[Any]", mine: set[str]) -> None:
+    async def _read(self, requests: Any, out: Outbox, mine: set[str]) -> None:
         async for request in requests:
+            recipient = Recipient(request_id=request.request_id, handle=request.handle)
             if request.WhichOneof("action") == "abort":
                 self._stop(request.request_id)
             elif len(self.running) >= self._options.max_running:
-                await out.put(_error(request.request_id, pb.ERROR_CODE_OVERLOADED, "full"))
+                out.end(_error(recipient, pb.ERROR_CODE_OVERLOADED, "full"))
             else:
                 mine.add(request.request_id)
-                work = self._generate(request.request_id, request.start, out)
+                work = self._generate(recipient, request.start, out)
                 task = self.running[request.request_id] = asyncio.create_task(work)
-                self._outs[request.request_id] = (task, out)
-        await out.put(None)
+                self._outs[request.request_id] = (task, recipient, out)
+        out.close()
 
-    async def _beat(self, out: "asyncio.Queue[Any]", *, wanted: bool) -> None:
+    async def _beat(self, out: Outbox, *, wanted: bool) -> None:
         while wanted:
             self.changed.clear()
             beat = pb.Heartbeat(
@@ -143,7 +147,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
                 state=pb.WorkerState.Value(f"WORKER_STATE_{self.state.upper()}"),
                 running=len(self.running),
             )
-            await out.put(pb.GenerateResponse(heartbeat=beat))
+            out.heartbeat(beat)
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self.changed.wait()
@@ -151,9 +155,9 @@ class Parrot(pb_grpc.DecodeServiceServicer):
     def lose_ranks(self) -> None:
         """What a worker does whose ranks have died: all that runs ends, and may be sent again."""
         self.state = "restarting"
-        for request_id, (task, out) in list(self._outs.items()):
+        for task, recipient, out in list(self._outs.values()):
             task.cancel()
-            out.put_nowait(_error(request_id, pb.ERROR_CODE_UNAVAILABLE, "the ranks have died"))
+            out.end(_error(recipient, pb.ERROR_CODE_UNAVAILABLE, "the ranks have died"))
         self.changed.set()
 
     def recover(self) -> None:
@@ -165,26 +169,22 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         if task is not None:
             task.cancel()
 
-    async def _generate(
-        self, request_id: str, start: pb.StartGeneration, out: "asyncio.Queue[Any]"
-    ) -> None:
+    async def _generate(self, recipient: Recipient, start: pb.StartGeneration, out: Outbox) -> None:
         try:
             self.served += 1
-            await self._speak(request_id, start, out)
+            await self._speak(recipient, start, out)
         finally:
-            self.running.pop(request_id, None)
-            self._outs.pop(request_id, None)
+            self.running.pop(recipient.request_id, None)
+            self._outs.pop(recipient.request_id, None)
 
-    async def _speak(
-        self, request_id: str, start: pb.StartGeneration, out: "asyncio.Queue[Any]"
-    ) -> None:
+    async def _speak(self, recipient: Recipient, start: pb.StartGeneration, out: Outbox) -> None:
         while self.state == "restarting":  # it queues what it gets
             await asyncio.sleep(0.02)
         prompt = list(start.prompt_token_ids)
         said = self._tokenizer.decode(prompt[:16])
         fault = next((FAULTS[prefix] for prefix in FAULTS if said.startswith(prefix)), None)
         if fault is not None:
-            await out.put(_error(request_id, fault, f"told to fail: {said}"))
+            out.end(_error(recipient, fault, f"told to fail: {said}"))
             return
         if said.startswith(SILENT):
             await asyncio.Event().wait()
@@ -194,19 +194,35 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             start=start,
             max_context_length=self._options.max_context_length,
         )
+        kept = Output(recipient=recipient)
         while not speech.finished:
             if step_s:
                 await asyncio.sleep(step_s)
             if len(speech.ids) == 2 and said.startswith(FAIL_AFTER_TWO):
-                await out.put(_error(request_id, pb.ERROR_CODE_INTERNAL, "told to fail"))
+                out.end(_error(recipient, pb.ERROR_CODE_INTERNAL, "told to fail"))
                 return
-            await out.put(pb.GenerateResponse(request_id=request_id, delta=speech.step()))
+            if not step_s:
+                await asyncio.sleep(0)
+            if start.deliver_at_end:
+                kept.add(*speech.step())
+            else:
+                out.token(recipient, *speech.step())
+        if start.deliver_at_end:
+            out.whole(kept)
         finished = pb.GenerationFinished(
             reason=speech.finished,
             prompt_tokens=len(prompt),
             completion_tokens=len(speech.ids),
+            cached_tokens=self._cached(start),
         )
-        await out.put(pb.GenerateResponse(request_id=request_id, finished=finished))
+        out.end(Ending(recipient=recipient, end=finished))
+
+    def _cached(self, start: pb.StartGeneration) -> int:
+        """All tokens but the last of a prompt that was here before, with the same salt."""
+        seen = (start.cache_salt, tuple(start.prompt_token_ids))
+        cached = len(start.prompt_token_ids) - 1 if seen in self._seen else 0
+        self._seen.add(seen)
+        return cached
 
     async def GetStatus(self, _request: Any, _context: Any) -> pb.GetStatusResponse:
         return pb.GetStatusResponse(
@@ -234,9 +250,8 @@ def _held_back(text: str, stops: Any) -> int:
     return max(lengths, default=0)
 
 
-def _error(request_id: str, code: Any, message: str) -> pb.GenerateResponse:
-    error = pb.GenerationError(code=code, message=message)
-    return pb.GenerateResponse(request_id=request_id, error=error)
+def _error(recipient: Recipient, code: Any, message: str) -> Ending:
+    return Ending(recipient=recipient, end=pb.GenerationError(code=code, message=message))
 
 
 def _options() -> argparse.Namespace:
@@ -251,6 +266,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-context-length", type=int, default=256)
     parser.add_argument("--state", default="ready")
     parser.add_argument("--heartbeats", type=int, default=1, help="0: as older workers, none")
+    parser.add_argument("--columns", type=int, default=1, help="0: as older workers, none")
     parser.add_argument("--tokenizer-digest", default="")
     parser.add_argument("--lease-ttl-s", type=float, default=LEASE_TTL_S)
     return parser.parse_args()

@@ -8,27 +8,31 @@ from hypothesis import strategies as st
 
 from precast.errors import InvalidRequest, PrecastError, WorkerUnavailable
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.gateway.routing.event_queue import MAX_EVENTS, Event, EventQueue
+from services.gateway.routing.event_queue import MAX_EVENTS, Delta, Event, EventQueue
 
 FINISHED = pb.GenerationFinished(reason=pb.FINISH_REASON_STOP, completion_tokens=1)
 SOON_S = 0.02
 
 
-def delta(token: int, text: str | None = None) -> pb.TokenDelta:
+def delta(token: int, text: str | None = None) -> Delta:
     shown = f"{token}," if text is None else text
-    return pb.TokenDelta(
-        token_ids=[token],
+    return Delta(
+        tokens=1,
         text=shown,
         logprobs=[pb.TokenLogprob(token_id=token, logprob=-1.0, text=shown)],
     )
+
+
+def ids_of(delta: Delta) -> list[int]:
+    return [report.token_id for report in delta.logprobs]
 
 
 def never_again(_index: int, _error: PrecastError) -> bool:
     return False
 
 
-def deltas_of(events: list[tuple[int, Event]], index: int = 0) -> list[pb.TokenDelta]:
-    return [e for i, e in events if i == index and isinstance(e, pb.TokenDelta)]
+def deltas_of(events: list[tuple[int, Event]], index: int = 0) -> list[Delta]:
+    return [e for i, e in events if i == index and isinstance(e, Delta)]
 
 
 async def test_events_come_in_order() -> None:
@@ -71,8 +75,8 @@ async def test_a_slow_reader_gets_merged_deltas_and_loses_nothing() -> None:
     assert len(deltas) == MAX_EVENTS
     assert (deltas_of(events, 1), events[-1]) == ([delta(7)], (0, FINISHED))
     assert "".join(event.text for event in deltas) == "".join(f"{n}," for n in range(count))
-    assert [token for event in deltas for token in event.token_ids] == list(range(count))
-    assert [lp.token_id for event in deltas for lp in event.logprobs] == list(range(count))
+    assert sum(event.tokens for event in deltas) == count
+    assert [token for event in deltas for token in ids_of(event)] == list(range(count))
 
 
 async def test_what_shows_nothing_is_held_back_and_lost_without_a_trace() -> None:
@@ -89,8 +93,8 @@ async def test_what_shows_nothing_is_held_back_and_lost_without_a_trace() -> Non
     queue.put(0, delta(2, ""))
     queue.put(0, delta(3, "é"))
     [(_, first)] = await queue.take(SOON_S)
-    assert isinstance(first, pb.TokenDelta)
-    assert (list(first.token_ids), first.text) == ([2, 3], "é")
+    assert isinstance(first, Delta)
+    assert (ids_of(first), first.text) == ([2, 3], "é")
     queue.put(0, delta(4, ""))
     queue.lose(0, WorkerUnavailable("gone"))
     assert await queue.take(SOON_S) == [(0, delta(4, ""))]
@@ -143,6 +147,6 @@ async def _collect(queue: EventQueue, got: list[str]) -> list[int]:
     counts = [0, 0, 0]
     for index, event in await queue.take(0):
         counts[index] += 1
-        if isinstance(event, pb.TokenDelta):
+        if isinstance(event, Delta):
             got[index] += event.text
     return counts

@@ -86,6 +86,9 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ("logprobs", True),
         ("echo", "yes"),
         ("ignore_eos", 1),
+        ("cache_salt", 5),
+        ("cache_salt", ""),
+        ("cache_salt", "x" * 257),
         ("bogus", 1),
     ],
 )

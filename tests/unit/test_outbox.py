@@ -2,26 +2,116 @@
 
 import asyncio
 
+import pytest
+
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.decode_worker.engine.response_buffer import MAX_UNREAD_ENDINGS, Outbox
+from services.decode_worker.engine import response_buffer
+from services.decode_worker.engine.response_buffer import (
+    MAX_UNREAD_ENDINGS,
+    Ending,
+    Outbox,
+    Output,
+    Recipient,
+)
+
+A, B = (Recipient(request_id=name, handle=handle) for name, handle in (("a", 7), ("b", 8)))
+FINISHED = pb.GenerationFinished(reason=pb.FINISH_REASON_STOP)
+FAILED = pb.GenerationError(code=pb.ERROR_CODE_INTERNAL, message="x")
 
 
-async def test_unread_deltas_of_a_request_are_merged_and_precede_its_end() -> None:
-    outbox = Outbox()
-    outbox.delta("a", pb.TokenDelta(token_ids=[1], text="x"))
-    outbox.delta("a", pb.TokenDelta(token_ids=[2], text="y"))
-    outbox.end(pb.GenerateResponse(request_id="a", finished=pb.GenerationFinished()))
+def report(token: int) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=token, logprob=-1.0, text="x" * 50)
+
+
+async def all_of(outbox: Outbox) -> list[pb.GenerateResponse]:
     outbox.close()
-    first, last = [response async for response in outbox.responses()]
+    return [response async for response in outbox.responses()]
+
+
+async def test_unread_tokens_of_a_request_are_merged_and_precede_its_end() -> None:
+    outbox = Outbox()
+    outbox.token(A, 1, "x", None)
+    outbox.token(A, 2, "y", None)
+    outbox.end(Ending(recipient=A, end=FINISHED))
+    first, last = await all_of(outbox)
+    assert first.request_id == last.request_id == "a"
     assert (list(first.delta.token_ids), first.delta.text) == ([1, 2], "xy")
     assert last.WhichOneof("event") == "finished"
+
+
+async def test_columns_have_all_requests_of_a_step_in_one_message() -> None:
+    outbox = Outbox(columns=True)
+    outbox.token(A, 1, "x", None)
+    outbox.token(B, 5, "", report(5))
+    outbox.token(B, 6, "é", report(6))
+    outbox.text(A, "y")
+    outbox.end(Ending(recipient=A, end=FINISHED))
+    outbox.end(Ending(recipient=B, end=FAILED))
+    [message] = await all_of(outbox)
+    step = message.step
+    assert list(step.handles) == [7, 8]
+    assert (list(step.token_counts), list(step.token_ids)) == ([1, 2], [1, 5, 6])
+    assert list(step.texts) == ["xy", "é"]
+    assert [(each.handle, list(each.tokens)) for each in step.logprobs] == [
+        (8, [report(5), report(6)])
+    ]
+    assert [(end.handle, end.WhichOneof("end")) for end in step.ends] == [
+        (7, "finished"),
+        (8, "error"),
+    ]
+
+
+@pytest.mark.parametrize("columns", [True, False])
+async def test_what_is_too_much_for_a_message_is_cut(
+    columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, with the text at its end, and no handle twice in a message."""
+    monkeypatch.setattr(response_buffer, "MAX_COLUMN_BYTES", 10_000)
+    outbox = Outbox(columns=columns)
+    for recipient in (A, B):
+        whole = Output(recipient=recipient)
+        for token in range(1000):
+            whole.add(token, "é", report(token))
+        outbox.whole(whole)
+        outbox.end(Ending(recipient=recipient, end=FINISHED))
+    messages = await all_of(outbox)
+    assert len(messages) > 10
+    assert all(message.ByteSize() < 20_000 for message in messages)
+    ids: dict[int, list[int]] = {7: [], 8: []}
+    texts = {7: "", 8: ""}
+    for message in messages:
+        step = message.step if columns else _as_step(message)
+        assert len(set(step.handles)) == len(step.handles)
+        reports = {each.handle: each.tokens for each in step.logprobs}
+        rest = list(step.token_ids)
+        for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
+            mine, rest = rest[:count], rest[count:]
+            assert [each.token_id for each in reports.get(handle, ())] == mine
+            ids[handle] += mine
+            assert len(ids[handle]) == 1000 or not text
+            texts[handle] += text
+    assert ids == {7: list(range(1000)), 8: list(range(1000))}
+    assert texts == {7: "é" * 1000, 8: "é" * 1000}
+
+
+def _as_step(message: pb.GenerateResponse) -> pb.StepOutput:
+    handle = {"a": 7, "b": 8}[message.request_id]
+    delta = message.delta
+    return pb.StepOutput(
+        handles=[handle],
+        token_counts=[len(delta.token_ids)],
+        token_ids=delta.token_ids,
+        texts=[delta.text],
+        logprobs=[pb.RequestLogprobs(handle=handle, tokens=delta.logprobs)],
+    )
 
 
 async def test_no_room_until_the_client_reads() -> None:
     outbox = Outbox()
     for number in range(MAX_UNREAD_ENDINGS):
         await asyncio.wait_for(outbox.room(), 5)
-        outbox.end(pb.GenerateResponse(request_id=str(number)))
+        recipient = Recipient(request_id=str(number), handle=0)
+        outbox.end(Ending(recipient=recipient, end=FINISHED))
     waiting = asyncio.create_task(outbox.room())
     await asyncio.sleep(0)
     assert not waiting.done()

@@ -582,6 +582,39 @@ def test_a_prompt_that_was_there_before_is_not_computed_again() -> None:
     assert ints(step.message.context_lens) == [14]
 
 
+def test_two_salts_share_nothing() -> None:
+    """Neither with each other nor with what has none; the same salt does."""
+    scheduler = make(blocks=64, max_batch_size=8, prefill_chunk=64)
+    cached = []
+    for salt in ("", "a", "b", "\u00e9", "a", "", "b"):
+        one = sequence(f"{len(cached)}", prompt=14, max_tokens=1)
+        one.cache_salt = salt
+        scheduler.add(one)
+        run(scheduler)
+        cached.append(one.cached)
+    assert cached == [0, 0, 0, 0, 12, 12, 12]
+
+
+def test_two_salts_share_nothing_while_both_run() -> None:
+    scheduler = make(blocks=64, max_batch_size=8, prefill_chunk=64)
+    ones = [sequence(f"n{number}", prompt=14, max_tokens=1) for number in range(4)]
+    for one, salt in zip(ones, ("a", "b", "a", ""), strict=True):
+        one.cache_salt = salt
+        scheduler.add(one)
+    run(scheduler)
+    assert [one.cached for one in ones] == [0, 0, 12, 0]
+
+
+def test_no_salt_stands_for_another_sequences_tokens() -> None:
+    """A salt that is the bytes of a key, or of tokens, is still a salt."""
+    plain = sequence("plain", prompt=8)
+    for salt in (ints_bytes(1, 2, 3, 4).decode(), "\0"):
+        one = sequence("one", prompt=8)
+        one.cache_salt = salt
+        keys = {one.block_key(index, BLOCK) for index in range(2)}
+        assert keys.isdisjoint(plain.block_key(index, BLOCK) for index in range(2))
+
+
 def test_kept_blocks_go_before_anyone_waits() -> None:
     scheduler = make(blocks=8, max_context_length=32)
     scheduler.add(sequence("first", prompt=20, max_tokens=1))

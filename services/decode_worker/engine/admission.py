@@ -20,6 +20,7 @@ MAX_BIAS: Final = 100.0
 MAX_BIAS_ENTRIES: Final = 1 << 16
 """Half a megabyte to the rank. Vocabularies may be larger, but no client names them all."""
 MAX_REPETITION: Final = 100.0
+MAX_CACHE_SALT: Final = 256
 
 
 def make_sequence(
@@ -37,6 +38,8 @@ def make_sequence(
         raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
     _check_prompt(start, vocab_size)
     _check_stop(start.stop)
+    if len(start.cache_salt) > MAX_CACHE_SALT:
+        raise InvalidRequest(f"cache_salt has more than {MAX_CACHE_SALT} characters")
     stop_ids = frozenset(start.stop.stop_token_ids)
     return Sequence(
         request_id=request_id,
@@ -44,6 +47,7 @@ def make_sequence(
         sampling=_sampling(start, vocab_size),
         max_tokens=start.stop.max_tokens,
         stop_token_ids=stop_ids if start.stop.ignore_eos else stop_ids | eos_token_ids,
+        cache_salt=start.cache_salt,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
-from services.decode_worker.engine.response_buffer import Outbox
+from services.decode_worker.engine.response_buffer import Ending, Outbox, Output, Recipient
 from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.ranks.protocol import Logprobs
 
@@ -14,6 +14,7 @@ from services.decode_worker.ranks.protocol import Logprobs
 @dataclass(kw_only=True)
 class Request:
     sequence: Sequence
+    recipient: Recipient
     detokenizer: Detokenizer
     tokens: TokenTable
     outbox: Outbox
@@ -21,8 +22,14 @@ class Request:
     """Called once with the request's id when it has ended."""
     hidden_token_ids: frozenset[int]
     """End-of-sequence and stop tokens: counted and reported, but not part of the text."""
+    deliver_at_end: bool = False
     completion_tokens: int = 0
     ended: bool = field(default=False, init=False)
+    _kept: Output = field(init=False)
+    """What waits for the end where all is to be delivered then."""
+
+    def __post_init__(self) -> None:
+        self._kept = Output(recipient=self.recipient)
 
     @property
     def request_id(self) -> str:
@@ -33,33 +40,37 @@ class Request:
         self.completion_tokens += 1
         text, stopped = "", False
         if token not in self.hidden_token_ids:
-            text, stopped = self.detokenizer.push([token])
-        delta = pb.TokenDelta(token_ids=[token], text=text)
-        if logprobs is not None:
-            delta.logprobs.append(self._logprob(token, logprobs))
-        self.outbox.delta(self.request_id, delta)
+            text, stopped = self.detokenizer.push_token(token)
+        report = None if logprobs is None else self._logprob(token, logprobs)
+        if self.deliver_at_end:
+            self._kept.add(token, text, report)
+        else:
+            self.outbox.token(self.recipient, token, text, report)
         return stopped
 
     def finish(self, reason: "pb.FinishReason.ValueType", *, flush: bool) -> None:
         """Ends the request; ``flush`` sends text that was held back for a possible stop string."""
         if self.ended:
             return
+        if self._kept.token_ids:
+            self.outbox.whole(self._kept)
         if flush and (rest := self.detokenizer.flush()):
-            self.outbox.delta(self.request_id, pb.TokenDelta(text=rest))
+            self.outbox.text(self.recipient, rest)
         finished = pb.GenerationFinished(
             reason=reason,
             prompt_tokens=len(self.sequence.prompt),
             completion_tokens=self.completion_tokens,
+            cached_tokens=self.sequence.cached,
         )
-        self._end(pb.GenerateResponse(request_id=self.request_id, finished=finished))
+        self._end(finished)
 
     def fail(self, code: "pb.ErrorCode.ValueType", message: str) -> None:
         if not self.ended:
-            self._end(error_response(self.request_id, code, message))
+            self._end(pb.GenerationError(code=code, message=message))
 
-    def _end(self, response: pb.GenerateResponse) -> None:
+    def _end(self, end: pb.GenerationFinished | pb.GenerationError) -> None:
         self.ended = True
-        self.outbox.end(response)
+        self.outbox.end(Ending(recipient=self.recipient, end=end))
         self.on_end(self.request_id)
 
     def _logprob(self, token: int, logprobs: Logprobs) -> pb.TokenLogprob:
@@ -74,11 +85,3 @@ class Request:
             text, token_bytes = self.tokens.shown(other)
             report.top.add(token_id=other, logprob=score, text=text, token_bytes=token_bytes)
         return report
-
-
-def error_response(
-    request_id: str, code: "pb.ErrorCode.ValueType", message: str
-) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        request_id=request_id, error=pb.GenerationError(code=code, message=message)
-    )

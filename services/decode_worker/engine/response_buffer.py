@@ -1,46 +1,105 @@
 """What a Generate stream still has to send.
 
-Deltas of one request that the client has not read yet are merged, and a stream whose ended requests
+What steps give to requests waits here until the stream takes it, all at once: a message for each
+step, or fewer where the client reads slowly, whose steps are merged. A stream whose ended requests
 are not read takes no new ones, so a slow reader costs a bounded amount of memory.
+
+A stream gets columns (``StepOutput``) or, if it didn't ask for them, messages of single requests.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 
 MAX_UNREAD_ENDINGS: Final = 1024
+MAX_COLUMN_BYTES: Final = 8 << 20
+"""Of one message, about; a stream that reads slowly may be behind by more."""
+_FEW_TOKENS: Final = 256
+"""Never too much for one message."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipient:
+    """A request as its stream knows it."""
+
+    request_id: str
+    handle: int
+    """In columns; 0 in a stream without them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Output:
+    """Tokens and text of one request that were not sent yet."""
+
+    recipient: Recipient
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[pb.TokenLogprob] = field(default_factory=list)
+    """None, or one for each token."""
+
+    def add(self, token: int, text: str, logprob: pb.TokenLogprob | None) -> None:
+        self.token_ids.append(token)
+        if text:
+            self.texts.append(text)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+
+    def extend(self, later: "Output") -> None:
+        self.token_ids += later.token_ids
+        self.texts += later.texts
+        self.logprobs += later.logprobs
+
+    @property
+    def size(self) -> int:
+        """Bytes in a message, about."""
+        reports = sum(report.ByteSize() for report in self.logprobs)
+        return 4 * (len(self.token_ids) + sum(map(len, self.texts))) + reports
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How a request has ended."""
+
+    recipient: Recipient
+    end: pb.GenerationFinished | pb.GenerationError
 
 
 class Outbox:
-    def __init__(self) -> None:
-        self._deltas: dict[str, pb.TokenDelta] = {}
-        self._endings: list[pb.GenerateResponse] = []
+    def __init__(self, *, columns: bool = False) -> None:
+        self._columns = columns
+        self._outputs: dict[str, Output] = {}
+        self._endings: list[Ending] = []
         self._heartbeat: pb.Heartbeat | None = None
         self._changed = asyncio.Event()
         self._read = asyncio.Event()
         """Set each time the client has taken what was waiting."""
         self._closed = False
 
-    def delta(self, request_id: str, delta: pb.TokenDelta) -> None:
-        """Adds tokens or text to what waits for this request."""
-        waiting = self._deltas.get(request_id)
-        if waiting is None:
-            self._deltas[request_id] = delta
-        else:
-            waiting.MergeFrom(pb.TokenDelta(token_ids=delta.token_ids, logprobs=delta.logprobs))
-            waiting.text += delta.text
-        self._changed.set()
+    def token(
+        self, recipient: Recipient, token: int, text: str, logprob: pb.TokenLogprob | None
+    ) -> None:
+        """Adds a token, and the text that it completes, to what waits for this request."""
+        self._waiting(recipient).add(token, text, logprob)
+
+    def text(self, recipient: Recipient, text: str) -> None:
+        """Adds text that was held back."""
+        self._waiting(recipient).texts.append(text)
+
+    def whole(self, output: Output) -> None:
+        """Adds all that a request has made, or more of it."""
+        self._waiting(output.recipient).extend(output)
 
     def heartbeat(self, beat: pb.Heartbeat) -> None:
         """Sent before all that waits; in the place of one that was not read yet."""
         self._heartbeat = beat
         self._changed.set()
 
-    def end(self, response: pb.GenerateResponse) -> None:
-        """The last message of a request, sent after its deltas."""
-        self._endings.append(response)
+    def end(self, ending: Ending) -> None:
+        """The last word of a request, sent after its tokens."""
+        self._endings.append(ending)
         self._changed.set()
 
     async def room(self) -> None:
@@ -59,15 +118,104 @@ class Outbox:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            deltas, self._deltas = self._deltas, {}
-            endings, self._endings = self._endings, []
-            beat, self._heartbeat = self._heartbeat, None
-            if beat is not None:
-                yield pb.GenerateResponse(heartbeat=beat)
-            for request_id, delta in deltas.items():
-                yield pb.GenerateResponse(request_id=request_id, delta=delta)
-            for ending in endings:
-                yield ending
+            for response in self._taken():
+                yield response
             self._read.set()
-            if self._closed and not self._deltas and not self._endings:
+            if self._closed and not self._outputs and not self._endings:
                 return
+
+    def _waiting(self, recipient: Recipient) -> Output:
+        waiting = self._outputs.get(recipient.request_id)
+        if waiting is None:
+            waiting = self._outputs[recipient.request_id] = Output(recipient=recipient)
+            self._changed.set()
+        return waiting
+
+    def _taken(self) -> Iterator[pb.GenerateResponse]:
+        """What waits, as messages."""
+        outputs, self._outputs = list(self._outputs.values()), {}
+        endings, self._endings = self._endings, []
+        beat, self._heartbeat = self._heartbeat, None
+        if beat is not None:
+            yield pb.GenerateResponse(heartbeat=beat)
+        if outputs or endings:
+            yield from (_in_columns if self._columns else _one_by_one)(outputs, endings)
+
+
+def _in_columns(
+    outputs: Sequence[Output], endings: Sequence[Ending]
+) -> Iterator[pb.GenerateResponse]:
+    *groups, last = _groups(outputs)
+    for group in groups:
+        yield pb.GenerateResponse(step=_columns(group, ()))
+    yield pb.GenerateResponse(step=_columns(last, endings))
+
+
+def _columns(outputs: Sequence[Output], endings: Sequence[Ending]) -> pb.StepOutput:
+    return pb.StepOutput(
+        handles=[output.recipient.handle for output in outputs],
+        token_counts=[len(output.token_ids) for output in outputs],
+        token_ids=[token for output in outputs for token in output.token_ids],
+        texts=["".join(output.texts) for output in outputs],
+        logprobs=[
+            pb.RequestLogprobs(handle=output.recipient.handle, tokens=output.logprobs)
+            for output in outputs
+            if output.logprobs
+        ],
+        ends=[_request_end(ending) for ending in endings],
+    )
+
+
+def _request_end(ending: Ending) -> pb.RequestEnd:
+    handle, end = ending.recipient.handle, ending.end
+    if isinstance(end, pb.GenerationError):
+        return pb.RequestEnd(handle=handle, error=end)
+    return pb.RequestEnd(handle=handle, finished=end)
+
+
+def _one_by_one(
+    outputs: Sequence[Output], endings: Sequence[Ending]
+) -> Iterator[pb.GenerateResponse]:
+    for piece in (piece for output in outputs for piece in _pieces(output)):
+        delta = pb.TokenDelta(
+            token_ids=piece.token_ids, text="".join(piece.texts), logprobs=piece.logprobs
+        )
+        yield pb.GenerateResponse(request_id=piece.recipient.request_id, delta=delta)
+    for ending in endings:
+        request_id, end = ending.recipient.request_id, ending.end
+        if isinstance(end, pb.GenerationError):
+            yield pb.GenerateResponse(request_id=request_id, error=end)
+        else:
+            yield pb.GenerateResponse(request_id=request_id, finished=end)
+
+
+def _groups(outputs: Sequence[Output]) -> list[list[Output]]:
+    """Outputs that fit into a message together, at least one group. A handle is once in each."""
+    if sum(len(output.token_ids) for output in outputs) <= _FEW_TOKENS:
+        return [list(outputs)]
+    groups: list[list[Output]] = [[]]
+    room = MAX_COLUMN_BYTES
+    for piece in (piece for output in outputs for piece in _pieces(output)):
+        room -= piece.size
+        if groups[-1] and (room < 0 or groups[-1][-1].recipient == piece.recipient):
+            groups.append([])
+            room = MAX_COLUMN_BYTES - piece.size
+        groups[-1].append(piece)
+    return groups
+
+
+def _pieces(output: Output) -> Iterator[Output]:
+    """The output, cut where its tokens are too much for one message; text comes with the last."""
+    count = -(-output.size // MAX_COLUMN_BYTES)
+    if count <= 1 or not output.token_ids:
+        yield output
+        return
+    each = -(-len(output.token_ids) // count)
+    for start in range(0, len(output.token_ids), each):
+        stop = start + each
+        yield Output(
+            recipient=output.recipient,
+            token_ids=output.token_ids[start:stop],
+            texts=output.texts if stop >= len(output.token_ids) else [],
+            logprobs=output.logprobs[start:stop],
+        )

@@ -2,9 +2,12 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from blake3 import blake3
+
+_SALT_CONTEXT: Final = "precast prefix cache salt"
 
 
 class FinishReason(enum.Enum):
@@ -48,6 +51,8 @@ class Sequence:
     sampling: SamplingSpec
     max_tokens: int
     stop_token_ids: frozenset[int]
+    cache_salt: str = ""
+    """Blocks are shared only with sequences of the same one."""
     output: list[int] = field(default_factory=list)
     drawing: int = 0
     """Tokens that steps under way draw: they follow the output, and are not known yet."""
@@ -93,11 +98,19 @@ class Sequence:
         return self.prompt[start:stop] + self.output[: max(0, stop - split)]
 
     def block_key(self, index: int, block_size: int) -> bytes:
-        """What a whole block's keys and values depend on: its tokens and all before them."""
+        """What a whole block's keys and values depend on: its tokens and all before them; and the
+        salt."""
         assert (index + 1) * block_size <= self.known, "a token of the block is still being drawn"
         while len(self._keys) <= index:
             start = len(self._keys) * block_size
             tokens = np.array(self.tokens(start, start + block_size), dtype=np.int32)
-            before = self._keys[-1] if self._keys else b""
+            before = self._keys[-1] if self._keys else self._root()
             self._keys.append(blake3(before + tokens.tobytes()).digest())
         return self._keys[index]
+
+    def _root(self) -> bytes:
+        """What the first block's key begins with. Derived, so that no salt can be made up that
+        stands for another sequence's tokens."""
+        if not self.cache_salt:
+            return b""
+        return blake3(self.cache_salt.encode(), derive_key_context=_SALT_CONTEXT).digest()

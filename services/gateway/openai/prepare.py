@@ -45,6 +45,7 @@ class Plan:
     """Every chunk of a stream carries the usage up to it."""
     prompt_tokens: int
     """Of all prompts, each counted once."""
+    choices_per_prompt: int
     open_ended: bool = False
     """No number of tokens was asked for: a worker that can hold the prompts gives what its context
     has left."""
@@ -91,6 +92,7 @@ class Planner:
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             prompt_tokens=sum(map(len, prompts)),
+            choices_per_prompt=body.choices_per_prompt,
             open_ended=body.max_tokens is None,
             tokenizer_digest=tokenizer.digest,
         )
@@ -115,6 +117,7 @@ class Planner:
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             prompt_tokens=len(ids),
+            choices_per_prompt=count,
             open_ended=(body.max_completion_tokens or body.max_tokens) is None,
             tokenizer_digest=tokenizer.digest,
         )
@@ -257,6 +260,8 @@ def _start(
         sampling=_sampling(body, choice),
         stop=stop,
         logprobs=logprobs,
+        deliver_at_end=not body.stream,
+        cache_salt=body.cache_salt or "",
     )
 
 

@@ -13,10 +13,22 @@ def encode(body: Struct) -> bytes:
     return _encoder.encode(body)
 
 
+def encode_text(text: str) -> bytes:
+    """A JSON string as UTF-8, in its quotes."""
+    return _encoder.encode(text)
+
+
+class PromptTokensDetails(Struct, frozen=True, kw_only=True):
+    cached_tokens: int
+    """Of the prompts' tokens: those that were computed for an earlier request."""
+
+
 class Usage(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    """Once the choices have finished."""
 
 
 class CompletionLogprobs(Struct, frozen=True, kw_only=True):

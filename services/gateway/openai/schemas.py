@@ -110,6 +110,9 @@ class _Sampling(_Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: LogitBias = {}
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
+    """Extension: what is cached of a prompt is shared only by requests of the same salt, so that
+    nobody can tell from a first token's time what others have sent."""
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -10,10 +10,9 @@ the way that the connection is alive.
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
-from msgspec import Struct
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -23,10 +22,11 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
 from services.gateway.openai.errors import ApiError
-from services.gateway.openai.formats import Choice, make_format, usage_of
+from services.gateway.openai.events import DONE, WAITING
+from services.gateway.openai.formats import Choice, make_format, total_usage
 from services.gateway.openai.prepare import Plan
-from services.gateway.openai.responses import encode
-from services.gateway.routing.event_queue import Event
+from services.gateway.openai.responses import Usage, encode
+from services.gateway.routing.event_queue import Delta, Event
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.serving import Generation
 
@@ -34,8 +34,6 @@ log = get_logger(__name__)
 
 WAITING_S: Final = 5.0
 """How long a stream may be silent before it says that it waits."""
-_DONE: Final = b"data: [DONE]\n\n"
-_WAITING: Final = b": waiting\n\n"
 _LAST_WORDS_S: Final = 5.0
 """How long a client may take to read the error that ends its stream."""
 _SSE_HEADERS: Final = [
@@ -133,7 +131,7 @@ class GenerationResponse(Response):
                     watch.see(index, event)
                     running -= isinstance(event, pb.GenerationFinished)
                 await answer.show(events)
-        await answer.end(watch.completion_tokens)
+        await answer.end(total_usage(plan, watch.ends))
 
     def _generation(self) -> Generation:
         plan = self._plan
@@ -152,8 +150,8 @@ class _Answer(Protocol):
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
         """What has come; nothing for a while if it is empty."""
 
-    async def end(self, tokens: int) -> None:
-        """All choices have finished, with so many tokens."""
+    async def end(self, usage: Usage) -> None:
+        """All choices have finished."""
 
 
 class _Whole:
@@ -166,13 +164,12 @@ class _Whole:
 
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
         for index, event in events:
-            if isinstance(event, pb.TokenDelta):
+            if isinstance(event, Delta):
                 self._choices[index].add(event)
             else:
                 self._choices[index].finished = event
 
-    async def end(self, tokens: int) -> None:
-        usage = usage_of(self._plan, tokens)
+    async def end(self, usage: Usage) -> None:
         body = encode(make_format(self._plan).whole(self._choices, usage))
         length = (b"content-length", b"%d" % len(body))
         await self._sender.start(200, [*_json_headers(), length])
@@ -189,26 +186,22 @@ class _Stream:
         self._opened: set[int] = set()
 
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
-        data = b"".join(b"data: %b\n\n" % encode(c) for e in events for c in self._chunks(*e))
+        data = b"".join([self._event(index, event) for index, event in events])
         if data or not events:
-            await self._send(data or _WAITING)
+            await self._send(data or WAITING)
 
-    async def end(self, tokens: int) -> None:
-        total = b""
-        if self._plan.include_usage:
-            shown = self._format.totals(usage_of(self._plan, tokens))
-            total = b"data: %b\n\n" % encode(shown)
-        await self._sender.body(total + _DONE, more=False)
+    async def end(self, usage: Usage) -> None:
+        total = self._format.totals(usage) if self._plan.include_usage else b""
+        await self._sender.body(total + DONE, more=False)
 
-    def _chunks(self, index: int, event: Event) -> Iterator[Struct]:
+    def _event(self, index: int, event: Event) -> bytes:
+        opening = b""
         if index not in self._opened:
             self._opened.add(index)
-            if (opening := self._format.opening(index)) is not None:
-                yield opening
+            opening = self._format.opening(index)
         if isinstance(event, pb.GenerationFinished):
-            yield self._format.closing(index, event)
-        elif (chunk := self._format.delta(index, event)) is not None:
-            yield chunk
+            return opening + self._format.closing(index, event)
+        return opening + self._format.delta(index, event)
 
     async def _send(self, data: bytes) -> None:
         if not self._sender.started:
@@ -217,27 +210,35 @@ class _Stream:
 
 
 class _TokenWatch:
-    """Measures times to and between tokens, and counts them."""
+    """Measures a stream's times to and between tokens, and counts tokens."""
 
     def __init__(self, plan: Plan, metrics: Metrics, started: float) -> None:
         self._started = started
         self._last: dict[int, float] = {}
-        self.completion_tokens = 0
-        """Of the choices that have finished."""
-        self._first_token = metrics.first_token_seconds.labels(plan.model)
-        self._inter_token = metrics.inter_token_seconds.labels(plan.model)
+        self._timed = plan.stream
+        self._ends: dict[int, pb.GenerationFinished] = {}
+        self._first_token = metrics.first_token_seconds.of(plan.model)
+        self._inter_token = metrics.inter_token_seconds.of(plan.model)
         self._counter = metrics.completion_tokens.labels(plan.model)
         metrics.prompt_tokens.labels(plan.model).inc(plan.prompt_tokens)
 
+    @property
+    def ends(self) -> list[pb.GenerationFinished]:
+        """Of the choices that have finished, in their order."""
+        return [self._ends[index] for index in sorted(self._ends)]
+
     def see(self, index: int, event: Event) -> None:
         if isinstance(event, pb.GenerationFinished):
-            self.completion_tokens += event.completion_tokens
+            self._ends[index] = event
             self._counter.inc(event.completion_tokens)
-            return
+        elif self._timed:
+            self._time(index, event.tokens)
+
+    def _time(self, index: int, tokens: int) -> None:
         now = time.monotonic()
         last = self._last.get(index)
-        if last is not None:
-            self._inter_token.observe((now - last) / max(1, len(event.token_ids)))
+        if last is not None and tokens:
+            self._inter_token.observe((now - last) / tokens, tokens)
         elif not self._last:
             self._first_token.observe(now - self._started)
         self._last[index] = now

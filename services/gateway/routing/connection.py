@@ -1,12 +1,14 @@
 """The connection to one worker: a stream that is kept open, and that all its requests share.
 
-One task reads the stream and puts each event straight into the queue of its request. A stream that
-breaks ends with an error, or begins anew elsewhere, every request on it; another is opened at once,
-then with growing pauses. The worker's heartbeats come on the stream: one that has sent nothing for
-``SILENCE_S`` is taken for hung and disconnected, although its connection looks sound.
+One task reads the stream. A message has what a step gave to all its requests; each gets its part
+straight into its queue. A stream that breaks ends with an error, or begins anew elsewhere, every
+request on it; another is opened at once, then with growing pauses. The worker's heartbeats come on
+the stream: one that has sent nothing for ``SILENCE_S`` is taken for hung and disconnected, although
+its connection looks sound.
 """
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import Callable
@@ -22,9 +24,9 @@ from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUn
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.rpc.server import HEARTBEATS, open_channel
+from precast.rpc.server import COLUMNS, HEARTBEATS, open_channel
 from precast.system.backoff import Backoff
-from services.gateway.routing.event_queue import EventQueue
+from services.gateway.routing.event_queue import Delta, EventQueue
 
 log = get_logger(__name__)
 
@@ -34,6 +36,7 @@ SILENCE_S: Final = 6.0
 RECONNECT: Final = Backoff(first_s=0.1, max_s=1.0)
 _TICK_S: Final = 1.0
 _MAX_UNSENT: Final = 4096
+_HANDLE_MASK: Final = 2**32 - 1
 _ERRORS: Final[dict[int, type[PrecastError]]] = {
     pb.ERROR_CODE_INVALID_ARGUMENT: errors.InvalidRequest,
     pb.ERROR_CODE_MODEL_NOT_FOUND: errors.ModelNotFound,
@@ -72,8 +75,11 @@ class WorkerConnection:
         self._on_heartbeat = on_heartbeat
         self._on_change = on_change
         self._on_end = on_end
-        self._places: dict[str, Place] = {}
-        """By request id."""
+        self._places: dict[int, Place] = {}
+        """By handle."""
+        self._handles = itertools.count(1)
+        self._name = uuid.uuid4().hex
+        """What the ids of its requests begin with."""
         self._unsent: asyncio.Queue[pb.GenerateRequest] = asyncio.Queue(_MAX_UNSENT)
         self._heard = 0.0
         self._beats = False
@@ -85,21 +91,28 @@ class WorkerConnection:
         self._hurry = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"worker {address}")
 
-    def send(self, start: pb.StartGeneration, place: Place) -> str:
-        """Begin a request; returns its id. Raises ``WorkerUnreachable`` or ``Overloaded``."""
+    def send(self, start: pb.StartGeneration, place: Place) -> int:
+        """Begin a request; returns its handle, for ``forget``.
+
+        Raises ``WorkerUnreachable`` or ``Overloaded``.
+        """
         if not self.up:
             raise WorkerUnreachable(f"The worker at {self.address} can't be reached.")
-        request_id = uuid.uuid4().hex
-        self._put(pb.GenerateRequest(request_id=request_id, start=start))
-        self._places[request_id] = place
-        return request_id
+        handle = next(self._handles) & _HANDLE_MASK
+        request_id = self._request_id(handle)
+        self._put(pb.GenerateRequest(request_id=request_id, handle=handle, start=start))
+        self._places[handle] = place
+        return handle
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, handle: int) -> None:
         """Nobody waits for the request: free its slot at the worker if it still runs."""
-        if self._pop(request_id) is None:
+        if self._pop(handle) is None:
             return
+        abort = pb.GenerateRequest(
+            request_id=self._request_id(handle), handle=handle, abort=pb.AbortGeneration()
+        )
         with suppress(Overloaded):  # it doesn't read at all, and won't be kept for long
-            self._put(pb.GenerateRequest(request_id=request_id, abort=pb.AbortGeneration()))
+            self._put(abort)
 
     def hurry(self) -> None:
         """There is news of the worker: connect now if a pause was being made."""
@@ -112,8 +125,11 @@ class WorkerConnection:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def _pop(self, request_id: str) -> Place | None:
-        place = self._places.pop(request_id, None)
+    def _request_id(self, handle: int) -> str:
+        return f"{self._name}-{handle}"
+
+    def _pop(self, handle: int) -> Place | None:
+        place = self._places.pop(handle, None)
         if place is not None:
             self._on_end()
         return place
@@ -151,7 +167,7 @@ class WorkerConnection:
     async def _stream(self, channel: grpc.aio.Channel) -> None:
         # grpc's stubs don't know that an aio channel makes the stub's calls aio calls
         stub: Any = DecodeServiceStub(channel)
-        call = stub.Generate(metadata=[HEARTBEATS])
+        call = stub.Generate(metadata=[HEARTBEATS, COLUMNS])
         self._unsent = asyncio.Queue(_MAX_UNSENT)
         self._beats, self._heard = False, time.monotonic()
         self.up, self.met, self._failures = True, True, 0
@@ -172,20 +188,50 @@ class WorkerConnection:
 
     async def _read(self, call: Any) -> None:
         """The loop that every token passes."""
-        places = self._places
         async for response in call:
             self._heard = time.monotonic()
             event = response.WhichOneof("event")
-            if event == "heartbeat":
+            if event == "step":
+                self._step(response.step)
+            elif event == "heartbeat":
                 self._beats = True
                 self._on_heartbeat(response.heartbeat)
-            elif (place := places.get(response.request_id)) is None:
-                continue  # it was aborted meanwhile
-            elif event == "delta":
-                place.queue.put(place.index, response.delta)
             else:
-                self._pop(response.request_id)
-                _end(place, response)
+                self._single(response)
+
+    def _step(self, step: pb.StepOutput) -> None:
+        """Hand out what a step has made."""
+        reports = {one.handle: one.tokens for one in step.logprobs} if step.logprobs else {}
+        places = self._places
+        for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
+            place = places.get(handle)  # None: it was aborted meanwhile
+            if place is not None:
+                place.queue.put(
+                    place.index, Delta(tokens=count, text=text, logprobs=reports.get(handle, ()))
+                )
+        for ended in step.ends:
+            self._end(ended.handle, ended.finished if ended.HasField("finished") else ended.error)
+
+    def _single(self, response: pb.GenerateResponse) -> None:
+        """An event of one request, of a worker that knows no columns."""
+        handle = int(response.request_id.rpartition("-")[2])
+        if response.HasField("delta"):
+            if (place := self._places.get(handle)) is not None:
+                place.queue.put(place.index, _delta(response.delta))
+        else:
+            self._end(handle, response.error if response.HasField("error") else response.finished)
+
+    def _end(self, handle: int, end: pb.GenerationFinished | pb.GenerationError) -> None:
+        """The last event of a request."""
+        if (place := self._pop(handle)) is None:
+            return
+        if isinstance(end, pb.GenerationError):
+            place.queue.lose(place.index, _ERRORS.get(end.code, PrecastError)(end.message))
+        elif end.reason == pb.FINISH_REASON_ABORTED:
+            # We didn't ask for it while somebody waits, so the worker gave the request up.
+            place.queue.lose(place.index, WorkerUnavailable("The worker aborted the request."))
+        else:
+            place.queue.finish(place.index, end)
 
     async def _write(self, call: Any) -> None:
         unsent = self._unsent
@@ -217,22 +263,14 @@ class WorkerConnection:
         if not self.up:
             return
         self.up = False
-        for request_id in list(self._places):
-            if (place := self._pop(request_id)) is not None:
+        for handle in list(self._places):
+            if (place := self._pop(handle)) is not None:
                 place.queue.lose(place.index, self._lost)
         self._on_change()
 
 
-def _end(place: Place, response: pb.GenerateResponse) -> None:
-    """The last message of a request."""
-    if response.WhichOneof("event") == "error":
-        kind = _ERRORS.get(response.error.code, PrecastError)
-        place.queue.lose(place.index, kind(response.error.message))
-    elif response.finished.reason == pb.FINISH_REASON_ABORTED:
-        # We didn't ask for it while somebody waits, so the worker gave the request up.
-        place.queue.lose(place.index, WorkerUnavailable("The worker aborted the request."))
-    else:
-        place.queue.finish(place.index, response.finished)
+def _delta(single: pb.TokenDelta) -> Delta:
+    return Delta(tokens=len(single.token_ids), text=single.text, logprobs=single.logprobs)
 
 
 async def connect(address: str) -> grpc.aio.Channel:

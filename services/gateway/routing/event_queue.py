@@ -9,15 +9,33 @@ choice was shown, another worker can begin it anew.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from precast.errors import PrecastError
-from precast.proto.decode.v1.decode_service_pb2 import GenerationFinished, TokenDelta
+from precast.proto.decode.v1.decode_service_pb2 import GenerationFinished, TokenLogprob
 
 MAX_EVENTS: Final = 64
 
-Event = TokenDelta | GenerationFinished
+
+@dataclass(kw_only=True, slots=True)
+class Delta:
+    """Tokens of a choice, and the text that they complete. Later ones may be added to it."""
+
+    tokens: int
+    text: str
+    logprobs: Sequence[TokenLogprob] = ()
+    """None, or one for each token."""
+
+    def add(self, later: "Delta") -> None:
+        self.tokens += later.tokens
+        self.text += later.text
+        if later.logprobs:
+            self.logprobs = [*self.logprobs, *later.logprobs]
+
+
+Event = Delta | GenerationFinished
 
 
 class EventQueue:
@@ -28,10 +46,10 @@ class EventQueue:
         true means that it is begun anew."""
         self._on_lost = on_lost
         self._ready: list[tuple[int, Event]] = []
-        self._held: list[TokenDelta | None] = [None] * choices
+        self._held: list[Delta | None] = [None] * choices
         """What each choice has received that shows nothing yet."""
         self._shown = [False] * choices
-        self._waiting: list[list[TokenDelta]] = [[] for _ in range(choices)]
+        self._waiting: list[list[Delta]] = [[] for _ in range(choices)]
         """The deltas in ``_ready``, by choice."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -39,11 +57,11 @@ class EventQueue:
         """When the reader has waited long enough (loop's clock, s)."""
         self._timer: asyncio.TimerHandle | None = None
 
-    def put(self, index: int, delta: TokenDelta) -> None:
+    def put(self, index: int, delta: Delta) -> None:
         if not self._shown[index]:
             held = self._held[index]
             if held is not None:
-                _append(held, delta)
+                held.add(delta)
                 delta = held
             self._shown[index] = bool(delta.text)
             self._held[index] = None if delta.text else delta
@@ -85,10 +103,10 @@ class EventQueue:
             raise self._error
         return taken
 
-    def _add(self, index: int, delta: TokenDelta) -> None:
+    def _add(self, index: int, delta: Delta) -> None:
         waiting = self._waiting[index]
         if len(waiting) >= MAX_EVENTS:
-            _append(waiting[-1], delta)
+            waiting[-1].add(delta)
             return
         waiting.append(delta)
         self._ready.append((index, delta))
@@ -126,9 +144,3 @@ class EventQueue:
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
-
-
-def _append(target: TokenDelta, addition: TokenDelta) -> None:
-    text = target.text + addition.text
-    target.MergeFrom(addition)
-    target.text = text

@@ -123,8 +123,8 @@ class WorkerPool:
             return usable[choice.worker_id]
         raise self._none_serves(model)
 
-    def send(self, worker: Worker, start: StartGeneration, place: Place) -> str:
-        """Begin a request there; returns its id, for ``worker.connection.forget``.
+    def send(self, worker: Worker, start: StartGeneration, place: Place) -> int:
+        """Begin a request there; returns its handle, for ``worker.connection.forget``.
 
         Raises ``WorkerUnreachable`` or ``Overloaded``.
         """

@@ -117,11 +117,11 @@ class Worker:
         digests = {tokenizer_digest, self.lease.tokenizer_digest} - {""}
         return len(digests) < 2
 
-    def send(self, sequence: int, start: pb.StartGeneration, place: Place) -> str:
-        """Begin a request; returns its id. Raises ``WorkerUnreachable`` or ``Overloaded``."""
-        request_id = self.connection.send(start, place)
+    def send(self, sequence: int, start: pb.StartGeneration, place: Place) -> int:
+        """Begin a request; returns its handle. Raises ``WorkerUnreachable`` or ``Overloaded``."""
+        handle = self.connection.send(start, place)
         self.load.reserve(sequence)
-        return request_id
+        return handle
 
     async def close(self, reason: PrecastError | None = None) -> None:
         await self.connection.close(reason)

@@ -1,0 +1,28 @@
+"""Server-sent events. One that only brings text is joined from pieces that were made before."""
+
+from typing import Final
+
+from msgspec import Struct
+
+from services.gateway.openai.responses import encode, encode_text
+
+DONE: Final = b"data: [DONE]\n\n"
+WAITING: Final = b": waiting\n\n"
+"""A comment, which clients ignore."""
+MARK: Final = "mark"
+"""The text in the chunk that ``TextEvents`` is made from."""
+
+
+def event(chunk: Struct) -> bytes:
+    return b"data: %b\n\n" % encode(chunk)
+
+
+class TextEvents:
+    """Events of one choice that differ in their text alone."""
+
+    def __init__(self, chunk: Struct) -> None:
+        """``chunk`` has ``MARK`` as its text, and no text of a client's after it."""
+        self._before, _, self._after = event(chunk).rpartition(encode_text(MARK))
+
+    def event(self, text: str) -> bytes:
+        return self._before + encode_text(text) + self._after
