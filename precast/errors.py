@@ -15,6 +15,7 @@
     ├── UnsupportedArchitecture   a model folder of an architecture that Precast doesn't have
     ├── ArtifactRejected          digest, signature or format of a graph artifact is wrong
     ├── CaptureFailed             a graph could not be captured, or differs from eager
+    ├── WrongState                what was asked for doesn't fit how things stand now
     ├── Overloaded                a queue is full; another worker may take the request
     ├── Unavailable               a part that is needed can't be reached now; retrying may help
     │   ├── RegistryUnavailable   Redis
@@ -80,6 +81,10 @@ class ArtifactRejected(PrecastError):
 
 class CaptureFailed(PrecastError):
     """A graph could not be captured in its limits, or its output differs from eager's."""
+
+
+class WrongState(PrecastError):
+    """What was asked for doesn't fit how things stand. It may be right once that has changed."""
 
 
 class Overloaded(PrecastError):

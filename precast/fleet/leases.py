@@ -52,7 +52,8 @@ def _connectable(text: str) -> str:
     return text
 
 
-WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+WORKER_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+WorkerId = Annotated[str, Field(pattern=WORKER_ID)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{0,64}$")]
 WorkerAddress = Annotated[str, AfterValidator(_connectable)]
@@ -224,9 +225,9 @@ class Registry:
         at, scanned = self._scanned.get(kind, (float("-inf"), frozenset()))
         if time.monotonic() - at >= SCAN_INTERVAL_S:
             found = self._client.scan_iter(match=_key(kind, "*"), count=1000)
-            scanned = frozenset([_text(key) async for key in found])
+            scanned = frozenset([text(key) async for key in found])
             self._scanned[kind] = time.monotonic(), scanned
-        return sorted({_key(kind, _text(member)) for member in members} | scanned)[:MAX_LEASES]
+        return sorted({_key(kind, text(member)) for member in members} | scanned)[:MAX_LEASES]
 
     async def _forget(self, kind: str, expired: list[str]) -> None:
         """Take expired leases out of the set. One that comes back meanwhile is put in again by its
@@ -259,7 +260,7 @@ class Registry:
         log.warning("lease ignored", key=key[:200], reason=reason)
 
 
-def _text(name: bytes | str) -> str:
+def text(name: bytes | str) -> str:
     return name.decode(errors="replace") if isinstance(name, bytes) else name
 
 

@@ -73,6 +73,7 @@ _CHANNEL_OPTIONS: Final = [
 STATUS_OF_ERROR: Final[Sequence[tuple[type[PrecastError], grpc.StatusCode]]] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.WrongState, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.UnsupportedArchitecture, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.CaptureFailed, grpc.StatusCode.FAILED_PRECONDITION),

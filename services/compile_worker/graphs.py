@@ -18,7 +18,7 @@ from precast.errors import (
     RegistryUnavailable,
 )
 from precast.fleet.queue.job import Job, Stage, new_job
-from precast.fleet.queue.queue import CaptureQueue
+from precast.fleet.queue.queue import LAPSED, CaptureQueue
 from precast.graphs.artifacts.manifest import Manifest, encode_manifest, file_digest
 from precast.graphs.artifacts.signing import Signer
 from precast.graphs.artifacts.store import ArtifactStore, StoredArtifact, VersionExists
@@ -101,13 +101,25 @@ class Graphs:
         }
         return [states[i] for i in range(len(wanted))]
 
+    def keys(self, specs: Iterable[Mapping[str, str]]) -> list[str]:
+        """The keys of graphs that this worker would make. Raises ``UnsupportedSpec``."""
+        return [graph_key(self._check(factors), self.build) for factors in specs]
+
+    async def known(self, key: str) -> GraphRecord | None:
+        """What there is to tell of a graph."""
+        return (
+            await self.versions.record(key)
+            or self.index.get(key)
+            or await self.versions.barred(key)
+        )
+
     async def recapture(self, record: GraphRecord) -> Job:
         """Queue a further version of a known graph, whatever became of the ones before.
 
         A capture that is under way already counts, unless it is just ending.
         """
         for _ in range(ENDING_POLLS):
-            job = await self._enqueue(record, await self._next_version(record.key))
+            job = await self._enqueue(record, await self._next_version(record.key), kept=True)
             ending = job.version <= await self.last_version(record.key)
             if not ending and (record.phase is not Phase.FAILED or not job.started_at):
                 break
@@ -165,6 +177,12 @@ class Graphs:
         """A capture was cancelled: for a while it is not begun again because a worker misses it."""
         record = self._record(job)
         await self._unsuccessful(record, "capture was cancelled", record.failures, CANCEL_HOLD_S)
+
+    async def lapsed(self, job: Job) -> None:
+        """Nobody wants a capture any more; whoever asks next has it queued again."""
+        log.info("capture lapsed", key=job.key, num_tokens=job.num_tokens)
+        record = self._record(job)
+        await self._unsuccessful(record, LAPSED, record.failures, 0.0)
 
     async def publish(self, job: Job, report: CaptureReport, graph: Path) -> None:
         """Sign and publish what a capture made. If another process was first, its artifact
@@ -282,7 +300,9 @@ class Graphs:
             marks |= {*record.lifecycle.marks, record.version}
         return max(await self.last_version(key), *marks, 0) + 1
 
-    async def _enqueue(self, record: GraphRecord, version: int, urgency: int = 0) -> Job:
+    async def _enqueue(
+        self, record: GraphRecord, version: int, urgency: int = 0, *, kept: bool = False
+    ) -> Job:
         job = new_job(
             record.key,
             record.factors,
@@ -290,7 +310,7 @@ class Graphs:
             version=version,
             models=record.models,
         )
-        return await self.queue.enqueue(job, urgency=urgency)
+        return await self.queue.enqueue(job, urgency=urgency, kept=kept)
 
     async def _unsuccessful(
         self, record: GraphRecord, error: str, failures: int, wait_s: float

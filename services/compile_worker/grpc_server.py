@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest
+from precast.fleet.queue.asks import Asks
 from precast.fleet.queue.job import Job
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.key import check_key
@@ -14,6 +15,7 @@ from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.rpc.server import Service
+from services.compile_worker.admission import Admission
 from services.compile_worker.catalog.entry import GraphRecord
 from services.compile_worker.convert import (
     STAGES,
@@ -58,6 +60,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         self._graphs = graphs
         self._canaries = canaries
         self._handouts = Handouts(registry=canaries.registry)
+        self._admission = Admission(graphs=graphs, asks=Asks(registry=canaries.registry))
         self._metrics = metrics
 
     async def RequestGraphs(
@@ -67,7 +70,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
             raise InvalidRequest(f"{len(request.specs)} specs in one request; {MAX_SPECS} may be")
         specs = [dict(spec.factors) for spec in request.specs]
         urgencies = [spec.urgency for spec in request.specs]
-        records = await self._graphs.request(specs, request.model, urgencies)
+        records = await self._admission.request(request.worker_id, specs, request.model, urgencies)
         return graphs_pb.RequestGraphsResponse(states=map(self._state, records))
 
     async def FetchGraph(

@@ -15,6 +15,7 @@ from precast.config.settings import CompileWorkerSettings
 from precast.errors import CaptureFailed, ConfigError, RegistryUnavailable
 from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import CompileLease, Registry
+from precast.fleet.queue.asks import Asks
 from precast.fleet.queue.queue import CaptureQueue
 from precast.graphs.artifacts.open_store import open_store
 from precast.graphs.artifacts.trust import SigningKey, TrustFolder
@@ -175,6 +176,7 @@ async def _work_until_stopped(
             consumer=f"{worker_id}.{number}",
             graphs=graphs,
             queue=graphs.queue,
+            asks=Asks(registry=upkeep.registry),
             server=forks,
             limits=CaptureLimits(
                 timeout_s=settings.capture_timeout_s,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from precast.errors import CaptureFailed, PrecastError, RegistryUnavailable, StoreUnavailable
+from precast.fleet.queue.asks import Asks, Interest
 from precast.fleet.queue.job import Stage, replace_job
 from precast.fleet.queue.queue import RENEW_INTERVAL_S, CaptureQueue, Claim, Hold
 from precast.graphs.artifacts.manifest import GRAPH_FILE
@@ -84,6 +85,7 @@ class Worker:
     """Unique in the fleet."""
     graphs: Graphs
     queue: CaptureQueue
+    asks: Asks
     server: ForkServer
     """Runs captures."""
     limits: CaptureLimits
@@ -102,8 +104,26 @@ class Worker:
                 await asyncio.sleep(_RETRY.wait_s(failures))
                 continue
             failures = 0
-            if claim:
+            if claim and await self._is_wanted(claim):
                 await self._see_through(claim)
+
+    async def _is_wanted(self, claim: Claim) -> bool:
+        """Whether to capture it now: a live worker wants it, or it was asked for by hand.
+
+        Of what is left, a job comes up again while its worker may come back, and lapses then.
+        """
+        try:
+            if await self.queue.is_kept(claim.job.id):
+                return True
+            interest = await self.asks.interest(claim.job.key)
+            if interest is Interest.ABSENT:
+                await self.queue.put_back(claim)
+            elif interest is Interest.NOBODY:
+                await self.queue.lapse(claim)
+                await self.graphs.lapsed(claim.job)
+            return interest is Interest.LIVE
+        except RegistryUnavailable:
+            return False  # the claim ends by itself
 
     async def _see_through(self, claim: Claim) -> None:
         job = claim.job

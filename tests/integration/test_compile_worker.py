@@ -88,15 +88,10 @@ async def test_what_traffic_misses_is_captured_first(tmp_path: Path, redis_url: 
             await client.request(spec(num_tokens=32))
             await asyncio.to_thread(wait_until, lambda: starts(ledger))
             await client.request(*[spec(num_tokens=size) for size in missed])
-            specs = [
-                pb.GraphSpec(factors=spec(num_tokens=size), urgency=count)
-                for size, count in missed.items()
-            ]
-            answer = await client.graphs.RequestGraphs(
-                pb.RequestGraphsRequest(specs=specs), timeout=10
-            )
+            specs = [spec(num_tokens=size) for size in missed]
+            states = await client.request(*specs, urgencies=[*missed.values()])
             (ledger / "open").touch()
-            await client.until([state.key for state in answer.states], PUBLISHED)
+            await client.until([state.key for state in states], PUBLISHED)
     assert [int(size) for _, _, size in starts(ledger)] == [32, 8, 2, 16, 1, 4]
 
 

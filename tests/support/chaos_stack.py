@@ -5,6 +5,7 @@ gateway, and a Redis that may lose everything. Captures are those of ``capture_p
 decode worker that is started again may want graphs of a further set.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from tests.support.capture import BUILD_DIR
 from tests.support.chaos_rank import set_factors
 from tests.support.compile_worker import ROOT, program, starts, wait_until
 from tests.support.gateway_stack import Gateway, Stack
+from tests.support.leases import publish_asker
 from tests.support.models import write_model
 from tests.support.ports import free_port
 
@@ -185,10 +187,12 @@ class Chaos:
             for number in range(self.sets)
             for size in SIZES
         ]
+        asking = publish_asker(self.redis_url, [spec.factors for spec in specs])
+        request = pb.RequestGraphsRequest(specs=specs, worker_id=asyncio.run(asking))
         with grpc.insecure_channel(self.random.choice(self.compile_addresses)) as channel:
             stub: Any = GraphsServiceStub(channel)  # type: ignore[no-untyped-call]
             try:
-                answer = stub.RequestGraphs(pb.RequestGraphsRequest(specs=specs), timeout=timeout_s)
+                answer = stub.RequestGraphs(request, timeout=timeout_s)
             except grpc.RpcError:
                 return []
             return list(answer.states)

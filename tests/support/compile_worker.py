@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.rpc.server import open_channel
 from services.compile_worker.main import CaptureProgram, run
 from tests.support.capture import BUILD_DIR
+from tests.support.leases import publish_asker
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,7 @@ class WorkerProcess:
     address: str
     home: Path
     log: Path
+    redis_url: str
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -108,7 +111,9 @@ def compile_worker(
             stderr=file,
             env={**os.environ, "PRECAST_LOG_FORMAT": "json"},
         )
-    worker = WorkerProcess(process=process, address=address, home=home, log=log)
+    worker = WorkerProcess(
+        process=process, address=address, home=home, log=log, redis_url=redis_url
+    )
     try:
         _wait_until_serving(worker)
         yield worker
@@ -148,10 +153,20 @@ class Client:
 
     graphs: graphs_grpc.GraphsServiceStub
     admin: admin_grpc.AdminServiceStub
+    redis_url: str
 
-    async def request(self, *specs: dict[str, str], model: str = "tiny") -> list[pb.GraphState]:
+    async def request(
+        self, *specs: dict[str, str], model: str = "tiny", urgencies: Sequence[int] = ()
+    ) -> list[pb.GraphState]:
+        """Ask for graphs as a decode worker that wants just these."""
+        worker_id = await publish_asker(self.redis_url, specs)
         message = pb.RequestGraphsRequest(
-            specs=[pb.GraphSpec(factors=spec) for spec in specs], model=model
+            specs=[
+                pb.GraphSpec(factors=spec, urgency=urgency)
+                for spec, urgency in zip_longest(specs, urgencies, fillvalue=0)
+            ],
+            model=model,
+            worker_id=worker_id,
         )
         return list((await self.graphs.RequestGraphs(message, timeout=10)).states)
 
@@ -176,6 +191,7 @@ async def connect(worker: WorkerProcess) -> AsyncIterator[Client]:
         yield Client(
             graphs=graphs_grpc.GraphsServiceStub(channel),
             admin=admin_grpc.AdminServiceStub(channel),
+            redis_url=worker.redis_url,
         )
     finally:
         await channel.close()

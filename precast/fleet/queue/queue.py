@@ -5,7 +5,7 @@ compiled once however many workers ask for it and however many compile workers l
 worker that dies stops renewing: the lease expires and another one claims the job's idle stream
 entry. Jobs travel in one stream per tool chain, so that nobody claims what it would compile
 differently. What traffic needs comes first, by how often it was needed; the rest in the order of
-requests.
+requests. Who holds a claim looks whether anybody still wants the job (``asks.py``).
 
 Redis may lose everything at any moment: holders put their job back when they renew, and workers
 ask again for what they miss. A job names the version that it will publish; publishing it a
@@ -25,12 +25,13 @@ from redis.exceptions import ResponseError
 from precast.errors import JobNotFound, Overloaded
 from precast.fleet.leases import bounded
 from precast.fleet.queue.job import Job, Stage, decode_job, encode_job, replace_job
-from precast.fleet.queue.scripts import CLAIM_URGENT, DROP, ENQUEUE, FINISH, RENEW
+from precast.fleet.queue.scripts import CLAIM_URGENT, DROP, ENQUEUE, FINISH, RELEASE, RENEW
 
 GROUP: Final = "compile"
 LEASE_TTL_S: Final = 5.0
 RENEW_INTERVAL_S: Final = 1.0
 HISTORY: Final = 200
+LAPSED: Final = "no worker wants it any more"
 MAX_URGENCY: Final = 1 << 31
 _GROUP_ERRORS: Final = ("NOGROUP", "BUSYGROUP", "no such key")
 _BLOCK_MS: Final = 500
@@ -39,6 +40,7 @@ _RECORDS: Final = "precast:jobs:records"
 _ACTIVE: Final = "precast:jobs:active"
 _CANCELS: Final = "precast:jobs:cancels"
 _ENDED: Final = "precast:jobs:ended"
+_KEPT: Final = "precast:jobs:kept"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +85,16 @@ class CaptureQueue:
         self._max_queued = max_queued
         self._ttl_ms = int(lease_ttl_s * 1000)
 
-    async def enqueue(self, job: Job, *, urgency: int = 0) -> Job:
+    async def enqueue(self, job: Job, *, urgency: int = 0, kept: bool = False) -> Job:
         """Queue a job, or return the key's active one, which becomes as urgent if it still waits.
 
-        Raises ``Overloaded`` if the queue is full.
+        ``kept``: asked for by hand, so that it never lapses. Raises ``Overloaded`` if the queue is
+        full.
         """
-        verdict, record = await self._eval(
-            ENQUEUE,
-            [self._stream, _RECORDS, _ACTIVE, self._urgent, self._entries],
-            [job.key, job.id, encode_job(job), self._max_queued, min(urgency, MAX_URGENCY)],
-        )
+        keys = [self._stream, _RECORDS, _ACTIVE, self._urgent, self._entries, _KEPT]
+        arguments = [job.key, job.id, encode_job(job), self._max_queued]
+        arguments += [min(urgency, MAX_URGENCY), int(kept)]
+        verdict, record = await self._eval(ENQUEUE, keys, arguments)
         if verdict == b"full":
             raise Overloaded(f"capture queue is full ({self._max_queued} jobs)")
         return decode_job(record) or job
@@ -128,7 +130,7 @@ class CaptureQueue:
         now."""
         job = claim.job
         keys = [self._stream, _RECORDS, _ACTIVE, _CANCELS, _lease(job.key), _ENDED]
-        keys += [self._urgent, self._entries]
+        keys += [self._urgent, self._entries, _KEPT]
         arguments = [claim.token, GROUP, claim.entry, job.id, job.key, encode_job(job), HISTORY]
         return bool(await self._eval(FINISH, keys, arguments))
 
@@ -141,11 +143,26 @@ class CaptureQueue:
         if job.stage.ended:
             return job
         await self._command("HSET", _CANCELS, job_id, "1")
-        token = f"cancel/{job_id}"
-        if await self._lease(job.key, token):  # nobody is at work on it
-            claim = Claim(job=_cancelled(await self.get(job_id)), entry="", token=token)
-            await self.finish(claim)
+        await self._end_waiting(job, "cancelled")
         return await self.get(job_id)
+
+    async def put_back(self, claim: Claim) -> None:
+        """Give up a claim. Its job comes up again after a lease time."""
+        await self._eval(RELEASE, [_lease(claim.job.key)], [claim.token])
+
+    async def lapse(self, claim: Claim) -> None:
+        """End a job that is held here because nobody wants it."""
+        await self.finish(replace(claim, job=_cancelled(claim.job, LAPSED)))
+
+    async def lapse_waiting(self, key: str) -> Job | None:
+        """The same for a key's job that waits, unless it is kept; the job that ended."""
+        job_id = await self._command("HGET", _ACTIVE, key)
+        if job_id is None or await self.is_kept(job_id.decode()):
+            return None
+        return await self._end_waiting(await self.get(job_id.decode()), LAPSED)
+
+    async def is_kept(self, job_id: str) -> bool:
+        return bool(await self._command("SISMEMBER", _KEPT, job_id))
 
     async def get(self, job_id: str) -> Job:
         """Raises ``JobNotFound``."""
@@ -223,9 +240,23 @@ class CaptureQueue:
         )
         claim = Claim(job=job, entry=entry, token=token)
         if await self._command("HEXISTS", _CANCELS, job_id):
-            await self.finish(replace(claim, job=_cancelled(job)))
+            await self.finish(replace(claim, job=_cancelled(job, "cancelled")))
             return None
         return claim
+
+    async def _end_waiting(self, job: Job, detail: str) -> Job | None:
+        """Cancel a job unless somebody is at work on it; the job that ended."""
+        token = f"end/{uuid.uuid4().hex}"
+        if not await self._lease(job.key, token):
+            return None
+        job = await self.get(job.id)  # it may have ended before the lease was ours
+        if job.stage.ended:
+            await self._eval(RELEASE, [_lease(job.key)], [token])
+            return None
+        entry = await self._command("HGET", self._entries, job.id)
+        ended = _cancelled(job, detail)
+        claim = Claim(job=ended, entry=entry.decode() if entry else "", token=token)
+        return ended if await self.finish(claim) else None
 
     async def _lease(self, key: str, token: str) -> bool:
         return bool(await self._command("SET", _lease(key), token, "NX", "PX", self._ttl_ms))
@@ -249,8 +280,8 @@ class CaptureQueue:
         raise group_error
 
 
-def _cancelled(job: Job) -> Job:
-    return replace_job(job, stage=Stage.CANCELLED, detail="cancelled", ended_at=time.time())
+def _cancelled(job: Job, detail: str) -> Job:
+    return replace_job(job, stage=Stage.CANCELLED, detail=detail, ended_at=time.time())
 
 
 def _lease(key: str) -> str:

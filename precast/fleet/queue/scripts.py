@@ -3,13 +3,15 @@
 What they share (``queue.py`` has the names): a stream of job ids, a hash of job records by id,
 a hash of the one active job of each key, a hash of jobs whose cancellation was asked for, a list
 of ended jobs, and a lease for each key that is being captured. A waiting job that traffic needs is
-also in a sorted set by its urgency; a hash names the stream's entry of each waiting job.
+also in a sorted set by its urgency; a hash names the stream's entry of each waiting job, and a set
+has the jobs that were asked for by hand.
 """
 
 from typing import Final
 
 ENQUEUE: Final = """
--- KEYS: stream records active urgent entries   ARGV: key id record max_queued urgency
+-- KEYS: stream records active urgent entries kept
+-- ARGV: key id record max_queued urgency kept
 local urgency = tonumber(ARGV[5])
 local existing = redis.call('HGET', KEYS[3], ARGV[1])
 if existing then
@@ -18,6 +20,7 @@ if existing then
     if urgency > 0 and redis.call('HEXISTS', KEYS[5], existing) == 1 then
       redis.call('ZADD', KEYS[4], 'GT', urgency, existing)
     end
+    if ARGV[6] == '1' then redis.call('SADD', KEYS[6], existing) end
     return {'existing', record}
   end
 end
@@ -27,6 +30,7 @@ redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
 local entry = redis.call('XADD', KEYS[1], '*', 'job', ARGV[2])
 redis.call('HSET', KEYS[5], ARGV[2], entry)
 if urgency > 0 then redis.call('ZADD', KEYS[4], urgency, ARGV[2]) end
+if ARGV[6] == '1' then redis.call('SADD', KEYS[6], ARGV[2]) end
 return {'new', ARGV[3]}
 """
 
@@ -79,7 +83,7 @@ return 'held'
 """
 
 FINISH: Final = """
--- KEYS: stream records active cancels lease ended urgent entries
+-- KEYS: stream records active cancels lease ended urgent entries kept
 -- ARGV: token group entry id key record history
 local owner = redis.call('GET', KEYS[5])
 if owner and owner ~= ARGV[1] then return 0 end
@@ -91,6 +95,7 @@ if redis.call('HGET', KEYS[3], ARGV[5]) == ARGV[4] then redis.call('HDEL', KEYS[
 redis.call('HDEL', KEYS[4], ARGV[4])
 redis.call('ZREM', KEYS[7], ARGV[4])
 redis.call('HDEL', KEYS[8], ARGV[4])
+redis.call('SREM', KEYS[9], ARGV[4])
 if ARGV[3] ~= '' then
   redis.call('XACK', KEYS[1], ARGV[2], ARGV[3])
   redis.call('XDEL', KEYS[1], ARGV[3])
@@ -108,4 +113,10 @@ DROP: Final = """
 if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
 redis.call('XACK', KEYS[1], ARGV[2], ARGV[3])
 return redis.call('XDEL', KEYS[1], ARGV[3])
+"""
+
+RELEASE: Final = """
+-- KEYS: lease   ARGV: token
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
 """

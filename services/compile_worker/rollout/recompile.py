@@ -165,7 +165,7 @@ async def _refresh(item: _Followed, queue: CaptureQueue) -> None:
     except JobNotFound:
         # Redis came back empty. The same job again: if it has been published meanwhile, whoever
         # claims it will see that.
-        item.job = await queue.enqueue(item.job)
+        item.job = await queue.enqueue(item.job, kept=True)
 
 
 def _stages_of(job: Job) -> list[Stage]:

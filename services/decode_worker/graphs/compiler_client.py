@@ -250,6 +250,7 @@ class CompilerClient:
                     pb.GraphSpec(factors=spec, urgency=self._graphs.urgency(spec)) for spec in specs
                 ],
                 model=self._model,
+                worker_id=self._worker_id,
             ),
             timeout=RPC_TIMEOUT_S,
         )

@@ -101,8 +101,11 @@ class RequestGraphsRequest(_message.Message):
 
     SPECS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model that they are for: a label to find graphs by, not part of a key."""
+    worker_id: _builtins.str
+    """Of the decode worker that wants them, as in its lease."""
     @_builtins.property
     def specs(self) -> _containers.RepeatedCompositeFieldContainer[Global___GraphSpec]: ...
     def __init__(
@@ -110,10 +113,11 @@ class RequestGraphsRequest(_message.Message):
         *,
         specs: _abc.Iterable[Global___GraphSpec] | None = ...,
         model: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "specs", b"specs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "specs", b"specs", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -79,6 +79,11 @@ class GraphsServiceServicer:
     def RequestGraphs(self, request, context):
         """RequestGraphs makes sure that each graph exists or is queued for capture, and says which. It is
         idempotent: a key is captured once, however often and by however many workers it is asked for.
+        A worker asks for all that it wants at once, and again while something is missing: what it asked
+        for before and nobody wants now is taken off the queue. Captures are made for a worker that holds
+        a lease, and for the sizes in it. What is known of the graphs is told to anybody; where there is
+        nothing to tell, the call fails with INVALID_ARGUMENT (a size or a target that is not the
+        worker's), RESOURCE_EXHAUSTED (more graphs than it can run) or FAILED_PRECONDITION (no lease).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

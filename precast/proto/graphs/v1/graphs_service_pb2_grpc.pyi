@@ -36,6 +36,11 @@ class GraphsServiceStub:
     RequestGraphs: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.RequestGraphsRequest, _graphs_service_pb2.RequestGraphsResponse]
     """RequestGraphs makes sure that each graph exists or is queued for capture, and says which. It is
     idempotent: a key is captured once, however often and by however many workers it is asked for.
+    A worker asks for all that it wants at once, and again while something is missing: what it asked
+    for before and nobody wants now is taken off the queue. Captures are made for a worker that holds
+    a lease, and for the sizes in it. What is known of the graphs is told to anybody; where there is
+    nothing to tell, the call fails with INVALID_ARGUMENT (a size or a target that is not the
+    worker's), RESOURCE_EXHAUSTED (more graphs than it can run) or FAILED_PRECONDITION (no lease).
     """
     FetchGraph: _grpc.UnaryStreamMultiCallable[_graphs_service_pb2.FetchGraphRequest, _graphs_service_pb2.FetchGraphResponse]
     """FetchGraph streams one artifact: a header first, then its bytes in order."""
@@ -62,6 +67,11 @@ class GraphsServiceAsyncStub(GraphsServiceStub):
     RequestGraphs: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.RequestGraphsRequest, _graphs_service_pb2.RequestGraphsResponse]  # type: ignore[assignment]
     """RequestGraphs makes sure that each graph exists or is queued for capture, and says which. It is
     idempotent: a key is captured once, however often and by however many workers it is asked for.
+    A worker asks for all that it wants at once, and again while something is missing: what it asked
+    for before and nobody wants now is taken off the queue. Captures are made for a worker that holds
+    a lease, and for the sizes in it. What is known of the graphs is told to anybody; where there is
+    nothing to tell, the call fails with INVALID_ARGUMENT (a size or a target that is not the
+    worker's), RESOURCE_EXHAUSTED (more graphs than it can run) or FAILED_PRECONDITION (no lease).
     """
     FetchGraph: _aio.UnaryStreamMultiCallable[_graphs_service_pb2.FetchGraphRequest, _graphs_service_pb2.FetchGraphResponse]  # type: ignore[assignment]
     """FetchGraph streams one artifact: a header first, then its bytes in order."""
@@ -91,6 +101,11 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_graphs_service_pb2.RequestGraphsResponse, _abc.Awaitable[_graphs_service_pb2.RequestGraphsResponse]]:
         """RequestGraphs makes sure that each graph exists or is queued for capture, and says which. It is
         idempotent: a key is captured once, however often and by however many workers it is asked for.
+        A worker asks for all that it wants at once, and again while something is missing: what it asked
+        for before and nobody wants now is taken off the queue. Captures are made for a worker that holds
+        a lease, and for the sizes in it. What is known of the graphs is told to anybody; where there is
+        nothing to tell, the call fails with INVALID_ARGUMENT (a size or a target that is not the
+        worker's), RESOURCE_EXHAUSTED (more graphs than it can run) or FAILED_PRECONDITION (no lease).
         """
 
     @_abc_1.abstractmethod
