@@ -1,15 +1,23 @@
 """How ``precast`` commands reach a decode worker."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from precast.cli.compile_link import CALL_TIMEOUT_S
 from precast.config.settings import CommonSettings, load_settings
 from precast.errors import PrecastError, WorkerUnavailable
 
+if TYPE_CHECKING:
+    from precast.fleet.leases import DecodeLease
+
 
 async def ask_worker(
-    worker: str, redis_url: str | None, method: Callable[[Any], Any], request: Any
+    worker: str,
+    redis_url: str | None,
+    method: Callable[[Any], Any],
+    request: Any,
+    *,
+    timeout_s: float = CALL_TIMEOUT_S,
 ) -> Any:
     """The answer of a decode worker, named by its id, how it begins, or HOST:PORT; ``method``
     chooses what is called. Raises ``WorkerUnavailable``."""
@@ -22,7 +30,7 @@ async def ask_worker(
     async with open_channel(address) as channel:
         stub: Any = DecodeServiceStub(channel)
         try:
-            return await method(stub)(request, timeout=CALL_TIMEOUT_S)
+            return await method(stub)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as failure:
             error: PrecastError = error_of(failure)
             if failure.code() is grpc.StatusCode.UNAVAILABLE:
@@ -30,14 +38,19 @@ async def ask_worker(
             raise error from None
 
 
-async def _address(worker: str, redis_url: str | None) -> str:
+async def live_workers(redis_url: str | None) -> "list[DecodeLease]":
+    """Decode workers that hold a lease, by id. Raises ``RegistryUnavailable``."""
     from precast.fleet.leases import Registry
 
     registry = Registry.connect(load_settings(CommonSettings, redis_url=redis_url).redis_url)
     try:
-        leases = await registry.decode_workers()
+        return await registry.decode_workers()
     finally:
         await registry.close()
+
+
+async def _address(worker: str, redis_url: str | None) -> str:
+    leases = await live_workers(redis_url)
     found = [lease for lease in leases if lease.worker_id.startswith(worker)]
     if len(found) != 1:
         known = ", ".join(lease.worker_id for lease in leases) or "none"

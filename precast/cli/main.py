@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from precast import __version__
-from precast.cli import doctor, evaluate, graphs, keys, models, serve
+from precast.cli import doctor, evaluate, graphs, keys, models, serve, workers
 from precast.cli.options import settings_command
 from precast.cli.services import runner
 from precast.config.settings import (
@@ -43,6 +43,7 @@ app.command("eval")(evaluate.evaluate)
 app.add_typer(graphs.app, name="graphs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
+app.add_typer(workers.app, name="workers")
 
 
 def _print_version(wanted: bool) -> None:

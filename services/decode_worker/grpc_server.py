@@ -48,7 +48,13 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         if request.deadline_s > MAX_DRAIN_S:
             raise InvalidRequest(f"deadline_s = {request.deadline_s}: at most {MAX_DRAIN_S}")
         finished, aborted = await self._worker.drain(request.deadline_s or DEFAULT_DRAIN_S)
+        log.info("drained", finished=finished, aborted=aborted)
         return pb.DrainResponse(finished=finished, aborted=aborted)
+
+    async def Undrain(self, request: pb.UndrainRequest, context: Any) -> pb.UndrainResponse:
+        was_drained = self._worker.undrain()
+        log.info("taken back into service", was_drained=was_drained)
+        return pb.UndrainResponse(was_drained=was_drained)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         return self._worker.status()

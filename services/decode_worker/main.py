@@ -194,7 +194,7 @@ async def _set_gauges(metrics: Metrics, engine: Engine, scheduler: Scheduler) ->
 
 
 async def _drain(worker: Worker, heartbeat: Heartbeat) -> None:
-    draining = asyncio.create_task(worker.drain(DRAIN_S))
+    draining = asyncio.create_task(worker.drain(DRAIN_S, stopping=True))
     heartbeat.publish_soon()
     finished, aborted = await draining
     log.info("drained", finished=finished, aborted=aborted)

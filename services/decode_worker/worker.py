@@ -19,6 +19,7 @@ from precast.models.config import ModelConfig
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
+from services.decode_worker.draining import Draining
 from services.decode_worker.engine.admission import make_sequence
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.request import Request
@@ -68,6 +69,7 @@ class Worker:
         self._max_context_length = max_context_length
         self._tokenizer_digest = tokenizer_digest
         self._eos = frozenset(config.eos_token_ids)
+        self._draining = Draining(engine.abort)
         self._had_graphs = False
         """Whether all graphs were there once: a size that is added later is no reason to pause."""
 
@@ -94,8 +96,7 @@ class Worker:
         outbox: Outbox,
         on_end: Callable[[str], None],
     ) -> None:
-        if self._engine.draining:
-            raise Overloaded("the worker is draining")
+        self._draining.check()
         request_id = recipient.request_id
         if self._engine.knows(request_id):
             raise InvalidRequest(f"request_id {request_id!r} is running already")
@@ -107,6 +108,11 @@ class Worker:
             eos_token_ids=self._eos,
         )
         detokenizer = Detokenizer(self._tokens, sequence.prompt, start.stop.stop_strings)
+
+        def ended(request_id: str) -> None:
+            self._draining.ended(request_id)
+            on_end(request_id)
+
         self._engine.submit(
             Request(
                 sequence=sequence,
@@ -114,22 +120,28 @@ class Worker:
                 detokenizer=detokenizer,
                 tokens=self._tokens,
                 outbox=outbox,
-                on_end=on_end,
+                on_end=ended,
                 hidden_token_ids=sequence.stop_token_ids,
                 deliver_at_end=start.deliver_at_end,
             )
         )
+        self._draining.admitted(request_id)
 
     def abort(self, request_id: str) -> bool:
         return self._engine.abort(request_id)
 
-    async def drain(self, deadline_s: float) -> tuple[int, int]:
-        """Requests that finished and that were aborted."""
-        return await self._engine.drain(deadline_s)
+    async def drain(self, deadline_s: float, *, stopping: bool = False) -> tuple[int, int]:
+        """Requests that finished and that were aborted. Raises WrongState if the worker is taken
+        back into service meanwhile. ``stopping``: it can't be."""
+        return await self._draining.drain(deadline_s, stopping=stopping)
+
+    def undrain(self) -> bool:
+        """Takes requests again; whether it took none before. Raises WrongState."""
+        return self._draining.undrain()
 
     @property
     def state(self) -> WorkerState:
-        if self._engine.draining:
+        if self._draining.on:
             return "draining"
         if not self._engine.started.is_set():
             return "starting"

@@ -350,6 +350,37 @@ def test_drain_lets_requests_finish_and_admits_no_more(tiny_home: Path, tiny_red
         assert client.finish("running").reason == pb.FINISH_REASON_LENGTH
         client.start("late", worker.request([1], 2))
         assert client.finish("late").end.error.code == pb.ERROR_CODE_OVERLOADED
+        assert worker.status().state == pb.WORKER_STATE_DRAINING
+        assert worker.stub().Undrain(pb.UndrainRequest(), timeout=5).was_drained
+        assert worker.is_ready()
+        client.start("again", worker.request([1], 2))
+        assert client.finish("again").reason == pb.FINISH_REASON_LENGTH
+        assert not worker.stub().Undrain(pb.UndrainRequest(), timeout=5).was_drained
+
+
+def test_undrained_before_its_end_a_drain_aborts_nothing(worker: DecodeWorker) -> None:
+    client = worker.client()
+    client.start("running", worker.request([1], 250, stop=ENDLESS))
+    client.next("running")
+    drain = worker.stub().Drain.future(pb.DrainRequest(deadline_s=20), timeout=30)
+    eventually(lambda: worker.status().state == pb.WORKER_STATE_DRAINING)
+    worker.stub().Undrain(pb.UndrainRequest(), timeout=5)
+    assert drain.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "taken back into service" in drain.details()
+    assert client.finish("running").reason == pb.FINISH_REASON_LENGTH
+
+
+def test_a_worker_that_stops_is_not_taken_back(tiny_home: Path, tiny_redis: str) -> None:
+    with decode_worker(tiny_home, tiny_redis, MODEL, batch_sizes="1") as worker:
+        client = worker.client()
+        client.start("running", worker.request([1], 250, stop=ENDLESS))
+        client.next("running")
+        os.kill(worker.ranks()[0], signal.SIGSTOP)  # or it would be over too soon
+        worker.process.send_signal(signal.SIGTERM)
+        eventually(lambda: worker.status().state == pb.WORKER_STATE_DRAINING)
+        with pytest.raises(grpc.RpcError) as refusal:
+            worker.stub().Undrain(pb.UndrainRequest(), timeout=5)
+        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_ranks_die_with_a_killed_leader(tiny_home: Path, tiny_redis: str) -> None:

@@ -50,6 +50,11 @@ class DecodeServiceStub:
                 request_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.DrainRequest.SerializeToString,
                 response_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/precast.decode.v1.DecodeService/Undrain',
+                request_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.UndrainResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/precast.decode.v1.DecodeService/GetStatus',
                 request_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.GetStatusRequest.SerializeToString,
@@ -82,7 +87,17 @@ class DecodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Drain stops admission, waits for running requests up to the deadline and then returns.
+        """Drain stops admission, waits for running requests up to the deadline and then returns. The worker
+        keeps its model and graphs, and stays out of service until Undrain. Undrained before its end, the
+        call fails with FAILED_PRECONDITION and what runs goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Undrain takes the worker back into service. It fails with FAILED_PRECONDITION if the process is
+        about to end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +133,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.DrainRequest.FromString,
                     response_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.UndrainRequest.FromString,
+                    response_serializer=precast_dot_decode_dot_v1_dot_decode__service__pb2.UndrainResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -212,6 +232,33 @@ class DecodeService:
             '/precast.decode.v1.DecodeService/Drain',
             precast_dot_decode_dot_v1_dot_decode__service__pb2.DrainRequest.SerializeToString,
             precast_dot_decode_dot_v1_dot_decode__service__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.decode.v1.DecodeService/Undrain',
+            precast_dot_decode_dot_v1_dot_decode__service__pb2.UndrainRequest.SerializeToString,
+            precast_dot_decode_dot_v1_dot_decode__service__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,7 +40,14 @@ class DecodeServiceStub:
     Abort: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.AbortRequest, _decode_service_pb2.AbortResponse]
     """Abort ends a request, on whichever stream it is running. Unknown ids are not an error."""
     Drain: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.DrainRequest, _decode_service_pb2.DrainResponse]
-    """Drain stops admission, waits for running requests up to the deadline and then returns."""
+    """Drain stops admission, waits for running requests up to the deadline and then returns. The worker
+    keeps its model and graphs, and stays out of service until Undrain. Undrained before its end, the
+    call fails with FAILED_PRECONDITION and what runs goes on.
+    """
+    Undrain: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.UndrainRequest, _decode_service_pb2.UndrainResponse]
+    """Undrain takes the worker back into service. It fails with FAILED_PRECONDITION if the process is
+    about to end.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.GetStatusRequest, _decode_service_pb2.GetStatusResponse]
     GetGraphSpecs: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.GetGraphSpecsRequest, _decode_service_pb2.GetGraphSpecsResponse]
     """GetGraphSpecs says which graphs the worker wants: the factors of each rank's, by batch size."""
@@ -57,7 +64,14 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     Abort: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.AbortRequest, _decode_service_pb2.AbortResponse]  # type: ignore[assignment]
     """Abort ends a request, on whichever stream it is running. Unknown ids are not an error."""
     Drain: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.DrainRequest, _decode_service_pb2.DrainResponse]  # type: ignore[assignment]
-    """Drain stops admission, waits for running requests up to the deadline and then returns."""
+    """Drain stops admission, waits for running requests up to the deadline and then returns. The worker
+    keeps its model and graphs, and stays out of service until Undrain. Undrained before its end, the
+    call fails with FAILED_PRECONDITION and what runs goes on.
+    """
+    Undrain: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.UndrainRequest, _decode_service_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Undrain takes the worker back into service. It fails with FAILED_PRECONDITION if the process is
+    about to end.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.GetStatusRequest, _decode_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     GetGraphSpecs: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.GetGraphSpecsRequest, _decode_service_pb2.GetGraphSpecsResponse]  # type: ignore[assignment]
     """GetGraphSpecs says which graphs the worker wants: the factors of each rank's, by batch size."""
@@ -89,7 +103,20 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_service_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_decode_service_pb2.DrainResponse, _abc.Awaitable[_decode_service_pb2.DrainResponse]]:
-        """Drain stops admission, waits for running requests up to the deadline and then returns."""
+        """Drain stops admission, waits for running requests up to the deadline and then returns. The worker
+        keeps its model and graphs, and stays out of service until Undrain. Undrained before its end, the
+        call fails with FAILED_PRECONDITION and what runs goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _decode_service_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_service_pb2.UndrainResponse, _abc.Awaitable[_decode_service_pb2.UndrainResponse]]:
+        """Undrain takes the worker back into service. It fails with FAILED_PRECONDITION if the process is
+        about to end.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(
