@@ -1,6 +1,6 @@
 """A rank's weights: out of a Hugging Face folder, or random ones of the same formats."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,18 +90,15 @@ def _load(
     report: Report,
 ) -> Weights:
     path = packed_path(kept, folder, shard, shape) if kept is not None else None
-    if path is None or path.is_dir():
-        packed = PackedFolder(path) if path is not None else None
-        weights = _read(folder, config, shard, shape, positions, packed, _keep_nothing, report)
-        if packed is not None:
-            packed.close()
+    if path is None:
+        return _read(folder, config, shard, shape, positions, None, None, report)
+    if path.is_dir():
+        packed = PackedFolder(path)
+        weights = _read(folder, config, shard, shape, positions, packed, None, report)
+        packed.close()
         return weights
-    with keeping_packed(path) as keep:
-        return _read(folder, config, shard, shape, positions, None, keep, report)
-
-
-def _keep_nothing(_name: str, _tensors: Mapping[str, Tensor]) -> None:
-    """What is kept already."""
+    with keeping_packed(path) as (begun, keep):
+        return _read(folder, config, shard, shape, positions, begun, keep, report)
 
 
 def _read(
@@ -111,17 +108,19 @@ def _read(
     shape: Shape,
     positions: int,
     packed: PackedFolder | None,
-    keep: Keep,
+    keep: Keep | None,
     report: Report,
 ) -> Weights:
-    """``packed``: where linears are that were packed before; ``keep`` gets those of each layer."""
+    """``packed``: where linears are that were packed before; ``keep`` gets those of each other
+    layer."""
     base = Loader(source=Checkpoint(folder), shape=shape, cut=cut_of(config, shard), arena=Arena())
 
     def load(name: str, part: Callable[[Loader[Any]], _T]) -> _T:
         before = packed.read(name) if packed is not None else {}
         loader = replace(base, kept=before, packed={})
         loaded = part(loader)
-        keep(name, loader.packed)
+        if keep is not None and not before:
+            keep(name, loader.packed)
         return loaded
 
     def layer(index: int, kind: Kind) -> Any:

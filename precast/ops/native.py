@@ -135,10 +135,20 @@ def _broadcast(x: Tensor, root: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
+_cores: tuple[int, ...] = (-1,)
+
+
+def thread_cores() -> tuple[int, ...]:
+    """For each compute thread, the CPU that it is pinned to, or -1."""
+    return _cores
+
+
 def start_threads(cores: tuple[int, ...], near: tuple[int, ...] = ()) -> None:
     """One compute thread on each core, anywhere for -1; the caller is the first. Replaces torch's
     own threads. Weights and caches that are allocated from now on lie ``near`` these cores, or
     those of the threads."""
+    global _cores
+    _cores = cores
     numa.set_home(near or cores)
     torch.set_num_threads(1)
     torch.ops.precast.start_threads(list(cores))

@@ -5,6 +5,8 @@ so that weights which came out of GGUF blocks of the same kind go back into the 
 is lost a second time.
 """
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from typing import Final
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from precast.ops import native as native  # registers the operators
 from precast.ops.grids import affine_grid, inverse, symmetric_scale
 from precast.ops.layout import GROUP, PANEL
+from precast.system.process import pin
 
 _CHUNK_VALUES: Final = 1 << 20
 """Weights that are packed at a time: bounds what packing takes beside its result."""
@@ -57,17 +60,45 @@ def pack(weight: Tensor, fmt: Format) -> Tensor:
 
 
 def pack_into(out: Tensor, weight: Tensor, fmt: Format) -> Tensor:
-    """Like ``pack``, into memory of the caller's; ``weight`` is read a few rows at a time."""
+    """Like ``pack``, into memory of the caller's; ``weight`` is read a few rows at a time, on as
+    many threads as compute."""
     n, k = weight.shape
-    rows = max(PANEL, _CHUNK_VALUES // max(1, k) // PANEL * PANEL)
-    for start in range(0, n, rows):
+    cores = native.thread_cores()
+    each = -(-n // len(cores) // PANEL) * PANEL
+    rows = max(PANEL, min(each, _CHUNK_VALUES // max(1, k) // PANEL * PANEL))
+
+    def some(start: int) -> None:
         part = weight[start : start + rows]
-        panels = -(-part.shape[0] // PANEL)
-        packed = _pack_rows(_pad_rows(part), fmt)
         begin = start // PANEL
-        out[begin : begin + panels, : packed.shape[1]] = packed
-        out[begin : begin + panels, packed.shape[1] :] = 0
+        panels = out[begin : begin + -(-part.shape[0] // PANEL)]
+        packed = _pack_rows(_pad_rows(part), fmt)
+        panels[:, : packed.shape[1]] = packed
+        panels[:, packed.shape[1] :] = 0
+
+    _on_threads(some, range(0, n, rows), cores)
     return out
+
+
+def _on_threads(work: Callable[[int], None], items: Sequence[int], cores: Sequence[int]) -> None:
+    """Calls ``work`` for each item. torch lets other threads run while it computes."""
+    inference = torch.is_inference_mode_enabled()  # which is a thread's own
+
+    def in_thread(item: int) -> None:
+        with torch.inference_mode(inference):
+            work(item)
+
+    if min(len(items), len(cores)) == 1:
+        work(items[0])
+        return
+    with ThreadPoolExecutor(len(cores), initializer=_spread, initargs=(cores,)) as threads:
+        for _ in threads.map(in_thread, items):
+            pass
+
+
+def _spread(cores: Sequence[int]) -> None:
+    """A new thread has only its maker's core, if that is pinned."""
+    if min(cores) >= 0:
+        pin(cores)
 
 
 def _pack_rows(weight: Tensor, fmt: Format) -> Tensor:

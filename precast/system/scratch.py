@@ -37,11 +37,25 @@ def scratch_folder(root: Path, prefix: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def sweep(root: Path) -> int:
-    """Remove what dead processes left under ``root``; the number of folders removed."""
+@contextmanager
+def lasting_folder(folder: Path) -> Iterator[Path]:
+    """A locked folder that the next process finds again, as this one leaves it. Raises
+    BlockingIOError at once if another process has it."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def sweep(root: Path, but: str = "") -> int:
+    """Remove what dead processes left under ``root``, a folder of the name ``but`` excepted; the
+    number of folders removed."""
     if not root.is_dir():
         return 0
-    return sum(_remove_if_abandoned(path) for path in root.iterdir())
+    return sum(_remove_if_abandoned(path) for path in root.iterdir() if path.name != but)
 
 
 def _make_locked(root: Path, prefix: str) -> tuple[Path, int]:

@@ -236,3 +236,16 @@ def test_embedding_refuses_rows_that_there_are_not(row: int) -> None:
     packed = pack(torch.randn(20, 8), Format.INT8)
     with pytest.raises(RuntimeError, match=f"no row {row}"):
         torch.ops.precast.embedding(torch.tensor([row]), packed, 8, int(Format.INT8))
+
+
+@pytest.mark.parametrize("fmt", [Format.Q4_1, Format.INT8, Format.BF16])
+def test_packing_on_several_threads_gives_the_same_bytes(fmt: Format) -> None:
+    weight = torch.randn(16 * 37 + 5, 96, generator=torch.Generator().manual_seed(1))
+    native.start_threads((-1,))
+    try:
+        alone = pack(weight, fmt)
+        native.start_threads((-1, -1, -1))
+        with torch.inference_mode():
+            assert torch.equal(pack(weight, fmt), alone)
+    finally:
+        native.start_threads((-1, -1))

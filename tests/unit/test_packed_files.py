@@ -1,6 +1,7 @@
 """Packed weights kept on disk: read back as they were, and never the cause of a failed start."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,61 @@ def test_a_second_load_reads_what_the_first_packed(
     monkeypatch.setattr(loader, "pack_table", fail)  # all packing goes through it
     assert same(load(folder, tmp_path / "kept"), first)
     assert folders(tmp_path / "kept") == [kept]
+
+
+class Killed(BaseException):
+    """Nothing is tidied up behind it."""
+
+
+def test_an_interrupted_start_leaves_what_it_has_packed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, packed = load(folder, None), list[int]()
+    pack = loader.pack_table
+
+    def counted(arena: Any, weight: torch.Tensor, fmt: Any) -> torch.Tensor:
+        packed.append(weight.shape[0])
+        return pack(arena, weight, fmt)
+
+    monkeypatch.setattr(loader, "pack_table", counted)
+    load(folder, tmp_path / "at once")
+    at_once = len(packed)
+
+    def killed(name: str, tensors: Any) -> None:
+        if name == "layer-1":
+            raise Killed
+        keep(name, tensors)
+
+    original = packed_files.keeping_packed
+
+    @contextmanager
+    def interrupted(path: Path) -> Any:
+        nonlocal keep
+        with original(path) as (begun, keep):
+            yield begun, killed
+
+    keep: Any = None
+    monkeypatch.setattr("precast.models.load.keeping_packed", interrupted)
+    with pytest.raises(Killed):
+        load(folder, tmp_path)
+    monkeypatch.setattr("precast.models.load.keeping_packed", original)
+    packed.clear()
+    assert same(load(folder, tmp_path), whole)
+    assert 0 < len(packed) < at_once - 1, "the head and the first layer are there"
+    packed.clear()
+    assert same(load(folder, tmp_path), whole)
+    assert packed == []
+
+
+def test_two_that_pack_at_once_are_not_in_each_others_way(folder: Path, tmp_path: Path) -> None:
+    with packed_files.keeping_packed(tmp_path / "tiny" / "one") as (_, keep):
+        keep("head", {"a": torch.ones(3)})
+        with packed_files.keeping_packed(tmp_path / "tiny" / "one") as (begun, keep_too):
+            assert begun is None
+            keep_too("head", {"a": torch.zeros(3)})
+    read = packed_files.PackedFolder(tmp_path / "tiny" / "one").read("head")
+    assert read["a"].tolist() == [0, 0, 0]
+    assert list((tmp_path / "tiny" / ".tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["layer-0", "layer-1", "head"])

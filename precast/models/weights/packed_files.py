@@ -1,7 +1,8 @@
 """Packed linears on disk, so that a second start reads what the first one quantised and packed.
 
 A folder for each (checkpoint's content, shard, formats), a safetensors file for each layer in it,
-and the files' digests, which are checked before a file is used; a folder appears in one rename.
+and the files' digests, which are checked before a file is used; a folder appears in one rename. A
+start that is interrupted leaves the layers that it had packed to the next one.
 Whatever is wrong with it costs time, never a start. The tensors are copied
 into huge pages and not used in place: without those every step took 29 % longer, and the copy is
 paid once a start (docs/decisions.md).
@@ -29,7 +30,7 @@ from precast.models.weights.content import content_digests, file_digest
 from precast.ops import providers
 from precast.ops.native import PACKING_VERSION
 from precast.system.held_folders import model_name
-from precast.system.scratch import scratch_folder, sweep
+from precast.system.scratch import lasting_folder, scratch_folder, sweep
 
 log = get_logger(__name__)
 
@@ -59,16 +60,16 @@ class PackedFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._digests = self._read_digests()
-        self.damaged = not self._digests
+        self.digests = self._read_digests()
+        self.damaged = not self.digests
 
     def read(self, name: str) -> dict[str, Tensor]:
         """A file's tensors, mapped; none if it is not there or not what was written."""
-        if not self._digests:
-            return {}
         path = self.path / f"{name}.safetensors"
+        if path.name not in self.digests:
+            return {}
         try:
-            if file_digest(path) != self._digests.get(path.name):
+            if file_digest(path) != self.digests[path.name]:
                 raise SafetensorError("it is not what was written")
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -96,12 +97,13 @@ class PackedFolder:
 
 
 @contextmanager
-def keeping_packed(path: Path) -> Iterator[Keep]:
-    """Gives a function that writes a file's tensors; the folder appears at the end, unless another
-    process was faster. Writing copies: file by file, it adds one file to what is in memory."""
-    root, failed, digests = path.parent, list[Exception](), dict[str, str]()
+def keeping_packed(path: Path) -> Iterator[tuple[PackedFolder | None, Keep]]:
+    """Gives what a start that was interrupted has left, and a function that writes a file's
+    tensors. The folder appears at the end, unless another process was faster. Writing copies: file
+    by file, it adds one file to what is in memory."""
+    failed, digests = list[Exception](), dict[str, str]()
     with ExitStack() as stack:
-        scratch = root
+        scratch = path
 
         def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
             if not failed:
@@ -109,19 +111,43 @@ def keeping_packed(path: Path) -> Iterator[Keep]:
                     written = scratch / f"{name}.safetensors"
                     save_file(dict(tensors), written)
                     digests[written.name] = file_digest(written)
+                    _write_digests(scratch, digests)
 
+        begun = None
         with _collecting(failed):
-            sweep(root / _SCRATCH)
-            scratch = stack.enter_context(scratch_folder(root / _SCRATCH, "packed"))
-        yield keep
+            scratch = _begun_folder(path, stack)
+            if (scratch / _DIGESTS).is_file():
+                begun = PackedFolder(scratch)
+                digests |= begun.digests
+                log.info("going on with weights that were being packed", layers=len(digests))
+        yield begun, keep
         if not failed:
             with _collecting(failed):
-                (scratch / _DIGESTS).write_text(json.dumps(digests))
-                if not path.exists():
+                if path.exists():
+                    shutil.rmtree(scratch)
+                else:
                     scratch.rename(path)
-                _prune(root)
+                _prune(path.parent)
         if failed:
+            shutil.rmtree(scratch, ignore_errors=True)
             log.warning("packed weights are not kept", path=str(path), reason=str(failed[0]))
+
+
+def _begun_folder(path: Path, stack: ExitStack) -> Path:
+    """Where a folder is written: one that is found again, unless another process writes it now."""
+    root = path.parent / _SCRATCH
+    root.mkdir(parents=True, exist_ok=True)
+    sweep(root, but=path.name)
+    try:
+        return stack.enter_context(lasting_folder(root / path.name))
+    except BlockingIOError:
+        return stack.enter_context(scratch_folder(root, "packed"))
+
+
+def _write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    new = folder / f"{_DIGESTS}.new"
+    new.write_text(json.dumps(digests))
+    new.replace(folder / _DIGESTS)
 
 
 @contextmanager
