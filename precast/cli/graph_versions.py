@@ -1,4 +1,5 @@
-"""``precast graphs versions``, ``rollback``, ``pin-version`` and ``unpin-version``."""
+"""``precast graphs versions``, ``rollback``, ``pin-version``, ``unpin-version`` and
+``lift-quarantine``."""
 
 import json
 import sys
@@ -82,6 +83,21 @@ def unpin_version(
     from precast.proto.admin.v1 import admin_service_pb2 as admin
 
     answer = _call("UnpinVersion", admin.UnpinVersionRequest(), key, address, redis_url)
+    typer.echo(f"{key}  version {answer.version} serves")
+
+
+@reported
+def lift_quarantine(
+    key: KeyArgument,
+    version: Annotated[int, typer.Argument(min=1)],
+    address: AddressOption = None,
+    redis_url: RedisOption = None,
+) -> None:
+    """Take back a quarantined version; a new crash quarantines it again."""
+    from precast.proto.admin.v1 import admin_service_pb2 as admin
+
+    request = admin.LiftQuarantineRequest(version=version)
+    answer = _call("LiftQuarantine", request, key, address, redis_url)
     typer.echo(f"{key}  version {answer.version} serves")
 
 

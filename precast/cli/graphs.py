@@ -20,6 +20,7 @@ from precast.cli.graph_explain import explain
 from precast.cli.graph_store import gc, resign, scrub
 from precast.cli.graph_traffic import traffic
 from precast.cli.graph_versions import (
+    lift_quarantine,
     pin_version,
     rollback,
     unpin_version,
@@ -37,6 +38,7 @@ app.command()(versions)
 app.command()(rollback)
 app.command()(pin_version)
 app.command()(unpin_version)
+app.command()(lift_quarantine)
 app.command()(export)
 app.command("import")(import_)
 app.command()(gc)

@@ -9,6 +9,7 @@ from precast.fleet.queue.job import Job, Stage
 from precast.graphs.artifacts.manifest import Manifest
 from precast.graphs.artifacts.versions import CRASH_SIGNALS, MAX_REASON, Verdict
 from precast.graphs.capture.verify.failure import Mismatch
+from precast.graphs.key import check_key
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
 from services.compile_worker.catalog.entry import GraphRecord, Phase, Trial
@@ -19,6 +20,8 @@ from services.compile_worker.maintenance.resign import Resigned
 from services.compile_worker.maintenance.store import Collected, Damage, Scrubbed
 from services.compile_worker.rollout.recompile import After
 
+MAX_KEYS: Final = 4096
+"""In one request."""
 PHASES: Final = {
     Phase.QUEUED: graphs_pb.GRAPH_PHASE_QUEUED,
     Phase.CAPTURING: graphs_pb.GRAPH_PHASE_CAPTURING,
@@ -62,6 +65,7 @@ def graph_state(record: GraphRecord, live_s: float = 0.0) -> graphs_pb.GraphStat
         capture_s=record.capture_s,
         layer_us=record.layer_us,
         quarantined=record.lifecycle.having(Verdict.QUARANTINED),
+        lifts={v: mark.lifts for v, mark in record.lifecycle.marks.items() if mark.lifts},
         canary=_assignment(record, live_s),
         failed_capture=_failed_capture(record.failure),
         put_aside=[f"version {number}: {why}" for number, why in sorted(record.aside.items())],
@@ -132,6 +136,14 @@ def trial_of(request: graphs_pb.ReportCanaryRequest, wanted: int) -> Trial:
         finished=request.finished,
         failure=request.failure[:MAX_REASON],
     )
+
+
+def check_keys(keys: set[str]) -> None:
+    """Raises ``InvalidRequest`` for too many, or one that hasn't the form of a key."""
+    if len(keys) > MAX_KEYS:
+        raise InvalidRequest(f"{len(keys)} keys in one request; {MAX_KEYS} may be")
+    for key in keys:
+        check_key(key)
 
 
 def job_message(job: Job) -> admin_pb.Job:

@@ -1,13 +1,11 @@
 """gRPC servicers: convert, call, convert back."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest
 from precast.fleet.queue.asks import Asks
-from precast.fleet.queue.job import Job
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.key import check_key
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
@@ -15,42 +13,25 @@ from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.rpc.server import Service
+from services.compile_worker.admin_server import AdminServicer
 from services.compile_worker.admission import Admission
 from services.compile_worker.catalog.entry import GraphRecord
 from services.compile_worker.convert import (
-    STAGES,
-    canary_progress,
-    collected_message,
+    check_keys,
     crash_reason,
     explanation,
     graph_state,
-    job_message,
-    resigned_message,
-    scrubbed_message,
     trial_of,
-    version_message,
 )
 from services.compile_worker.explain import explain_factors, explain_key
 from services.compile_worker.graphs import Graphs
 from services.compile_worker.handouts import Handouts
-from services.compile_worker.maintenance.resign import resign
 from services.compile_worker.maintenance.store import Upkeep
 from services.compile_worker.metrics import Metrics
 from services.compile_worker.rollout.canary import Canaries
-from services.compile_worker.rollout.recompile import (
-    DEFAULT_ADOPTION_S,
-    MAX_ADOPTION_S,
-    POLL_S,
-    Progress,
-    Selection,
-    recompile,
-    select,
-)
 
 CHUNK_BYTES: Final = 256 << 10
 MAX_SPECS: Final = 1024
-MAX_KEYS: Final = 4096
-_CANCEL_WAIT_S: Final = 15.0
 
 
 class GraphsServicer(graphs_grpc.GraphsServiceServicer):
@@ -93,7 +74,7 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         self, request: graphs_pb.WatchGraphsRequest, context: Any
     ) -> AsyncIterator[graphs_pb.WatchGraphsResponse]:
         wanted = set(request.keys)
-        _check_keys(wanted)
+        check_keys(wanted)
         with self._graphs.index.changes.subscribe() as changes:
             for key in sorted(wanted):
                 if self._graphs.index.get(key) is None:
@@ -133,7 +114,9 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
         reason = crash_reason(request.worker_id, request.signal)
         await self._graphs.versions.require(request.key, request.version)
         await self._handouts.check(request.worker_id, request.key, request.version)
-        await self._graphs.versions.quarantine(request.key, request.version, reason)
+        await self._graphs.versions.quarantine(
+            request.key, request.version, reason, lifts=request.lifts
+        )
         return graphs_pb.ReportCrashResponse()
 
     async def ReportCanary(
@@ -147,107 +130,6 @@ class GraphsServicer(graphs_grpc.GraphsServiceServicer):
 
     def _state(self, record: GraphRecord) -> graphs_pb.GraphState:
         return graph_state(record, self._canaries.policy.live_s)
-
-
-class AdminServicer(admin_grpc.AdminServiceServicer):
-    """``precast.admin.v1.AdminService``."""
-
-    def __init__(self, upkeep: Upkeep, *, capture_s: float) -> None:
-        self._graphs = upkeep.graphs
-        self._registry = upkeep.registry
-        self._upkeep = upkeep
-        self._capture_s = capture_s
-        """Longest that one capture may take, from its claim to its end."""
-
-    async def Recompile(
-        self, request: admin_pb.RecompileRequest, context: Any
-    ) -> AsyncIterator[admin_pb.RecompileResponse]:
-        records = select(self._graphs, _selection(request))
-        ahead = await self._graphs.queue.length()
-        progress = recompile(
-            self._graphs,
-            self._registry,
-            records,
-            adoption_s=min(request.adoption_deadline_s or DEFAULT_ADOPTION_S, MAX_ADOPTION_S),
-            capture_s=self._capture_s * (ahead + len(records)),
-        )
-        async for step in progress:
-            yield _recompile_response(step)
-
-    async def ListJobs(
-        self, request: admin_pb.ListJobsRequest, context: Any
-    ) -> admin_pb.ListJobsResponse:
-        jobs = await self._graphs.queue.jobs()
-        return admin_pb.ListJobsResponse(jobs=map(job_message, jobs))
-
-    async def CancelJob(
-        self, request: admin_pb.CancelJobRequest, context: Any
-    ) -> admin_pb.CancelJobResponse:
-        job = await self._graphs.queue.cancel(request.job_id)
-        if job.stage.ended and not job.started_at:
-            await self._graphs.cancelled(job)
-        return admin_pb.CancelJobResponse(job=job_message(await self._until_ended(job)))
-
-    async def ListVersions(
-        self, request: admin_pb.ListVersionsRequest, context: Any
-    ) -> admin_pb.ListVersionsResponse:
-        check_key(request.key)
-        known = self._graphs.versions
-        messages = [
-            version_message(
-                version, await asyncio.to_thread(known.manifest, request.key, version.number)
-            )
-            for version in await asyncio.to_thread(known.listed, request.key)
-        ]
-        return admin_pb.ListVersionsResponse(versions=messages)
-
-    async def RollBackGraph(
-        self, request: admin_pb.RollBackGraphRequest, context: Any
-    ) -> admin_pb.RollBackGraphResponse:
-        check_key(request.key)
-        serving = await self._graphs.versions.roll_back(request.key, request.version)
-        return admin_pb.RollBackGraphResponse(version=serving)
-
-    async def PinVersion(
-        self, request: admin_pb.PinVersionRequest, context: Any
-    ) -> admin_pb.PinVersionResponse:
-        check_key(request.key)
-        if not request.version:
-            raise InvalidRequest("pin to which version?")
-        await self._graphs.versions.pin(request.key, request.version)
-        return admin_pb.PinVersionResponse()
-
-    async def UnpinVersion(
-        self, request: admin_pb.UnpinVersionRequest, context: Any
-    ) -> admin_pb.UnpinVersionResponse:
-        check_key(request.key)
-        await self._graphs.versions.pin(request.key, 0)
-        now = await self._graphs.versions.standing(request.key)
-        return admin_pb.UnpinVersionResponse(version=now.serving)
-
-    async def CollectGarbage(
-        self, request: admin_pb.CollectGarbageRequest, context: Any
-    ) -> admin_pb.CollectGarbageResponse:
-        found = await self._upkeep.collect(dry_run=request.dry_run)
-        return collected_message(found, self._upkeep.max_bytes)
-
-    async def ScrubStore(
-        self, request: admin_pb.ScrubStoreRequest, context: Any
-    ) -> admin_pb.ScrubStoreResponse:
-        return scrubbed_message(await self._upkeep.scrub())
-
-    async def ResignGraphs(
-        self, request: admin_pb.ResignGraphsRequest, context: Any
-    ) -> admin_pb.ResignGraphsResponse:
-        return resigned_message(await resign(self._graphs, set(request.signers)))
-
-    async def _until_ended(self, job: Job) -> Job:
-        """The job once its capture has been killed, or as it is when that takes too long."""
-        end = time.monotonic() + _CANCEL_WAIT_S
-        while not job.stage.ended and time.monotonic() < end:
-            await asyncio.sleep(POLL_S)
-            job = await self._graphs.queue.get(job.id)
-        return job
 
 
 def services(canaries: Canaries, upkeep: Upkeep, capture_s: float) -> list[Service]:
@@ -266,40 +148,9 @@ def services(canaries: Canaries, upkeep: Upkeep, capture_s: float) -> list[Servi
     ]
 
 
-def _check_keys(keys: set[str]) -> None:
-    if len(keys) > MAX_KEYS:
-        raise InvalidRequest(f"{len(keys)} keys in one request; {MAX_KEYS} may be")
-    for key in keys:
-        check_key(key)
-
-
 def _header(artifact: StoredArtifact) -> graphs_pb.ArtifactHeader:
     return graphs_pb.ArtifactHeader(
         manifest=artifact.manifest_bytes,
         signature=artifact.signature.signature,
         signer=artifact.signature.signer,
-    )
-
-
-def _selection(request: admin_pb.RecompileRequest) -> Selection:
-    _check_keys(set(request.keys))
-    return Selection(
-        keys=tuple(request.keys),
-        model=request.model,
-        sizes=tuple(request.sizes),
-        everything=request.all,
-    )
-
-
-def _recompile_response(progress: Progress) -> admin_pb.RecompileResponse:
-    return admin_pb.RecompileResponse(
-        job_id=progress.job.id,
-        key=progress.job.key,
-        stage=STAGES[progress.stage],
-        version=progress.job.version,
-        detail=progress.detail,
-        num_tokens=progress.job.num_tokens,
-        adopted=progress.adopted,
-        workers=progress.workers,
-        canary=canary_progress(progress.trial) if progress.trial else None,
     )

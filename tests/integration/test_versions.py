@@ -13,9 +13,11 @@ from precast.graphs.artifacts.disk_store import DiskStore
 from precast.system.redis_server import start_redis
 from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, new_home, runs, traffic, version
-from tests.support.native_faults import crashing
+from tests.support.native_faults import crashing, crashing_if
 
 UNTRIED: dict[str, Any] = {"canary_steps": 0}
+FEW = 4
+"""Tokens: fewer replays than a graph needs before a crash is no longer its own."""
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -146,6 +148,44 @@ def test_a_crash_while_no_compile_worker_is_there_is_reported_later(
             runs(worker, 1)
             assert worker.status().restarts == 0
         assert graphs.key() == key
+
+
+def test_a_lifted_quarantine_ends_everywhere_and_may_come_again(
+    home: Path, redis_url: str, tmp_path: Path, tiny_package: Path
+) -> None:
+    """Of a graph whose crashes had a cause outside, which an operator has mended."""
+    fault = tmp_path / "fault"
+    crashing_if(tiny_package, home / "ledger" / "package", fault)
+    with (
+        fleet(home, redis_url, **UNTRIED) as graphs,
+        graphs.decode_worker(cache_dir=tmp_path / "one") as hurt,
+        graphs.decode_worker(cache_dir=tmp_path / "two") as idle,
+    ):
+        for worker in (hurt, idle):
+            runs(worker, 1)
+        expected = ask(hurt, FEW)
+        refused = graphs.cli("lift-quarantine", graphs.key(), 1)
+        assert (refused.returncode, "not quarantined" in refused.stderr) == (2, True)
+        for restarts in (1, 2):
+            fault.touch()
+            assert ask(hurt, FEW) == expected
+            fault.unlink()
+            assert hurt.status().restarts == restarts
+            eventually(lambda: graphs.states() == {1: "quarantined"})
+            eventually(lambda: version(hurt) == version(idle) == 0)
+            lifted = graphs.cli("lift-quarantine", graphs.key(), 1)
+            assert lifted.stdout == f"{graphs.key()}  version 1 serves\n", lifted.stderr
+            for worker in (hurt, idle):
+                runs(worker, 1)
+                assert ask(worker, FEW) == expected
+            assert graphs.states() == {1: "serving"}
+        unknown = graphs.cli("lift-quarantine", graphs.key(), 7)
+        assert (unknown.returncode, "no version 7" in unknown.stderr) == (1, True)
+        # what it reported before the lift is no news when it starts again
+        with graphs.decode_worker(cache_dir=tmp_path / "one") as returned:
+            runs(returned, 1)
+            assert ask(returned, FEW) == expected
+        assert graphs.states() == {1: "serving"}
 
 
 def test_a_graph_without_a_good_version_is_not_captured_again_by_itself(

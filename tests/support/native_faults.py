@@ -1,9 +1,9 @@
 """Graph packages whose native code misbehaves: a real package with a few bytes changed.
 
 A package's shared libraries export ``AOTInductorModelContainerRunSingleThreaded``, which the loader
-looks up by name. ``crashing`` and ``slow`` let that name point to code of their own, written over
-the multi-threaded variant, which nobody calls; it ends in a jump to the real one. ``wrong`` changes
-a constant.
+looks up by name. ``crashing``, ``crashing_if`` and ``slow`` let that name point to code of their
+own, written over the multi-threaded variant, which nobody calls; it ends in a jump to the real one.
+``wrong`` changes a constant.
 """
 
 import struct
@@ -18,12 +18,24 @@ UNUSED = b"AOTInductorModelContainerRun"
 CRASH = bytes.fromhex("c6042500000000 00")  # mov byte [0], 0
 SAVE = bytes.fromhex("57 56 52 51 4150 4151 4883ec18")  # push the arguments; room on the stack
 RESTORE = bytes.fromhex("4883c418 4159 4158 59 5a 5e 5f")
+ACCESS = bytes.fromhex("b815000000 488d3d")  # access(rip + what follows, F_OK): 7 bytes and 4
+UNLESS_FOUND = bytes.fromhex("31f6 0f05 85c0 7508")  # go 8 bytes further
 NANOSLEEP = bytes.fromhex("4889e7 31f6 b823000000 0f05")  # nanosleep(rsp, NULL)
 
 
 def crashing(package: Path, target: Path) -> Path:
     """Dies of SIGSEGV at its first replay."""
     return _rewrite(package, target, lambda library: _hooked(library, CRASH))
+
+
+def crashing_if(package: Path, target: Path, there: Path) -> Path:
+    """Right, but dies of SIGSEGV while there is a file of this name."""
+    name = bytes(there) + b"\0"
+    over_name = bytes([0xEB, len(name)]) + name  # jmp
+    before = over_name + SAVE + ACCESS
+    to_name = struct.pack("<i", 2 - (len(before) + 4))
+    code = before + to_name + UNLESS_FOUND + CRASH + RESTORE
+    return _rewrite(package, target, lambda library: _hooked(library, code))
 
 
 def slow(package: Path, target: Path, milliseconds: int) -> Path:

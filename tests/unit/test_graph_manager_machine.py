@@ -5,6 +5,7 @@ Events come at random, also while the ranks are loading a graph. The ranks are s
 them, each of which takes or refuses a graph, and all of which may die.
 """
 
+from collections import Counter
 from collections.abc import Coroutine, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ class Machine(RuleBasedStateMachine):
         self.quarantined: set[tuple[str, int]] = set()
         self.refused: set[tuple[int, tuple[int, ...]]] = set()
         self.reported: set[tuple[str, int]] = set()
+        self.lifts: Counter[tuple[str, int]] = Counter()
 
     @initialize(trial=st.booleans())
     def warm_up(self, trial: bool) -> None:
@@ -146,6 +148,18 @@ class Machine(RuleBasedStateMachine):
         if self.applying is None:
             to_stay = self.graphs._table.replayable().values()
             assert all((key, version) not in kept.identity for kept in to_stay)
+
+    @precondition(lambda self: self.quarantined)
+    @rule(data=st.data(), again=st.booleans())
+    def lift(self, data: st.DataObject, again: bool) -> None:
+        """A quarantine is lifted, or (``again``) told of once more."""
+        key, version = artifact = data.draw(st.sampled_from(sorted(self.quarantined)))
+        self.lifts[artifact] += not again
+        self.graphs.lift(key, {version: self.lifts[artifact]})
+        if not again:
+            self.quarantined.discard(artifact)
+            self.reported.discard(artifact)
+            self.refused = {r for r in self.refused if artifact not in zip(KEYS, r[1], strict=True)}
 
     @rule(sizes=st.sampled_from([{1, 2, 4}, {1, 4}, {2, 4}, {2}]))
     def resize(self, sizes: set[int]) -> None:

@@ -16,7 +16,11 @@ from precast.graphs.artifacts.versions import (
 )
 
 marks = st.builds(
-    Mark, verdict=st.sampled_from(Verdict), reason=st.sampled_from("ab"), at=st.integers(0, 3)
+    Mark,
+    verdict=st.sampled_from(Verdict),
+    reason=st.sampled_from("ab"),
+    at=st.integers(0, 3),
+    lifts=st.integers(0, 2),
 )
 pins = st.builds(Pin, version=st.integers(0, 3), at=st.integers(0, 3))
 models = st.sets(st.sampled_from("abc")).map(lambda names: tuple(sorted(names)))
@@ -34,11 +38,24 @@ def test_merging_is_the_same_in_any_order(a: Lifecycle, b: Lifecycle, c: Lifecyc
 
 
 @given(lifecycles, lifecycles)
-def test_a_quarantine_is_final(a: Lifecycle, b: Lifecycle) -> None:
+def test_a_quarantine_is_final_until_it_is_lifted(a: Lifecycle, b: Lifecycle) -> None:
     for version in a.having(Verdict.QUARANTINED):
-        assert a.merged(b).verdict(version) is Verdict.QUARANTINED
+        if b.lifts(version) <= a.lifts(version):
+            assert a.merged(b).verdict(version) is Verdict.QUARANTINED
         later = a.marked(version, Verdict.GOOD).pinned(version)
         assert later.serving([version]) == 0
+        lifted = a.lifted(version, "by hand")
+        assert lifted.serving([version]) == version
+        assert a.merged(lifted) == lifted.merged(a) == lifted
+        again = lifted.marked(version, Verdict.QUARANTINED, "crashed again")
+        assert lifted.merged(again).merged(a).reason(version) == "crashed again"
+
+
+def test_marks_of_older_versions_of_precast_were_never_lifted() -> None:
+    old = b'{"marks":{"1":{"verdict":"quarantined","reason":"x","at":1.0}},"pin":{},"models":[]}'
+    lifecycle = decode_lifecycle(old)
+    assert (lifecycle.lifts(1), lifecycle.lifts(2)) == (0, 0)
+    assert lifecycle.lifted(1, "").lifts(1) == 1
 
 
 def test_the_newest_good_version_serves() -> None:

@@ -62,13 +62,38 @@ def test_what_must_go_is_not_found_any_more(shipped: Path) -> None:
     condemned = GraphCache(shipped, trust(SIGNER))
     condemned.condemn(key, 1, "SIGSEGV")
     assert condemned.find(spec) is None
-    assert condemned.condemned() == {(key, 1, "SIGSEGV")}
+    assert condemned.condemned() == {(key, 1, "SIGSEGV", 0)}
     path = graph_file(shipped.parent, seed=1)
     with pytest.raises(ArtifactRejected, match="put aside: SIGSEGV"):
         condemned.check(*signed(manifest_for(path.read_bytes()), SIGNER), spec)
+    condemned.lift(key, {1: 1})
+    assert condemned.find(spec) is not None
+    assert condemned.condemned() == set()
+    condemned.condemn(key, 1, "SIGSEGV", 1)
+    condemned.lift(key, {1: 1})  # told again
+    assert condemned.find(spec) is None
+    assert condemned.condemned() == {(key, 1, "SIGSEGV", 1)}
     strange = GraphCache(shipped, trust(new_signer()))
     assert strange.distrust() == {(key, 1)}
     assert strange.find(spec) is None
+
+
+def test_what_was_condemned_is_known_to_the_next_process_until_it_is_lifted(
+    tmp_path: Path,
+) -> None:
+    key = manifest_for(b"x").key
+
+    def opened() -> GraphCache:
+        return GraphCache(tmp_path / "cache", trust(SIGNER))
+
+    for lifts in (0, 1, 2):
+        spec = add(opened().add, tmp_path, 1)
+        opened().condemn(key, 1, "SIGILL", lifts)
+        assert opened().condemned() == {(key, 1, "SIGILL", lifts)}
+        assert opened().find(spec) is None
+        for told in (lifts, lifts + 1):
+            opened().lift(key, {1: told})
+            assert len(opened().condemned()) == (told == lifts)
 
 
 def test_a_folder_that_can_t_be_made(tmp_path: Path) -> None:

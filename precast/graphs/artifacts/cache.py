@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from precast.errors import ArtifactRejected, GraphNotFound
+from precast.graphs.artifacts.condemned import Condemnations, Condemned
 from precast.graphs.artifacts.disk_store import TEMPORARY, DiskStore
 from precast.graphs.artifacts.manifest import MANIFEST_FILE, Manifest, decode_manifest
 from precast.graphs.artifacts.signing import Signature
@@ -47,8 +48,7 @@ class GraphCache:
         """Where nothing can be written or removed."""
         self._hidden: set[tuple[str, int]] = set()
         """Keys and versions in there that must not be found."""
-        self._condemned: dict[tuple[str, int], str] = {}
-        """What was put aside by this process, and why: the disk may not take it."""
+        self._condemned = Condemnations()
         try:
             self._store = _writable(root)
         except OSError as error:
@@ -92,29 +92,37 @@ class GraphCache:
             if version in quarantined or 0 < serving < version:
                 self._remove(key, version)
 
-    def condemn(self, key: str, version: int, reason: str) -> None:
-        """Put an artifact aside for good: it is never found, opened or added again."""
-        self._condemned[key, version] = reason
+    def lift(self, key: str, lifts: Mapping[int, int]) -> None:
+        """How often quarantines of versions were lifted: what was put aside before counts no more,
+        not even for a next start that knows nothing of the lift."""
+        for version, count in lifts.items():
+            if self._condemned.lift(key, version, count):
+                self._hidden.discard((key, version))
+                aside = self._store.put_aside(key).get(version)
+                if aside is not None and self._put_aside(key, version) is None:
+                    self._store.forget_put_aside(key, version)
+
+    def condemn(self, key: str, version: int, signal: str, lifts: int = 0) -> None:
+        """Put an artifact aside: it is not found, opened or added until its quarantine, which was
+        lifted so often before, is lifted once more."""
+        one = Condemned(key=key, version=version, signal=signal, lifts=lifts)
+        self._condemned.add(one)
         self._hidden.add((key, version))
         try:
-            self._store.quarantine(key, version, reason)
+            self._store.quarantine(key, version, one.reason)
         except OSError as error:
             log.warning("graph can't be put aside on disk", key=key, reason=error.strerror)
 
-    def condemned(self) -> set[tuple[str, int, str]]:
-        """(key, version, reason) of what was put aside."""
-        on_disk = {
-            (key, version, reason)
-            for store in self._stores
-            for key in store.keys_put_aside()
-            for version, reason in store.put_aside(key).items()
-        }
-        known = {(key, version) for key, version, _ in on_disk}
-        return on_disk | {
-            (*artifact, reason)
-            for artifact, reason in self._condemned.items()
-            if artifact not in known
-        }
+    def condemned(self) -> set[Condemned]:
+        """What was put aside, and not lifted since."""
+        return self._condemned.all(
+            {
+                (key, version): reason
+                for store in self._stores
+                for key in store.keys_put_aside()
+                for version, reason in store.put_aside(key).items()
+            }
+        )
 
     def is_signed(self, artifact: StoredArtifact) -> bool:
         """Whether a trusted key signed an artifact that was verified, or nothing but the switch for
@@ -241,8 +249,9 @@ class GraphCache:
     def _put_aside(self, key: str, version: int) -> str | None:
         """Why, if it was."""
         reasons = [store.put_aside(key).get(version) for store in self._stores]
-        reasons.append(self._condemned.get((key, version)))
-        return next((reason for reason in reasons if reason is not None), None)
+        on_disk = next((reason for reason in reasons if reason is not None), None)
+        one = self._condemned.get(key, version, on_disk)
+        return one.reason if one else None
 
     def _prune(self, added: Manifest) -> None:
         """Keep the newest versions, and the one just added whatever its number."""

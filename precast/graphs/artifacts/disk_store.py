@@ -160,10 +160,19 @@ class DiskStore(ArtifactStore):
 
     def put_aside(self, key: str) -> dict[int, str]:
         folder = self.root / QUARANTINE
-        wanted = f"{self._key_folder(key).name}."
-        names = [name for name in _names(folder) if name.startswith(wanted)]
-        numbers = {name: number_of(name.split(".")[1]) for name in names}
+        numbers = {name: number_of(name.split(".")[1]) for name in self._names_put_aside(key)}
         return {number: _reason(folder / name) for name, number in numbers.items() if number}
+
+    def forget_put_aside(self, key: str, version: int) -> None:
+        """Delete what was put aside of a version."""
+        for name in self._names_put_aside(key):
+            if number_of(name.split(".")[1]) == version:
+                shutil.rmtree(self.root / QUARANTINE / name, ignore_errors=True)
+
+    def _names_put_aside(self, key: str) -> list[str]:
+        """Of the folders; of several for one version the newest is the last."""
+        wanted = f"{self._key_folder(key).name}."
+        return sorted(n for n in _names(self.root / QUARANTINE) if n.startswith(wanted))
 
     def keys_put_aside(self) -> set[str]:
         """Keys of which ``put_aside`` knows a version."""

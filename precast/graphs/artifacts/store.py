@@ -126,7 +126,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def read_note(self, key: str) -> bytes | None:
-        """What was written beside the key's artifacts (``lifecycle.py``); ``None``: nothing."""
+        """What was written beside the key's artifacts (``versions.py``); ``None``: nothing."""
 
     @abstractmethod
     def update_note(self, key: str, change: Callable[[bytes | None], bytes | None]) -> None:

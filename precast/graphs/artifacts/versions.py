@@ -3,7 +3,8 @@
 A note of this is kept beside the artifacts in the store, in Redis and in every compile worker.
 Copies may differ for a while and be written at the same time: merging two of them is associative,
 commutative and loses nothing, so all come to the same in any order. Of two marks of a version
-the later one counts, but a quarantine is final.
+the later one counts, but a quarantine is final until an operator lifts it. Each lift begins a new
+round: marks of later rounds count, and in a later round the version may be quarantined again.
 """
 
 import enum
@@ -31,7 +32,7 @@ class Verdict(enum.StrEnum):
     WITHDRAWN = "withdrawn"
     """Rolled back by hand; may be taken back into service."""
     QUARANTINED = "quarantined"
-    """Crashed a worker, or was wrong or slow in its canary: never to be loaded again."""
+    """Crashed a worker, or was wrong or slow in its canary: not to be loaded by anybody."""
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +42,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     at: float
     """Unix seconds."""
+    lifts: int = 0
+    """How often a quarantine of the version had been lifted."""
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +69,11 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
         mark = self.marks.get(version)
         return mark.reason if mark else ""
 
+    def lifts(self, version: int) -> int:
+        """How often a quarantine of the version was lifted."""
+        mark = self.marks.get(version)
+        return mark.lifts if mark else 0
+
     def having(self, verdict: Verdict) -> tuple[int, ...]:
         """Versions with a mark of this verdict, ascending."""
         return tuple(sorted(g for g, mark in self.marks.items() if mark.verdict is verdict))
@@ -79,10 +87,11 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
     def marked(self, version: int, verdict: Verdict, reason: str = "") -> "Lifecycle":
         """With a further decision."""
-        before = self.marks.get(version)
-        at = _later(before.at if before else 0.0)
-        mark = Mark(verdict=verdict, reason=reason[:MAX_REASON], at=at)
-        return self.merged(Lifecycle(marks={version: mark}))
+        return self._decided(version, verdict, reason, self.lifts(version))
+
+    def lifted(self, version: int, reason: str) -> "Lifecycle":
+        """Good again, whatever was decided before."""
+        return self._decided(version, Verdict.GOOD, reason, self.lifts(version) + 1)
 
     def pinned(self, version: int) -> "Lifecycle":
         """Pinned to a version; 0 unpins."""
@@ -104,6 +113,12 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
         pin = max(self.pin, other.pin, key=lambda pin: (pin.at, pin.version))
         models = tuple(sorted({*self.models, *other.models})[:MAX_MODELS])
         return Lifecycle(marks=marks, pin=pin, models=models)
+
+    def _decided(self, version: int, verdict: Verdict, reason: str, lifts: int) -> "Lifecycle":
+        before = self.marks.get(version)
+        at = _later(before.at if before else 0.0)
+        mark = Mark(verdict=verdict, reason=reason[:MAX_REASON], at=at, lifts=lifts)
+        return self.merged(Lifecycle(marks={version: mark}))
 
     def _loadable(self, version: int) -> bool:
         return self.verdict(version) is not Verdict.QUARANTINED
@@ -130,9 +145,10 @@ def _later(than: float) -> float:
     return max(time.time(), than + 1e-6)
 
 
-def _weight(mark: Mark) -> tuple[bool, float, str, str]:
+def _weight(mark: Mark) -> tuple[int, bool, float, str, str]:
     """A total order, so that merging gives the same in any order."""
-    return mark.verdict is Verdict.QUARANTINED, mark.at, mark.verdict, mark.reason
+    quarantined = mark.verdict is Verdict.QUARANTINED
+    return mark.lifts, quarantined, mark.at, mark.verdict, mark.reason
 
 
 _decoder: Final = msgspec.json.Decoder(Lifecycle)

@@ -1,8 +1,8 @@
 """Which version of a graph serves: decisions by workers' reports, canaries and operators.
 
 A decision is written beside the artifacts in the store first, then told through the index. Every
-compile worker brings together what store and index know (``lifecycle.py``), so that a decision
-outlives this process, Redis, and a store that was not in reach when it was made.
+compile worker brings together what store and index know (``artifacts/versions.py``), so that a
+decision outlives this process, Redis, and a store that was not in reach when it was made.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from precast.errors import ArtifactRejected, GraphNotFound, InvalidRequest, PrecastError
+from precast.errors import ArtifactRejected, GraphNotFound, PrecastError
 from precast.graphs.artifacts.manifest import Manifest
 from precast.graphs.artifacts.signing import Signature
 from precast.graphs.artifacts.store import ArtifactStore, StoredArtifact
@@ -20,7 +20,6 @@ from precast.graphs.artifacts.versions import (
     Verdict,
     decode_lifecycle,
     encode_lifecycle,
-    previous,
 )
 from precast.log import get_logger
 from services.compile_worker.catalog.entry import (
@@ -133,39 +132,6 @@ class Versions:
             for number in numbers
         ]
 
-    async def roll_back(self, key: str, to: int) -> int:
-        """Serve an earlier version (0: the one before) and withdraw what is newer.
-
-        Returns its number. Raises ``GraphNotFound`` or ``InvalidRequest``.
-        """
-        now = await self.standing(key)
-        lifecycle = now.lifecycle
-        if lifecycle.pin.version:
-            raise InvalidRequest(
-                f"graph {key} is pinned to version {lifecycle.pin.version}; unpin it first"
-            )
-        target = to or previous(lifecycle, now.there)
-        if not target:
-            raise InvalidRequest(f"graph {key} has no earlier version to go back to")
-        _check_servable(key, target, now)
-        for number in now.there:
-            if number > target and lifecycle.verdict(number) is not Verdict.QUARANTINED:
-                reason = f"rolled back to version {target} by hand"
-                lifecycle = lifecycle.marked(number, Verdict.WITHDRAWN, reason)
-        lifecycle = lifecycle.marked(target, Verdict.GOOD, "chosen by hand")
-        await self.decide(key, lifecycle)
-        return target
-
-    async def pin(self, key: str, version: int) -> None:
-        """Fix the serving version; 0 frees it. Raises ``GraphNotFound`` or
-        ``InvalidRequest``."""
-        now = await self.standing(key)
-        if version:
-            _check_servable(key, version, now)
-        elif not now.there:
-            raise GraphNotFound(f"no version of graph {key[:64]!r}")
-        await self.decide(key, now.lifecycle.pinned(version))
-
     async def follow(self) -> None:
         """Take over what other compile workers decide of versions, until cancelled."""
         with self.index.changes.subscribe() as changes:
@@ -186,10 +152,18 @@ class Versions:
         if record:
             await self.index.put(record)
 
-    async def quarantine(self, key: str, version: int, reason: str) -> None:
-        """Take a version out of service everywhere and for good."""
+    async def quarantine(
+        self, key: str, version: int, reason: str, *, lifts: int | None = None
+    ) -> None:
+        """Take a version out of service everywhere, until an operator lifts that.
+
+        ``lifts``: how often it had been lifted when what speaks against it happened; nothing is
+        done if it was lifted since. None: as often as is known.
+        """
         lifecycle = (await self.standing(key)).lifecycle
-        if lifecycle.verdict(version) is not Verdict.QUARANTINED:
+        if lifts is not None and lifts < lifecycle.lifts(version):
+            log.info("not quarantined: lifted since", key=key, version=version, reason=reason)
+        elif lifecycle.verdict(version) is not Verdict.QUARANTINED:
             log.error("graph quarantined", key=key, version=version, reason=reason)
             await self.decide(key, lifecycle.marked(version, Verdict.QUARANTINED, reason))
 
@@ -285,13 +259,3 @@ def _decoded(key: str, note: bytes | None) -> Lifecycle:
     except msgspec.DecodeError as error:
         log.error("note on versions can't be read", key=key, reason=str(error))
         return Lifecycle()
-
-
-def _check_servable(key: str, version: int, now: Standing) -> None:
-    if now.lifecycle.verdict(version) is Verdict.QUARANTINED:
-        raise InvalidRequest(
-            f"version {version} of graph {key} is quarantined: {now.lifecycle.reason(version)}"
-        )
-    if version not in now.there:
-        known = ", ".join(map(str, now.there)) or "none"
-        raise GraphNotFound(f"graph {key} has no version {version} (there are: {known})")

@@ -3,7 +3,7 @@
 A recompiled version is a candidate: nobody but the chosen worker is told of it or gets it. The
 worker reports to whichever compile worker it talks to; reports and the choice travel in the graph's
 record, so that any compile worker can go on after another one's death. Decisions are marks that
-merge (``lifecycle.py``): several compile workers may look after the same candidate.
+merge (``versions.py``): several compile workers may look after the same candidate.
 """
 
 import asyncio

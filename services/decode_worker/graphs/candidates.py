@@ -41,3 +41,5 @@ class Crash:
     key: str
     version: int
     signal: str
+    lifts: int = 0
+    """How often its quarantine had been lifted before."""

@@ -5,6 +5,7 @@ from typing import Any, Final
 import grpc.aio
 
 from precast.errors import InvalidRequest, NotFound
+from precast.graphs.artifacts.condemned import Condemned
 from precast.log import get_logger
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.rpc.server import error_of
@@ -15,16 +16,16 @@ log = get_logger(__name__)
 RPC_TIMEOUT_S: Final = 10.0
 
 
-async def report_crash(stub: Any, worker_id: str, key: str, version: int, signal: str) -> None:
+async def report_crash(stub: Any, worker_id: str, crash: Condemned) -> None:
     """Says that an artifact has ended a rank with a signal."""
-    request = pb.ReportCrashRequest(worker_id=worker_id, key=key, version=version, signal=signal)
+    request = pb.ReportCrashRequest(worker_id=worker_id, **crash._asdict())
     try:
         await stub.ReportCrash(request, timeout=RPC_TIMEOUT_S)
     except grpc.aio.AioRpcError as failure:
         error = error_of(failure)
         if not isinstance(error, NotFound | InvalidRequest):
             raise
-        log.warning("crash not reported", key=key, version=version, reason=str(error))
+        log.warning("crash not reported", key=crash.key, version=crash.version, reason=str(error))
 
 
 async def report_trial(stub: Any, worker_id: str, report: Report) -> None:

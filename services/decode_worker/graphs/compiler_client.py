@@ -20,6 +20,7 @@ from precast.errors import (
     PrecastError,
 )
 from precast.fleet.leases import Registry
+from precast.graphs.artifacts.condemned import Condemned
 from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.artifacts.trust import Trust
@@ -103,7 +104,9 @@ class CompilerClient:
         while True:
             crash = await self._graphs.crashes.get()
             for cache in (self._loader.cache, self._loader.trial_cache):
-                await asyncio.to_thread(cache.condemn, crash.key, crash.version, crash.signal)
+                await asyncio.to_thread(
+                    cache.condemn, crash.key, crash.version, crash.signal, crash.lifts
+                )
             self._condemned.set()
 
     async def _keep_distrusting(self) -> None:
@@ -174,15 +177,15 @@ class CompilerClient:
 
     async def _keep_reporting(self, stub: Any) -> None:
         """Reports crashes to this compile worker, those of earlier starts too: it may not know."""
-        reported: set[tuple[str, int, str]] = set()
+        reported: set[Condemned] = set()
         while True:
             self._condemned.clear()
             for crash in await asyncio.to_thread(self._all_condemned) - reported:
-                await report_crash(stub, self._worker_id, *crash)
+                await report_crash(stub, self._worker_id, crash)
                 reported.add(crash)
             await self._condemned.wait()
 
-    def _all_condemned(self) -> set[tuple[str, int, str]]:
+    def _all_condemned(self) -> set[Condemned]:
         return self._loader.cache.condemned() | self._loader.trial_cache.condemned()
 
     async def _keep_reporting_trials(self, stub: Any) -> None:

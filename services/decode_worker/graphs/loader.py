@@ -125,9 +125,14 @@ class ArtifactLoader:
         self._on_due()
 
     async def retire(self, state: pb.GraphState) -> None:
-        """Forgets versions that must not be loaded any more."""
-        quarantined = frozenset(state.quarantined)
+        """Forgets versions that must not be loaded any more, and what speaks against those whose
+        quarantine was lifted."""
+        quarantined, lifts = frozenset(state.quarantined), dict(state.lifts)
+        if lifts:
+            self.graphs.lift(state.key, lifts)
         for cache, serving in ((self.cache, state.version), (self.trial_cache, 0)):
+            if lifts:
+                await asyncio.to_thread(cache.lift, state.key, lifts)
             await asyncio.to_thread(cache.retire, state.key, serving, quarantined)
         self.graphs.quarantine(state.key, quarantined)
         self._held = {

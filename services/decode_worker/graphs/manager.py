@@ -139,9 +139,14 @@ class GraphManager:
         self._on_change()
 
     def quarantine(self, key: str, versions: Collection[int]) -> None:
-        """Drop these versions before the next step, and never load them again."""
+        """Drop these versions before the next step, and load them no more until that is lifted."""
         self._owner.check()
         self._table.quarantine(key, versions)
+
+    def lift(self, key: str, lifts: Mapping[int, int]) -> None:
+        """How often quarantines of versions were lifted. What happened before counts no more."""
+        self._owner.check()
+        self._table.lift(key, lifts)
 
     def forget(self, artifacts: Collection[tuple[str, int]]) -> None:
         """Drop these (key, version) before the next step: nobody vouches for them any more. They
@@ -270,7 +275,8 @@ class GraphManager:
             return
         log.error("graph crashed a rank", key=key, version=version, signal=signal)
         self._table.quarantine(key, [version])
-        self.crashes.put_nowait(Crash(key=key, version=version, signal=signal))
+        lifts = self._table.lifts(key, version)
+        self.crashes.put_nowait(Crash(key=key, version=version, signal=signal, lifts=lifts))
 
     def _count_death(self, candidate: Candidate) -> None:
         """The ranks ended without a crash: a graph that was new to them is given up after the

@@ -73,6 +73,11 @@ class SizeRecord:
         )
         return replace(self, attempts=kept)
 
+    def accepting(self, artifacts: Collection[tuple[str, int]]) -> "SizeRecord":
+        """With nothing refused that has these artifacts in it."""
+        kept = tuple(known for known in self.refused if not set(artifacts) & set(known))
+        return replace(self, refused=kept)
+
     def going_back(self, acceptable: Acceptable) -> "SizeRecord":
         """With the newest candidate pending that ran before, where nothing else is to come."""
         state = reviewed(self.state, acceptable)

@@ -1,7 +1,7 @@
 """All sizes' records, and which candidates are acceptable for them. Without IO: the graph manager
 tells it what happened, and does with the ranks what follows from it."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -34,6 +34,8 @@ class SizeTable:
         """Of every wanted size, and of others until the ranks have dropped them."""
         self._quarantined: dict[tuple[str, int], None] = {}
         """Keys and versions that no candidate may have, oldest first."""
+        self._lifts: dict[tuple[str, int], int] = {}
+        """How often quarantines were lifted, by key and version."""
 
     def states(self) -> dict[int, SizeState]:
         return {size: record.state for size, record in self._records.items()}
@@ -98,6 +100,19 @@ class SizeTable:
         while len(self._quarantined) > MAX_QUARANTINED:
             del self._quarantined[next(iter(self._quarantined))]
         self._review()
+
+    def lifts(self, key: str, version: int) -> int:
+        return self._lifts.get((key, version), 0)
+
+    def lift(self, key: str, lifts: Mapping[int, int]) -> None:
+        """How often quarantines of versions were lifted: with one more lift, a version may be
+        offered again as if it were new."""
+        gone = {(key, v) for v, count in lifts.items() if count > self.lifts(key, v)}
+        for artifact in gone:
+            self._lifts[artifact] = lifts[artifact[1]]
+            self._quarantined.pop(artifact, None)
+        for size, record in self._records.items() if gone else ():
+            self._records[size] = record.forgetting(gone).accepting(gone)
 
     def forget(self, artifacts: Collection[tuple[str, int]]) -> None:
         """These (key, version) are not acceptable now; they may be offered again."""

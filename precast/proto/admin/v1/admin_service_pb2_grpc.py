@@ -70,6 +70,11 @@ class AdminServiceStub:
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionRequest.SerializeToString,
                 response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionResponse.FromString,
                 _registered_method=True)
+        self.LiftQuarantine = channel.unary_unary(
+                '/precast.admin.v1.AdminService/LiftQuarantine',
+                request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.LiftQuarantineRequest.SerializeToString,
+                response_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.LiftQuarantineResponse.FromString,
+                _registered_method=True)
         self.CollectGarbage = channel.unary_unary(
                 '/precast.admin.v1.AdminService/CollectGarbage',
                 request_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.CollectGarbageRequest.SerializeToString,
@@ -140,6 +145,15 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LiftQuarantine(self, request, context):
+        """LiftQuarantine takes a version back that was quarantined for a crash or by its canary: it is good
+        from now on, and serves if it is the newest one. If it crashes a worker again, it is quarantined
+        again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CollectGarbage(self, request, context):
         """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
         that nobody runs. It also happens after each publication.
@@ -200,6 +214,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.UnpinVersion,
                     request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionRequest.FromString,
                     response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionResponse.SerializeToString,
+            ),
+            'LiftQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftQuarantine,
+                    request_deserializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.LiftQuarantineRequest.FromString,
+                    response_serializer=precast_dot_admin_dot_v1_dot_admin__service__pb2.LiftQuarantineResponse.SerializeToString,
             ),
             'CollectGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.CollectGarbage,
@@ -407,6 +426,33 @@ class AdminService:
             '/precast.admin.v1.AdminService/UnpinVersion',
             precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionRequest.SerializeToString,
             precast_dot_admin_dot_v1_dot_admin__service__pb2.UnpinVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/precast.admin.v1.AdminService/LiftQuarantine',
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.LiftQuarantineRequest.SerializeToString,
+            precast_dot_admin_dot_v1_dot_admin__service__pb2.LiftQuarantineResponse.FromString,
             options,
             channel_credentials,
             insecure,

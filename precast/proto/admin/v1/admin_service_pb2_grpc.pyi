@@ -48,6 +48,11 @@ class AdminServiceStub:
     PinVersion: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PinVersionRequest, _admin_service_pb2.PinVersionResponse]
     """PinVersion fixes the serving version, so that a recompile moves no worker."""
     UnpinVersion: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinVersionRequest, _admin_service_pb2.UnpinVersionResponse]
+    LiftQuarantine: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.LiftQuarantineRequest, _admin_service_pb2.LiftQuarantineResponse]
+    """LiftQuarantine takes a version back that was quarantined for a crash or by its canary: it is good
+    from now on, and serves if it is the newest one. If it crashes a worker again, it is quarantined
+    again.
+    """
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CollectGarbageRequest, _admin_service_pb2.CollectGarbageResponse]
     """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
     that nobody runs. It also happens after each publication.
@@ -79,6 +84,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     PinVersion: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PinVersionRequest, _admin_service_pb2.PinVersionResponse]  # type: ignore[assignment]
     """PinVersion fixes the serving version, so that a recompile moves no worker."""
     UnpinVersion: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinVersionRequest, _admin_service_pb2.UnpinVersionResponse]  # type: ignore[assignment]
+    LiftQuarantine: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.LiftQuarantineRequest, _admin_service_pb2.LiftQuarantineResponse]  # type: ignore[assignment]
+    """LiftQuarantine takes a version back that was quarantined for a crash or by its canary: it is good
+    from now on, and serves if it is the newest one. If it crashes a worker again, it is quarantined
+    again.
+    """
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CollectGarbageRequest, _admin_service_pb2.CollectGarbageResponse]  # type: ignore[assignment]
     """CollectGarbage deletes what exceeds the store's bound: superseded versions first, then graphs
     that nobody runs. It also happens after each publication.
@@ -149,6 +159,17 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.UnpinVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.UnpinVersionResponse, _abc.Awaitable[_admin_service_pb2.UnpinVersionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def LiftQuarantine(
+        self,
+        request: _admin_service_pb2.LiftQuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.LiftQuarantineResponse, _abc.Awaitable[_admin_service_pb2.LiftQuarantineResponse]]:
+        """LiftQuarantine takes a version back that was quarantined for a crash or by its canary: it is good
+        from now on, and serves if it is the newest one. If it crashes a worker again, it is quarantined
+        again.
+        """
 
     @_abc_1.abstractmethod
     def CollectGarbage(

@@ -169,6 +169,26 @@ class GraphState(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LiftsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     KEY_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
@@ -185,6 +205,7 @@ class GraphState(_message.Message):
     PUT_ASIDE_FIELD_NUMBER: _builtins.int
     SIGNER_FIELD_NUMBER: _builtins.int
     FAILED_CAPTURE_FIELD_NUMBER: _builtins.int
+    LIFTS_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     phase: Global___GraphPhase.ValueType
     version: _builtins.int
@@ -224,6 +245,12 @@ class GraphState(_message.Message):
     def failed_capture(self) -> Global___FailedCapture:
         """What is left of the last capture, if it failed."""
 
+    @_builtins.property
+    def lifts(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """How often a quarantine was lifted, by version; absent: never. A crash counts against a version
+        only until its next lift.
+        """
+
     def __init__(
         self,
         *,
@@ -243,10 +270,11 @@ class GraphState(_message.Message):
         put_aside: _abc.Iterable[_builtins.str] | None = ...,
         signer: _builtins.str = ...,
         failed_capture: Global___FailedCapture | None = ...,
+        lifts: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "failed_capture", b"failed_capture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "key", b"key", "layer_us", b"layer_us", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "capture_s", b"capture_s", "error", b"error", "factors", b"factors", "failed_capture", b"failed_capture", "key", b"key", "layer_us", b"layer_us", "lifts", b"lifts", "max_relative_error", b"max_relative_error", "models", b"models", "phase", b"phase", "published_at_s", b"published_at_s", "put_aside", b"put_aside", "quarantined", b"quarantined", "signer", b"signer", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,11 +766,14 @@ class ReportCrashRequest(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
+    LIFTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     key: _builtins.str
     version: _builtins.int
     signal: _builtins.str
     """What ended the rank: SIGSEGV, SIGBUS, SIGILL, SIGABRT or SIGFPE."""
+    lifts: _builtins.int
+    """The version's lifts, as the worker knew them at the crash."""
     def __init__(
         self,
         *,
@@ -750,10 +781,11 @@ class ReportCrashRequest(_message.Message):
         key: _builtins.str = ...,
         version: _builtins.int = ...,
         signal: _builtins.str = ...,
+        lifts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "signal", b"signal", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "lifts", b"lifts", "signal", b"signal", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

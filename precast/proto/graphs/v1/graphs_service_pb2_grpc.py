@@ -119,8 +119,8 @@ class GraphsServiceServicer:
 
     def ReportCrash(self, request, context):
         """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
-        quarantined everywhere and for good. It is refused unless the worker holds a lease and was given
-        the version.
+        quarantined everywhere, until an operator lifts that. The report is refused unless the worker holds
+        a lease and was given the version, and has no effect if the quarantine was lifted since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

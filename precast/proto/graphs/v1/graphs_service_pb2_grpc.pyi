@@ -53,8 +53,8 @@ class GraphsServiceStub:
     """
     ReportCrash: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCrashRequest, _graphs_service_pb2.ReportCrashResponse]
     """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
-    quarantined everywhere and for good. It is refused unless the worker holds a lease and was given
-    the version.
+    quarantined everywhere, until an operator lifts that. The report is refused unless the worker holds
+    a lease and was given the version, and has no effect if the quarantine was lifted since.
     """
     ReportCanary: _grpc.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCanaryRequest, _graphs_service_pb2.ReportCanaryResponse]
     """ReportCanary says how the version that a worker was asked to try does."""
@@ -84,8 +84,8 @@ class GraphsServiceAsyncStub(GraphsServiceStub):
     """
     ReportCrash: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCrashRequest, _graphs_service_pb2.ReportCrashResponse]  # type: ignore[assignment]
     """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
-    quarantined everywhere and for good. It is refused unless the worker holds a lease and was given
-    the version.
+    quarantined everywhere, until an operator lifts that. The report is refused unless the worker holds
+    a lease and was given the version, and has no effect if the quarantine was lifted since.
     """
     ReportCanary: _aio.UnaryUnaryMultiCallable[_graphs_service_pb2.ReportCanaryRequest, _graphs_service_pb2.ReportCanaryResponse]  # type: ignore[assignment]
     """ReportCanary says how the version that a worker was asked to try does."""
@@ -148,8 +148,8 @@ class GraphsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_graphs_service_pb2.ReportCrashResponse, _abc.Awaitable[_graphs_service_pb2.ReportCrashResponse]]:
         """ReportCrash says that a graph's native code has crashed a worker's rank. The version is
-        quarantined everywhere and for good. It is refused unless the worker holds a lease and was given
-        the version.
+        quarantined everywhere, until an operator lifts that. The report is refused unless the worker holds
+        a lease and was given the version, and has no effect if the quarantine was lifted since.
         """
 
     @_abc_1.abstractmethod
