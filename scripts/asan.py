@@ -18,6 +18,7 @@ TREE: Final = BUILD / "tree"
 FLAGS: Final = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1")
 TESTS: Final = (
     "tests/unit/test_ops.py",
+    "tests/unit/test_attention_bits.py",
     "tests/unit/test_linear.py",
     "tests/unit/test_experts.py",
     "tests/unit/test_operator_properties.py",

@@ -61,13 +61,15 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         )
         for isa, flags in ISA_FLAGS.items()
     ]
-    # Without contraction, because every instruction set has to give the same bits.
+    # Without contraction: of sampling every instruction set has to give the same bits, of attention
+    # every number of rows.
     units += [
         (
-            f"sampling_{isa}",
-            SOURCES / "sampling_impl.cpp",
+            f"{name}_{isa}",
+            SOURCES / f"{name}_impl.cpp",
             [*KERNEL_FLAGS, "-ffp-contract=off", f"-DPRECAST_ISA={isa}", *flags],
         )
+        for name in ("attention", "sampling")
         for isa, flags in ISA_FLAGS.items()
     ]
     units += [

@@ -16,7 +16,7 @@ from precast.ops.packing import Format, pack
 BLOCK = 16
 FILES = [
     str(Path(__file__).with_name(f"test_{name}.py"))
-    for name in ("ops", "linear", "operator_properties")
+    for name in ("ops", "linear", "operator_properties", "attention_bits")
 ]
 INNER = ["--deselect", "tests/unit/test_ops.py::test_other_instruction_sets"]
 

@@ -3,10 +3,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
+#include "attention_plan.h"
 #include "kernels.h"
 #include "pool.h"
+#include "prefetch.h"
 #include "shims.h"
 
 namespace precast {
@@ -32,77 +35,19 @@ CacheType cache_type(const at::Tensor& cache) {
   }
 }
 
-// A part of one sequence's attention: `tokens` of its new tokens from row `token`, one KV head, cached
-// tokens [begin, end). Parts of the same rows follow each other and are merged: `index` of `count`.
-struct Item {
-  int64_t sequence, token, position;
-  int tokens, kv_head;
-  int64_t begin, end;
-  int index, count;
-  int64_t floats;  // where its result lies in the partial results, if count > 1
-};
-
-// Query rows of a tile: enough that keys and values are read once for several, few enough for the cache.
-constexpr int kQueryRows = 48;
-static_assert(kQueryRows <= kMaxTileRows && kMaxQueryGroup <= kMaxTileRows);
-// Cached tokens that are worth a part of their own.
-constexpr int64_t kSplitTokens = 256;
-constexpr int64_t kItemsPerThread = 4;
-
-int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
-
-// Calls use(sequence, first token, tokens, its position, begin and end of what they see in the cache)
-// for every tile of tokens of one sequence.
-template <typename F>
-void for_tiles(const AttentionArgs& args, const int32_t* starts, const int32_t* lengths,
-               int64_t sequences, F&& use) {
-  const int tile = std::max(1, kQueryRows / args.largest_group);
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t past = lengths[s] - (starts[s + 1] - starts[s]);
-    for (int64_t t = starts[s]; t < starts[s + 1]; t += tile) {
-      const int count = static_cast<int>(std::min<int64_t>(tile, starts[s + 1] - t));
-      const int64_t position = past + (t - starts[s]);
-      const int64_t end = std::max<int64_t>(0, position + count);
-      const int64_t seen = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
-      use(s, t, count, position, round_down(seen, args.block_size), end);
-    }
+// Floats that begin on a cache line; they are not kept when more are asked for.
+class Buffer {
+ public:
+  float* get(int64_t floats) {
+    if (floats + kLine > static_cast<int64_t>(memory_.size())) memory_.resize(floats + kLine);
+    const auto at = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.data() + (kLineBytes - at % kLineBytes) % kLineBytes / sizeof(float);
   }
-}
 
-// Contexts that are long beside the others' are split, so that each thread has a few items to work on.
-std::vector<Item> attention_items(const AttentionArgs& args, const int32_t* starts,
-                                  const int32_t* lengths, int64_t sequences, int threads) {
-  int64_t total = 0, tiles = 0;
-  for_tiles(args, starts, lengths, sequences,
-            [&](int64_t, int64_t, int, int64_t, int64_t begin, int64_t end) {
-              total += (end - begin) * args.kv_heads;
-              ++tiles;
-            });
-  std::vector<Item> items;
-  items.reserve(tiles * args.kv_heads + kItemsPerThread * threads);
-  int64_t floats = 0;
-  for_tiles(args, starts, lengths, sequences, [&](int64_t s, int64_t t, int count, int64_t position,
-                                                  int64_t begin, int64_t end) {
-    const int64_t context = end - begin;
-    const int64_t wanted =
-        threads == 1 ? 1 : kItemsPerThread * threads * context / std::max<int64_t>(1, total);
-    const int64_t splits = std::max<int64_t>(1, std::min(wanted, context / kSplitTokens));
-    const int64_t step =
-        std::max<int64_t>(1, ceil_div(ceil_div(context, splits), args.block_size)) * args.block_size;
-    const int parts = static_cast<int>(std::max<int64_t>(1, ceil_div(context, step)));
-    for (int h = 0; h < args.kv_heads; ++h) {
-      for (int part = 0; part < parts; ++part) {
-        const int64_t from = begin + part * step;
-        items.push_back(
-            {s, t, position, count, h, from, std::min(end, from + step), part, parts, floats});
-        if (parts > 1) {
-          floats += static_cast<int64_t>(count) * args.group(h) * (args.head_dim + 2);
-        }
-      }
-    }
-  });
-  return items;
-}
+ private:
+  static constexpr int64_t kLine = kLineBytes / sizeof(float);
+  std::vector<float> memory_;
+};
 
 void check_paging(const at::Tensor& context_lens, const at::Tensor& query_starts,
                   const at::Tensor& block_tables, const at::Tensor& slots, int64_t tokens,
@@ -182,13 +127,67 @@ AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at:
 void write_cache(const AttentionArgs& args, const at::Tensor& k, const at::Tensor& v,
                  const int32_t* slots) {
   const auto write = [&](int64_t begin, int64_t end) {
-    kernels().store_cache(args, k.const_data_ptr<float>(), k.stride(0), v.const_data_ptr<float>(),
-                          v.stride(0), slots, begin, end);
+    attention_kernels().store_cache(args, k.const_data_ptr<float>(), k.stride(0),
+                                    v.const_data_ptr<float>(), v.stride(0), slots, begin, end);
   };
   if (k.size(0) < 16) return write(0, k.size(0));
   ThreadPool::instance().run([&](int part, int parts) {
     const Range tokens = share(k.size(0), part, parts);
     write(tokens.begin, tokens.end);
+  });
+}
+
+// What threads share while they attend.
+struct Job {
+  const Step& step;
+  const int32_t* tables;
+  int64_t table_width;
+  Plan& plan;
+  float* states;
+  float* y;  // [T, q_heads, head_dim]
+};
+
+AttentionTile tile_of(const Job& job, const Item& item) {
+  const int32_t* table = job.tables + item.sequence * job.table_width;
+  return {table, item.token, item.tokens, item.position, item.kv_head, item.begin, item.end, nullptr};
+}
+
+void attend_item(const Job& job, const Item& item, AttentionTile tile, Buffer& buffer) {
+  const AttentionKernels& kernels = attention_kernels();
+  const AttentionArgs& args = job.step.args;
+  const int rows = item.tokens * args.group(item.kv_head);
+  float* scratch = buffer.get(kernels.scratch_floats(args, rows));
+  if (item.shared < 0) return kernels.attend(args, tile, nullptr, job.y, scratch);
+  Shared& whole = job.plan.shared[item.shared];
+  float* states = job.states + whole.states;
+  const int64_t before = (item.begin - whole.begin) / kKeyBlock;
+  kernels.attend(args, tile, states + before * kernels.state_floats(args, rows), job.y, scratch);
+  // Whoever is the last one of a context merges it, and sees what the others wrote.
+  if (std::atomic_ref(whole.parts).fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  tile.begin = whole.begin;
+  tile.end = whole.end;
+  kernels.merge_states(args, tile, states, job.y, scratch);
+}
+
+void attend_all(const Step& step, const int32_t* tables, int64_t table_width, float* y) {
+  thread_local Plan plan;
+  thread_local Buffer states;
+  plan_items(step, plan);
+  const Job job{step, tables, table_width, plan, states.get(plan.state_floats), y};
+  const std::vector<Item>& items = plan.items;
+  auto& pool = ThreadPool::instance();
+  pool.run([&](int part, int parts) {
+    thread_local Buffer buffer;
+    // Dealt out one by one, neighbours to different threads: causal rows cost more the later they come.
+    const int each = parts / pool.size();
+    for (size_t i = part % each * pool.size() + part / each; i < items.size(); i += parts) {
+      AttentionTile tile = tile_of(job, items[i]), next{};
+      if (i + parts < items.size()) {
+        next = tile_of(job, items[i + parts]);
+        tile.next = &next;
+      }
+      attend_item(job, items[i], tile, buffer);
+    }
   });
 }
 
@@ -221,49 +220,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   const int32_t* starts = query_starts.const_data_ptr<int32_t>();
   // Rows behind the last sequence's only pad.
   std::fill(y + starts[sequences] * out.stride(0), y + out.numel(), 0.0f);
-  auto& pool = ThreadPool::instance();
-  const std::vector<Item> items = attention_items(
-      args, starts, context_lens.const_data_ptr<int32_t>(), sequences, pool.size());
-  const int64_t row_floats = args.head_dim + 2;
-  thread_local std::vector<float> partials;
-  int64_t needed = 0;
-  for (const Item& item : items) {
-    if (item.count > 1) {
-      needed = item.floats + item.tokens * args.group(item.kv_head) * row_floats;
-    }
-  }
-  partials.resize(std::max<size_t>(partials.size(), needed));
-  float* shared = partials.data();
-  const int32_t* tables = block_tables.const_data_ptr<int32_t>();
-  const auto tile_of = [&](const Item& item) {
-    const int32_t* table = tables + item.sequence * block_tables.size(1);
-    return AttentionTile{table,        item.token, item.tokens, item.position,
-                         item.kv_head, item.begin, item.end,    nullptr};
-  };
-  pool.run([&](int part, int parts) {
-    thread_local std::vector<float> local;
-    // Dealt out one by one, neighbours to different threads: causal rows cost more the later they come.
-    const int each = parts / pool.size();
-    for (size_t i = part % each * pool.size() + part / each; i < items.size(); i += parts) {
-      const Item& item = items[i];
-      AttentionTile tile = tile_of(item), next{};
-      if (i + parts < items.size()) {
-        next = tile_of(items[i + parts]);
-        tile.next = &next;
-      }
-      const int64_t rows = static_cast<int64_t>(item.tokens) * args.group(item.kv_head);
-      const int64_t scratch = attention_scratch_floats(args, item.tokens);
-      local.resize(std::max<size_t>(local.size(), rows * row_floats + scratch));
-      float* result = item.count > 1 ? shared + item.floats : local.data() + scratch;
-      kernels().attend(args, tile, result, result + rows * args.head_dim,
-                       result + rows * (args.head_dim + 1), local.data());
-      if (item.count == 1) kernels().merge_parts(args, tile, result, 1, y);
-    }
-  });
-  for (const Item& item : items) {
-    if (item.count == 1 || item.index > 0) continue;
-    kernels().merge_parts(args, tile_of(item), shared + item.floats, item.count, y);
-  }
+  attend_all({args, starts, context_lens.const_data_ptr<int32_t>(), sequences,
+              ThreadPool::instance().size()},
+             block_tables.const_data_ptr<int32_t>(), block_tables.size(1), y);
   return out;
 }
 

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_kernels.h"
 #include "kernels.h"
 #include "sampling.h"
 
@@ -41,6 +42,12 @@ const SamplingKernels& sampling_kernels() {
   const Kernels* chosen = &kernels();
   if (chosen == &kernels_avx512()) return sampling_avx512();
   return chosen == &kernels_avx2() ? sampling_avx2() : sampling_scalar();
+}
+
+const AttentionKernels& attention_kernels() {
+  const Kernels* chosen = &kernels();
+  if (chosen == &kernels_avx512()) return attention_avx512();
+  return chosen == &kernels_avx2() ? attention_avx2() : attention_scalar();
 }
 
 }  // namespace precast

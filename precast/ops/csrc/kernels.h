@@ -93,48 +93,6 @@ inline int64_t input_units(const LinearArgs& a) {
   return (a.m + kRowBlock - 1) / kRowBlock * input_groups(a.format, a.k);
 }
 
-enum class CacheType : int64_t { kFloat32, kBFloat16, kInt8 };
-
-// Bytes behind each int8 key and value that hold their scale, a float32.
-constexpr int kScaleBytes = 4;
-
-struct AttentionArgs {
-  CacheType type;
-  const float* q;       // [T, q_heads, head_dim], row stride q_stride
-  int64_t q_stride;
-  const void* k_cache;  // [blocks, kv_heads, head_dim, block_size]; int8: head_dim + 4 rows, the last
-                        // four hold the scales, float32 [block_size]
-  const void* v_cache;  // [blocks, kv_heads, block_size, head_dim]; int8: head_dim + 4 columns
-  int q_heads, kv_heads, head_dim, block_size;
-  const int64_t* first_query;  // [kv_heads + 1] first query head of each KV head, and q_heads
-  int largest_group;
-  float scale;
-  float softcap;   // scores become softcap * tanh(score / softcap); 0: none
-  int64_t window;  // a token attends to this many, itself included; 0: all
-
-  // Query heads of a KV head.
-  int group(int kv_head) const {
-    return static_cast<int>(first_query[kv_head + 1] - first_query[kv_head]);
-  }
-};
-
-// Query heads to a KV head, at the most.
-constexpr int kMaxQueryGroup = 64;
-// Rows of a tile, at the most.
-constexpr int kMaxTileRows = 64;
-
-// What one call of attend works on: neighbouring tokens of a sequence, one KV head, and a part of
-// their context.
-struct AttentionTile {
-  const int32_t* block_table;
-  int64_t first_token;  // row in q
-  int tokens;
-  int64_t first_position;  // of first_token in its sequence
-  int kv_head;
-  int64_t begin, end;  // cached tokens [begin, end); begin is a multiple of block_size
-  const AttentionTile* next;  // what this thread attends to after it, or null
-};
-
 struct Kernels {
   const char* isa;
   // Panels that a tile of several rows has: threads get whole tiles.
@@ -150,21 +108,6 @@ struct Kernels {
   // y = row `row` of a packed weight [N, k], as floats.
   void (*unpack_row)(Format format, const uint8_t* weight, int64_t k, int64_t row, float* y);
 
-  // Unnormalised attention of a tile. Rows are token-major, then the KV head's query heads: `out`
-  // [rows, head_dim], `maximum` and `denominator` [rows] of the softmax, so that parts of a context
-  // can be merged. `scratch`: attention_scratch_floats(args, tokens).
-  void (*attend)(const AttentionArgs& args, const AttentionTile& tile, float* out, float* maximum,
-                 float* denominator, float* scratch);
-
-  // The output of a tile's rows in `out` [T, q_heads, head_dim], from `count` parts of its context, one
-  // after the other as attend wrote each: rows of `out`, maxima, denominators.
-  void (*merge_parts)(const AttentionArgs& args, const AttentionTile& tile, const float* parts,
-                      int count, float* out);
-
-  // Writes keys and values [T, kv_heads, head_dim] of tokens [begin, end) to their slots.
-  void (*store_cache)(const AttentionArgs& args, const float* k, int64_t k_stride, const float* v,
-                      int64_t v_stride, const int32_t* slots, int64_t begin, int64_t end);
-
   // out = sum over `count` arrays of n floats, added in order.
   void (*sum)(const float* const* arrays, int count, float* out, int64_t n);
 
@@ -175,10 +118,6 @@ struct Kernels {
   void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half,
                  int64_t dim);
 };
-
-inline int64_t attention_scratch_floats(const AttentionArgs& a, int tokens) {
-  return static_cast<int64_t>(a.largest_group) * tokens * a.block_size + a.head_dim + 64;
-}
 
 const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();

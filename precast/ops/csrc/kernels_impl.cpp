@@ -1,5 +1,4 @@
 // Compiled once for each instruction set, with PRECAST_ISA naming it (see precast/ops/build.py).
-#include "attention.h"
 #include "elementwise.h"
 #include "kernels.h"
 #include "linear_quantized.h"
@@ -35,9 +34,6 @@ const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
                                 quantize_inputs,
                                 linear,
                                 unpack_row,
-                                attend,
-                                merge_parts,
-                                store_cache,
                                 sum,
                                 rms_norm_row,
                                 silu_and_mul_row,

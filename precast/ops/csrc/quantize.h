@@ -17,18 +17,6 @@ constexpr int32_t weight_offset(Format f) {
   return f == Format::kQ4_0 ? 8 : f == Format::kQ4_1 ? 0 : kOffset;
 }
 
-inline float largest_magnitude(const float* x, int64_t n) {
-  vfloat largest = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const vfloat v = load(x + i);
-    largest = maximum(largest, maximum(v, -v));
-  }
-  float result = reduce_max(largest);
-  for (; i < n; ++i) result = std::fabs(x[i]) > result ? std::fabs(x[i]) : result;
-  return result;
-}
-
 // Returns the sum of the quantised values. Rounds halves to even.
 inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
   vint sums = {};

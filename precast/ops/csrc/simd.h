@@ -39,7 +39,16 @@ inline V load_as(const T* p) {
 }
 inline vfloat load(const float* p) { return load_as<vfloat>(p); }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
-inline vfloat splat(float x) { return vfloat{} + x; }
+// Not `vfloat{} + x`, which is an addition: it makes 0 of -0.
+inline vfloat splat(float x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_set1_ps(x);
+#else
+  return (vfloat)_mm_set1_ps(x);
+#endif
+}
 inline vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
 inline vfloat as_float(vint v) { return (vfloat)v; }
 
@@ -190,6 +199,38 @@ inline int32_t reduce_add(vint v) {
 // The nearest integer, halves to the even one, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
 inline vint nearest(vfloat x) { return (vint)(x + 12582912.0f) - 0x4b400000; }
 inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+// The same in one instruction; b where either is no number.
+inline vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return (vfloat)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+}
+// a * b + c, rounded once where the instruction set can: the compiler has no say in it.
+inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline float largest_magnitude(const float* x, int64_t n) {
+  vfloat largest = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vfloat v = load(x + i);
+    largest = maximum(largest, maximum(v, -v));
+  }
+  float result = reduce_max(largest);
+  for (; i < n; ++i) result = std::fabs(x[i]) > result ? std::fabs(x[i]) : result;
+  return result;
+}
 
 // e^x for x <= 0, relative error below 2e-7; 0 below -87. Range reduction by powers of two and the
 // polynomial of Cephes' expf (S. L. Moshier).

@@ -1,0 +1,204 @@
+// Attention of a few rows to one block of kKeyBlock keys, blocked for registers.
+//
+// A score is summed over the features in order, a block's output over its keys in order, one fused
+// multiply-add each: the same bits for every number of rows and every type that holds the same values.
+#pragma once
+
+#include <utility>
+
+#include "attention_softmax.h"
+
+namespace precast {
+namespace {
+
+template <typename T>
+constexpr int kExtra = sizeof(T) == 1 ? kScaleBytes : 0;  // rows of K, columns of V that hold scales
+
+// Vectors of a register tile of so many rows, along the keys or the features: sums enough to hide an
+// addition's latency, and few enough that they and what they are made of fit the registers.
+constexpr int tile_vectors(int rows, int most) {
+  const int sums = kLanes == 16 ? 24 : rows < kTileRows ? 10 : 2 * kTileRows;
+  int vectors = 1;
+  while (vectors * 2 * rows <= sums && vectors * 2 <= most) vectors *= 2;
+  return vectors;
+}
+constexpr int kTileFeatures = tile_vectors(kTileRows, 8) * kLanes;
+// Panels of kPanel keys in a block.
+constexpr int kKeyPanels = kKeyBlock / kPanel;
+
+// A block's keys and values as they lie in the cache, or converted. A value's feature f is at
+// f * feature_stride of the value's address, for features that begin a register tile.
+template <typename T>
+struct KeyBlock {
+  static constexpr bool kConverted = false;
+  const T* keys[kKeyPanels];    // [dim][key_stride]: kPanel neighbouring keys
+  const T* values[kKeyPanels];  // [kPanel][value_stride]
+  // Of the block that is read after this one. It is asked for while this one is read, line by line:
+  // blocks lie anywhere in memory, and the processor's own prefetching begins anew in each.
+  const T *next_keys[kKeyPanels], *next_values[kKeyPanels];
+  int key_stride, value_stride;
+  static constexpr int feature_stride = 1;
+};
+
+// All of a block's values in one place: [features / kTileFeatures][kKeyBlock][kTileFeatures].
+struct ConvertedBlock {
+  static constexpr bool kConverted = true;
+  const float* keys[kKeyPanels];
+  const float* values[1];
+  static constexpr int key_stride = kPanel, value_stride = kTileFeatures, feature_stride = kKeyBlock;
+};
+
+// Into the second cache: the first one has too few requests open at once (prefetch.h).
+[[gnu::always_inline]] inline void soon(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+// Two vectors of bf16 in two instructions: a load's even values and its odd ones. Sums over them come
+// out in that order, and are put right once they are complete.
+template <typename T, int NV>
+constexpr bool kEvenOdd = std::is_same_v<T, BFloat16> && kLanes >= 8 && NV % 2 == 0;
+
+template <bool kPairs, int NV, typename T>
+inline void load_run(const T* from, vfloat* to) {
+  if constexpr (kPairs) {
+    for (int v = 0; v < NV; v += 2) {
+      const vint both = load_as<vint>(reinterpret_cast<const int32_t*>(from + v * kLanes));
+      to[v] = as_float(both << 16);
+      to[v + 1] = as_float(both & static_cast<int32_t>(0xffff0000));
+    }
+  } else {
+    for (int v = 0; v < NV; ++v) to[v] = load(from + v * kLanes);
+  }
+}
+
+template <bool kPairs, int NV>
+[[gnu::always_inline]] inline void put_right(vfloat* sums) {
+  if constexpr (kPairs) {
+    vint low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i / 2 + i % 2 * kLanes;
+      high[i] = low[i] + kLanes / 2;
+    }
+    for (int v = 0; v < NV; v += 2) {
+      const vfloat even = sums[v], odd = sums[v + 1];
+      sums[v] = __builtin_shuffle(even, odd, low);
+      sums[v + 1] = __builtin_shuffle(even, odd, high);
+    }
+  }
+}
+
+// scores[r][j] = q[r] . key j for NV vectors of keys. q is [dim][MR].
+template <int MR, int NV, typename Block>
+inline void score_keys(const float* q, const Block& block, int first, int dim,
+                       float* scores) {
+  constexpr int kRuns = NV > kVectors ? NV / kVectors : 1, kRun = NV / kRuns;
+  using T = std::remove_cvref_t<decltype(*block.keys[0])>;
+  const T *keys[kRuns], *next[kRuns];
+  for (int p = 0; p < kRuns; ++p) {
+    keys[p] = block.keys[first / kPanel + p] + first % kPanel;
+    if constexpr (!Block::kConverted) next[p] = block.next_keys[first / kPanel + p];
+  }
+  vfloat acc[MR][NV];
+  clear(acc);
+  for (int d = 0; d < dim; ++d, q += MR) {
+    vfloat key[NV];
+    for (int p = 0; p < kRuns; ++p) {
+      if constexpr (!Block::kConverted) {
+        soon(next[p]);
+        next[p] += block.key_stride;
+      }
+      load_run<kEvenOdd<T, kRun>, kRun>(keys[p], key + p * kRun);
+      keys[p] += block.key_stride;
+    }
+    for (int r = 0; r < MR; ++r) {
+      const vfloat x = splat(q[r]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(key[v], x, acc[r][v]);
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int p = 0; p < kRuns; ++p) put_right<kEvenOdd<T, kRun>, kRun>(acc[r] + p * kRun);
+    for (int v = 0; v < NV; ++v) store(scores + r * kKeyBlock + first + v * kLanes, acc[r][v]);
+  }
+}
+
+template <int MR, typename Block>
+inline void score_block(const float* q, const Block& block, Seen tile, int dim,
+                        float* scores) {
+  constexpr int kKeys = tile_vectors(MR, kKeyBlock / kLanes);
+  for (int j = tile.low / (kKeys * kLanes) * (kKeys * kLanes); j < tile.high; j += kKeys * kLanes) {
+    score_keys<MR, kKeys>(q, block, j, dim, scores);
+  }
+}
+
+// Folds sums over the seen keys of weights[r][j] * value j into the outputs, NV vectors of features.
+template <int MR, int NV, typename Block>
+inline void add_values(const float* weights, const Block& block, Seen tile, int feature, int width,
+                       const Factors& factors, float* out) {
+  constexpr int kRun = Block::kConverted ? kKeyBlock : kPanel;
+  using T = std::remove_cvref_t<decltype(*block.values[0])>;
+  vfloat acc[MR][NV];
+  clear(acc);
+  for (int j = tile.low; j < tile.high;) {
+    const auto* values = block.values[j / kRun] + j % kRun * block.value_stride +
+                         feature * Block::feature_stride;
+    const int end = (j / kRun + 1) * kRun < tile.high ? (j / kRun + 1) * kRun : tile.high;
+    const T* next = nullptr;
+    if constexpr (!Block::kConverted) {
+      next = block.next_values[j / kRun] + j % kRun * block.value_stride + feature;
+    }
+    for (; j < end; ++j, values += block.value_stride) {
+      if constexpr (!Block::kConverted) {
+        for (int i = 0; i < NV * kLanes; i += kLineBytes / sizeof(T)) soon(next + i);
+        next += block.value_stride;
+      }
+      vfloat value[NV];
+      load_run<kEvenOdd<T, NV>, NV>(values, value);
+      for (int r = 0; r < MR; ++r) {
+        const vfloat weight = splat(weights[r * kKeyBlock + j]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(value[v], weight, acc[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    put_right<kEvenOdd<T, NV>, NV>(acc[r]);
+    for (int v = 0; v < NV; ++v) {
+      float* y = out + r * width + feature + v * kLanes;
+      store(y, folded(load(y), factors.before[r], acc[r][v], factors.block[r]));
+    }
+  }
+}
+
+template <int MR, typename Block>
+inline void add_block(const float* weights, const Block& block, Seen tile, int width,
+                      const Factors& factors, float* out) {
+  constexpr int kVectorsAtOnce = tile_vectors(MR, 8), kRest = tile_vectors(kTileRows, kVectors);
+  int d = 0;
+  for (; d + kVectorsAtOnce * kLanes <= width; d += kVectorsAtOnce * kLanes) {
+    add_values<MR, kVectorsAtOnce>(weights, block, tile, d, width, factors, out);
+  }
+  for (; d < width; d += kRest * kLanes) {
+    add_values<MR, kRest>(weights, block, tile, d, width, factors, out);
+  }
+}
+
+// Folds a block into the state of MR rows, which see `seen` of it. Scratch: scores [MR][kKeyBlock].
+template <int MR, typename Block>
+inline void attend_block(const float* q, const Block& block, const Weighing& weighing, const Seen* seen,
+                         int dim, int width, float* scores, const State& state) {
+  Seen tile{kKeyBlock, 0};
+  bool all = true;
+  for (int r = 0; r < MR; ++r) {
+    all = all && seen[r].low == 0 && seen[r].high == kKeyBlock;
+    if (seen[r].low >= seen[r].high) continue;
+    tile.low = seen[r].low < tile.low ? seen[r].low : tile.low;
+    tile.high = seen[r].high > tile.high ? seen[r].high : tile.high;
+  }
+  if (tile.low >= tile.high) return;
+  score_block<MR>(q, block, tile, dim, scores);
+  BlockSums sums;
+  soften(weighing, MR, tile, seen, all, scores, sums);
+  Factors factors;
+  fold_sums(state, MR, load(sums.maxima), sums.totals, factors);
+  add_block<MR>(scores, block, tile, width, factors, state.out);
+}
+
+}  // namespace
+}  // namespace precast
