@@ -7,6 +7,8 @@ import socket
 import time
 from typing import Final
 
+import uvloop
+
 from precast import log as logging
 from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError
@@ -40,12 +42,16 @@ DRAIN_S: Final = 10.0
 TRIALS: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
 _GAUGE_INTERVAL_S: Final = 1.0
+_START_POLL_S: Final = 0.02
+_STATE_POLL_S: Final = 0.1
+"""How often the state is looked at: each look wakes a process that may have one stream to serve."""
 
 
 def run(settings: DecodeWorkerSettings, launcher: RankLauncher, share: Share) -> int:
     """Serves until SIGTERM or SIGINT; the exit code. Raises PrecastError if it can't start."""
     logging.configure("decode-worker", settings)
-    asyncio.run(_serve(settings, launcher, share))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, launcher, share))
     return 0
 
 
@@ -182,7 +188,7 @@ async def _follow_state(
                 first = False
                 start_s = round(time.monotonic() - started, 2)
                 log.info("decode worker ready", port=server.port, start_s=start_s)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(_START_POLL_S if first else _STATE_POLL_S)
 
 
 async def _set_gauges(metrics: Metrics, engine: Engine, scheduler: Scheduler) -> None:

@@ -1,11 +1,21 @@
 """A decode worker's Prometheus metrics."""
 
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 _STEP_BUCKETS: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0)
 _TOKEN_BUCKETS: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Children:
+    """The metrics of one kind of step: looking them up would cost each step."""
+
+    tokens: Counter
+    sizes: Histogram
+    seconds: Histogram
 
 
 class Metrics:
@@ -70,15 +80,33 @@ class Metrics:
             buckets=_STEP_BUCKETS,
             registry=self.registry,
         )
+        self._kinds = {
+            phase: _Children(
+                tokens=self._tokens.labels(phase),
+                sizes=self._sizes.labels(phase),
+                seconds=self._seconds.labels(phase),
+            )
+            for phase in ("decode", "prefill")
+        }
+        self._graph_sizes: dict[int, Counter] = {}
 
     def serve(self, host: str, port: int) -> None:
         start_http_server(port, host, registry=self.registry)
 
     def step(self, decode_tokens: int, prompt_tokens: int, graph_size: int, step_us: int) -> None:
-        self._tokens.labels("decode").inc(decode_tokens)
-        self._tokens.labels("prefill").inc(prompt_tokens)
-        self._steps.labels(str(graph_size)).inc()
-        self._padding.inc(max(0, graph_size - decode_tokens - prompt_tokens))
-        phase = "prefill" if prompt_tokens else "decode"
-        self._sizes.labels(phase).observe(decode_tokens + prompt_tokens)
-        self._seconds.labels(phase).observe(step_us / 1e6)
+        tokens = decode_tokens + prompt_tokens
+        for phase, count in (("decode", decode_tokens), ("prefill", prompt_tokens)):
+            if count:
+                self._kinds[phase].tokens.inc(count)
+        self._of_size(graph_size).inc()
+        if graph_size > tokens:
+            self._padding.inc(graph_size - tokens)
+        kind = self._kinds["prefill" if prompt_tokens else "decode"]
+        kind.sizes.observe(tokens)
+        kind.seconds.observe(step_us / 1e6)
+
+    def _of_size(self, graph_size: int) -> Counter:
+        known = self._graph_sizes.get(graph_size)
+        if known is None:
+            known = self._graph_sizes[graph_size] = self._steps.labels(str(graph_size))
+        return known

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from precast.graphs.artifacts.versions import CRASH_SIGNALS
 from precast.log import get_logger
@@ -75,8 +75,7 @@ class _Rank(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
