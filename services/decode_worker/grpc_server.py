@@ -2,13 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final
 
 from precast.errors import InvalidRequest
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.rpc.local_link import Handler
 from precast.rpc.server import Service, wants_columns, wants_heartbeats
 from services.decode_worker.engine.response_buffer import Ending, Outbox, Recipient
 from services.decode_worker.worker import Worker
@@ -30,16 +32,11 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
-        stream = _Stream(self._worker, columns=wants_columns(context))
-        reader = asyncio.create_task(stream.read(request_iterator))
-        heart = asyncio.create_task(stream.beat(wanted=wants_heartbeats(context)))
-        try:
-            async for response in stream.outbox.responses():
+        columns, heartbeats = wants_columns(context), wants_heartbeats(context)
+        responses = _generate(self._worker, request_iterator, columns, heartbeats)
+        async with aclosing(responses):
+            async for response in responses:
                 yield response
-        finally:
-            reader.cancel()
-            heart.cancel()
-            stream.abort_all()
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         return pb.AbortResponse(found=self._worker.abort(request.request_id))
@@ -63,6 +60,26 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         self, request: pb.GetGraphSpecsRequest, context: Any
     ) -> pb.GetGraphSpecsResponse:
         return self._worker.graph_specs(request.num_tokens)
+
+
+def local_generate(worker: Worker) -> Handler:
+    """Generate for a gateway of the same host, which knows columns and heartbeats."""
+    return lambda requests: _generate(worker, requests, columns=True, heartbeats=True)
+
+
+async def _generate(
+    worker: Worker, requests: AsyncIterator[pb.GenerateRequest], columns: bool, heartbeats: bool
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    stream = _Stream(worker, columns=columns)
+    reader = asyncio.create_task(stream.read(requests))
+    heart = asyncio.create_task(stream.beat(wanted=heartbeats))
+    try:
+        async for response in stream.outbox.responses():
+            yield response
+    finally:
+        reader.cancel()
+        heart.cancel()
+        stream.abort_all()
 
 
 class _Stream:

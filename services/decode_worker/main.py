@@ -16,7 +16,9 @@ from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import Registry
 from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.trust import TrustFolder
+from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.rpc.address import advertised
+from precast.rpc.local_link import serving_locally
 from precast.rpc.server import Server, start_server
 from precast.system.shared_memory import sweep_segments
 from precast.system.stopping import run_until_stopped
@@ -105,7 +107,12 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         metrics.serve(settings.metrics_host, settings.metrics_port)
     address = advertised(settings.advertise, server.port)
     try:
-        async with Heartbeat(registry, lambda: worker.lease(address)) as heartbeat:
+        async with (
+            serving_locally(
+                worker_id, grpc_server.local_generate(worker), pb.GenerateRequest.FromString
+            ),
+            Heartbeat(registry, lambda: worker.lease(address)) as heartbeat,
+        ):
             await run_until_stopped(
                 [
                     running,

@@ -9,8 +9,8 @@ import argparse
 import asyncio
 import signal
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import LEASE_TTL_S, DecodeLease, Registry
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
+from precast.rpc.local_link import serving_locally
 from precast.rpc.server import Service, start_server, wants_columns, wants_heartbeats
 from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine.response_buffer import Ending, Outbox, Output, Recipient
@@ -111,10 +112,25 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self._outs: dict[str, tuple[asyncio.Task[None], Recipient, Outbox]] = {}
 
     async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        out = Outbox(columns=self._options.columns and wants_columns(context))
+        columns = self._options.columns and wants_columns(context)
+        responses = self._generate_on(requests, columns, wants_heartbeats(context))
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
+
+    async def local(self, requests: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Generate, for gateways of the same host."""
+        async with aclosing(self._generate_on(requests, self._options.columns, True)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _generate_on(
+        self, requests: Any, columns: bool, heartbeats: bool
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        out = Outbox(columns=columns)
         mine: set[str] = set()
         reader = asyncio.create_task(self._read(requests, out, mine))
-        beats = self._options.heartbeats and wants_heartbeats(context)
+        beats = self._options.heartbeats and heartbeats
         heart = asyncio.create_task(self._beat(out, wanted=beats))
         try:
             async for response in out.responses():
@@ -266,6 +282,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-context-length", type=int, default=256)
     parser.add_argument("--state", default="ready")
     parser.add_argument("--heartbeats", type=int, default=1, help="0: as older workers, none")
+    parser.add_argument("--local", type=int, default=1, help="0: as on another host, gRPC alone")
     parser.add_argument("--columns", type=int, default=1, help="0: as older workers, none")
     parser.add_argument("--tokenizer-digest", default="")
     parser.add_argument("--lease-ttl-s", type=float, default=LEASE_TTL_S)
@@ -285,7 +302,11 @@ async def _main() -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, parrot.lose_ranks)
     loop.add_signal_handler(signal.SIGUSR2, parrot.recover)
-    async with Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=0.25):
+    name = parrot.worker_id if options.local else f"{parrot.worker_id}-hidden"
+    async with (
+        serving_locally(name, parrot.local, pb.GenerateRequest.FromString),
+        Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=0.25),
+    ):
         print(server.port, flush=True)
         await server.wait_for_termination()
 

@@ -4,14 +4,14 @@ One task reads the stream. A message has what a step gave to all its requests; e
 straight into its queue. A stream that breaks ends with an error, or begins anew elsewhere, every
 request on it; another is opened at once, then with growing pauses. The worker's heartbeats come on
 the stream: one that has sent nothing for ``SILENCE_S`` is taken for hung and disconnected, although
-its connection looks sound.
+its connection looks sound. To a worker on this host the stream goes over a Unix socket.
 """
 
 import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +24,7 @@ from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUn
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.rpc.local_link import LocalLink, connect_locally
 from precast.rpc.server import COLUMNS, HEARTBEATS, open_channel
 from precast.system.backoff import Backoff
 from services.gateway.routing.event_queue import Delta, EventQueue
@@ -167,37 +168,67 @@ class WorkerConnection:
     async def _stream(self, channel: grpc.aio.Channel) -> None:
         # grpc's stubs don't know that an aio channel makes the stub's calls aio calls
         stub: Any = DecodeServiceStub(channel)
-        call = stub.Generate(metadata=[HEARTBEATS, COLUMNS])
+        link = await _local_link(stub)
+        if link is not None:
+            await self._serve(self._read_locally(link), self._write_locally(link), link.abort)
+        else:
+            call = stub.Generate(metadata=[HEARTBEATS, COLUMNS])
+            await self._serve(self._read(call), self._write(call), call.cancel)
+
+    async def _serve(
+        self,
+        read: Coroutine[Any, Any, None],
+        write: Coroutine[Any, Any, None],
+        cancel: Callable[[], object],
+    ) -> None:
         self._unsent = asyncio.Queue(_MAX_UNSENT)
         self._beats, self._heard = False, time.monotonic()
         self.up, self.met, self._failures = True, True, 0
         self._on_change()
         loops = {
-            asyncio.create_task(self._read(call), name=f"read {self.address}"),
-            asyncio.create_task(self._write(call), name=f"write {self.address}"),
+            asyncio.create_task(read, name=f"read {self.address}"),
+            asyncio.create_task(write, name=f"write {self.address}"),
             asyncio.create_task(self._watch(), name=f"watch {self.address}"),
         }
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             self._explain([task.exception() for task in done])
         finally:
-            call.cancel()
+            cancel()
             for task in loops:
                 task.cancel()
             await asyncio.gather(*loops, return_exceptions=True)
 
+    async def _read_locally(self, link: LocalLink) -> None:
+        link.deliver(lambda message: self._handle(pb.GenerateResponse.FromString(message)))
+        await asyncio.shield(link.lost)
+        raise WorkerUnavailable(f"The worker at {self.address} has closed the connection.")
+
+    async def _write_locally(self, link: LocalLink) -> None:
+        unsent = self._unsent
+        while True:
+            link.send(await unsent.get())
+            try:
+                await link.writable()
+            except TimeoutError:
+                reason = f"The worker at {self.address} doesn't read its requests."
+                raise WorkerUnavailable(reason) from None
+
     async def _read(self, call: Any) -> None:
-        """The loop that every token passes."""
         async for response in call:
-            self._heard = time.monotonic()
-            event = response.WhichOneof("event")
-            if event == "step":
-                self._step(response.step)
-            elif event == "heartbeat":
-                self._beats = True
-                self._on_heartbeat(response.heartbeat)
-            else:
-                self._single(response)
+            self._handle(response)
+
+    def _handle(self, response: pb.GenerateResponse) -> None:
+        """All that comes passes here."""
+        self._heard = time.monotonic()
+        event = response.WhichOneof("event")
+        if event == "step":
+            self._step(response.step)
+        elif event == "heartbeat":
+            self._beats = True
+            self._on_heartbeat(response.heartbeat)
+        else:
+            self._single(response)
 
     def _step(self, step: pb.StepOutput) -> None:
         """Hand out what a step has made."""
@@ -271,6 +302,15 @@ class WorkerConnection:
 
 def _delta(single: pb.TokenDelta) -> Delta:
     return Delta(tokens=len(single.token_ids), text=single.text, logprobs=single.logprobs)
+
+
+async def _local_link(stub: Any) -> LocalLink | None:
+    """A connection without gRPC to a worker on this host."""
+    try:
+        status = await stub.GetStatus(pb.GetStatusRequest(), timeout=CONNECT_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return None
+    return await connect_locally(status.worker_id)
 
 
 async def connect(address: str) -> grpc.aio.Channel:
