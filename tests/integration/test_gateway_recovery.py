@@ -158,7 +158,7 @@ def test_a_stopped_worker_counts_as_dead_within_ten_seconds(stack: Stack, gatewa
 def test_a_worker_that_answers_is_alive_whatever_redis_says(stack: Stack, gateway: Gateway) -> None:
     """Its lease lapses all the time, then Redis refuses it; then it is restarted unseen."""
     port = free_port()
-    worker = stack.worker(port=port, lease_ttl_s=0.12)
+    worker = stack.worker(port=port, lease_ttl_s=0.05)
     eventually(lambda: gateway.workers() == 1)
     client = redis.Redis.from_url(stack.redis_url)
 

@@ -36,6 +36,8 @@ FAIL_AFTER_TWO: Final = "!later"
 """Two tokens, then INTERNAL."""
 SLOW: Final = "!slow"
 """A tenth of a second a token."""
+_BEAT_S: Final = 0.23
+"""Of the lease. No part of half a second, or gateways might never see one that lapses at once."""
 SILENT: Final = "!silent"
 """Never a token."""
 
@@ -305,7 +307,7 @@ async def _main() -> None:
     name = parrot.worker_id if options.local else f"{parrot.worker_id}-hidden"
     async with (
         serving_locally(name, parrot.local, pb.GenerateRequest.FromString),
-        Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=0.25),
+        Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=_BEAT_S),
     ):
         print(server.port, flush=True)
         await server.wait_for_termination()
