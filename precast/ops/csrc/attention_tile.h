@@ -17,7 +17,7 @@ constexpr int kExtra = sizeof(T) == 1 ? kScaleBytes : 0;  // rows of K, columns 
 // Vectors of a register tile of so many rows, along the keys or the features: sums enough to hide an
 // addition's latency, and few enough that they and what they are made of fit the registers.
 constexpr int tile_vectors(int rows, int most) {
-  const int sums = kLanes == 16 ? 24 : rows < kTileRows ? 10 : 2 * kTileRows;
+  const int sums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 2 * kTileRows;
   int vectors = 1;
   while (vectors * 2 * rows <= sums && vectors * 2 <= most) vectors *= 2;
   return vectors;
@@ -56,16 +56,28 @@ struct ConvertedBlock {
 template <typename T, int NV>
 constexpr bool kEvenOdd = std::is_same_v<T, BFloat16> && kLanes >= 8 && NV % 2 == 0;
 
-template <bool kPairs, int NV, typename T>
-inline void load_run(const T* from, vfloat* to) {
-  if constexpr (kPairs) {
-    for (int v = 0; v < NV; v += 2) {
+// sums[r] += x[r * stride] * the NV vectors at `from`. A pair of vectors takes its factors anew: kept for
+// all pairs they would push sums out of AVX2's registers.
+template <bool kPairs, int MR, int NV, typename T, typename Sums>
+[[gnu::always_inline]] inline void add_products(const float* x, int stride, const T* from, Sums& sums,
+                                                int at) {
+  constexpr int kStep = kPairs ? 2 : NV;
+  for (int v = 0; v < NV; v += kStep) {
+    vfloat value[kStep];
+    if constexpr (kPairs) {
       const vint both = load_as<vint>(reinterpret_cast<const int32_t*>(from + v * kLanes));
-      to[v] = as_float(both << 16);
-      to[v + 1] = as_float(both & static_cast<int32_t>(0xffff0000));
+      value[0] = as_float(both << 16);
+      value[1] = as_float(both & static_cast<int32_t>(0xffff0000));
+      if (kLanes == 8 && NV > 2) asm("" : "+r"(x));
+    } else {
+      for (int i = 0; i < kStep; ++i) value[i] = load(from + (v + i) * kLanes);
     }
-  } else {
-    for (int v = 0; v < NV; ++v) to[v] = load(from + v * kLanes);
+    for (int r = 0; r < MR; ++r) {
+      const vfloat factor = splat(x[r * stride]);
+      for (int i = 0; i < kStep; ++i) {
+        sums[r][at + v + i] = multiply_add(value[i], factor, sums[r][at + v + i]);
+      }
+    }
   }
 }
 
@@ -99,18 +111,14 @@ inline void score_keys(const float* q, const Block& block, int first, int dim,
   vfloat acc[MR][NV];
   clear(acc);
   for (int d = 0; d < dim; ++d, q += MR) {
-    vfloat key[NV];
     for (int p = 0; p < kRuns; ++p) {
       if constexpr (!Block::kConverted) {
         soon(next[p]);
         next[p] += block.key_stride;
       }
-      load_run<kEvenOdd<T, kRun>, kRun>(keys[p], key + p * kRun);
+      if (kLanes == 8 && kRuns > 1) asm("" : "+r"(q));
+      add_products<kEvenOdd<T, kRun>, MR, kRun>(q, 1, keys[p], acc, p * kRun);
       keys[p] += block.key_stride;
-    }
-    for (int r = 0; r < MR; ++r) {
-      const vfloat x = splat(q[r]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(key[v], x, acc[r][v]);
     }
   }
   for (int r = 0; r < MR; ++r) {
@@ -149,12 +157,7 @@ inline void add_values(const float* weights, const Block& block, Seen tile, int 
         for (int i = 0; i < NV * kLanes; i += kLineBytes / sizeof(T)) soon(next + i);
         next += block.value_stride;
       }
-      vfloat value[NV];
-      load_run<kEvenOdd<T, NV>, NV>(values, value);
-      for (int r = 0; r < MR; ++r) {
-        const vfloat weight = splat(weights[r * kKeyBlock + j]);
-        for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(value[v], weight, acc[r][v]);
-      }
+      add_products<kEvenOdd<T, NV>, MR, NV>(weights + j, kKeyBlock, values, acc, 0);
     }
   }
   for (int r = 0; r < MR; ++r) {
