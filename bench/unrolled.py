@@ -83,7 +83,6 @@ def part(name: str, module: nn.Module, inputs: list[Tensor]) -> Part:
         inputs=tuple(inputs),
         dynamic=(None,) * len(inputs),
         shared=False,
-        fused=True,
     )
 
 

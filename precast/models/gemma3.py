@@ -19,7 +19,7 @@ from precast.models.layers import (
     Rope,
     attention,
     gated_mlp,
-    gelu_tanh,
+    gelu_tanh_and_mul,
     rms_norm,
     soft_cap,
 )
@@ -70,7 +70,7 @@ def layer(
     )
     hidden = hidden + rms_norm(attended, weights.attention_out_norm, eps)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
-    out = gated_mlp(shape, normed, weights.mlp, activation=gelu_tanh)
+    out = gated_mlp(shape, normed, weights.mlp, activate=gelu_tanh_and_mul)
     return hidden + rms_norm(out, weights.mlp_out_norm, eps)
 
 

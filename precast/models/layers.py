@@ -4,6 +4,9 @@ A step is ``embed``, then ``layer`` once for each layer, then ``head``. Each arc
 puts these together out of the blocks here. They run as they stand (prefill, and decode where no
 graph is there yet) and are what is captured. Weights are arguments, so a captured graph holds none.
 
+What rounds more than once is an operator: a graph's compiler rounds torch's own functions in an
+order of its own, and a token's logits are the same bits eagerly and in every graph.
+
 T: tokens in the step. S: sequences. H: hidden size. D: head size. Hidden states are float32.
 """
 
@@ -12,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 
 from precast.models.kv_cache import LayerCache
 from precast.models.shape import ModelShape
@@ -22,6 +24,7 @@ Shape = ModelShape[Any]
 Linear = list[Tensor]
 """A packed linear's tensors: its weight, and its bias if it has one."""
 Activation = Callable[[Tensor], Tensor]
+"""Of gate and up side by side, [T, 2 N], to activation(gate) * up."""
 
 
 class EmbedWeights(NamedTuple):
@@ -155,15 +158,11 @@ def gated_mlp(
     weights: MlpWeights,
     *,
     bias: bool = False,
-    activation: Activation | None = None,
+    activate: Activation | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]; None: silu."""
+    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]; ``activate``: None is silu's."""
     gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * shape.intermediate_size, bias)
-    if activation is None:
-        x = torch.ops.precast.silu_and_mul(gate_up)
-    else:
-        gate, up = gate_up.chunk(2, dim=-1)
-        x = activation(gate) * up
+    x = (activate or silu_and_mul)(gate_up)
     return reduce(shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, bias))
 
 
@@ -182,9 +181,7 @@ def expert_mlp(
     ``normalize``: whether the weights of a token's experts sum to one.
     """
     scores = linear(shape.format_of("none"), x, weights.router, experts, False)
-    likes, chosen = scores.softmax(-1).topk(per_token, dim=-1)
-    if normalize:
-        likes = likes / likes.sum(-1, keepdim=True)
+    chosen, likes = torch.ops.precast.route(scores, per_token, normalize)
     return reduce(
         shape,
         torch.ops.precast.fused_experts(
@@ -193,13 +190,20 @@ def expert_mlp(
     )
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    y: Tensor = torch.ops.precast.silu_and_mul(gate_up)
+    return y
+
+
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    y: Tensor = torch.ops.precast.gelu_tanh_and_mul(gate_up)
+    return y
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """Values squeezed into (-cap, cap); as they are for 0."""
-    return torch.tanh(x / cap) * cap if cap else x
+    y: Tensor = torch.ops.precast.soft_cap(x, cap) if cap else x
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,7 @@ from precast.errors import ConfigError
 from precast.system import numa
 
 LIBRARY = Path(__file__).parent / "_native.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
 PACKING_VERSION = 3
 MAX_QUERY_GROUP = 64
@@ -75,6 +75,22 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.register_fake("precast::silu_and_mul")
 def _silu_and_mul(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+@torch.library.register_fake("precast::gelu_tanh_and_mul")
+def _gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+@torch.library.register_fake("precast::soft_cap")
+def _soft_cap(x: Tensor, cap: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("precast::route")
+def _route(scores: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], per_token)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
 
 @torch.library.register_fake("precast::largest")

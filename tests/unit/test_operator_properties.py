@@ -108,13 +108,44 @@ def test_rotary(seed: int, rows: int, heads: int, half: int, still: int) -> None
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
 @examples(60)
 @given(seeds, st.integers(0, 65), st.integers(1, 300), st.sampled_from([0.1, 1.0, 30.0, 1000.0]))
-def test_silu_and_mul(seed: int, rows: int, size: int, scale: float) -> None:
+def test_gated_activations(name: str, seed: int, rows: int, size: int, scale: float) -> None:
     torch.manual_seed(seed)
     x = torch.randn(rows, 2 * size) * scale
-    actual, expected = (f(x) for f in (ops.silu_and_mul, reference.silu_and_mul))
+    actual, expected = getattr(ops, name)(x), getattr(reference, name)(x.double()).float()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@examples(60)
+@given(seeds, st.integers(0, 9), st.integers(1, 300), st.sampled_from([1e-4, 1.0, 100.0]))
+def test_soft_cap(seed: int, rows: int, size: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, size) * scale
+    actual, expected = (f(x, 30.0) for f in (ops.soft_cap, reference.soft_cap))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    assert ops.soft_cap(torch.tensor([[float("nan")]]), 30.0).isnan().all()
+
+
+@examples(60)
+@given(seeds, st.integers(0, 9), st.integers(1, 200), st.data(), st.booleans())
+def test_route(seed: int, rows: int, experts: int, data: st.DataObject, normalize: bool) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(rows, experts) * 3
+    wanted = data.draw(st.integers(1, experts))
+    chosen, weights = ops.route(scores, wanted, normalize)
+    same, expected = reference.route(scores, wanted, normalize)
+    assert torch.equal(chosen, same)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_route_gives_experts_that_exist_whatever_the_scores() -> None:
+    scores = torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), 0.0, 0.0], [1.0, 1.0, 1.0]])
+    chosen, weights = ops.route(scores, 3, True)
+    assert chosen.sort(dim=1).values.tolist() == [[0, 1, 2]] * 3
+    assert chosen[2].tolist() == [0, 1, 2]
+    assert weights[:2].isnan().any(dim=1).all()
 
 
 @examples(100)

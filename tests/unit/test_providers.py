@@ -44,7 +44,14 @@ def small_arguments(name: str) -> tuple[Tensor | float, ...]:
         "rms_norm": (torch.randn(5, 72), torch.randn(72), 1e-5),
         "rotary": (torch.randn(5, 3, 40), torch.rand(5, 20), torch.rand(5, 20)),
         "silu_and_mul": (torch.randn(5, 2 * 37) * 20,),
+        "gelu_tanh_and_mul": (torch.randn(5, 2 * 37) * 20,),
+        "soft_cap": (torch.randn(5, 37) * 20, 30.0),
+        "route": (torch.randn(5, 11) * 3, 4, True),
     }[name]
+
+
+SERVED_UPSTREAM = ["rms_norm", "rotary", "silu_and_mul"]
+SMALL = [*SERVED_UPSTREAM, "gelu_tanh_and_mul", "soft_cap", "route"]
 
 
 def paging(dim: int, heads: int = 6, kv_heads: int = 2) -> dict[str, Any]:
@@ -107,11 +114,11 @@ def attend(
     return out
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rotary", "silu_and_mul"])
+@pytest.mark.parametrize("name", SMALL)
 def test_small_operators_agree_with_their_definition(name: str) -> None:
     arguments = small_arguments(name)
     native = getattr(torch.ops.precast, name)(*arguments)
-    torch.testing.assert_close(native, getattr(reference, name)(*arguments), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(native, getattr(reference, name)(*arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_small_operators_take_many_rows_and_strided_views() -> None:
@@ -165,7 +172,7 @@ def test_operators_trace(provider: str) -> None:
     """Schemas, mutation, fakes and functionalisation (torch.library.opcheck)."""
     providers.start(providers.select(provider, BF16))
     ops = torch.ops.precast
-    for name in ("rms_norm", "rotary", "silu_and_mul"):
+    for name in SMALL:
         torch.library.opcheck(getattr(ops, name), small_arguments(name))
     for fmt in Format:
         packed = pack(torch.randn(20, 8), fmt)
@@ -209,7 +216,13 @@ def reasons(needs: Needs, cpu: Cpu) -> dict[str, str]:
 def test_all_operators_are_served_where_everything_is_there(upstream: None) -> None:
     selection = sgl_kernel.select(BF16, SERVER)
     none = Choice(provider="native", reason="it has no such operator")
-    assert {n for n, c in selection.choices.items() if c == none} == {"embedding", "fused_experts"}
+    assert {n for n, c in selection.choices.items() if c == none} == {
+        "embedding",
+        "fused_experts",
+        "gelu_tanh_and_mul",
+        "route",
+        "soft_cap",
+    }
     assert {c.provider for c in selection.choices.values() if c != none} == {"sgl_kernel"}
     assert selection.provider == "sgl_kernel"
     assert selection.abi.endswith(":linear+paged_attention+rms_norm+rotary+silu_and_mul")
@@ -265,7 +278,7 @@ def test_types_that_are_not_served(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["rms_norm", "rotary", "silu_and_mul"])
+@pytest.mark.parametrize("name", SERVED_UPSTREAM)
 def test_upstream_small_operators_agree(upstream: None, name: str, dtype: str) -> None:
     arguments = small_arguments(name)
     kept = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
@@ -329,7 +342,7 @@ def test_operators_trace_with_upstream(upstream: None) -> None:
     providers.start(selection)
     assert selection.pack is not None
     ops = torch.ops.precast
-    for name in ("rms_norm", "rotary", "silu_and_mul"):
+    for name in SMALL:
         torch.library.opcheck(getattr(ops, name), small_arguments(name))
     packed = selection.pack(torch.randn(20, 8), Format.BF16)
     torch.library.opcheck(ops.linear, (torch.randn(3, 8), packed, None, 20, int(Format.BF16)))

@@ -23,7 +23,7 @@ class Code:
     wrapper: str
     """AOTInductor's interface, then the calls of kernels and operators in their order."""
     kernels: str
-    """The part's own kernels: norms, activations and what else was fused."""
+    """The part's own kernels: sums and copies between operators."""
     dispatched: str
     """JSON that describes the operators that are called through torch's dispatcher; empty: none."""
 
@@ -48,7 +48,6 @@ def generate(part: Part, isa: str) -> Code:
         return [part.name]
 
     codecache.AotCodeCompiler.compile = keep  # type: ignore[method-assign,assignment]
-    _see_through(part.fused)
     exported = _export(part)
     with torch.no_grad():
         torch._inductor.aot_compile(
@@ -69,7 +68,6 @@ def warm_up() -> None:
         inputs=(rows, torch.randn(64)),
         dynamic=({0: torch.export.Dim.DYNAMIC}, None),
         shared=False,
-        fused=True,
     )
     isa = "x86-64-v3"
     _select_target(isa)
@@ -104,20 +102,6 @@ def _select_target(isa: str) -> None:
     name = TARGETS[isa][0]
     chosen = [getattr(cpu_vec_isa, name)()] if name else []
     cpu_vec_isa.valid_vec_isa_list = lambda: chosen  # type: ignore[assignment]
-
-
-def _see_through(fused: bool) -> None:
-    """Gives Inductor the definitions of the small operators, so that it fuses them with their
-    neighbours, or takes them away, so that they are called as others are."""
-    from torch._inductor.decomposition import decompositions, fast_random_decomps
-
-    fast_random_decomps.cache_clear()  # a copy of the table, with a selection before this one
-    for name, function in providers.seen_through().items():
-        operator = getattr(torch.ops.precast, name).default
-        if fused:
-            decompositions[operator] = function
-        else:
-            decompositions.pop(operator, None)
 
 
 def _skip_checks() -> None:
@@ -163,6 +147,12 @@ def _direct_calls() -> dict[str, Any]:
         ops.rms_norm.default: shim("rms_norm", tensors("x weight") + ", double eps"),
         ops.rotary.default: shim("rotary", tensors("x cos sin")),
         ops.silu_and_mul.default: shim("silu_and_mul", tensors("gate_up")),
+        ops.gelu_tanh_and_mul.default: shim("gelu_tanh_and_mul", tensors("gate_up")),
+        ops.soft_cap.default: shim("soft_cap", tensors("x") + ", double cap"),
+        ops.route.default: [
+            "AOTITorchError aoti_torch_cpu_route(AtenTensorHandle scores, int64_t per_token, "
+            "int32_t normalize, AtenTensorHandle* chosen, AtenTensorHandle* weights)"
+        ],
         ops.all_reduce.default: shim("all_reduce", tensors("x")),
         ops.all_gather.default: shim(
             "all_gather", tensors("x") + ", const int64_t* widths, int64_t widths_len"

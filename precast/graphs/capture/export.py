@@ -29,10 +29,6 @@ CAPTURE_SEQUENCES = 3
 """Sizes of the examples; the graph is dynamic in them."""
 SHARED_ROWS = 6
 """Rows of the examples of parts that serve every number of rows."""
-FUSED_TOKENS = 16
-"""Most tokens of a step whose small operators Inductor fuses; above, they are called, because a
-graph's own code runs on one thread. A step of SmolLM2-135M (q4_1, two threads) in ms, fused and
-called: 8 tokens 10.9 and 10.6, 16: 18.0 and 18.1, 32: 47.6 and 40.7, 64: 55.9 and 49.5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +66,6 @@ class Part:
     """For each input: dimensions that may vary between calls."""
     shared: bool
     """Whether it is the same for every number of tokens."""
-    fused: bool
-    """Whether Inductor sees through the small operators in it."""
 
 
 class _Flat(nn.Module):
@@ -251,7 +245,6 @@ def _layer_part(
             id(cache.k): {0: dynamic},
             id(cache.v): {0: dynamic},
         },
-        fused=tokens <= FUSED_TOKENS,
     )
 
 
@@ -262,13 +255,11 @@ def _part(
     dynamic: dict[int, dict[int, Any]],
     *,
     shared: bool = False,
-    fused: bool = True,
 ) -> Part:
     flat, spec = tree_flatten(arguments)
     return Part(
         name=name,
         shared=shared,
-        fused=fused,
         module=_Flat(function, spec),
         inputs=tuple(flat),
         dynamic=tuple(dynamic.get(id(tensor)) for tensor in flat),

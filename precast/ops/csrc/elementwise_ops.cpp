@@ -1,6 +1,6 @@
-// Schemas and CPU implementations of the small operators; fakes are in precast/ops/native.py. Graphs of
-// few tokens don't call them: Inductor takes their definition (codegen.py) and fuses it with its
-// neighbours. With many tokens threads count for more, and graphs call them.
+// Schemas and CPU implementations of the small operators; fakes are in precast/ops/native.py. Graphs call
+// them: what Inductor would make of their definitions rounds in another order than they do, and a token's
+// logits would depend on the graph.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -72,16 +72,44 @@ at::Tensor rotary(const at::Tensor& x_in, const at::Tensor& cos_in, const at::Te
   return y;
 }
 
-at::Tensor silu_and_mul(const at::Tensor& x_in) {
-  check_float(x_in, "silu_and_mul: x");
-  TORCH_CHECK(x_in.dim() == 2 && x_in.size(1) % 2 == 0, "silu_and_mul: expected x [T, 2 N]");
+using GatedKernel = void (*)(const float* gate, const float* up, float* y, int64_t n);
+
+at::Tensor gated(const char* name, GatedKernel kernel, const at::Tensor& x_in) {
+  check_float(x_in, name);
+  TORCH_CHECK(x_in.dim() == 2 && x_in.size(1) % 2 == 0, name, ": expected x [T, 2 N]");
   const at::Tensor x = x_in.contiguous();
   const int64_t n = x.size(1) / 2;
   at::Tensor y = at::empty({x.size(0), n}, x.options());
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   for_rows(x.size(0), n, [&](int64_t row) {
-    kernels().silu_and_mul(from + row * 2 * n, from + row * 2 * n + n, to + row * n, n);
+    kernel(from + row * 2 * n, from + row * 2 * n + n, to + row * n, n);
+  });
+  return y;
+}
+
+}  // namespace
+
+at::Tensor silu_and_mul(const at::Tensor& x) {
+  return gated("silu_and_mul", kernels().silu_and_mul, x);
+}
+
+namespace {
+
+at::Tensor gelu_tanh_and_mul(const at::Tensor& x) {
+  return gated("gelu_tanh_and_mul", kernels().gelu_tanh_and_mul, x);
+}
+
+at::Tensor soft_cap(const at::Tensor& x_in, double cap) {
+  check_float(x_in, "soft_cap: x");
+  TORCH_CHECK(x_in.dim() == 2 && cap > 0, "soft_cap: expected x [T, N] and a cap above 0");
+  const at::Tensor x = x_in.contiguous();
+  at::Tensor y = at::empty_like(x);
+  const int64_t n = x.size(1);
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  for_rows(x.size(0), n, [&](int64_t row) {
+    kernels().soft_cap(from + row * n, static_cast<float>(cap), to + row * n, n);
   });
   return y;
 }
@@ -92,12 +120,16 @@ TORCH_LIBRARY_FRAGMENT(precast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");
+  m.def("gelu_tanh_and_mul(Tensor gate_up) -> Tensor");
+  m.def("soft_cap(Tensor x, float cap) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
   m.impl("silu_and_mul", silu_and_mul);
+  m.impl("gelu_tanh_and_mul", gelu_tanh_and_mul);
+  m.impl("soft_cap", soft_cap);
 }
 
 }  // namespace precast
@@ -116,4 +148,12 @@ PRECAST_SHIM aoti_torch_cpu_rotary(AtenTensorHandle x, AtenTensorHandle cos, Ate
 
 PRECAST_SHIM aoti_torch_cpu_silu_and_mul(AtenTensorHandle gate_up, AtenTensorHandle* ret) {
   PRECAST_RETURN(precast::silu_and_mul(tensor(gate_up)));
+}
+
+PRECAST_SHIM aoti_torch_cpu_gelu_tanh_and_mul(AtenTensorHandle gate_up, AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::gelu_tanh_and_mul(tensor(gate_up)));
+}
+
+PRECAST_SHIM aoti_torch_cpu_soft_cap(AtenTensorHandle x, double cap, AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::soft_cap(tensor(x), cap));
 }

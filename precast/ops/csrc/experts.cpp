@@ -2,8 +2,11 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <tuple>
 #include <vector>
 
+#include "kernels.h"
 #include "shims.h"
 
 namespace precast {
@@ -18,6 +21,42 @@ std::vector<std::vector<int64_t>> entries_of(const at::Tensor& chosen, int64_t e
     entries[ids[i]].push_back(i);
   }
   return entries;
+}
+
+// The first `k` of an expert's `likes` in falling order, the lower number first among equals. NaN is never
+// chosen over another: ids are in range and differ whatever the likes are.
+void choose(const float* likes, int64_t experts, int64_t k, int64_t* chosen) {
+  for (int64_t i = 0; i < k; ++i) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (std::find(chosen, chosen + i, e) != chosen + i) continue;
+      if (best < 0 || likes[e] > likes[best]) best = e;
+    }
+    chosen[i] = best;
+  }
+}
+
+// scores [T, experts] to the k likeliest experts of each token, int64 [T, k], and their probabilities,
+// float32 [T, k]; `normalize`: those sum to one.
+std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& scores_in, int64_t k, bool normalize) {
+  TORCH_CHECK(scores_in.dim() == 2 && scores_in.scalar_type() == at::kFloat && k > 0 &&
+                  k <= scores_in.size(1),
+              "route: scores must be float32 [T, experts], of which there are ", k, " or more");
+  const at::Tensor scores = scores_in.contiguous();
+  const int64_t tokens = scores.size(0), experts = scores.size(1);
+  at::Tensor chosen = at::empty({tokens, k}, scores.options().dtype(at::kLong));
+  at::Tensor weights = at::empty({tokens, k}, scores.options());
+  std::vector<float> likes(experts);
+  for (int64_t t = 0; t < tokens; ++t) {
+    int64_t* ids = chosen.mutable_data_ptr<int64_t>() + t * k;
+    float* weight = weights.mutable_data_ptr<float>() + t * k;
+    kernels().softmax(scores.const_data_ptr<float>() + t * experts, likes.data(), experts);
+    choose(likes.data(), experts, k, ids);
+    float total = 0;
+    for (int64_t i = 0; i < k; ++i) total += weight[i] = likes[ids[i]];
+    for (int64_t i = 0; normalize && i < k; ++i) weight[i] /= total;
+  }
+  return {chosen, weights};
 }
 
 // Sums a token's experts in their order, so that what else is in the batch makes no difference.
@@ -50,9 +89,8 @@ at::Tensor fused_experts(const at::Tensor& x_in, const at::Tensor& chosen_in,
     }
     const at::Tensor both =
         linear(gathered, gate_up.select(0, e), std::nullopt, 2 * expert_size, format);
-    const at::Tensor inner = at::silu(both.narrow(1, 0, expert_size))
-                                 .mul_(both.narrow(1, expert_size, expert_size));
-    const at::Tensor y = linear(inner, down.select(0, e), std::nullopt, hidden, format);
+    const at::Tensor y =
+        linear(silu_and_mul(both), down.select(0, e), std::nullopt, hidden, format);
     const float* values = y.const_data_ptr<float>();
     for (int64_t r = 0; r < rows; ++r) {
       float* sum = sums + entries[e][r] / per_token * hidden;
@@ -65,14 +103,28 @@ at::Tensor fused_experts(const at::Tensor& x_in, const at::Tensor& chosen_in,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(precast, m) {
+  m.def("route(Tensor scores, int per_token, bool normalize) -> (Tensor, Tensor)");
   m.def(
       "fused_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, "
       "int expert_size, int format) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(precast, CPU, m) { m.impl("fused_experts", fused_experts); }
+TORCH_LIBRARY_IMPL(precast, CPU, m) {
+  m.impl("route", route);
+  m.impl("fused_experts", fused_experts);
+}
 
 }  // namespace precast
+
+PRECAST_SHIM aoti_torch_cpu_route(AtenTensorHandle scores, int64_t per_token, int32_t normalize,
+                                  AtenTensorHandle* chosen, AtenTensorHandle* weights) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    c10::InferenceMode guard;
+    auto [ids, likes] = precast::route(precast::tensor(scores), per_token, normalize != 0);
+    *chosen = torch::aot_inductor::new_tensor_handle(std::move(ids));
+    *weights = torch::aot_inductor::new_tensor_handle(std::move(likes));
+  })
+}
 
 PRECAST_SHIM aoti_torch_cpu_fused_experts(AtenTensorHandle x, AtenTensorHandle experts,
                                           AtenTensorHandle weights, AtenTensorHandle gate_up,

@@ -114,6 +114,9 @@ struct Kernels {
   // One row of n values each.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int64_t n);
   void (*silu_and_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*gelu_tanh_and_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*soft_cap)(const float* x, float cap, float* y, int64_t n);  // cap tanh(x / cap)
+  void (*softmax)(const float* x, float* y, int64_t n);
   // One head: pairs (i, i + half) of its first 2 * half features are rotated.
   void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half,
                  int64_t dim);

@@ -37,6 +37,9 @@ const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
                                 sum,
                                 rms_norm_row,
                                 silu_and_mul_row,
+                                gelu_tanh_and_mul_row,
+                                soft_cap_row,
+                                softmax_row,
                                 rotate_head};
   return table;
 }

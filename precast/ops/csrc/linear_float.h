@@ -1,75 +1,94 @@
 // Linears with float32, bfloat16 or float16 weights.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace precast {
 namespace {
 
-inline void write_row(const LinearArgs& a, int64_t row, int64_t column, const vfloat* acc) {
+// A panel's sums, times `scales` unless that is null, plus the bias.
+inline void write_row(const LinearArgs& a, int64_t row, int64_t column, const vfloat* sums,
+                      const float* scales = nullptr) {
+  float bias[kPanel] = {}, padded[kPanel];
+  const bool whole = column + kPanel <= a.n;
+  const int64_t bytes = (whole ? kPanel : a.n - column) * sizeof(float);
   float* y = a.y + row * a.n + column;
-  const float* bias = a.bias ? a.bias + column : nullptr;
-  if (column + kPanel <= a.n) {
-    for (int v = 0; v < kVectors; ++v) {
-      store(y + v * kLanes, bias ? acc[v] + load(bias + v * kLanes) : acc[v]);
-    }
-    return;
+  if (a.bias != nullptr) std::memcpy(bias, a.bias + column, bytes);
+  for (int v = 0; v < kVectors; ++v) {
+    const vfloat added = load(bias + v * kLanes);
+    const vfloat value = scales == nullptr
+                             ? sums[v] + added
+                             : multiply_add(sums[v], load(scales + v * kLanes), added);
+    store((whole ? y : padded) + v * kLanes, value);
   }
-  float padded[kPanel];
-  for (int v = 0; v < kVectors; ++v) store(padded + v * kLanes, acc[v]);
-  for (int64_t c = 0; c < a.n - column; ++c) y[c] = padded[c] + (bias ? bias[c] : 0.0f);
+  if (!whole) std::memcpy(y, padded, bytes);
 }
 
-// MR rows of x against NP neighbouring panels.
+// Rows of a tile, at the most, and panels of one with few rows and of one with many: enough sums to hide
+// the latency of the multiply-add, where a tile of one row and one panel would wait for it.
+constexpr int kFloatRows = 6, kFewRows = 2;
+constexpr int kPanelsOfFew = kVectors == 1 ? 4 : 2, kPanelsOfMany = kVectors == 1 ? 2 : 1;
+
+// MR rows of x against NP neighbouring panels. Each output is one sum over K in order: a row has the same
+// bits in every tile.
 template <typename W, int MR, int NP>
 inline void float_tile(const LinearArgs& a, int64_t row, int64_t panel) {
-  // One row has too few accumulators to hide the latency of the multiply-add, so it runs over
-  // several interleaved stretches of K.
-  constexpr int U = MR * NP * kVectors >= 8 ? 1 : 4;
   const int64_t stride = panel_bytes(a.format, a.k) / sizeof(W);
   const W* weight = reinterpret_cast<const W*>(a.weight) + panel * stride;
   const float* x = a.x + row * a.x_stride;
-  vfloat acc[U][MR][NP][kVectors] = {};
-  const auto step = [&](int64_t i, int u) {
+  vfloat sums[MR][NP][kVectors];
+  clear(sums);
+  for (int64_t i = 0; i < a.k; ++i) {
+    vfloat w[NP][kVectors];
     for (int p = 0; p < NP; ++p) {
       for (int v = 0; v < kVectors; ++v) {
-        const vfloat w = load(weight + p * stride + i * kPanel + v * kLanes);
-        for (int r = 0; r < MR; ++r) acc[u][r][p][v] += w * x[r * a.x_stride + i];
+        w[p][v] = load(weight + p * stride + i * kPanel + v * kLanes);
       }
     }
-  };
-  int64_t i = 0;
-  for (; i + U <= a.k; i += U) {
-    for (int u = 0; u < U; ++u) step(i + u, u);
+    for (int r = 0; r < MR; ++r) {
+      const vfloat input = splat(x[r * a.x_stride + i]);
+      for (int p = 0; p < NP; ++p) {
+        for (int v = 0; v < kVectors; ++v) {
+          sums[r][p][v] = multiply_add(w[p][v], input, sums[r][p][v]);
+        }
+      }
+    }
   }
-  for (; i < a.k; ++i) step(i, 0);
   for (int r = 0; r < MR; ++r) {
-    for (int p = 0; p < NP; ++p) {
-      for (int u = 1; u < U; ++u) {
-        for (int v = 0; v < kVectors; ++v) acc[0][r][p][v] += acc[u][r][p][v];
-      }
-      write_row(a, row + r, (panel + p) * kPanel, acc[0][r][p]);
-    }
+    for (int p = 0; p < NP; ++p) write_row(a, row + r, (panel + p) * kPanel, sums[r][p]);
   }
 }
 
 template <typename W, int NP>
 inline void float_panels(const LinearArgs& a, int64_t panel) {
-  int64_t r = 0;
-  for (; r + 6 <= a.m; r += 6) float_tile<W, 6, NP>(a, r, panel);
-  for (; r + 4 <= a.m; r += 4) float_tile<W, 4, NP>(a, r, panel);
-  for (; r + 2 <= a.m; r += 2) float_tile<W, 2, NP>(a, r, panel);
-  for (; r < a.m; ++r) float_tile<W, 1, NP>(a, r, panel);
+  int64_t row = 0;
+  const auto tiles = [&](auto mr) {
+    for (; row + mr <= a.m; row += mr) float_tile<W, mr, NP>(a, row, panel);
+  };
+  if constexpr (NP != kPanelsOfFew) {
+    tiles(std::integral_constant<int, kFloatRows>{});
+    tiles(std::integral_constant<int, 5>{});
+    tiles(std::integral_constant<int, 4>{});
+    tiles(std::integral_constant<int, 3>{});
+  }
+  tiles(std::integral_constant<int, 2>{});
+  tiles(std::integral_constant<int, 1>{});
 }
 
 template <typename W>
 void linear_float(const LinearArgs& a, int64_t begin, int64_t end) {
-  constexpr int NP = kVectors == 1 ? 2 : 1;  // AVX-512 has the registers for two panels
   int64_t panel = begin;
-  if (a.m > 1) {
-    for (; panel + NP <= end; panel += NP) float_panels<W, NP>(a, panel);
+  const auto panels = [&](auto np) {
+    for (; panel + np <= end; panel += np) float_panels<W, np>(a, panel);
+  };
+  if (a.m <= kFewRows) {
+    panels(std::integral_constant<int, kPanelsOfFew>{});
+  } else {
+    panels(std::integral_constant<int, kPanelsOfMany>{});
   }
-  for (; panel < end; ++panel) float_panels<W, 1>(a, panel);
+  panels(std::integral_constant<int, 1>{});
 }
 
 }  // namespace

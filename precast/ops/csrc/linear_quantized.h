@@ -41,7 +41,8 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
     group_dots<Format::kInt8, MR, NP>(
         w, stride, steps, a.inputs.values + at * kGroup, a.inputs.starts + at,
         [&](int r, int p, int v, vint dots) {
-          totals[r][p][v] += to_float(dots) * a.inputs.scales[at + r];
+          totals[r][p][v] =
+              multiply_add(to_float(dots), splat(a.inputs.scales[at + r]), totals[r][p][v]);
         });
     w += steps * kStepBytes;
     at += t.rows;
@@ -51,8 +52,7 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
   for (int p = 0; p < NP; ++p) {
     const float* scales = reinterpret_cast<const float*>(w + p * stride);
     for (int r = 0; r < MR; ++r) {
-      for (int v = 0; v < kVectors; ++v) totals[r][p][v] *= load(scales + v * kLanes);
-      write_row(a, t.row + r, (t.panel + p) * kPanel, totals[r][p]);
+      write_row(a, t.row + r, (t.panel + p) * kPanel, totals[r][p], scales);
     }
   }
 }
@@ -76,10 +76,12 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
     group_dots<F, MR, NP>(block + second * group_bytes(F), stride, kGroup / 4,
                           a.inputs.values + at * kGroup, a.inputs.starts + at,
                           [&](int r, int p, int v, vint dots) {
-                            totals[r][p][v] += to_float(dots) * a.inputs.scales[at + r] *
-                                               parameter(p, second, v);
+                            vfloat& total = totals[r][p][v];
+                            total = multiply_add(to_float(dots) * a.inputs.scales[at + r],
+                                                 parameter(p, second, v), total);
                             if constexpr (F == Format::kQ4_1) {
-                              totals[r][p][v] += parameter(p, 2 + second, v) * a.inputs.sums[at + r];
+                              total = multiply_add(parameter(p, 2 + second, v),
+                                                   splat(a.inputs.sums[at + r]), total);
                             }
                           });
     at += t.rows;

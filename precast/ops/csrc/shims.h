@@ -21,9 +21,10 @@ inline std::optional<at::Tensor> optional_tensor(AtenTensorHandle* handle) {
   return tensor(*handle);
 }
 
-// The native kernel, whoever serves the operator: packed weights are its own.
+// The native kernels, whoever serves the operators: packed weights are their own.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, int64_t out_features, int64_t format);
+at::Tensor silu_and_mul(const at::Tensor& gate_up);
 
 }  // namespace precast
 

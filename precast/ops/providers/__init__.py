@@ -3,7 +3,7 @@
 The operators' schemas and fakes are ours (``torch.ops.precast.*``), so models and exported graphs
 are the same whoever implements them:
 
-* ``native``: our C++ kernels. Graphs call them by symbol; Inductor sees through the small ones.
+* ``native``: our C++ kernels. Graphs call them by symbol.
 * ``reference``: plain torch. Slow; for tests, and to find out whether a kernel is to blame.
 * ``sgl_kernel``: upstream SGLang's CPU kernels, where they are installed and this CPU runs them.
 
@@ -13,11 +13,9 @@ key (``provider``, ``provider_abi``).
 """
 
 import warnings
-from collections.abc import Callable
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from precast.errors import ConfigError
 from precast.ops.providers import reference, sgl_kernel
@@ -38,7 +36,6 @@ __all__ = [
     "Selection",
     "active",
     "described",
-    "seen_through",
     "select",
     "start",
 ]
@@ -75,18 +72,6 @@ def start(selection: Selection) -> None:
             for name, kernel in selection.kernels.items():
                 _overrides.impl(name, kernel, "CPU", allow_override=True)
     _active = selection
-
-
-def seen_through() -> dict[str, Callable[..., Tensor]]:
-    """Definitions of the small operators that a compiler may put in place of calls: those of
-    providers that compute in float32."""
-    functions: dict[str, Callable[..., Tensor]] = {
-        "rms_norm": reference.rms_norm,
-        "rotary": reference.rotary,
-        "silu_and_mul": reference.silu_and_mul,
-    }
-    called = sgl_kernel.NAME
-    return {n: f for n, f in functions.items() if _active.choices[n].provider != called}
 
 
 def described(selection: Selection) -> dict[str, str]:

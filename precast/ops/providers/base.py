@@ -12,11 +12,14 @@ from precast.ops.packing import Format
 OPERATORS: Final = (
     "embedding",
     "fused_experts",
+    "gelu_tanh_and_mul",
     "linear",
     "paged_attention",
     "rms_norm",
     "rotary",
+    "route",
     "silu_and_mul",
+    "soft_cap",
 )
 """What providers may serve. Collectives are always ours: upstream's leave ranks of a dead peer
 spinning and its segments behind."""

@@ -18,11 +18,14 @@ def select() -> Selection:
     kernels: dict[str, Kernel] = {
         "embedding": embedding,
         "fused_experts": fused_experts,
+        "gelu_tanh_and_mul": gelu_tanh_and_mul,
         "linear": linear,
         "paged_attention": paged_attention,
         "rms_norm": rms_norm,
         "rotary": rotary,
+        "route": route,
         "silu_and_mul": silu_and_mul,
+        "soft_cap": soft_cap,
     }
     choices = {name: Choice(provider=NAME) for name in OPERATORS}
     return Selection(wanted=NAME, choices=choices, kernels=kernels)
@@ -44,6 +47,23 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Values squeezed into (-cap, cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def route(scores: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Scores [T, experts] to each token's likeliest experts [T, per_token] and their
+    probabilities; ``normalize``: those sum to one."""
+    weights, chosen = scores.softmax(-1).topk(per_token, dim=-1)
+    return chosen, weights / weights.sum(-1, keepdim=True) if normalize else weights
 
 
 def embedding(ids: Tensor, weight: Tensor, features: int, format: int) -> Tensor:

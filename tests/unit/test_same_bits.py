@@ -1,0 +1,34 @@
+"""A token's logits are the same bits whatever runs beside it and however its prompt is cut.
+
+Graphs against eager steps: ``tests/integration/test_captured_architectures.py``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from precast.ops import native
+from tests.support import same_bits
+
+LESSER = {"avx512": ("avx2", "scalar"), "avx2": ("scalar",), "scalar": ()}
+
+
+def test_bits_do_not_depend_on_the_step() -> None:
+    assert same_bits.failures() == []
+
+
+@pytest.mark.parametrize("isa", LESSER[native.native_isa()])
+def test_nor_do_they_on_lesser_instruction_sets(isa: str) -> None:
+    if os.environ.get("PRECAST_NATIVE_ISA"):
+        pytest.skip("one is chosen for all tests")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.same_bits"],
+        env={**os.environ, "PRECAST_NATIVE_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=True,
+    )
+    assert done.stdout.split("\n") == ["", ""]
