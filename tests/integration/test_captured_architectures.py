@@ -1,8 +1,9 @@
-"""Captured graphs replay checkpoints as transformers computes them: one kind of layer and two."""
+"""Captured graphs replay checkpoints as transformers computes them, with eager steps' bits."""
 
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from precast.graphs.runner import Graph
@@ -42,6 +43,9 @@ def test_graphs_replay_a_checkpoint(name: str, kinds: tuple[str, ...], tmp_path:
         sizes.append(len(tokens))
         return graph.replay(tokens, positions, paging)
 
-    for actual, expected in zip(forward(model, replay), reference(folder), strict=True):
+    replayed = forward(model, replay)
+    for actual, expected in zip(replayed, reference(folder), strict=True):
         assert float((actual - expected).abs().max() / expected.abs().max()) < BOUND
     assert {1, 2} <= set(sizes)
+    for actual, eager in zip(replayed, forward(model), strict=True):
+        assert torch.equal(actual, eager)

@@ -47,8 +47,8 @@ def slow(package: Path, target: Path, milliseconds: int) -> Path:
 
 
 def wrong(package: Path, target: Path, was: float, shall_be: float) -> Path:
-    """As if captured with another float32 constant."""
-    old, new = struct.pack("<f", was), struct.pack("<f", shall_be)
+    """As if captured with another argument of an operator."""
+    old, new = struct.pack("<d", was), struct.pack("<d", shall_be)
     changed: list[int] = []
 
     def change(library: bytes) -> bytes:

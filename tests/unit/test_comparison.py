@@ -80,7 +80,7 @@ def test_every_type_has_a_bound_and_the_loosest_counts() -> None:
         "quantization": "none",
         "head_quantization": "none",
         "kv_dtype": "fp32",
-        "provider": "native",
+        "provider": "reference",
     }
     assert bound_of(exact) == LINEAR_BOUNDS["fp32"] == min(LINEAR_BOUNDS.values())
     for name, value in (
@@ -91,6 +91,8 @@ def test_every_type_has_a_bound_and_the_loosest_counts() -> None:
         ("provider", "sgl_kernel"),
     ):
         assert bound_of({**exact, name: value}) > bound_of(exact)
+        if name != "provider":
+            assert bound_of({**exact, name: value, "provider": "native"}) == 0.0
 
 
 def test_failures_are_few_and_without_links(tmp_path: Path) -> None:

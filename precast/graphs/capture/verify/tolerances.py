@@ -1,4 +1,5 @@
-"""How far a graph may be from eager, by the types that its factors name."""
+"""How far a graph may be from eager: not at all with our own kernels, which give a token the same
+bits in any step; with others', by the types that its factors name."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -13,14 +14,18 @@ LINEAR_BOUNDS: Final = {
     "q4_1": 3e-2,
 }
 KV_BOUNDS: Final = {"fp32": 3e-5, "bf16": 1e-2, "int8": 2e-2}
+EXACT_PROVIDERS: Final = ("native",)
+"""Their kernels give a token the same bits whatever else is in its step."""
 ROUNDING_BOUND: Final = 3e-2
 ROUNDING_PROVIDERS: Final = ("sgl_kernel",)
 """Their kernels take activations in less than float32."""
 
 
 def bound_of(factors: Mapping[str, str]) -> float:
-    """Largest |graph - eager| / max |eager| of logits and cache entries: that of the loosest type
-    in the step."""
+    """Largest |graph - eager| / max |eager| of logits and cache entries: 0, or that of the loosest
+    type in the step."""
+    if factors["provider"] in EXACT_PROVIDERS:
+        return 0.0
     return max(
         _linear(factors, "quantization"),
         _linear(factors, "head_quantization"),
