@@ -1,6 +1,7 @@
 """What clients see when workers die, hang, restart or lose their leases."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -321,9 +323,31 @@ def test_a_worker_without_heartbeats_is_served_through(stack: Stack, gateway: Ga
     assert (answer.status_code, worker.served()) == (200, 1)
 
 
+def test_a_worker_of_this_host_is_served_past_grpc_and_another_over_it(
+    stack: Stack, gateway: Gateway
+) -> None:
+    def linked(worker_id: str) -> int:
+        """Sockets of this name: one listens, and each connection has one."""
+        names = Path("/proc/net/unix").read_text().split()
+        return names.count(f"@precast-{worker_id}")
+
+    for local in (1, 0):
+        name = f"w{os.getpid()}-{local}"
+        worker = stack.worker(worker_id=name, local=local, step_ms=5)
+        eventually(lambda: gateway.workers() == 1)
+        assert linked(name) == (2 if local else 0)
+        answers = [complete(gateway, max_tokens=30, stream=stream) for stream in (True, False)]
+        events = re.findall(r'"text":"([^"]*)"', answers[0].text)
+        assert "".join(events) == answers[1].json()["choices"][0]["text"]
+        stream = stream_with_tokens(gateway, worker)
+        worker.kill()
+        assert last_event(stream.wait(5)[0])["error"]["code"] == "worker_unavailable"
+        eventually(lambda: gateway.workers() == 0)
+
+
 def test_a_worker_without_columns_is_served_through(stack: Stack, gateway: Gateway) -> None:
     """One of an older version, which sends a message for each token of each request."""
-    stack.worker(columns=0)
+    stack.worker(columns=0, local=0)
     eventually(lambda: gateway.workers() == 1)
     answers = [complete(gateway, max_tokens=9, n=2, logprobs=2, stream=s) for s in (True, False)]
     assert [answer.status_code for answer in answers] == [200, 200]
