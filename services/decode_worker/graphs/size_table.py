@@ -2,7 +2,7 @@
 tells it what happened, and does with the ranks what follows from it."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from services.decode_worker.graphs.candidates import Candidate
@@ -26,11 +26,35 @@ MAX_QUARANTINED: Final = 4096
 """Artifacts; far more than the versions that a fleet has of a worker's graphs."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Lists:
+    """What every step asks for."""
+
+    pending: tuple[int, ...]
+    dropping: Mapping[int, Candidate]
+    replayable: Mapping[int, Candidate]
+
+
+class _Records(dict[int, SizeRecord]):
+    """By size. Remembers what was found out about all of them until one's state changes."""
+
+    lists: _Lists | None = None
+
+    def __setitem__(self, size: int, record: SizeRecord) -> None:
+        if size not in self or self[size].state is not record.state:
+            self.lists = None
+        super().__setitem__(size, record)
+
+    def __delitem__(self, size: int) -> None:
+        self.lists = None
+        super().__delitem__(size)
+
+
 class SizeTable:
     def __init__(self, sizes: Iterable[int]) -> None:
         self.sizes = tuple(sorted(sizes))
         """Those that are wanted."""
-        self._records = {size: SizeRecord() for size in self.sizes}
+        self._records = _Records({size: SizeRecord() for size in self.sizes})
         """Of every wanted size, and of others until the ranks have dropped them."""
         self._quarantined: dict[tuple[str, int], None] = {}
         """Keys and versions that no candidate may have, oldest first."""
@@ -40,30 +64,27 @@ class SizeTable:
     def states(self) -> dict[int, SizeState]:
         return {size: record.state for size, record in self._records.items()}
 
-    def pending(self) -> list[int]:
+    def pending(self) -> tuple[int, ...]:
         """Sizes with a candidate to load, smallest first."""
-        return sorted(s for s, r in self._records.items() if isinstance(r.state, Pending))
+        return self._lists().pending
 
-    def dropping(self) -> dict[int, Candidate]:
+    def dropping(self) -> Mapping[int, Candidate]:
         """What the ranks are to drop."""
-        return {
-            size: record.state.serving
-            for size, record in self._records.items()
-            if isinstance(record.state, Dropping)
-        }
+        return self._lists().dropping
 
     def held(self) -> dict[int, Candidate]:
         """What the ranks hold, smallest size first."""
         found = {size: in_ranks(self._records[size].state) for size in sorted(self._records)}
         return {size: candidate for size, candidate in found.items() if candidate is not None}
 
-    def replayable(self) -> dict[int, Candidate]:
+    def replayable(self) -> Mapping[int, Candidate]:
         """What the ranks hold and may go on to hold."""
-        return {
-            size: held
-            for size, record in self._records.items()
-            if not isinstance(record.state, Dropping) and (held := in_ranks(record.state))
-        }
+        return self._lists().replayable
+
+    def _lists(self) -> _Lists:
+        if self._records.lists is None:
+            self._records.lists = _listed(self.states())
+        return self._records.lists
 
     def newest(self, size: int) -> Candidate | None:
         """What is loaded, or about to be."""
@@ -91,7 +112,8 @@ class SizeTable:
     def resize(self, sizes: Iterable[int]) -> None:
         self.sizes = tuple(sorted(sizes))
         for size in self.sizes:
-            self._records.setdefault(size, SizeRecord())
+            if size not in self._records:
+                self._records[size] = SizeRecord()
         self._review()
 
     def quarantine(self, key: str, versions: Collection[int]) -> None:
@@ -194,3 +216,12 @@ class SizeTable:
 
     def _set(self, size: int, state: SizeState) -> None:
         self._records[size] = replace(self._records[size], state=state)
+
+
+def _listed(states: Mapping[int, SizeState]) -> _Lists:
+    kept = {size: state for size, state in states.items() if not isinstance(state, Dropping)}
+    return _Lists(
+        pending=tuple(sorted(size for size, s in kept.items() if isinstance(s, Pending))),
+        dropping={size: s.serving for size, s in states.items() if isinstance(s, Dropping)},
+        replayable={size: held for size, s in kept.items() if (held := in_ranks(s))},
+    )
