@@ -4,7 +4,7 @@
 turns between both ways. *Paced*: a token every 10 ms, as from a model; shows the latency that the
 gateway adds and whether it keeps up. *Unpaced*: tokens as fast as the worker gives them; shows
 where the gateway's own limit is. Worker, gateway and client share the machine's cores, so the
-unpaced ratio is that of the whole chain.
+unpaced ratio is that of the whole chain. What a token costs the leader too: ``bench.token_cost``.
 """
 
 import argparse
