@@ -129,9 +129,9 @@ inline void attend_direct(const AttentionArgs& a, const Scratch& s, const KeyBlo
   }
 }
 
-// Asks for a tile's share of the next block.
+// Asks for a tile's share of the next block. Always inline, as all that only prefetches (prefetch.h).
 template <typename T>
-inline void ask_for_next(const KeyBlock<T>& block, int dim, int t, int tiles) {
+[[gnu::always_inline]] inline void ask_for_next(const KeyBlock<T>& block, int dim, int t, int tiles) {
   for (int d = t * dim / tiles; d < (t + 1) * dim / tiles; ++d) {
     for (const T* keys : block.next_keys) soon(keys + d * block.key_stride);
   }
