@@ -24,14 +24,14 @@ from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUn
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from precast.rpc.local_link import LocalLink, connect_locally
-from precast.rpc.server import COLUMNS, HEARTBEATS, open_channel
+from precast.rpc.local_link import LocalLink
+from precast.rpc.server import COLUMNS, HEARTBEATS
 from precast.system.backoff import Backoff
+from services.gateway.routing.channel import connect, local_link
 from services.gateway.routing.event_queue import Delta, EventQueue
 
 log = get_logger(__name__)
 
-CONNECT_TIMEOUT_S: Final = 2.0
 SILENCE_S: Final = 6.0
 """Longest that a worker which sends heartbeats, one a second, may send nothing."""
 RECONNECT: Final = Backoff(first_s=0.1, max_s=1.0)
@@ -168,7 +168,7 @@ class WorkerConnection:
     async def _stream(self, channel: grpc.aio.Channel) -> None:
         # grpc's stubs don't know that an aio channel makes the stub's calls aio calls
         stub: Any = DecodeServiceStub(channel)
-        link = await _local_link(stub)
+        link = await local_link(stub)
         if link is not None:
             await self._serve(self._read_locally(link), self._write_locally(link), link.abort)
         else:
@@ -302,33 +302,3 @@ class WorkerConnection:
 
 def _delta(single: pb.TokenDelta) -> Delta:
     return Delta(tokens=len(single.token_ids), text=single.text, logprobs=single.logprobs)
-
-
-async def _local_link(stub: Any) -> LocalLink | None:
-    """A connection without gRPC to a worker on this host."""
-    try:
-        status = await stub.GetStatus(pb.GetStatusRequest(), timeout=CONNECT_TIMEOUT_S)
-    except grpc.aio.AioRpcError:
-        return None
-    return await connect_locally(status.worker_id)
-
-
-async def connect(address: str) -> grpc.aio.Channel:
-    """A connected channel. Raises ``WorkerUnreachable`` after 2 s, or at once if refused."""
-    channel = open_channel(address)
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await _until_connected(channel, address)
-    except BaseException as error:
-        await channel.close(None)
-        if isinstance(error, TimeoutError):
-            raise WorkerUnreachable(f"The worker at {address} doesn't answer.") from None
-        raise
-    return channel
-
-
-async def _until_connected(channel: grpc.aio.Channel, address: str) -> None:
-    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
-        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-            raise WorkerUnreachable(f"The worker at {address} can't be reached.")
-        await channel.wait_for_state_change(state)
