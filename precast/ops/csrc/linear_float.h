@@ -8,22 +8,34 @@
 namespace precast {
 namespace {
 
-// A panel's sums, times `scales` unless that is null, plus the bias.
+// A sum times its scale, if there are scales, plus its bias, if there is one.
+inline vfloat finished(vfloat sum, const float* scales, const float* bias) {
+  const vfloat added = bias == nullptr ? vfloat{} : load(bias);
+  return scales == nullptr ? sum + added : multiply_add(sum, load(scales), added);
+}
+
+inline const float* from(const float* values, int64_t at) {
+  return values == nullptr ? nullptr : values + at;
+}
+
+// A panel's sums, finished.
 inline void write_row(const LinearArgs& a, int64_t row, int64_t column, const vfloat* sums,
                       const float* scales = nullptr) {
-  float bias[kPanel] = {}, padded[kPanel];
-  const bool whole = column + kPanel <= a.n;
-  const int64_t bytes = (whole ? kPanel : a.n - column) * sizeof(float);
   float* y = a.y + row * a.n + column;
-  if (a.bias != nullptr) std::memcpy(bias, a.bias + column, bytes);
-  for (int v = 0; v < kVectors; ++v) {
-    const vfloat added = load(bias + v * kLanes);
-    const vfloat value = scales == nullptr
-                             ? sums[v] + added
-                             : multiply_add(sums[v], load(scales + v * kLanes), added);
-    store((whole ? y : padded) + v * kLanes, value);
+  if (column + kPanel <= a.n) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * kLanes;
+      store(y + at, finished(sums[v], from(scales, at), from(a.bias, column + at)));
+    }
+    return;
   }
-  if (!whole) std::memcpy(y, padded, bytes);
+  float padded[kPanel], bias[kPanel] = {};
+  for (int64_t c = 0; c < a.n - column && a.bias != nullptr; ++c) bias[c] = a.bias[column + c];
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = v * kLanes;
+    store(padded + at, finished(sums[v], from(scales, at), bias + at));
+  }
+  for (int64_t c = 0; c < a.n - column; ++c) y[c] = padded[c];
 }
 
 // Rows of a tile, at the most, and panels of one with few rows and of one with many: enough sums to hide
