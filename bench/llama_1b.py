@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -165,11 +166,11 @@ def peak_bytes() -> int:
 
 def measure(model: RankModel, package: Path | None) -> dict[str, float]:
     """In the process that loaded the model and did nothing else."""
-    batch = one_token()
-    found = {"load_s": model.load_s, "eager_s": median_s(lambda: model.step(batch, [0], 0))}
+    batch, drawing = one_token(), np.zeros(1, dtype=np.int32)
+    found = {"load_s": model.load_s, "eager_s": median_s(lambda: model.step(batch, drawing, 0))}
     if package is not None:
         model.load_graph(1, package)
-        found["graph_s"] = median_s(lambda: model.step(batch, [0], 1))
+        found["graph_s"] = median_s(lambda: model.step(batch, drawing, 1))
     _embedding, layers, head = runner_weights(model.weights, model.caches)
     read = [*head, *(tensor for layer in layers for tensor in layer[2:])]
     return {

@@ -101,6 +101,7 @@ def step(step_id: int, width: int) -> Step:
         block_tables=ints(tables),
         block_table_width=BLOCKS_A_ROW,
         sampling_slots=ints(np.zeros(width)),
+        draws=ints(np.ones(width)),
         drawn=ints(np.zeros(width)),
         greedy=True,
     )

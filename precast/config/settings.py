@@ -236,6 +236,9 @@ class DecodeWorkerSettings(CommonSettings):
     max_decode_gap_ms: Count = 150
     """Longest time between two tokens of running requests for the sake of prompts, milliseconds: as
     many tokens of prompts are computed beside them as fit, at least 16."""
+    speculate: bool = True
+    """Compute several tokens of a sequence in one step where its text is likely to go on as it did
+    before: when it quotes or edits what was given. The tokens are the same."""
     trusted_keys_dir: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "keys" / "trusted"
     )

@@ -69,6 +69,8 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
             "UNSIGNED GRAPHS ARE ALLOWED: whoever reaches the compile worker runs code here"
         )
     pace = Pace(settings.max_decode_gap_ms / 1e3)
+    changed = asyncio.Event()
+    graphs = GraphManager(settings.graph_sizes, changed.set)
     scheduler = Scheduler(
         blocks=share.kv_blocks,
         block_size=settings.block_size,
@@ -77,9 +79,8 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         max_waiting=settings.max_waiting,
         prefill_chunk=settings.prefill_chunk,
         pace=pace,
+        graph_sizes=(lambda: graphs.layer_us) if settings.speculate else None,
     )
-    changed = asyncio.Event()
-    graphs = GraphManager(settings.graph_sizes, changed.set)
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,

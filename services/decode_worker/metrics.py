@@ -61,6 +61,14 @@ class Metrics:
             "Tokens of prompts that were in the KV cache already, by requests that have ended",
             registry=self.registry,
         )
+        self.drafted = Counter(
+            "decode_worker_draft_tokens", "Tokens of drafts computed", registry=self.registry
+        )
+        self.accepted = Counter(
+            "decode_worker_accepted_draft_tokens",
+            "Tokens of drafts that were right",
+            registry=self.registry,
+        )
         self._padding = Counter(
             "decode_worker_padding_tokens",
             "Tokens computed only to fill a graph",

@@ -68,6 +68,17 @@ def test_prompts_and_mixed_steps_replay_graphs(
         assert traffic.live_tokens + traffic.padding_tokens == replayed
         assert traffic.live_tokens >= 2 * len(PROMPTS) * (TOKENS - 1)
         assert traffic.padding_tokens > 0
+        repeats_itself(worker)
+
+
+def repeats_itself(worker: DecodeWorker) -> None:
+    """What is drawn again and again is drafted: some steps give many tokens."""
+    client, before = worker.client(), worker.status().graph_steps
+    said = worker.request([5, 9], 60, sampling={"logit_bias": {7: 100}}, stop={"ignore_eos": True})
+    client.start("again", said)
+    assert client.finish("again").token_ids == [7] * 60
+    client.close()
+    assert worker.status().graph_steps - before < 30
 
 
 def test_a_size_that_traffic_needs_is_captured_and_used(
@@ -81,6 +92,7 @@ def test_a_size_that_traffic_needs_is_captured_and_used(
         MODEL,
         batch_sizes="1,8",
         adapt_interval_s=0.2,
+        no_speculate=True,
         wait_for_graphs=True,
         ready_s=300,
     ) as worker:

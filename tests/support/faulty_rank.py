@@ -8,7 +8,7 @@ start.
 import os
 import signal
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,12 @@ def damage(step: Step, reply: Reply | None) -> Reply | None:
     given = np.frombuffer(step.token_ids, dtype=np.int32)
     starts = np.frombuffer(step.query_starts, dtype=np.int32)
     tokens = np.frombuffer(reply.token_ids, dtype=np.int32).copy()
-    for index, (first, last) in enumerate(pairwise(starts)):
-        if DAMAGED in given[first:last]:
-            tokens[index] = -1
-            reply.failed[index] = DrawStatus.NOT_FINITE
+    draws = np.frombuffer(step.draws, dtype=np.int32).tolist()
+    places = accumulate(draws, initial=0)
+    for place, count, (first, last) in zip(places, draws, pairwise(starts), strict=False):
+        if count and DAMAGED in given[first:last]:
+            tokens[place] = -1
+            reply.failed[place] = DrawStatus.NOT_FINITE
     return structs.replace(reply, token_ids=tokens.tobytes())
 
 

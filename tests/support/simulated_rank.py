@@ -63,11 +63,15 @@ def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply |
 
 
 def _draw(step: Step, step_s: float) -> StepDone:
-    lengths = np.frombuffer(step.context_lens, dtype=np.int32) % VOCABULARY
-    drawn = np.frombuffer(step.sampling_slots, dtype=np.int32) >= 0
+    """A draw behind each of a sequence's last tokens."""
+    lengths = np.frombuffer(step.context_lens, dtype=np.int32)
+    draws = np.frombuffer(step.draws, dtype=np.int32)
+    places = [
+        np.arange(length - count, length) + 1 for length, count in zip(lengths, draws, strict=True)
+    ]
     return StepDone(
         step_id=step.step_id,
-        token_ids=np.where(drawn, lengths, -1).astype(np.int32).tobytes(),
+        token_ids=(np.concatenate(places) % VOCABULARY).astype(np.int32).tobytes(),
         logprobs=(),
         step_us=int(step_s * 1e6),
     )

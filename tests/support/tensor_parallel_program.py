@@ -95,7 +95,7 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
     # of the sequences, by chance for one.
     greedy = REPORTED if step_id % 2 == 0 else PLAIN
     mixed = step_id % 4 == 3
-    sampling = [-1, CHANCE, greedy] if mixed else [greedy] * len(new)
+    sampling = [greedy, CHANCE, greedy] if mixed else [greedy] * len(new)
     return Step(
         step_id=step_id,
         token_ids=ints(chain(*new)),
@@ -106,9 +106,15 @@ def step(step_id: int, contexts: list[int], new: list[list[int]]) -> Step:
         block_tables=ints([b for s in range(len(new)) for b in (2 * s, 2 * s + 1)]),
         block_table_width=2,
         sampling_slots=ints(sampling),
+        draws=ints(draws_of(step_id)),
         drawn=ints([step_id] * len(new)),
         greedy=set(sampling) == {PLAIN},
     )
+
+
+def draws_of(step_id: int) -> list[int]:
+    """The first sequence of a mixed step draws nothing."""
+    return [int(step_id % 4 != 3), *[1] * (len(PROMPTS) - 1)]
 
 
 def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]]:
@@ -139,7 +145,8 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
         tops = [entry.top_logprobs for entry in done.logprobs if entry is not None]
         answers.append({"tokens": tokens, "top_logprobs": tops})
         contexts = [past + len(n) for past, n in zip(contexts, new, strict=True)]
-        new = [[max(token, 0)] for token in tokens]  # -1: none was drawn
+        drawn = iter(tokens)
+        new = [[next(drawn) if draws else 0] for draws in draws_of(index)]
     for connection in connections:
         connection.sendall(frame(Shutdown()))
         connection.close()

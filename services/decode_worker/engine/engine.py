@@ -9,10 +9,9 @@ whatever fails between two steps.
 """
 
 import asyncio
-import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -107,7 +106,6 @@ class Engine:
         """Steps that the ranks have, in the order in which they compute them."""
         self._next_step_id = 0
         self._failed_starts = 0
-        self._draining = False
         self.up = False
         """Whether a group of ranks is running."""
         self.started = asyncio.Event()
@@ -132,10 +130,6 @@ class Engine:
     def waiting(self) -> int:
         return self._scheduler.waiting
 
-    @property
-    def draining(self) -> bool:
-        return self._draining
-
     def knows(self, request_id: str) -> bool:
         return request_id in self._requests
 
@@ -159,19 +153,6 @@ class Engine:
     def nudge(self) -> None:
         """Something changed that the loop should look at."""
         self._wake.set()
-
-    async def drain(self, deadline_s: float) -> tuple[int, int]:
-        """Admits nothing more and waits; returns how many requests finished and were aborted."""
-        self._draining = True
-        before = len(self._requests)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline_s):
-                while self._requests:  # noqa: ASYNC110 - any of many requests may be the last
-                    await asyncio.sleep(0.02)
-        left = list(self._requests)
-        for request_id in left:
-            self.abort(request_id)
-        return before - len(left), len(left)
 
     async def run(self) -> None:
         """Serves until cancelled. A first group that can't start raises GroupFailed."""
@@ -258,11 +239,18 @@ class Engine:
             step = self._scheduler.schedule(self._next_step_id)
             if step is not None:
                 self._send(group, step)
+                self._emit()
                 await self._finish_steps(group, but=1 if self._graphs.settled else 0)
             elif self._under_way:
                 await self._finish_steps(group)
-            elif not self._graphs.pending:  # one graph is loaded between two steps
-                await self._idle(group)
+            else:
+                self._emit()
+                if not self._graphs.pending:  # one graph is loaded between two steps
+                    await self._idle(group)
+            if self._under_way:  # else the ranks wait: the next step comes first
+                self._emit()
+            # Streams get their turn even when every step is ready at once.
+            await asyncio.sleep(0)
 
     async def _almost_done(self, group: RankGroup) -> None:
         """Until the next step has to be scheduled, to be there when the ranks want it."""
@@ -275,7 +263,7 @@ class Engine:
         message = self._graphs.assigned(
             step.message, tokens=step.tokens, decoding=not step.prompt_tokens
         )
-        expected = self._pace.expected_s(step.decoding, step.prompt_tokens)
+        expected = self._pace.expected_s(step.decode_tokens, step.prompt_tokens)
         sent = _Sent(step=step, graph_size=message.graph_size, expected_s=expected or 0.0)
         self._under_way.append(sent)
         group.send_step(message, step.sampling, timeout_s=_limit_s(step, expected))
@@ -285,16 +273,14 @@ class Engine:
         while len(self._under_way) > but:
             done = await group.step_done()
             self._finish(self._under_way.popleft(), done)
-            self._emit()
-            # Streams get their turn even when every step is ready at once.
-            await asyncio.sleep(0)
 
     def _finish(self, sent: _Sent, done: StepDone) -> None:
         step = sent.step
-        self._pace.observe(step.decoding, step.prompt_tokens, done.step_us / 1e6)
-        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
-        self._fail_draws(step, done.failed)
-        self._unsent = self._apply(step, tokens, done.logprobs)
+        self._pace.observe(step.decode_tokens, step.prompt_tokens, done.step_us / 1e6)
+        before = self._scheduler.drafted, self._scheduler.accepted
+        self._unsent += self._apply(step, done)
+        self._metrics.drafted.inc(self._scheduler.drafted - before[0])
+        self._metrics.accepted.inc(self._scheduler.accepted - before[1])
         self._count(step, sent.graph_size, done.step_us)
         self._graphs.ran(done.shadow)
 
@@ -322,41 +308,27 @@ class Engine:
         if not self._wake.is_set():
             await group.ping()
 
-    def _fail_draws(self, step: ScheduledStep, failed: Mapping[int, int]) -> None:
-        """Ends the requests whose token could not be drawn; the others of the step go on."""
-        for index, code in failed.items():
-            sequence, status = step.sequences[index], DrawStatus(code)
+    def _apply(self, step: ScheduledStep, done: StepDone) -> Iterator[_Outcome]:
+        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+        for sequence, token, finished, place in self._scheduler.apply(step, tokens):
             request = self._requests.get(sequence.request_id)
             if request is None or request.sequence is not sequence:
                 continue  # aborted while the step ran
-            self._metrics.failed_draws.labels(status.name.lower()).inc()
-            log.error("no token drawn", request_id=request.request_id, reason=status.message)
-            self._end(request)
-            request.fail(pb.ERROR_CODE_INTERNAL, f"no token could be drawn: {status.message}")
-
-    def _apply(
-        self, step: ScheduledStep, tokens: list[int], logprobs: tuple[Logprobs | None, ...]
-    ) -> list[_Outcome]:
-        by_sequence = dict(
-            zip((s.request_id for s in step.sequences), logprobs, strict=True) if logprobs else ()
-        )
-        outcomes = []
-        for sequence, token, finished in self._scheduler.apply(step, tokens):
-            request = self._requests.get(sequence.request_id)
-            if request is None or request.sequence is not sequence:
-                continue  # aborted while the step ran
+            if token < 0:
+                self._fail_draw(request, DrawStatus(done.failed[place]))
+                continue
             if finished is not None:
                 del self._requests[sequence.request_id]
                 self._metrics.cached.inc(sequence.cached)
-            outcomes.append(
-                _Outcome(
-                    request=request,
-                    token=token,
-                    logprobs=by_sequence.get(sequence.request_id),
-                    finished=finished,
-                )
-            )
-        return outcomes
+            logprobs = done.logprobs[place] if done.logprobs else None
+            yield _Outcome(request=request, token=token, logprobs=logprobs, finished=finished)
+
+    def _fail_draw(self, request: Request, status: DrawStatus) -> None:
+        """Ends a request whose token could not be drawn; the others of the step go on."""
+        self._metrics.failed_draws.labels(status.name.lower()).inc()
+        log.error("no token drawn", request_id=request.request_id, reason=status.message)
+        self._end(request)
+        request.fail(pb.ERROR_CODE_INTERNAL, f"no token could be drawn: {status.message}")
 
     def _emit(self) -> None:
         """Tells of the last step's outcomes; whatever raises, each is told once."""
@@ -392,7 +364,7 @@ class Engine:
             self.graph_steps += graph_size > 0
             self.eager_steps += graph_size == 0
         self.stats.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
-        self._metrics.step(step.decoding, step.prompt_tokens, graph_size, step_us)
+        self._metrics.step(step.decode_tokens, step.prompt_tokens, graph_size, step_us)
 
 
 def _limit_s(step: ScheduledStep, expected_s: float | None) -> float:

@@ -5,6 +5,7 @@ prompt. Both are averages of the last few steps, so that they follow the context
 graphs that are loaded and whatever else the machine does.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 _WEIGHT: Final = 0.3
@@ -13,6 +14,11 @@ _MARGIN: Final = 0.8
 """Of the gap that is planned with: steps of one kind differ."""
 FIRST_TOKENS: Final = 64
 """Of prompts beside decoding, before anything is known."""
+GUESSED_GROWTH: Final = 0.05
+"""How much longer each further token is guessed to make a step of a size that was not seen: little,
+so that it is tried."""
+STALE_STEPS: Final = 512
+"""After so many steps a size's time is guessed again: it may have been measured at a bad moment."""
 LEAST_TOKENS: Final = 16
 """Whatever it costs: or prompts would never end, and a step reads all weights for fewer too."""
 
@@ -22,12 +28,17 @@ class Pace:
         """``gap_s``: how long a step may take in which sequences decode beside prompts."""
         self._gap_s = gap_s
         self._decode_s: dict[int, float] = {}
-        """By the number of sequences that decode."""
+        """By the number of tokens, of sequences that decode and of their drafts."""
+        self._seen: dict[int, int] = {}
+        """The step in which each was seen last."""
+        self._steps = 0
         self._token_s: float | None = None
 
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """A step is over."""
+        self._steps += 1
         if prompt_tokens == 0:
+            self._seen[decoding] = self._steps
             self._decode_s[decoding] = _average(self._decode_s.get(decoding), seconds)
         elif prompt_tokens >= LEAST_TOKENS or self._token_s is None:
             each = max(0.0, seconds - self.decode_s(decoding)) / prompt_tokens
@@ -38,6 +49,21 @@ class Pace:
         if not self._decode_s:
             return 0.0
         return self._decode_s[min(self._decode_s, key=lambda known: abs(known - decoding))]
+
+    def decode_costs(self, decoding: int, sizes: Iterable[int]) -> dict[int, float]:
+        """What steps of ``decoding`` tokens and of those larger ``sizes`` take; empty if nothing is
+        known. What was not seen lately is guessed from the next smaller one that was."""
+        known = {
+            size: self._decode_s[size] for size, step in self._seen.items() if self._fresh(step)
+        }
+        known.setdefault(decoding, self.decode_s(decoding))
+        if not known[decoding]:
+            return {}
+        wanted = {decoding, *(size for size in sizes if size > decoding)}
+        return {size: known.get(size) or _guess(size, known) for size in wanted}
+
+    def _fresh(self, step: int) -> bool:
+        return self._steps - step < STALE_STEPS
 
     def prompt_tokens(self, decoding: int) -> int:
         """How many tokens of prompts fit into a step in which so many decode."""
@@ -51,6 +77,11 @@ class Pace:
         if (decoding and not self._decode_s) or (prompt_tokens and self._token_s is None):
             return None
         return self.decode_s(decoding) + prompt_tokens * (self._token_s or 0.0)
+
+
+def _guess(size: int, known: Mapping[int, float]) -> float:
+    below = max(other for other in known if other < size)
+    return known[below] * (1 + GUESSED_GROWTH * (size - below))
 
 
 def _average(before: float | None, newest: float) -> float:

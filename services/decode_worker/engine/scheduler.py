@@ -10,19 +10,33 @@ generated, so nothing is lost but time.
 
 Steps are scheduled one ahead: the next may be asked for before the draws of the last are known
 (``apply``). A sequence counts as computed what a step under way computes, for steps run in order;
-one that turns out to have ended was computed once too often, and nobody is told of that token.
+one that turns out to have ended was computed once too often, and nobody is told of that token. A
+sequence whose next tokens can be guessed (``speculation.py``) is worth waiting for its last one:
+there is no step then until that is known.
 """
 
 from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
 from precast.errors import ContextLengthExceeded, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.sequence import FinishReason, Sequence
-from services.decode_worker.engine.step import ScheduledStep, make_step
+from services.decode_worker.engine.speculation import MOST, Drafting, Sizes, lengths
+from services.decode_worker.engine.step import Chosen, ScheduledStep, make_step
 
 MAX_LOSSES: Final = 3
+
+
+class Outcome(NamedTuple):
+    """A token that a sequence has got."""
+
+    sequence: Sequence
+    token: int
+    """-1: it could not be drawn, and the sequence can't go on."""
+    finished: FinishReason | None
+    place: int
+    """Among the step's draws."""
 
 
 class Scheduler:
@@ -36,17 +50,23 @@ class Scheduler:
         max_waiting: int,
         prefill_chunk: int,
         pace: Pace,
+        graph_sizes: Sizes | None = None,
     ) -> None:
+        """``graph_sizes``: steps are filled with drafts up to one of them; None: nothing is
+        drafted."""
         self.blocks = BlockPool(blocks, block_size)
         self._max_batch_size = max_batch_size
         self._max_context_length = max_context_length
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
         self._pace = pace
+        self._graph_sizes = graph_sizes
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
         self._free_slots = list(range(max_batch_size))
+        self.drafted = self.accepted = 0
+        """Tokens of drafts so far, and those of them that were right."""
 
     @property
     def running(self) -> int:
@@ -66,6 +86,8 @@ class Scheduler:
             )
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting already")
+        if self._graph_sizes is not None and not sequence.sampling.penalises:
+            sequence.drafting = Drafting()
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> Sequence | None:
@@ -91,7 +113,7 @@ class Scheduler:
         for sequence in self._running[::-1]:
             self._preempt(sequence)
         for sequence in self._waiting:
-            sequence.drawing = 0
+            sequence.drawing = sequence.drafted = 0
         self.blocks.lose()
         lost = [s for s in self._waiting if s.losses >= MAX_LOSSES]
         for sequence in lost:
@@ -101,43 +123,67 @@ class Scheduler:
 
     def schedule(self, step_id: int) -> ScheduledStep | None:
         """The next step, or None if there is nothing to do."""
+        if self._awaits_draws():
+            return None
         self._admit()
         for sequence in self._running:
             self._adopt(sequence)
         decoding = self._decoding()
-        chosen = [(sequence, 1) for sequence in decoding]
+        chosen = self._with_drafts(decoding)
         chosen += self._prompt_chunks(self._budget(len(decoding)))
         if not chosen:
             return None
         size = self.blocks.block_size
         step = make_step(step_id, chosen, decoding=len(decoding), block_size=size)
-        for sequence, count, draws in zip(step.sequences, step.counts, step.draws, strict=True):
-            sequence.computed += count
-            sequence.drawing += draws
-            self._publish(sequence)
+        for one, draws in zip(step.chosen, step.draws, strict=True):
+            one.sequence.computed += one.tokens
+            one.sequence.drawing += draws
+            one.sequence.drafted = len(one.draft)
+            self._publish(one.sequence)
         return step
 
-    def apply(
-        self, step: ScheduledStep, token_ids: list[int]
-    ) -> list[tuple[Sequence, int, FinishReason | None]]:
-        """Takes in the draws of the oldest step under way; -1 where nothing was drawn. Finished
-        sequences free their blocks."""
-        if len(token_ids) != len(step.sequences):
-            raise ValueError(f"{len(token_ids)} tokens for {len(step.sequences)} sequences")
-        outcomes = []
-        for sequence, draws, token in zip(step.sequences, step.draws, token_ids, strict=True):
-            if not sequence.alive or not draws:
-                continue
-            sequence.drawing -= 1
-            if token < 0:
-                continue
-            sequence.output.append(token)
-            self._publish(sequence)
-            reason = self._finish_reason(sequence, token)
-            if reason is not None:
-                self._drop(sequence)
-            outcomes.append((sequence, token, reason))
+    def apply(self, step: ScheduledStep, token_ids: list[int]) -> list[Outcome]:
+        """Takes in the draws of the oldest step under way; -1 where one could not be drawn.
+        Finished sequences free their blocks."""
+        if len(token_ids) != sum(step.draws):
+            raise ValueError(f"{len(token_ids)} tokens for {sum(step.draws)} draws")
+        outcomes, place = list[Outcome](), 0
+        for one, draws in zip(step.chosen, step.draws, strict=True):
+            if one.sequence.alive and draws:
+                outcomes += self._take(one, place, token_ids[place : place + draws])
+            place += draws
         return outcomes
+
+    def _take(self, one: Chosen, place: int, tokens: list[int]) -> list[Outcome]:
+        """A sequence's new tokens: as many as its draft was right, and one more."""
+        sequence, found = one.sequence, list[Outcome]()
+        sequence.drawing -= len(tokens)
+        for token, guess in zip(tokens, [*one.draft, None], strict=True):
+            reason = self._append(sequence, token)
+            found.append(Outcome(sequence, token, reason, place + len(found)))
+            if token != guess or reason is not None:
+                break
+        if one.draft:
+            self._checked(sequence, len(one.draft), len(found) - 1)
+        self._publish(sequence)
+        if found[-1].finished is not None:
+            self._drop(sequence)
+        return found
+
+    def _checked(self, sequence: Sequence, drafted: int, right: int) -> None:
+        """What follows the tokens of a draft that were right was not computed."""
+        assert sequence.drafting is not None
+        sequence.drafted = 0
+        sequence.computed -= drafted - right
+        self.drafted += drafted
+        self.accepted += right
+        sequence.drafting.observe(drafted, right)
+
+    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if token < 0:
+            return None
+        sequence.output.append(token)
+        return self._finish_reason(sequence, token)
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that are full of computed tokens, all of them known, may be shared."""
@@ -219,7 +265,7 @@ class Scheduler:
         most = max(self._prefill_chunk - decoding, self._prefill_chunk // 2, 1)
         return min(most, self._pace.prompt_tokens(decoding)) if decoding else most
 
-    def _prompt_chunks(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _prompt_chunks(self, budget: int) -> list[Chosen]:
         """How many tokens of each prompt."""
         prompts = self._prompts()
         counts = dict.fromkeys(prompts, 0)
@@ -231,7 +277,7 @@ class Scheduler:
             more = min(sequence.to_prefill - counts[sequence], budget)
             counts[sequence] += more
             budget -= more
-        return [(sequence, count) for sequence, count in counts.items() if count]
+        return [Chosen(sequence, count) for sequence, count in counts.items() if count]
 
     def _prompts(self) -> list[Sequence]:
         """Those to be prefilled, oldest first, without those whose next block another one among
@@ -262,6 +308,50 @@ class Scheduler:
             if self._grow(sequence)
         ]
         return [sequence for sequence in grown if sequence.blocks]
+
+    def _awaits_draws(self) -> bool:
+        """Whether it is worth waiting for what is drawn now: drafts may follow it. How many tokens
+        of one were right has to be known in any case."""
+        if any(sequence.drafted for sequence in self._running):
+            return True
+        drawing = [s for s in self._running if s.drawing and s.to_prefill == 0]
+        return bool(drawing) and any(self._drafted(drawing, skip=1))
+
+    def _with_drafts(self, decoding: list[Sequence]) -> list[Chosen]:
+        counts = self._drafted(decoding, skip=0)
+        return [
+            Chosen(sequence, 1, self._room(sequence, sequence.draft(count)) if count else ())
+            for sequence, count in zip(decoding, counts, strict=True)
+        ]
+
+    def _drafted(self, decoding: list[Sequence], skip: int) -> list[int]:
+        """How many tokens to draft for each; the first ``skip`` of what is guessed are being
+        drawn."""
+        none = [0] * len(decoding)
+        sizes = self._graph_sizes() if self._graph_sizes is not None and decoding else ()
+        if len(decoding) >= max(sizes, default=0):
+            return none
+        guesses = [
+            len(s.draft(min(MOST, self._tokens_left(s)) + skip)) - skip if s.drawing == skip else 0
+            for s in decoding
+        ]
+        if not any(guesses):
+            return none
+        rates = [s.drafting.rate if s.drafting is not None else 0.0 for s in decoding]
+        costs = self._pace.decode_costs(len(decoding), sizes)
+        return lengths(list(zip(rates, guesses, strict=True)), len(decoding), costs)
+
+    def _tokens_left(self, sequence: Sequence) -> int:
+        """Tokens that may follow the next one."""
+        drawn = len(sequence.output) + sequence.drawing
+        context = min(self._max_context_length, self.blocks.total * self.blocks.block_size)
+        return min(sequence.max_tokens - drawn, context - len(sequence.prompt) - drawn) - 1
+
+    def _room(self, sequence: Sequence, draft: list[int]) -> list[int]:
+        """What of a draft there are blocks for: nobody gives up any for it."""
+        wanted = self.blocks.blocks_for(sequence.length + len(draft)) - len(sequence.blocks)
+        sequence.blocks += self.blocks.allocate(min(max(0, wanted), self.blocks.free_blocks))
+        return draft[: len(sequence.blocks) * self.blocks.block_size - sequence.length]
 
     def _ends(self, sequence: Sequence) -> bool:
         """Whether the token that is being drawn is its last, whatever it is."""

@@ -7,6 +7,8 @@ from typing import Final
 import numpy as np
 from blake3 import blake3
 
+from services.decode_worker.engine.speculation import Drafting
+
 _SALT_CONTEXT: Final = "precast prefix cache salt"
 
 
@@ -58,6 +60,10 @@ class Sequence:
     """Tokens that steps under way draw: they follow the output, and are not known yet."""
     computed: int = 0
     """Tokens whose keys and values are in the cache, or will be when steps under way are over."""
+    drafting: Drafting | None = None
+    """How its next tokens are guessed; None: not at all."""
+    drafted: int = 0
+    """Tokens of a draft that a step under way computes."""
     published: int = 0
     """Blocks that others may share, as far as this sequence has seen to it."""
     cached: int = 0
@@ -89,6 +95,14 @@ class Sequence:
         aside."""
         left = self.length - self.computed
         return 0 if self.length > len(self.prompt) and left == 1 else left
+
+    def draft(self, most: int) -> list[int]:
+        """Tokens that may follow those that are known, at most so many."""
+        if self.drafting is None:
+            return []
+        lookup = self.drafting.lookup
+        lookup.extend(self.tokens(lookup.length, self.known))
+        return self.drafting.draft(most)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens of prompt and output at positions [start, stop)."""

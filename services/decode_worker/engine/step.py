@@ -9,13 +9,32 @@ from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.ranks.protocol import LAST_DRAWN, StartSampling, Step
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A sequence's part in a step."""
+
+    sequence: Sequence
+    count: int
+    """Tokens that it goes on by, in any case."""
+    draft: Many[int] = ()
+    """Tokens behind them that may turn out to be right."""
+
+    @property
+    def tokens(self) -> int:
+        return self.count + len(self.draft)
+
+    @property
+    def draws(self) -> int:
+        """How many of its last tokens give the next one: none while its prompt goes on."""
+        ends = self.sequence.computed + self.count == self.sequence.length
+        return 1 + len(self.draft) if ends else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduledStep:
-    sequences: tuple[Sequence, ...]
-    counts: tuple[int, ...]
-    """New tokens of each sequence."""
-    draws: tuple[bool, ...]
-    """Whether each sequence gets a token."""
+    chosen: tuple[Chosen, ...]
+    draws: tuple[int, ...]
+    """Tokens that are drawn for each of them, in their order."""
     decoding: int
     """Sequences that decode, first among them; the others' tokens are of prompts."""
     message: Step
@@ -23,18 +42,32 @@ class ScheduledStep:
     """To be sent before it."""
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(one.sequence for one in self.chosen)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each sequence, with those of its draft."""
+        return tuple(one.tokens for one in self.chosen)
+
+    @property
     def tokens(self) -> int:
         return sum(self.counts)
 
     @property
     def prompt_tokens(self) -> int:
-        return self.tokens - self.decoding
+        return sum(self.counts[self.decoding :])
+
+    @property
+    def decode_tokens(self) -> int:
+        """With those of drafts."""
+        return sum(self.counts[: self.decoding])
 
 
 def make_step(
-    step_id: int, chosen: Many[tuple[Sequence, int]], *, decoding: int, block_size: int
+    step_id: int, chosen: Many[Chosen], *, decoding: int, block_size: int
 ) -> ScheduledStep:
-    """The next ``count`` tokens of each sequence, which has blocks for them.
+    """The next tokens of each sequence, which has blocks for them.
 
     A token that is still being drawn is named by what it will be: the last one of its slot.
     """
@@ -42,19 +75,21 @@ def make_step(
     positions: list[int] = []
     slots: list[int] = []
     starts, contexts = [0], []
-    width = max(len(sequence.blocks) for sequence, _ in chosen)
+    width = max(len(one.sequence.blocks) for one in chosen)
     tables = np.zeros((len(chosen), width), dtype=np.int32)
-    for row, (sequence, count) in enumerate(chosen):
-        first, last = sequence.computed, sequence.computed + count
-        token_ids += sequence.tokens(first, last)
-        token_ids += [LAST_DRAWN] * (last - max(first, sequence.known))
+    for row, one in enumerate(chosen):
+        sequence = one.sequence
+        first, last = sequence.computed, sequence.computed + one.tokens
+        token_ids += sequence.tokens(first, first + one.count)
+        token_ids += [LAST_DRAWN] * (first + one.count - max(first, sequence.known))
+        token_ids += one.draft
         positions += range(first, last)
         slots += [_slot(sequence, at, block_size) for at in range(first, last)]
-        starts.append(starts[-1] + count)
+        starts.append(starts[-1] + one.tokens)
         contexts.append(last)
         tables[row, : len(sequence.blocks)] = sequence.blocks
-    draws = tuple(_draws(sequence, count) for sequence, count in chosen)
-    drawing = [sequence for (sequence, _), one in zip(chosen, draws, strict=True) if one]
+    draws = tuple(one.draws for one in chosen)
+    drawing = [one.sequence for one, count in zip(chosen, draws, strict=True) if count]
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -64,15 +99,13 @@ def make_step(
         context_lens=_ints(contexts),
         block_tables=tables.tobytes(),
         block_table_width=width,
-        sampling_slots=_ints(
-            [s.slot if one else -1 for (s, _), one in zip(chosen, draws, strict=True)]
-        ),
-        drawn=_ints([len(s.output) + s.drawing for s, _ in chosen]),
-        greedy=all(s.sampling.is_likeliest for s in drawing),
+        sampling_slots=_ints([one.sequence.slot for one in chosen]),
+        draws=_ints(draws),
+        drawn=_ints([len(one.sequence.output) + one.sequence.drawing for one in chosen]),
+        greedy=all(sequence.sampling.is_likeliest for sequence in drawing),
     )
     return ScheduledStep(
-        sequences=tuple(sequence for sequence, _ in chosen),
-        counts=tuple(count for _, count in chosen),
+        chosen=tuple(chosen),
         draws=draws,
         decoding=decoding,
         message=message,
@@ -84,13 +117,8 @@ def _slot(sequence: Sequence, position: int, block_size: int) -> int:
     return sequence.blocks[position // block_size] * block_size + position % block_size
 
 
-def _ints(values: list[int]) -> bytes:
+def _ints(values: Many[int]) -> bytes:
     return np.array(values, dtype=np.int32).tobytes()
-
-
-def _draws(sequence: Sequence, count: int) -> bool:
-    """Whether ``count`` tokens more are all there are."""
-    return sequence.computed + count == sequence.length
 
 
 def _start_sampling(sequence: Sequence) -> StartSampling:

@@ -232,6 +232,7 @@ def probe_step(step_id: int, rows: int) -> Step:
         block_tables=ints(np.zeros(rows)),
         block_table_width=1,
         sampling_slots=ints(np.full(rows, -1)),
+        draws=ints(np.zeros(rows)),
         drawn=ints(np.zeros(rows)),
         greedy=True,
         graph_size=rows,

@@ -1,11 +1,12 @@
 """A rank's model: its shard of the weights, its KV cache, and the graphs it can replay."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from precast.errors import ConfigError
@@ -22,6 +23,8 @@ from precast.models.sharding import shard
 from precast.ops import providers
 from services.decode_worker.ranks.protocol import MAX_DIFFERENCE, Init, Shadow
 
+Ints = NDArray[np.int32]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -30,10 +33,6 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     paging: Paging
-
-    @property
-    def sequences(self) -> int:
-        return self.paging.context_lens.shape[0]
 
 
 @dataclass(kw_only=True)
@@ -50,22 +49,20 @@ class RankModel:
     trials: dict[int, Graph] = field(default_factory=dict)
     """Graphs on trial (``shadow_trial.py``), by size."""
 
-    def step(self, batch: Batch, drawing: Sequence[int], graph_size: int) -> Tensor:
+    def step(self, batch: Batch, drawing: Ints, graph_size: int) -> Tensor:
         """Runs a step with the graph of a captured size, eagerly for 0. Returns this rank's logits
-        [len(drawing), V] of the last token of each sequence that draws."""
+        [D, V] of the tokens that ``drawing``, int32 [D], names."""
         rows = _rows(batch, drawing)
         if graph_size:
             return _replay(self.graphs[graph_size], batch, rows)
         hidden = hidden_states(
             self.shape, self.weights, self.caches, batch.token_ids, batch.positions, batch.paging
         )
-        if not drawing:
+        if len(drawing) == 0:
             return hidden.new_empty(0, 0)
         return logits(self.shape, self.weights, hidden if rows is None else hidden[rows])
 
-    def shadow(
-        self, batch: Batch, drawing: Sequence[int], graph_size: int
-    ) -> tuple[Tensor, Shadow | None]:
+    def shadow(self, batch: Batch, drawing: Ints, graph_size: int) -> tuple[Tensor, Shadow | None]:
         """``step`` with the trial graph run between two replays of the graph that serves.
 
         The last replay writes over what the trial graph has written: the cache ends up as if there
@@ -75,8 +72,8 @@ class RankModel:
         if trial is None:
             return self.step(batch, drawing, graph_size), None
         current = self.graphs[graph_size]
-        compared = drawing or range(batch.sequences)
-        rows = _rows(batch, compared)
+        ends = batch.paging.query_starts[1:].numpy() - 1
+        rows = _rows(batch, drawing if len(drawing) else ends)
         _replay(current, batch, rows)
         started = time.perf_counter()
         tried = _replay(trial, batch, rows)
@@ -149,8 +146,8 @@ def _replay(graph: Graph, batch: Batch, rows: Tensor | None) -> Tensor:
     return graph.replay(batch.token_ids, batch.positions, batch.paging, rows)
 
 
-def _rows(batch: Batch, sequences: Sequence[int]) -> Tensor | None:
-    """int64 rows of the sequences' last tokens; None where these are all rows there are."""
-    if len(sequences) == batch.sequences == len(batch.token_ids):
+def _rows(batch: Batch, tokens: Ints) -> Tensor | None:
+    """int64 rows of the tokens; None where these are all rows there are."""
+    if len(tokens) == len(batch.token_ids):
         return None
-    return batch.paging.query_starts[1:].long()[torch.tensor(sequences, dtype=torch.int64)] - 1
+    return torch.from_numpy(tokens.astype(np.int64))

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +39,6 @@ from services.decode_worker.ranks.protocol import (
     Loaded,
     LoadGraph,
     Loading,
-    Logprobs,
     Ping,
     Pong,
     RankFailed,
@@ -181,39 +181,60 @@ def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
     started = time.perf_counter()
     slots = np.frombuffer(step.sampling_slots, dtype=np.int32)
     batch = _batch(step, _token_ids(step, slots, rank.last))
-    drawing = np.flatnonzero(slots >= 0)
+    draws = _draws(step, slots)
     shadow = None
     if step.shadow:
-        logits, shadow = rank.model.shadow(batch, drawing.tolist(), step.graph_size)
+        logits, shadow = rank.model.shadow(batch, draws.rows, step.graph_size)
     else:
-        logits = rank.model.step(batch, drawing.tolist(), step.graph_size)
-    before = np.frombuffer(step.drawn, dtype=np.int32)[drawing]
-    drawn = _draw(init, rank, step, slots[drawing], before, logits)
-    _keep(init, step, rank.last, slots[drawing], drawn.tokens)
+        logits = rank.model.step(batch, draws.rows, step.graph_size)
+    drawn = _draw(init, rank, step, draws, logits)
+    _keep(init, step, rank.last, draws.slots, drawn.tokens)
     if init.tp_rank != 0:
         return None
-    tokens = np.full(len(slots), -1, dtype=np.int32)
-    tokens[drawing] = drawn.tokens
     return StepDone(
         step_id=step.step_id,
-        token_ids=tokens.tobytes(),
-        logprobs=_reported(len(slots), drawing.tolist(), drawn.logprobs),
+        token_ids=np.array(drawn.tokens, dtype=np.int32).tobytes(),
+        logprobs=tuple(drawn.logprobs) if any(drawn.logprobs) else (),
         step_us=int((time.perf_counter() - started) * 1e6),
-        failed={int(drawing[row]): status for row, status in drawn.failed.items()},
+        failed=drawn.failed,
         shadow=shadow,
     )
 
 
-def _draw(init: Init, rank: _Rank, step: Step, slots: Ints, before: Ints, logits: Tensor) -> Drawn:
-    """What the sequences draw that draw in this step; of ranks but the first, only their part in
-    the collectives. ``logits`` has a row for each."""
+class _Draws(NamedTuple):
+    """What a step draws: [D] each."""
+
+    rows: Ints
+    """Of the step's tokens, that which the draw follows."""
+    slots: Ints
+    drawn: Ints
+    """Tokens that the sequence has drawn before."""
+
+
+def _draws(step: Step, slots: Ints) -> _Draws:
+    counts = np.frombuffer(step.draws, dtype=np.int32)
+    before = np.frombuffer(step.drawn, dtype=np.int32)
+    ends = np.frombuffer(step.query_starts, dtype=np.int32)[1:]
+    # the place of each draw among its sequence's
+    starts = np.cumsum(counts) - counts
+    places = np.arange(counts.sum(), dtype=np.int32) - np.repeat(starts, counts)
+    return _Draws(
+        rows=np.repeat(ends - counts, counts) + places,
+        slots=np.repeat(slots, counts),
+        drawn=np.repeat(before, counts) + places,
+    )
+
+
+def _draw(init: Init, rank: _Rank, step: Step, draws: _Draws, logits: Tensor) -> Drawn:
+    """What is drawn in this step; of ranks but the first, only their part in the collectives.
+    ``logits`` has a row for each."""
     nothing = Drawn(tokens=[], logprobs=[], failed={})
-    if len(slots) == 0:
+    if len(draws.rows) == 0:
         return nothing
     if step.greedy:
         return _greedy(likeliest(rank.model.shape, logits))
     whole = gathered(rank.model.shape, logits)
-    return rank.sampler.draw(whole, slots, before) if init.tp_rank == 0 else nothing
+    return rank.sampler.draw(whole, draws.slots, draws.drawn) if init.tp_rank == 0 else nothing
 
 
 def _greedy(tokens: list[int]) -> Drawn:
@@ -223,17 +244,6 @@ def _greedy(tokens: list[int]) -> Drawn:
         logprobs=[None] * len(tokens),
         failed=dict.fromkeys(lost, int(DrawStatus.NOT_FINITE)),
     )
-
-
-def _reported(
-    sequences: int, drawing: list[int], logprobs: list[Logprobs | None]
-) -> tuple[Logprobs | None, ...]:
-    if not any(logprobs):
-        return ()
-    found: list[Logprobs | None] = [None] * sequences
-    for index, entry in zip(drawing, logprobs, strict=True):
-        found[index] = entry
-    return tuple(found)
 
 
 def _token_ids(step: Step, slots: Ints, last: Ints) -> Tensor:

@@ -142,7 +142,7 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     step_id: int
     token_ids: bytes
     """[T]; ``LAST_DRAWN`` where a sequence decodes whose token the step before draws: this one is
-    sent while that one runs. Such sequences come first, and have one token."""
+    sent while that one runs. Such sequences have that one token."""
     positions: bytes
     slots: bytes
     """[T] flat cache slot of each new token: block * block_size + offset."""
@@ -152,9 +152,13 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     block_tables: bytes
     block_table_width: int
     sampling_slots: bytes
-    """[S] slot of how to draw (``StartSampling``); -1 where the prompt goes on in a later step."""
+    """[S] slot of how to draw (``StartSampling``); -1 in a step that was made up."""
+    draws: bytes
+    """[S] how many of each sequence's last tokens give another: 0 where its prompt goes on in a
+    later step, more than 1 with a draft. Their sum is D."""
     drawn: bytes
-    """[S] tokens of each sequence drawn so far: with its seed, what a draw depends on."""
+    """[S] tokens of each sequence drawn so far: with its seed, what its first draw depends on; for
+    each draw behind it there is one more."""
     greedy: bool
     """Whether all that draw want the likeliest token as it stands, and nothing else: ranks then
     gather no logits."""
@@ -182,12 +186,12 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     step_id: int
     token_ids: bytes
-    """int32 [S]; -1 where nothing was drawn."""
+    """int32 [D]; -1 where none could be drawn."""
     logprobs: tuple[Logprobs | None, ...]
-    """[S], or empty when no sequence asked for them."""
+    """[D], or empty when no sequence asked for them."""
     step_us: int
     failed: dict[int, int] = {}
-    """Why there is no token (``precast.ops.draw_status``), by the sequence's place in the step."""
+    """Why there is no token (``precast.ops.draw_status``), by its place in ``token_ids``."""
     shadow: Shadow | None = None
 
 
