@@ -87,8 +87,9 @@ def _on_threads(work: Callable[[int], None], items: Sequence[int], cores: Sequen
         with torch.inference_mode(inference):
             work(item)
 
-    if min(len(items), len(cores)) == 1:
-        work(items[0])
+    if len(items) == 1 or len(cores) == 1:
+        for item in items:
+            work(item)
         return
     with ThreadPoolExecutor(len(cores), initializer=_spread, initargs=(cores,)) as threads:
         for _ in threads.map(in_thread, items):

@@ -239,13 +239,14 @@ def test_embedding_refuses_rows_that_there_are_not(row: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", [Format.Q4_1, Format.INT8, Format.BF16])
-def test_packing_on_several_threads_gives_the_same_bytes(fmt: Format) -> None:
-    weight = torch.randn(16 * 37 + 5, 96, generator=torch.Generator().manual_seed(1))
-    native.start_threads((-1,))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packing_in_parts_gives_the_bytes_of_the_parts(fmt: Format, threads: int) -> None:
+    """More than is packed at a time, by one thread and by several."""
+    weight = torch.randn(16 * 150 + 5, 576, generator=torch.Generator().manual_seed(1))
+    native.start_threads((-1,) * threads)
     try:
-        alone = pack(weight, fmt)
-        native.start_threads((-1, -1, -1))
         with torch.inference_mode():
-            assert torch.equal(pack(weight, fmt), alone)
+            parts = [pack(part, fmt) for part in weight.split(16)]
+            assert torch.equal(pack(weight, fmt), torch.cat(parts))
     finally:
         native.start_threads((-1, -1))
