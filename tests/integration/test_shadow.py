@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,10 @@ def model_with(home: Path, graph: Path, candidate: Path | None) -> RankModel:
     return model
 
 
+FIRST = np.zeros(1, dtype=np.int32)
+"""The first of a step's tokens."""
+
+
 def step(tokens: list[int], start: int) -> Batch:
     """New tokens of one sequence, whose cache is block 2."""
     context = start + len(tokens)
@@ -47,7 +52,7 @@ def step(tokens: list[int], start: int) -> Batch:
 
 def generate(model: RankModel, decode: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
     """Logits of a prompt's and four more greedy steps."""
-    logits = [model.step(step(PROMPT, 0), [0], 0)]
+    logits = [model.step(step(PROMPT, 0), FIRST + len(PROMPT) - 1, 0)]
     for position in range(len(PROMPT), len(PROMPT) + 4):
         logits.append(decode(step([int(logits[-1].argmax())], position)))
     return torch.cat(logits)
@@ -65,12 +70,12 @@ def test_cache_and_logits_are_those_of_the_serving_graph(
     differences: list[float] = []
 
     def shadow(batch: Batch) -> torch.Tensor:
-        logits, seen = tried.shadow(batch, [0], 1)
+        logits, seen = tried.shadow(batch, FIRST, 1)
         assert seen is not None
         differences.append(seen.difference)
         return logits
 
-    expected = generate(alone, lambda batch: alone.step(batch, [0], 1))
+    expected = generate(alone, lambda batch: alone.step(batch, FIRST, 1))
     assert torch.equal(generate(tried, shadow), expected)
     for ours, theirs in zip(tried.caches, alone.caches, strict=True):
         assert torch.equal(ours.k, theirs.k)

@@ -114,18 +114,19 @@ async def test_two_deaths_without_a_crash_end_a_trial() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trial", "said"),
+    ("provider", "trial", "said"),
     [
-        ({}, ""),
-        ({"difference": 0.05, "time_ratio": 1.2}, ""),
-        ({"difference": 0.07}, "differs from version 1"),
-        ({"difference": float("nan")}, "differs from version 1"),
-        ({"time_ratio": 1.3}, "1.30 times as long"),
-        ({"failure": "refused: x"}, "refused: x"),
+        ("native", {}, ""),
+        ("native", {"difference": 1e-9}, "differs from version 1"),
+        ("sgl_kernel", {"difference": 0.05, "time_ratio": 1.2}, ""),
+        ("sgl_kernel", {"difference": 0.07}, "differs from version 1"),
+        ("sgl_kernel", {"difference": float("nan")}, "differs from version 1"),
+        ("native", {"time_ratio": 1.3}, "1.30 times as long"),
+        ("native", {"failure": "refused: x"}, "refused: x"),
     ],
 )
-def test_what_speaks_against_a_candidate(trial: dict[str, float], said: str) -> None:
-    factors = {**FACTORS, "quantization": "int8"}
+def test_what_speaks_against_a_candidate(provider: str, trial: dict[str, float], said: str) -> None:
+    factors = {**FACTORS, "quantization": "int8", "provider": provider}
     record = GraphRecord(key="k", phase=Phase.PUBLISHED, factors=factors, version=1)
     finished = Trial(version=2, worker_id="w", wanted=1, finished=True, **trial)  # type: ignore[arg-type]
     reason = objection(record, finished, CanaryPolicy(steps=1, live_s=1.0, max_slowdown=0.25))

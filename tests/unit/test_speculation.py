@@ -96,8 +96,16 @@ def test_sizes_that_were_not_seen_are_guessed_to_be_cheap_until_they_are() -> No
     guessed = pace.decode_costs(1, CHEAP)
     assert lengths([(0.9, MOST)], 1, guessed) == [15]
     assert guessed[16] == pytest.approx(0.0175)
-    pace.observe(16, 0, 0.160)
+    pace.observe(16, 0, 0.100)
     assert lengths([(0.9, MOST)], 1, pace.decode_costs(1, CHEAP)) == [7]
     for _ in range(STALE_STEPS):
         pace.observe(1, 0, 0.010)
     assert lengths([(0.9, MOST)], 1, pace.decode_costs(1, CHEAP)) == [15]
+
+
+def test_drafts_keep_the_gap_between_tokens() -> None:
+    pace = Pace(0.100)
+    pace.observe(4, 0, 0.040)
+    assert sorted(pace.decode_costs(4, (1, 4, 16, 256))) == [4, 16]
+    pace.observe(16, 0, 0.090)
+    assert sorted(pace.decode_costs(4, (1, 4, 16, 256))) == [4]

@@ -5,6 +5,7 @@ prompt. Both are averages of the last few steps, so that they follow the context
 graphs that are loaded and whatever else the machine does.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -51,16 +52,21 @@ class Pace:
         return self._decode_s[min(self._decode_s, key=lambda known: abs(known - decoding))]
 
     def decode_costs(self, decoding: int, sizes: Iterable[int]) -> dict[int, float]:
-        """What steps of ``decoding`` tokens and of those larger ``sizes`` take; empty if nothing is
-        known. What was not seen lately is guessed from the next smaller one that was."""
+        """What steps of ``decoding`` tokens take, and of those larger ``sizes`` that keep the gap;
+        empty if nothing is known. What was not seen lately is guessed from the next smaller one
+        that was."""
         known = {
             size: self._decode_s[size] for size, step in self._seen.items() if self._fresh(step)
         }
         known.setdefault(decoding, self.decode_s(decoding))
         if not known[decoding]:
             return {}
-        wanted = {decoding, *(size for size in sizes if size > decoding)}
-        return {size: known.get(size) or _guess(size, known) for size in wanted}
+        costs = {decoding: known[decoding]}
+        for size in sizes:
+            cost = (known.get(size) or _guess(size, known)) if size > decoding else math.inf
+            if cost <= self._gap_s * _MARGIN:
+                costs[size] = cost
+        return costs
 
     def _fresh(self, step: int) -> bool:
         return self._steps - step < STALE_STEPS
