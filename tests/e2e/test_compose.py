@@ -152,7 +152,7 @@ def test_workers_replay_captured_graphs(stack: Stack) -> None:
 def test_recompiling_swaps_a_new_version_in_while_serving(stack: Stack) -> None:
     before = {worker: stack.graphs(worker)[1] for worker in DECODE_WORKERS}
     channel, stub = stack.admin()
-    request = admin.RecompileRequest(batch_sizes=[1], adoption_deadline_s=120)
+    request = admin.RecompileRequest(sizes=[1], adoption_deadline_s=120)
     with channel, Load(stack) as load:
         progress = list(stub.Recompile(request, timeout=CAPTURE_DEADLINE_S))
         wait_until(lambda: load.good() >= 4, 60, "requests went on")
