@@ -76,13 +76,17 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def _capacity(self) -> int:
+        """Tokens of prompt and completion that one sequence may have."""
+        return min(self._max_context_length, self.blocks.total * self.blocks.block_size)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Overloaded or ContextLengthExceeded."""
-        capacity = min(self._max_context_length, self.blocks.total * self.blocks.block_size)
-        if len(sequence.prompt) >= capacity:
+        if len(sequence.prompt) >= self._capacity:
             raise ContextLengthExceeded(
                 f"the prompt has {len(sequence.prompt)} tokens; prompt and completion together may "
-                f"have {capacity}"
+                f"have {self._capacity}"
             )
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting already")
@@ -200,8 +204,11 @@ class Scheduler:
 
     def _is_full(self, sequence: Sequence, drawn: int) -> bool:
         """Whether a sequence ends for its length with so many tokens drawn."""
-        context = min(self._max_context_length, self.blocks.total * self.blocks.block_size)
-        return drawn >= sequence.max_tokens or len(sequence.prompt) + drawn >= context
+        return self._left(sequence, drawn) <= 0
+
+    def _left(self, sequence: Sequence, drawn: int) -> int:
+        """Tokens that a sequence may still draw with so many drawn."""
+        return min(sequence.max_tokens, self._capacity - len(sequence.prompt)) - drawn
 
     def _admit(self) -> None:
         """Gives slots and blocks to those that have waited longest."""
@@ -331,21 +338,17 @@ class Scheduler:
         sizes = self._graph_sizes() if self._graph_sizes is not None and decoding else ()
         if len(decoding) >= max(sizes, default=0):
             return none
-        guesses = [
-            len(s.draft(min(MOST, self._tokens_left(s)) + skip)) - skip if s.drawing == skip else 0
-            for s in decoding
-        ]
+        guesses = [self._guessed(s, skip) if s.drawing == skip else 0 for s in decoding]
         if not any(guesses):
             return none
         rates = [s.drafting.rate if s.drafting is not None else 0.0 for s in decoding]
         costs = self._pace.decode_costs(len(decoding), sizes)
         return lengths(list(zip(rates, guesses, strict=True)), len(decoding), costs)
 
-    def _tokens_left(self, sequence: Sequence) -> int:
-        """Tokens that may follow the next one."""
-        drawn = len(sequence.output) + sequence.drawing
-        context = min(self._max_context_length, self.blocks.total * self.blocks.block_size)
-        return min(sequence.max_tokens - drawn, context - len(sequence.prompt) - drawn) - 1
+    def _guessed(self, sequence: Sequence, skip: int) -> int:
+        """Tokens of a draft that may follow the next token."""
+        left = self._left(sequence, len(sequence.output) + sequence.drawing) - 1
+        return len(sequence.draft(min(MOST, left) + skip)) - skip
 
     def _room(self, sequence: Sequence, draft: list[int]) -> list[int]:
         """What of a draft there are blocks for: nobody gives up any for it."""
