@@ -164,6 +164,10 @@ class StartGeneration(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     DELIVER_AT_END_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RESUMED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     logprobs: _builtins.int
     """Number of most likely alternatives to report for each token. Absent: no logprobs at all."""
@@ -171,12 +175,29 @@ class StartGeneration(_message.Message):
     """Send tokens and text once, together with the end, and not as they come."""
     cache_salt: _builtins.str
     """Cached blocks of prompts are shared only by requests of the same salt; at most 256 characters."""
+    prompt_logprobs: _builtins.int
+    """Number of most likely alternatives to report for each token of the prompt. Absent: none are
+    reported.
+    """
+    priority: _builtins.int
+    """Higher goes first among waiting requests; 0 is usual."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def stop(self) -> Global___StopConditions: ...
+    @_builtins.property
+    def constraint(self) -> Global___OutputConstraint:
+        """What the output must be. Absent: anything."""
+
+    @_builtins.property
+    def resumed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Output that the client has already got, from here or from a worker that is gone: generation goes
+        on behind it, as if it had been drawn here. It counts as output in max_tokens, penalties, draws
+        and stop conditions, and is not sent again.
+        """
+
     def __init__(
         self,
         *,
@@ -187,16 +208,58 @@ class StartGeneration(_message.Message):
         logprobs: _builtins.int | None = ...,
         deliver_at_end: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
+        constraint: Global___OutputConstraint | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        resumed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "constraint", b"constraint", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "cache_salt", b"cache_salt", "deliver_at_end", b"deliver_at_end", "logprobs", b"logprobs", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "constraint", b"constraint", "deliver_at_end", b"deliver_at_end", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___StartGeneration: _TypeAlias = StartGeneration  # noqa: Y015
+
+@_typing.final
+class OutputConstraint(_message.Message):
+    """OutputConstraint is a grammar that the whole output follows. A worker that can't hold to it refuses
+    the request with INVALID_ARGUMENT, and says which part.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    LARK_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON schema; "{}" is any JSON value."""
+    regex: _builtins.str
+    lark: _builtins.str
+    """A grammar in Lark's notation, with a rule start."""
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        lark: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "json_schema", b"json_schema", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_grammar: _TypeAlias = _typing.Literal["json_schema", "regex", "lark"]  # noqa: Y015
+    _WhichOneofArgType_grammar: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_grammar) -> _WhichOneofReturnType_grammar | None: ...
+
+Global___OutputConstraint: _TypeAlias = OutputConstraint  # noqa: Y015
 
 @_typing.final
 class AbortGeneration(_message.Message):
@@ -306,13 +369,21 @@ class StopConditions(_message.Message):
     STOP_STRINGS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
+    SHOW_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """At least 1."""
+    """At least 1, or 0 where only the prompt's log-probabilities are wanted."""
     ignore_eos: _builtins.bool
     """Go on past the model's end-of-sequence tokens."""
+    min_tokens: _builtins.int
+    """No end-of-sequence or stop token is drawn before this many tokens."""
+    include_stop_string: _builtins.bool
+    show_special_tokens: _builtins.bool
+    """Special tokens of the output are part of its text."""
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Text that ends the generation; it is not part of the output."""
+        """Text that ends the generation; it is not part of the output unless include_stop_string is set."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -323,10 +394,13 @@ class StopConditions(_message.Message):
         stop_strings: _abc.Iterable[_builtins.str] | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        min_tokens: _builtins.int = ...,
+        include_stop_string: _builtins.bool = ...,
+        show_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "include_stop_string", b"include_stop_string", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "show_special_tokens", b"show_special_tokens", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -389,6 +463,7 @@ class StepOutput(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Handles of the requests that have got something, each once."""
@@ -413,6 +488,10 @@ class StepOutput(_message.Message):
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEnd]:
         """Requests that have ended; what belongs to them above precedes their end."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLogprobs]:
+        """Of prompts, in pieces and in order, before the first token of the output."""
+
     def __init__(
         self,
         *,
@@ -422,14 +501,42 @@ class StepOutput(_message.Message):
         texts: _abc.Iterable[_builtins.str] | None = ...,
         logprobs: _abc.Iterable[Global___RequestLogprobs] | None = ...,
         ends: _abc.Iterable[Global___RequestEnd] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___PromptLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "handles", b"handles", "logprobs", b"logprobs", "texts", b"texts", "token_counts", b"token_counts", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "handles", b"handles", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "texts", b"texts", "token_counts", b"token_counts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
+
+@_typing.final
+class PromptLogprobs(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The next tokens of the prompt. Its first token follows nothing: it has a logprob of 0, no
+        alternatives, and is to be shown without any.
+        """
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
 
 @_typing.final
 class RequestLogprobs(_message.Message):
