@@ -113,18 +113,18 @@ class Worker:
             self._draining.ended(request_id)
             on_end(request_id)
 
-        self._engine.submit(
-            Request(
-                sequence=sequence,
-                recipient=recipient,
-                detokenizer=detokenizer,
-                tokens=self._tokens,
-                outbox=outbox,
-                on_end=ended,
-                hidden_token_ids=sequence.stop_token_ids,
-                deliver_at_end=start.deliver_at_end,
-            )
+        request = Request(
+            sequence=sequence,
+            recipient=recipient,
+            detokenizer=detokenizer,
+            tokens=self._tokens,
+            outbox=outbox,
+            on_end=ended,
+            hidden_token_ids=sequence.stop_token_ids,
+            deliver_at_end=start.deliver_at_end,
         )
+        request.resume()
+        self._engine.submit(request)
         self._draining.admitted(request_id)
 
     def abort(self, request_id: str) -> bool:

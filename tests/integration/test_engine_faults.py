@@ -208,6 +208,7 @@ async def test_a_request_that_kills_its_ranks_is_given_up(rig: Rig) -> None:
     await rig.all_ended()
     assert rig.engine.restarts == 3
     assert rig.error("poison") == pb.ERROR_CODE_UNAVAILABLE
+    assert rig.tokens["good"] == [2, 3]  # though it was there when the ranks died
     assert rig.tokens["later"] == [3, 4]
 
 

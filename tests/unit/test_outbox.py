@@ -65,7 +65,8 @@ async def test_columns_have_all_requests_of_a_step_in_one_message() -> None:
 async def test_what_is_too_much_for_a_message_is_cut(
     columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In order, with the text at its end, and no handle twice in a message."""
+    """In order, each token with its text, the end with the last, and no handle twice in a
+    message."""
     monkeypatch.setattr(response_buffer, "MAX_COLUMN_BYTES", 10_000)
     outbox = Outbox(columns=columns)
     for recipient in (A, B):
@@ -88,8 +89,11 @@ async def test_what_is_too_much_for_a_message_is_cut(
             mine, rest = rest[:count], rest[count:]
             assert [each.token_id for each in reports.get(handle, ())] == mine
             ids[handle] += mine
-            assert len(ids[handle]) == 1000 or not text
             texts[handle] += text
+            assert len(texts[handle]) == len(ids[handle])
+        if columns:
+            ended = {end.handle for end in step.ends}
+            assert ended == {handle for handle in step.handles if len(ids[handle]) == 1000}
     assert ids == {7: list(range(1000)), 8: list(range(1000))}
     assert texts == {7: "é" * 1000, 8: "é" * 1000}
 

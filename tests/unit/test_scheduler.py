@@ -10,15 +10,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from precast.errors import ContextLengthExceeded, Overloaded
+from precast.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool, OutOfBlocks
 from services.decode_worker.engine.pace import Pace
-from services.decode_worker.engine.scheduler import (
-    MAX_LOSSES,
-    Scheduler,
-)
+from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import FinishReason, SamplingSpec, Sequence
 from services.decode_worker.engine.step import ScheduledStep
+from services.decode_worker.engine.suspects import MAX_LOSSES, MAX_LOSSES_IN_ALL
 from services.decode_worker.ranks.protocol import LAST_DRAWN
 
 BLOCK = 4
@@ -227,6 +225,64 @@ def test_a_sequence_that_was_there_at_each_loss_is_given_up() -> None:
         assert [s.request_id for s in lost] == (["suspect"] if loss == MAX_LOSSES - 1 else [])
     assert scheduler.lose_cache(None) == []  # between two steps: nobody's fault
     assert list(run(scheduler)) == ["waiting"]
+
+
+def test_what_ends_the_ranks_takes_nobody_with_it() -> None:
+    """Steps with the poison in them are lost; the others were there at each of the first two."""
+    scheduler = make(max_batch_size=4, prefill_chunk=64, blocks=32)
+    for number, name in enumerate(("first", "poison", "last")):
+        one = sequence(name)
+        one.prompt[0] += 10 * number
+        scheduler.add(one)
+    losses = 0
+    outputs = dict[str, list[int]]()
+    while scheduler.running + scheduler.waiting:
+        step = scheduler.schedule(0)
+        assert step is not None
+        if any(s.request_id == "poison" for s in step.sequences):
+            losses += 1
+            given_up = scheduler.lose_cache(step)
+            assert [s.request_id for s in given_up] == ["poison"] * (losses == MAX_LOSSES)
+            continue
+        for done, _, reason, _ in scheduler.apply(step, draw(step)):
+            outputs |= {done.request_id: done.output} if reason is not None else {}
+    assert losses == MAX_LOSSES
+    assert {name: len(output) for name, output in outputs.items()} == {"first": 4, "last": 4}
+
+
+def test_ranks_that_are_lost_again_and_again_end_no_sequence_that_gets_on() -> None:
+    scheduler = make(max_batch_size=2, prefill_chunk=64)
+    for name in "ab":
+        scheduler.add(sequence(name, max_tokens=MAX_LOSSES_IN_ALL // 2))
+    losses = 0
+    while scheduler.running + scheduler.waiting:
+        step = scheduler.schedule(0)
+        assert step is not None
+        scheduler.apply(step, draw(step))
+        step = scheduler.schedule(1)
+        if step is not None:
+            losses += 1
+            assert scheduler.lose_cache(step) == []
+    assert losses > MAX_LOSSES
+
+
+def test_a_sequence_goes_on_behind_what_it_has_already() -> None:
+    """It is prefilled with it, and draws as often as is left."""
+    scheduler = make(prefill_chunk=64)
+    resumed = sequence("a", prompt=5, max_tokens=4, temperature=1.0, presence_penalty=1.0)
+    resumed.output, resumed.resumed = [60, 61], 2
+    scheduler.add(resumed)
+    step = scheduler.schedule(0)
+    assert step is not None
+    assert ints(step.message.token_ids) == [1, 2, 3, 4, 5, 60, 61]
+    assert ints(step.message.drawn) == [2]
+    assert ints(step.sampling[0].output_token_ids) == [60, 61]
+    scheduler.apply(step, draw(step))
+    assert run(scheduler) == {"a": [60, 61, 50, 50]}
+    full = sequence("full", prompt=20, max_tokens=20)
+    full.output, full.resumed = [60] * 12, 12
+    with pytest.raises(InvalidRequest, match="resumed_token_ids have 32"):
+        scheduler.add(full)
 
 
 def test_how_to_draw_travels_once() -> None:
@@ -460,7 +516,7 @@ class Traffic(RuleBasedStateMachine):
     def fail(self) -> None:
         first = self.under_way[0][0] if self.under_way else None
         for lost in self.scheduler.lose_cache(first):
-            assert lost.losses == MAX_LOSSES
+            assert lost.losses == MAX_LOSSES or lost.losses_in_all == MAX_LOSSES_IN_ALL
             self.end(lost.request_id)
         self.under_way.clear()
         self.cache.clear()

@@ -9,6 +9,7 @@ import numpy as np
 
 from precast.errors import InvalidRequest, ModelNotFound
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.resume import resumed_output
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 
 MAX_REQUEST_ID: Final = 128
@@ -41,13 +42,17 @@ def make_sequence(
     if len(start.cache_salt) > MAX_CACHE_SALT:
         raise InvalidRequest(f"cache_salt has more than {MAX_CACHE_SALT} characters")
     stop_ids = frozenset(start.stop.stop_token_ids)
+    stop_token_ids = stop_ids if start.stop.ignore_eos else stop_ids | eos_token_ids
+    output = resumed_output(start, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
     return Sequence(
         request_id=request_id,
         prompt=list(start.prompt_token_ids),
         sampling=_sampling(start, vocab_size),
         max_tokens=start.stop.max_tokens,
-        stop_token_ids=stop_ids if start.stop.ignore_eos else stop_ids | eos_token_ids,
+        stop_token_ids=stop_token_ids,
         cache_salt=start.cache_salt,
+        output=output,
+        resumed=len(output),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from precast.errors import InvalidRequest
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
@@ -35,12 +36,16 @@ class Request:
     def request_id(self) -> str:
         return self.sequence.request_id
 
+    def resume(self) -> None:
+        """Takes in the output that the sequence begins with: its text was sent already. Raises
+        InvalidRequest if a stop string is in it."""
+        for token in self.sequence.output:
+            if self._take(token)[1]:
+                raise InvalidRequest("resumed_token_ids has a stop string in its text")
+
     def push(self, token: int, logprobs: Logprobs | None) -> bool:
         """Sends what a new token adds; returns whether a stop string has ended the request."""
-        self.completion_tokens += 1
-        text, stopped = "", False
-        if token not in self.hidden_token_ids:
-            text, stopped = self.detokenizer.push_token(token)
+        text, stopped = self._take(token)
         report = None if logprobs is None else self._logprob(token, logprobs)
         if self.deliver_at_end:
             self._kept.add(token, text, report)
@@ -52,21 +57,33 @@ class Request:
         """Ends the request; ``flush`` sends text that was held back for a possible stop string."""
         if self.ended:
             return
-        if self._kept.token_ids:
-            self.outbox.whole(self._kept)
+        self._send_kept()
         if flush and (rest := self.detokenizer.flush()):
             self.outbox.text(self.recipient, rest)
         finished = pb.GenerationFinished(
             reason=reason,
             prompt_tokens=len(self.sequence.prompt),
             completion_tokens=self.completion_tokens,
-            cached_tokens=self.sequence.cached,
+            cached_tokens=min(self.sequence.cached, len(self.sequence.prompt)),
         )
         self._end(finished)
 
     def fail(self, code: "pb.ErrorCode.ValueType", message: str) -> None:
+        """Ends the request with an error, behind what it has got: it may go on elsewhere."""
         if not self.ended:
+            self._send_kept()
             self._end(pb.GenerationError(code=code, message=message))
+
+    def _take(self, token: int) -> tuple[str, bool]:
+        """Text that a token completes, and whether a stop string is in it."""
+        self.completion_tokens += 1
+        if token in self.hidden_token_ids:
+            return "", False
+        return self.detokenizer.push_token(token)
+
+    def _send_kept(self) -> None:
+        if self._kept.token_ids:
+            self.outbox.whole(self._kept)
 
     def _end(self, end: pb.GenerationFinished | pb.GenerationError) -> None:
         self.ended = True

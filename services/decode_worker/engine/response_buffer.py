@@ -37,13 +37,13 @@ class Output:
     recipient: Recipient
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    """What each of them completes, then what was held back up to the end."""
     logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     """None, or one for each token."""
 
     def add(self, token: int, text: str, logprob: pb.TokenLogprob | None) -> None:
         self.token_ids.append(token)
-        if text:
-            self.texts.append(text)
+        self.texts.append(text)
         if logprob is not None:
             self.logprobs.append(logprob)
 
@@ -145,10 +145,12 @@ class Outbox:
 def _in_columns(
     outputs: Sequence[Output], endings: Sequence[Ending]
 ) -> Iterator[pb.GenerateResponse]:
-    *groups, last = _groups(outputs)
-    for group in groups:
-        yield pb.GenerateResponse(step=_columns(group, ()))
-    yield pb.GenerateResponse(step=_columns(last, endings))
+    """An ending comes with the last tokens of its request: no connection breaks between them."""
+    groups = _groups(outputs)
+    last = {output.recipient: at for at, group in enumerate(groups) for output in group}
+    for at, group in enumerate(groups):
+        ended = [one for one in endings if last.get(one.recipient, 0) == at]
+        yield pb.GenerateResponse(step=_columns(group, ended))
 
 
 def _columns(outputs: Sequence[Output], endings: Sequence[Ending]) -> pb.StepOutput:
@@ -205,7 +207,8 @@ def _groups(outputs: Sequence[Output]) -> list[list[Output]]:
 
 
 def _pieces(output: Output) -> Iterator[Output]:
-    """The output, cut where its tokens are too much for one message; text comes with the last."""
+    """The output, cut where its tokens are too much for one message. Each piece has the text that
+    its tokens complete: whoever gets no more than some can go on behind them elsewhere."""
     count = -(-output.size // MAX_COLUMN_BYTES)
     if count <= 1 or not output.token_ids:
         yield output
@@ -213,9 +216,10 @@ def _pieces(output: Output) -> Iterator[Output]:
     each = -(-len(output.token_ids) // count)
     for start in range(0, len(output.token_ids), each):
         stop = start + each
+        ends = stop >= len(output.token_ids)
         yield Output(
             recipient=output.recipient,
             token_ids=output.token_ids[start:stop],
-            texts=output.texts if stop >= len(output.token_ids) else [],
+            texts=output.texts[start : None if ends else stop],
             logprobs=output.logprobs[start:stop],
         )

@@ -16,16 +16,15 @@ there is no step then until that is known.
 """
 
 from collections import deque
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from precast.errors import ContextLengthExceeded, Overloaded
+from precast.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from services.decode_worker.engine import suspects
 from services.decode_worker.engine.kv_cache import BlockPool
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.sequence import FinishReason, Sequence
 from services.decode_worker.engine.speculation import MOST, Drafting, Sizes, lengths
 from services.decode_worker.engine.step import Chosen, ScheduledStep, make_step
-
-MAX_LOSSES: Final = 3
 
 
 class Outcome(NamedTuple):
@@ -82,11 +81,16 @@ class Scheduler:
         return min(self._max_context_length, self.blocks.total * self.blocks.block_size)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence. Raises Overloaded or ContextLengthExceeded."""
+        """Queues a sequence. Raises Overloaded, ContextLengthExceeded or InvalidRequest."""
         if len(sequence.prompt) >= self._capacity:
             raise ContextLengthExceeded(
                 f"the prompt has {len(sequence.prompt)} tokens; prompt and completion together may "
                 f"have {self._capacity}"
+            )
+        if sequence.known >= self._capacity:
+            raise InvalidRequest(
+                f"prompt and resumed_token_ids have {sequence.known} tokens; prompt and completion "
+                f"together may have {self._capacity}"
             )
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting already")
@@ -109,17 +113,17 @@ class Scheduler:
         """Puts everything that had a slot back in front of the queue, oldest first.
 
         It is prefilled again with what it had generated; what steps under way draw is lost. A
-        sequence may be what ended the ranks, so it is dropped, and returned, once ``MAX_LOSSES``
-        steps with it were lost; ``step`` is the one that was running now.
+        sequence that seems to be what ends the ranks is dropped, and returned (``suspects.py``);
+        ``step`` is the one that was running now.
         """
         for sequence in step.sequences if step is not None else ():
-            sequence.losses += sequence.alive
+            suspects.note_loss(sequence)
         for sequence in self._running[::-1]:
             self._preempt(sequence)
         for sequence in self._waiting:
             sequence.drawing = sequence.drafted = 0
         self.blocks.lose()
-        lost = [s for s in self._waiting if s.losses >= MAX_LOSSES]
+        lost = [s for s in self._waiting if suspects.is_given_up(s)]
         for sequence in lost:
             self._waiting.remove(sequence)
             self._retire(sequence)
@@ -132,19 +136,26 @@ class Scheduler:
         self._admit()
         for sequence in self._running:
             self._adopt(sequence)
-        decoding = self._decoding()
-        chosen = self._with_drafts(decoding)
-        chosen += self._prompt_chunks(self._budget(len(decoding)))
+        chosen, decoding = self._choose()
         if not chosen:
             return None
         size = self.blocks.block_size
-        step = make_step(step_id, chosen, decoding=len(decoding), block_size=size)
+        step = make_step(step_id, chosen, decoding=decoding, block_size=size)
         for one, draws in zip(step.chosen, step.draws, strict=True):
             one.sequence.computed += one.tokens
             one.sequence.drawing += draws
             one.sequence.drafted = len(one.draft)
             self._publish(one.sequence)
         return step
+
+    def _choose(self) -> tuple[list[Chosen], int]:
+        """What the next step has in it, and how many of them, its first, decode."""
+        suspect = suspects.first_suspect(self._running)
+        if suspect is not None:
+            return suspects.alone(suspect, self._prefill_chunk), int(suspect.to_prefill == 0)
+        decoding = self._decoding()
+        chosen = self._with_drafts(decoding)
+        return chosen + self._prompt_chunks(self._budget(len(decoding))), len(decoding)
 
     def apply(self, step: ScheduledStep, token_ids: list[int]) -> list[Outcome]:
         """Takes in the draws of the oldest step under way; -1 where one could not be drawn.
@@ -230,7 +241,7 @@ class Scheduler:
             sequence.slot = self._free_slots.pop()
             sequence.computed = len(shared) * self.blocks.block_size
             sequence.published = len(shared)
-            if not sequence.output:
+            if sequence.is_fresh:
                 sequence.cached = sequence.computed
             self._running.append(sequence)
 
@@ -259,7 +270,7 @@ class Scheduler:
             sequence.blocks[index] = block
             sequence.computed += size
             sequence.published = index + 1
-            sequence.cached += size if not sequence.output else 0
+            sequence.cached += size if sequence.is_fresh else 0
 
     def _may_adopt(self, sequence: Sequence) -> bool:
         """Whether its next tokens are a whole block, and not its last."""

@@ -56,6 +56,8 @@ class Sequence:
     cache_salt: str = ""
     """Blocks are shared only with sequences of the same one."""
     output: list[int] = field(default_factory=list)
+    resumed: int = 0
+    """Tokens of the output that the sequence began with."""
     drawing: int = 0
     """Tokens that steps under way draw: they follow the output, and are not known yet."""
     computed: int = 0
@@ -70,7 +72,10 @@ class Sequence:
     """Tokens of the prompt that were in the cache already, out of other sequences."""
     blocks: list[int] = field(default_factory=list)
     losses: int = 0
-    """Times that the cache was lost in a step with this sequence in it."""
+    """Times in a row that the ranks were lost in a step with this sequence in it (``suspects``)."""
+    losses_in_all: int = 0
+    output_at_loss: int = 0
+    """Tokens of the output when that happened last."""
     alive: bool = True
     """False once finished or aborted."""
     slot: int = -1
@@ -78,6 +83,11 @@ class Sequence:
     sampling_sent: bool = False
     """Whether the slot knows how to draw."""
     _keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it has drawn nothing yet."""
+        return len(self.output) == self.resumed
 
     @property
     def known(self) -> int:
