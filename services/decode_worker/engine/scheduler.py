@@ -2,11 +2,10 @@
 
 Pure bookkeeping, without IO or clock. A sequence waits until it has a slot and blocks for its
 prompt, is prefilled in chunks, then decodes one token a step together with all the others. A step
-has a token of every decoding sequence, and chunks of prompts in what is left of its budget: half of
-that is the oldest prompt's, so that none starves, and the rest goes to the shortest, so that none
-waits for a long one. What a prompt shares with another is computed once. When blocks run out, the
-youngest running sequence gives up its own and waits again; it is prefilled anew with what it had
-generated, so nothing is lost but time.
+has a token of every decoding sequence, and chunks of prompts in what is left of its budget
+(``prompts.py``). What a prompt shares with another is computed once (``sharing.py``). When blocks
+run out, the youngest running sequence gives up its own and waits again; it is prefilled anew with
+what it had generated, so nothing is lost but time.
 
 Steps are scheduled one ahead: the next may be asked for before the draws of the last are known
 (``apply``). A sequence counts as computed what a step under way computes, for steps run in order;
@@ -20,10 +19,13 @@ from typing import NamedTuple
 
 from precast.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from services.decode_worker.engine import suspects
+from services.decode_worker.engine.drafter import Drafter
 from services.decode_worker.engine.kv_cache import BlockPool
 from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.prompts import prompt_chunks, unfinished_prompts
 from services.decode_worker.engine.sequence import FinishReason, Sequence
-from services.decode_worker.engine.speculation import MOST, Drafting, Sizes, lengths
+from services.decode_worker.engine.sharing import adopt, publish, shared
+from services.decode_worker.engine.speculation import Sizes
 from services.decode_worker.engine.step import Chosen, ScheduledStep, make_step
 
 
@@ -59,13 +61,11 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
         self._pace = pace
-        self._graph_sizes = graph_sizes
+        self._drafter = Drafter(pace, graph_sizes, self._left_after_draws)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
         self._free_slots = list(range(max_batch_size))
-        self.drafted = self.accepted = 0
-        """Tokens of drafts so far, and those of them that were right."""
 
     @property
     def running(self) -> int:
@@ -74,6 +74,16 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens of drafts so far."""
+        return self._drafter.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were right."""
+        return self._drafter.accepted
 
     @property
     def _capacity(self) -> int:
@@ -94,8 +104,7 @@ class Scheduler:
             )
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting already")
-        if self._graph_sizes is not None and not sequence.sampling.penalises:
-            sequence.drafting = Drafting()
+        self._drafter.begin(sequence)
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> Sequence | None:
@@ -131,11 +140,11 @@ class Scheduler:
 
     def schedule(self, step_id: int) -> ScheduledStep | None:
         """The next step, or None if there is nothing to do."""
-        if self._awaits_draws():
+        if self._drafter.awaits_draws(self._running):
             return None
         self._admit()
         for sequence in self._running:
-            self._adopt(sequence)
+            adopt(self.blocks, sequence)
         chosen, decoding = self._choose()
         if not chosen:
             return None
@@ -145,7 +154,7 @@ class Scheduler:
             one.sequence.computed += one.tokens
             one.sequence.drawing += draws
             one.sequence.drafted = len(one.draft)
-            self._publish(one.sequence)
+            publish(self.blocks, one.sequence)
         return step
 
     def _choose(self) -> tuple[list[Chosen], int]:
@@ -155,7 +164,9 @@ class Scheduler:
             return suspects.alone(suspect, self._prefill_chunk), int(suspect.to_prefill == 0)
         decoding = self._decoding()
         chosen = self._with_drafts(decoding)
-        return chosen + self._prompt_chunks(self._budget(len(decoding))), len(decoding)
+        prompts = unfinished_prompts(self._running, self.blocks.block_size)
+        chosen += prompt_chunks(prompts, self._budget(len(decoding)))
+        return chosen, len(decoding)
 
     def apply(self, step: ScheduledStep, token_ids: list[int]) -> list[Outcome]:
         """Takes in the draws of the oldest step under way; -1 where one could not be drawn.
@@ -179,34 +190,17 @@ class Scheduler:
             if token != guess or reason is not None:
                 break
         if one.draft:
-            self._checked(sequence, len(one.draft), len(found) - 1)
-        self._publish(sequence)
+            self._drafter.checked(sequence, len(one.draft), len(found) - 1)
+        publish(self.blocks, sequence)
         if found[-1].finished is not None:
             self._drop(sequence)
         return found
-
-    def _checked(self, sequence: Sequence, drafted: int, right: int) -> None:
-        """What follows the tokens of a draft that were right was not computed."""
-        assert sequence.drafting is not None
-        sequence.drafted = 0
-        sequence.computed -= drafted - right
-        self.drafted += drafted
-        self.accepted += right
-        sequence.drafting.observe(drafted, right)
 
     def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token < 0:
             return None
         sequence.output.append(token)
         return self._finish_reason(sequence, token)
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Blocks that are full of computed tokens, all of them known, may be shared."""
-        size = self.blocks.block_size
-        full = min(sequence.computed, sequence.known) // size
-        for index in range(sequence.published, full):
-            self.blocks.publish(sequence.blocks[index], sequence.block_key(index, size))
-        sequence.published = max(sequence.published, full)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.stop_token_ids:
@@ -227,92 +221,29 @@ class Scheduler:
             sequence = self._waiting[0]
             if sequence.drawing:
                 return  # it was preempted in the step under way, whose token it is prefilled with
-            shared = self._shared(sequence)
-            fresh = self.blocks.blocks_for(sequence.length) - len(shared)
-            taken = fresh + sum(not self.blocks.is_held(block) for block in shared)
+            found = shared(self.blocks, sequence)
+            fresh = self.blocks.blocks_for(sequence.length) - len(found)
+            taken = fresh + sum(not self.blocks.is_held(block) for block in found)
             # A block is kept for each running sequence's next token, so that admission does not
             # push out at once what it admitted.
             if taken + len(self._running) > self.blocks.free_blocks and self._running:
                 return
             self._waiting.popleft()
-            for block in shared:
+            for block in found:
                 self.blocks.share(block)
-            sequence.blocks = shared + self.blocks.allocate(fresh)
+            sequence.blocks = found + self.blocks.allocate(fresh)
             sequence.slot = self._free_slots.pop()
-            sequence.computed = len(shared) * self.blocks.block_size
-            sequence.published = len(shared)
+            sequence.computed = len(found) * self.blocks.block_size
+            sequence.published = len(found)
             if sequence.is_fresh:
                 sequence.cached = sequence.computed
             self._running.append(sequence)
-
-    def _shared(self, sequence: Sequence) -> list[int]:
-        """Computed blocks that begin the sequence. At least one token is left to be computed, or
-        there would be nothing to draw the next one from."""
-        size = self.blocks.block_size
-        found: list[int] = []
-        while (len(found) + 1) * size < sequence.length:
-            block = self.blocks.find(sequence.block_key(len(found), size))
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def _adopt(self, sequence: Sequence) -> None:
-        """Takes blocks that another sequence has computed meanwhile in place of its own."""
-        size = self.blocks.block_size
-        while self._may_adopt(sequence):
-            index = sequence.computed // size
-            block = self.blocks.find(sequence.block_key(index, size))
-            if block is None:
-                return
-            self.blocks.share(block)
-            self.blocks.free([sequence.blocks[index]])
-            sequence.blocks[index] = block
-            sequence.computed += size
-            sequence.published = index + 1
-            sequence.cached += size if sequence.is_fresh else 0
-
-    def _may_adopt(self, sequence: Sequence) -> bool:
-        """Whether its next tokens are a whole block, and not its last."""
-        size = self.blocks.block_size
-        return sequence.computed % size == 0 and sequence.computed + size < sequence.length
 
     def _budget(self, decoding: int) -> int:
         """Tokens of prompts in a step. However many decode, half a chunk may be left to them; a
         sequence that decodes is held up no longer than the pace allows."""
         most = max(self._prefill_chunk - decoding, self._prefill_chunk // 2, 1)
         return min(most, self._pace.prompt_tokens(decoding)) if decoding else most
-
-    def _prompt_chunks(self, budget: int) -> list[Chosen]:
-        """How many tokens of each prompt."""
-        prompts = self._prompts()
-        counts = dict.fromkeys(prompts, 0)
-        if prompts:
-            oldest = budget if len(prompts) == 1 else max(1, budget // 2)
-            counts[prompts[0]] = min(prompts[0].to_prefill, oldest)
-        budget -= sum(counts.values())
-        for sequence in sorted(prompts, key=lambda s: s.to_prefill):
-            more = min(sequence.to_prefill - counts[sequence], budget)
-            counts[sequence] += more
-            budget -= more
-        return [Chosen(sequence, count) for sequence, count in counts.items() if count]
-
-    def _prompts(self) -> list[Sequence]:
-        """Those to be prefilled, oldest first, without those whose next block another one among
-        them is about to compute."""
-        size = self.blocks.block_size
-        found: list[Sequence] = []
-        underway: set[bytes] = set()
-        for sequence in self._running:
-            if sequence.to_prefill == 0:
-                continue
-            whole = range(sequence.computed // size, sequence.length // size)
-            keys = [sequence.block_key(index, size) for index in whole]
-            if self._may_adopt(sequence) and keys[0] in underway:
-                continue
-            underway.update(keys)
-            found.append(sequence)
-        return found
 
     def _decoding(self) -> list[Sequence]:
         """Sequences whose prompt is computed, each with a block for its next token; but those whose
@@ -327,39 +258,12 @@ class Scheduler:
         ]
         return [sequence for sequence in grown if sequence.blocks]
 
-    def _awaits_draws(self) -> bool:
-        """Whether it is worth waiting for what is drawn now: drafts may follow it. How many tokens
-        of one were right has to be known in any case."""
-        if any(sequence.drafted for sequence in self._running):
-            return True
-        drawing = [s for s in self._running if s.drawing and s.to_prefill == 0]
-        return bool(drawing) and any(self._drafted(drawing, skip=1))
-
     def _with_drafts(self, decoding: list[Sequence]) -> list[Chosen]:
-        counts = self._drafted(decoding, skip=0)
+        counts = self._drafter.counts(decoding)
         return [
             Chosen(sequence, 1, self._room(sequence, sequence.draft(count)) if count else ())
             for sequence, count in zip(decoding, counts, strict=True)
         ]
-
-    def _drafted(self, decoding: list[Sequence], skip: int) -> list[int]:
-        """How many tokens to draft for each; the first ``skip`` of what is guessed are being
-        drawn."""
-        none = [0] * len(decoding)
-        sizes = self._graph_sizes() if self._graph_sizes is not None and decoding else ()
-        if len(decoding) >= max(sizes, default=0):
-            return none
-        guesses = [self._guessed(s, skip) if s.drawing == skip else 0 for s in decoding]
-        if not any(guesses):
-            return none
-        rates = [s.drafting.rate if s.drafting is not None else 0.0 for s in decoding]
-        costs = self._pace.decode_costs(len(decoding), sizes)
-        return lengths(list(zip(rates, guesses, strict=True)), len(decoding), costs)
-
-    def _guessed(self, sequence: Sequence, skip: int) -> int:
-        """Tokens of a draft that may follow the next token."""
-        left = self._left(sequence, len(sequence.output) + sequence.drawing) - 1
-        return len(sequence.draft(min(MOST, left) + skip)) - skip
 
     def _room(self, sequence: Sequence, draft: list[int]) -> list[int]:
         """What of a draft there are blocks for: nobody gives up any for it."""
@@ -367,9 +271,12 @@ class Scheduler:
         sequence.blocks += self.blocks.allocate(min(max(0, wanted), self.blocks.free_blocks))
         return draft[: len(sequence.blocks) * self.blocks.block_size - sequence.length]
 
+    def _left_after_draws(self, sequence: Sequence) -> int:
+        return self._left(sequence, len(sequence.output) + sequence.drawing)
+
     def _ends(self, sequence: Sequence) -> bool:
         """Whether the token that is being drawn is its last, whatever it is."""
-        return self._is_full(sequence, len(sequence.output) + sequence.drawing)
+        return self._left_after_draws(sequence) <= 0
 
     def _grow(self, sequence: Sequence) -> bool:
         """A block for the sequence's next token, taken from the youngest if none is free."""

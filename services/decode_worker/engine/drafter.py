@@ -1,0 +1,61 @@
+"""How many tokens to draft for which sequences of a step, and whether to wait for what is drawn."""
+
+from collections.abc import Callable
+
+from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.sequence import Sequence
+from services.decode_worker.engine.speculation import MOST, Drafting, Sizes, lengths
+
+
+class Drafter:
+    def __init__(
+        self, pace: Pace, graph_sizes: Sizes | None, left: Callable[[Sequence], int]
+    ) -> None:
+        """``graph_sizes``: steps are filled up to one of them; None: nothing is drafted. ``left``:
+        tokens that a sequence may have after those that are being drawn."""
+        self._pace = pace
+        self._graph_sizes = graph_sizes
+        self._left = left
+        self.drafted = self.accepted = 0
+        """Tokens of drafts so far, and those of them that were right."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence is new."""
+        if self._graph_sizes is not None and not sequence.sampling.penalises:
+            sequence.drafting = Drafting()
+
+    def awaits_draws(self, running: list[Sequence]) -> bool:
+        """Whether it is worth waiting for what is drawn now: drafts may follow it. How many tokens
+        of one were right has to be known in any case."""
+        if any(sequence.drafted for sequence in running):
+            return True
+        drawing = [s for s in running if s.drawing and s.to_prefill == 0]
+        return bool(drawing) and any(self.counts(drawing, skip=1))
+
+    def counts(self, decoding: list[Sequence], skip: int = 0) -> list[int]:
+        """How many tokens to draft for each; the first ``skip`` of what is guessed are being
+        drawn."""
+        none = [0] * len(decoding)
+        sizes = self._graph_sizes() if self._graph_sizes is not None and decoding else ()
+        if len(decoding) >= max(sizes, default=0):
+            return none
+        guesses = [self._guessed(s, skip) if s.drawing == skip else 0 for s in decoding]
+        if not any(guesses):
+            return none
+        rates = [s.drafting.rate if s.drafting is not None else 0.0 for s in decoding]
+        costs = self._pace.decode_costs(len(decoding), sizes)
+        return lengths(list(zip(rates, guesses, strict=True)), len(decoding), costs)
+
+    def checked(self, sequence: Sequence, drafted: int, right: int) -> None:
+        """What follows the tokens of a draft that were right was not computed."""
+        assert sequence.drafting is not None
+        sequence.drafted = 0
+        sequence.computed -= drafted - right
+        self.drafted += drafted
+        self.accepted += right
+        sequence.drafting.observe(drafted, right)
+
+    def _guessed(self, sequence: Sequence, skip: int) -> int:
+        """Tokens of a draft that may follow the next token."""
+        most = min(MOST, self._left(sequence) - 1)
+        return len(sequence.draft(most + skip)) - skip
