@@ -172,7 +172,7 @@ async def _adapt(settings: DecodeWorkerSettings, engine: Engine, graphs: GraphMa
         max_graphs=settings.max_graphs,
         keep=kept_sizes(settings.batch_sizes, settings.prefill_buckets),
     )
-    await keep_tuning(policy, graphs, engine.stats, settings.adapt_interval_s)
+    await keep_tuning(policy, graphs, engine.counts.stats, settings.adapt_interval_s)
 
 
 async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:

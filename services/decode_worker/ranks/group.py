@@ -10,18 +10,15 @@ import math
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 from precast.graphs.artifacts.versions import CRASH_SIGNALS
 from precast.log import get_logger
 from precast.system.shared_memory import remove_segment
 from services.decode_worker.ranks.launcher import ChildProcess, RankLauncher
 from services.decode_worker.ranks.protocol import (
-    FRAME_HEADER,
-    MAX_FRAME_BYTES,
     Command,
     DropGraph,
     GraphLoaded,
@@ -39,9 +36,10 @@ from services.decode_worker.ranks.protocol import (
     StartSampling,
     Step,
     StepDone,
-    decode_reply,
     frame,
 )
+from services.decode_worker.ranks.rank_link import RankLink
+from services.decode_worker.ranks.sent_steps import SentSteps
 from services.decode_worker.ranks.watch import HUNG_S, LOOK_S, Watch
 
 log = get_logger(__name__)
@@ -64,56 +62,11 @@ class RankRefused(GroupFailed):
     """A rank said why it can't serve: another one would say the same."""
 
 
-class _Rank(asyncio.Protocol):
-    """One rank's connection: frames in, and one waiter for the next."""
-
-    def __init__(self, group: "RankGroup", index: int) -> None:
-        self._group = group
-        self._index = index
-        self._buffer = bytearray()
-        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        while len(self._buffer) >= FRAME_HEADER.size:
-            (size,) = FRAME_HEADER.unpack_from(self._buffer)
-            if size > MAX_FRAME_BYTES:
-                self._group.fail(f"rank {self._index} sent a frame of {size} bytes")
-                return
-            end = FRAME_HEADER.size + size
-            if len(self._buffer) < end:
-                return
-            reply = decode_reply(bytes(self._buffer[FRAME_HEADER.size : end]))
-            del self._buffer[:end]
-            if isinstance(reply, RankFailed):
-                self._group.fail(f"rank {self._index}: {reply.message}", refused=reply.refused)
-            elif isinstance(reply, StepDone):
-                self._group.answered(reply)
-            elif isinstance(reply, Loading):
-                self._group.heard(reply)
-            else:
-                self._replies.put_nowait(reply)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._group.fail(f"rank {self._index} died")
-
-    def send(self, data: bytes) -> None:
-        assert self.transport is not None
-        self.transport.write(data)
-
-    async def reply(self) -> Reply:
-        return await self._replies.get()
-
-
 class RankGroup:
     """``tp`` rank processes. Made by ``start``; every method may raise GroupFailed."""
 
     def __init__(self) -> None:
-        self._ranks: list[_Rank] = []
+        self._ranks: list[RankLink] = []
         self._processes: list[ChildProcess] = []
         self._group_id = ""
         self._model_dir = Path()
@@ -125,14 +78,7 @@ class RankGroup:
         """Done, with the reason, as soon as the group can't go on."""
         self.ready: tuple[Ready, ...] = ()
         self._heard = time.monotonic()
-        self._limits: deque[float] = deque()
-        """How long each step that was sent may take, once those before it are over (s)."""
-        self._since = 0.0
-        """When the oldest of them became that."""
-        self._answers_to_steps: deque[StepDone] = deque()
-        self._reader: asyncio.Future[None] | None = None
-        self._look: asyncio.TimerHandle | None = None
-        self._watch: Watch | None = None
+        self._sent_steps = SentSteps(self._pids, self.fail)
 
     @classmethod
     async def start(cls, inits: Sequence[Init], launcher: RankLauncher) -> "RankGroup":
@@ -159,14 +105,23 @@ class RankGroup:
         if not self.failed.done() and not self._stopping:
             self._refused = refused
             self.failed.set_result(reason)
-            self._tell()
+            self._sent_steps.end()
 
     def failure(self) -> GroupFailed:
         """Why the group, which has failed, can't go on."""
         return (RankRefused if self._refused else GroupFailed)(self.failed.result())
 
-    def heard(self, loading: Loading) -> None:
-        """A rank has come further."""
+    def _on_reply(self, rank: RankLink, reply: Reply) -> None:
+        if isinstance(reply, StepDone):
+            self._sent_steps.answered(reply)
+        elif isinstance(reply, RankFailed):
+            self.fail(f"rank {rank.index}: {reply.message}", refused=reply.refused)
+        elif isinstance(reply, Loading):
+            self._come_further(reply)
+        else:
+            rank.replies.put_nowait(reply)
+
+    def _come_further(self, loading: Loading) -> None:
         self._heard = time.monotonic()
         log.debug("rank loads", rank=loading.tp_rank, done=loading.done, total=loading.total)
 
@@ -187,64 +142,19 @@ class RankGroup:
         data = frame(step)
         for rank in self._ranks:
             rank.send(data)
-        if not self._limits:
-            self._since = time.monotonic()
-        self._limits.append(timeout_s)
-        if self._look is None:
-            self._look_later()
+        self._sent_steps.add(timeout_s)
 
     async def step_done(self) -> StepDone:
         """Rank 0's answer to the oldest step under way. What it answered before the group failed is
         given first."""
-        while not self._answers_to_steps:
-            if self.failed.done():
-                raise self.failure()
-            await self._news()
-        return self._answers_to_steps.popleft()
+        done = await self._sent_steps.done()
+        if done is None:
+            raise self.failure()
+        return done
 
     async def step_almost_done(self, after_s: float) -> None:
         """Until the oldest step under way is over, or has taken so long."""
-        left = self._since + after_s - time.monotonic()
-        if left > 0 and not self._answers_to_steps and not self.failed.done():
-            timer = asyncio.get_running_loop().call_later(left, self._tell)
-            await self._news()
-            timer.cancel()
-
-    def answered(self, done: StepDone) -> None:
-        """Rank 0 has computed the oldest step."""
-        if not self._limits:
-            self.fail("rank 0 answered a step that it was not sent")
-            return
-        self._limits.popleft()
-        self._since, self._watch = time.monotonic(), None
-        self._answers_to_steps.append(done)
-        self._tell()
-
-    async def _news(self) -> None:
-        """Until there is an answer to a step, or the group has failed."""
-        self._reader = asyncio.get_running_loop().create_future()
-        await self._reader
-
-    def _tell(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    def _look_later(self) -> None:
-        self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_at_step)
-
-    def _look_at_step(self) -> None:
-        """Once a second while steps are under way: one timer for all of them, not one each."""
-        self._look = None
-        if not self._limits or self.failed.done():
-            return
-        taken = time.monotonic() - self._since
-        if taken >= self._limits[0]:
-            self.fail(f"no answer to step within {self._limits[0]:g} s")
-        elif self._watch is None:  # most answers come sooner: looking would cost each step
-            self._watch = Watch([process.pid for process in self._processes])
-        elif (hung := self._watch.hung()) is not None:
-            self.fail(f"{hung}, with step to answer")
-        self._look_later()
+        await self._sent_steps.almost_done(after_s)
 
     async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
         self._broadcast(command)
@@ -280,17 +190,15 @@ class RankGroup:
         """Ends the processes, by force where they don't follow, and removes their segment."""
         orderly = not self.failed.done()
         self._stopping = True
-        if self._look is not None:
-            self._look.cancel()
+        self._sent_steps.close()
         for rank in self._ranks:
-            if orderly and rank.transport is not None and not rank.transport.is_closing():
+            if orderly and rank.is_open:
                 rank.send(frame(Shutdown()))
         if not orderly:
             self._kill()
         await asyncio.to_thread(self._reap)
         for rank in self._ranks:
-            if rank.transport is not None:
-                rank.transport.close()
+            rank.close()
         remove_segment(self._group_id)
 
     def _broadcast(self, command: Command) -> None:
@@ -304,14 +212,14 @@ class RankGroup:
         process, connection = await launcher.take()
         self._processes.append(process)
         loop = asyncio.get_running_loop()
-        rank = _Rank(self, index)
+        rank = RankLink(index, self._on_reply, self.fail)
         await loop.create_unix_connection(lambda: rank, sock=connection)
         self._ranks.append(rank)
 
     async def _answers(
         self, kind: type[_R], timeout_s: float, *, silence_s: float = math.inf
     ) -> list[_R]:
-        gathered = asyncio.gather(*(rank.reply() for rank in self._ranks))
+        gathered = asyncio.gather(*(rank.replies.get() for rank in self._ranks))
         replies = await self._within(gathered, timeout_s, kind.__name__, silence_s)
         wrong = [type(r).__name__ for r in replies if not isinstance(r, kind)]
         if wrong:
@@ -351,9 +259,12 @@ class RankGroup:
             elif now - self._heard >= silence_s:
                 self.fail(f"no word of {what} for {silence_s:g} s")
             elif watch is None:  # most answers come sooner: looking would cost each step
-                watch = Watch([process.pid for process in self._processes])
+                watch = Watch(self._pids())
             elif (hung := watch.hung()) is not None:
                 self.fail(f"{hung}, with {what} to answer")
+
+    def _pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
 
     def _kill(self) -> None:
         for process in self._processes:

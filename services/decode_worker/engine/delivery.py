@@ -1,0 +1,123 @@
+"""Requests that run, and what steps gave them: each is told of its tokens once, and ends once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from precast.log import get_logger
+from precast.ops.draw_status import DrawStatus
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.request import Request
+from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.engine.sequence import FinishReason
+from services.decode_worker.engine.step import ScheduledStep
+from services.decode_worker.metrics import Metrics
+from services.decode_worker.ranks.protocol import Logprobs, StepDone
+
+log = get_logger(__name__)
+
+_REASONS: Final = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What one step gave one sequence."""
+
+    request: Request
+    token: int
+    logprobs: Logprobs | None
+    finished: FinishReason | None
+
+
+class Delivery:
+    def __init__(self, scheduler: Scheduler, metrics: Metrics) -> None:
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._requests: dict[str, Request] = {}
+        self._unsent: list[_Outcome] = []
+        """Outcomes of the last step that nobody was told of yet."""
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def add(self, request: Request) -> None:
+        """A request that the scheduler has taken."""
+        self._requests[request.request_id] = request
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request and frees its blocks; returns whether it was there."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        self._scheduler.abort(request_id)
+        request.finish(pb.FINISH_REASON_ABORTED, flush=False)
+        return True
+
+    def take_in(self, step: ScheduledStep, done: StepDone) -> None:
+        """The oldest step is over; what it gave is told by the next ``tell``."""
+        self._unsent += self._outcomes(step, done)
+
+    def tell(self) -> None:
+        """Tells of the last step's outcomes; whatever raises, each is told once."""
+        outcomes, self._unsent = self._unsent, []
+        for outcome in outcomes:
+            request = outcome.request
+            try:
+                self._tell(request, outcome)
+            except Exception as error:  # a fault of one request's text is the others' no business
+                log.exception("request failed", request_id=request.request_id)
+                self._end(request)
+                request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
+
+    def fail_all(self, message: str) -> None:
+        self._fail(list(self._requests.values()), message)
+
+    def fail_lost(self, message: str) -> None:
+        """Those whose sequences the scheduler has given up."""
+        self._fail([r for r in self._requests.values() if not r.sequence.alive], message)
+
+    def _fail(self, requests: Sequence[Request], message: str) -> None:
+        for request in requests:
+            self._end(request)
+            request.fail(pb.ERROR_CODE_UNAVAILABLE, message)
+
+    def _outcomes(self, step: ScheduledStep, done: StepDone) -> Iterator[_Outcome]:
+        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+        for sequence, token, finished, place in self._scheduler.apply(step, tokens):
+            request = self._requests.get(sequence.request_id)
+            if request is None or request.sequence is not sequence:
+                continue  # aborted while the step ran
+            if token < 0:
+                self._fail_draw(request, DrawStatus(done.failed[place]))
+                continue
+            if finished is not None:
+                del self._requests[sequence.request_id]
+                self._metrics.cached.inc(sequence.cached)
+            logprobs = done.logprobs[place] if done.logprobs else None
+            yield _Outcome(request=request, token=token, logprobs=logprobs, finished=finished)
+
+    def _fail_draw(self, request: Request, status: DrawStatus) -> None:
+        """Ends a request whose token could not be drawn; the others of the step go on."""
+        self._metrics.failed_draws.labels(status.name.lower()).inc()
+        log.error("no token drawn", request_id=request.request_id, reason=status.message)
+        self._end(request)
+        request.fail(pb.ERROR_CODE_INTERNAL, f"no token could be drawn: {status.message}")
+
+    def _tell(self, request: Request, outcome: _Outcome) -> None:
+        if request.ended:
+            return
+        stopped = request.push(outcome.token, outcome.logprobs)
+        if stopped:
+            self._end(request)
+            request.finish(pb.FINISH_REASON_STOP, flush=False)
+        elif outcome.finished is not None:
+            request.finish(_REASONS[outcome.finished], flush=True)
+
+    def _end(self, request: Request) -> None:
+        self._scheduler.finish(request.request_id)
+        self._requests.pop(request.request_id, None)
