@@ -103,9 +103,9 @@ class GraphManager:
         return self.factors[0].get("isa", "") if self.factors else ""
 
     @property
-    def layer_us(self) -> dict[int, float]:
+    def layer_us(self) -> Mapping[int, float]:
         """Sizes that can be replayed and what a layer takes with each; 0: not known."""
-        return {size: held.layer_us for size, held in self._table.replayable().items()}
+        return self._table.layer_us()
 
     def urgency(self, spec: Mapping[str, str]) -> int:
         """How often a graph was missed since there was none."""
@@ -196,10 +196,8 @@ class GraphManager:
         """
         self._owner.check()
         self._table.count_missed(tokens)
-        replayable = self._table.replayable()
-        layer_us = {size: candidate.layer_us for size, candidate in replayable.items()}
-        size = graph_for(layer_us, tokens, decoding=decoding)
-        self._replaying.append(self._if_new(replayable.get(size)))
+        size = graph_for(self._table.layer_us(), tokens, decoding=decoding)
+        self._replaying.append(self._if_new(self._table.replayable().get(size)))
         return msgspec.structs.replace(message, graph_size=size, shadow=self.trials.shadows(size))
 
     def ran(self, shadow: Shadow | None = None) -> None:

@@ -33,6 +33,7 @@ class _Lists:
     pending: tuple[int, ...]
     dropping: Mapping[int, Candidate]
     replayable: Mapping[int, Candidate]
+    layer_us: Mapping[int, float]
 
 
 class _Records(dict[int, SizeRecord]):
@@ -80,6 +81,10 @@ class SizeTable:
     def replayable(self) -> Mapping[int, Candidate]:
         """What the ranks hold and may go on to hold."""
         return self._lists().replayable
+
+    def layer_us(self) -> Mapping[int, float]:
+        """What a layer takes with each of these; 0: not known."""
+        return self._lists().layer_us
 
     def _lists(self) -> _Lists:
         if self._records.lists is None:
@@ -220,8 +225,10 @@ class SizeTable:
 
 def _listed(states: Mapping[int, SizeState]) -> _Lists:
     kept = {size: state for size, state in states.items() if not isinstance(state, Dropping)}
+    replayable = {size: held for size, s in kept.items() if (held := in_ranks(s))}
     return _Lists(
         pending=tuple(sorted(size for size, s in kept.items() if isinstance(s, Pending))),
         dropping={size: s.serving for size, s in states.items() if isinstance(s, Dropping)},
-        replayable={size: held for size, s in kept.items() if (held := in_ranks(s))},
+        replayable=replayable,
+        layer_us={size: held.layer_us for size, held in replayable.items()},
     )
