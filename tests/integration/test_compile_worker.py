@@ -21,6 +21,7 @@ from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from tests.support.command import precast
 from tests.support.compile_worker import (
     FACTORS,
     Client,
@@ -195,13 +196,7 @@ def kept_of_failure(worker: WorkerProcess, state: pb.GraphState) -> None:
     assert tensors["actual"].tolist() == [1, 1, 1, 3, 1]
     assert tensors["context_lens"].tolist() == [7, 32]
     assert f"--out {folder}/again < {folder}/factors.json" in failure.command
-    shown = subprocess.run(
-        [sys.executable, "-m", "precast", "graphs", "show", state.key, "--address", worker.address],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
+    shown = precast("graphs", "show", state.key, "--address", worker.address).stdout
     said = " ".join(shown.split())
     for part in ("logits [1, 3], case block edges", "1.0, 3.0 (bound 1e-04)", "7, 32"):
         assert part in said

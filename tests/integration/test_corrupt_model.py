@@ -2,20 +2,19 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.command import precast
 from tests.support.models import config, write_model
 
 
 def start(home: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "precast", "decode-worker", f"--home={home}", "--model=tiny"]
-    command += ["--redis-url=redis://127.0.0.1:1/0", "--listen=127.0.0.1:0"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    flags = ["--redis-url=redis://127.0.0.1:1/0", "--listen=127.0.0.1:0"]
+    return precast("decode-worker", f"--home={home}", "--model=tiny", *flags)
 
 
 def cut_weights(folder: Path) -> None:

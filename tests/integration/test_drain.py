@@ -1,9 +1,7 @@
 """A decode worker that is taken out of service and back, as an operator and clients see it."""
 
 import json
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.command import precast
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.gateway_stack import Gateway, Stack
 
@@ -30,15 +29,7 @@ class Service:
 
     def cli(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
         """``precast workers ...``"""
-        command = [sys.executable, "-m", "precast", "workers", *map(str, arguments)]
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={**os.environ, "PRECAST_REDIS_URL": self.redis_url},
-        )
+        return precast("workers", *arguments, environment={"PRECAST_REDIS_URL": self.redis_url})
 
     def states(self) -> dict[str, str]:
         """Workers' states by address, as the command line lists them."""

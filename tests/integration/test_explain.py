@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import grpc
 import pytest
 
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
+from tests.support.command import precast
 from tests.support.compile_worker import BUILD, FACTORS, compile_worker, connect
 from tests.support.decode_worker import decode_worker, eventually
 from tests.support.models import write_model
@@ -31,11 +30,6 @@ def differences(near: pb.NearGraph) -> dict[str, tuple[str | None, str | None]]:
 def explained(*arguments: Any) -> Any:
     """What ``precast graphs explain --json`` prints."""
     return json.loads(precast("graphs", "explain", "--json", *arguments).stdout)
-
-
-def precast(*arguments: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "precast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 async def test_nearest_graphs_and_the_factors_that_differ(tmp_path: Path, redis_url: str) -> None:

@@ -51,6 +51,8 @@ def stack(shared: tuple[Stack, Gateway]) -> Iterator[Stack]:
         if process not in before:
             process.kill()
             process.wait()
+    # what SIGKILL left behind lapses in 8 s otherwise
+    redis.Redis.from_url(stack.redis_url).flushall()
     eventually(lambda: not gateway.get("/v1/models").json()["data"], 20)
 
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from tests.support.command import precast
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.graph_fleet import ask, traffic, version
@@ -102,11 +102,6 @@ def test_a_warm_cache_needs_no_compile_worker(
         assert version(worker) == 2
         ask(worker)
         assert worker.status().eager_steps == 0
-
-
-def precast(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "precast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_imported_graphs_need_no_compile_worker(

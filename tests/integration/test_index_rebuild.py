@@ -1,9 +1,6 @@
 """What Redis loses comes back out of the store, on disk or in a bucket."""
 
 import asyncio
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from services.compile_worker.catalog.entry import GraphRecord, Phase
 from services.compile_worker.catalog.index import CHANNEL, HASH, GraphIndex
+from tests.support.command import precast
 from tests.support.compile_worker import (
     FACTORS,
     Client,
@@ -196,7 +194,7 @@ async def test_graphs_imported_beside_a_running_worker_are_not_captured(
         async with connect(one) as client:
             keys = [state.key for state in await client.request(*SPECS)]
             await client.until(keys, PUBLISHED)
-    await precast(environment, "export", str(bundle), "--home", str(tmp_path / "one"))
+    await graphs(environment, "export", str(bundle), "--home", str(tmp_path / "one"))
     empty(redis_url)
     home = tmp_path / "two"
     with compile_worker(home, redis_url, ledger, **shared, **store) as two:
@@ -204,20 +202,18 @@ async def test_graphs_imported_beside_a_running_worker_are_not_captured(
             assert await listed(client) == {}
             for name, value in store.items():
                 environment[f"PRECAST_{name.upper()}"] = value
-            await precast(environment, "import", str(bundle), "--home", str(home))
+            await graphs(environment, "import", str(bundle), "--home", str(home))
             states = await client.request(SPECS[0])
             assert [(state.key, state.phase) for state in states] == [(keys[0], PUBLISHED)]
-            await precast({}, "scrub", "--address", two.address)
+            await graphs({}, "scrub", "--address", two.address)
             assert set(await listed(client)) == set(keys)
             await fetched(client, GraphCache(tmp_path / "a", TrustedKeys.load(trusted)), keys)
     assert starts(ledger) == []
 
 
-async def precast(environment: dict[str, str], *arguments: str) -> None:
-    command = [sys.executable, "-m", "precast", "graphs", *arguments]
-    await asyncio.to_thread(
-        subprocess.run, command, check=True, timeout=60, env={**os.environ, **environment}
-    )
+async def graphs(environment: dict[str, str], *arguments: str) -> None:
+    done = await asyncio.to_thread(precast, "graphs", *arguments, environment=environment)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_index_may_grow_while_it_is_reconciled(redis_url: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from precast.graphs.artifacts.disk_store import DiskStore
+from tests.support.command import precast
 from tests.support.decode_worker import eventually
 from tests.support.graph_fleet import Fleet, ask, fleet, new_home, runs, traffic, version
 from tests.support.ports import free_port
@@ -36,7 +37,7 @@ def cached(home: Path) -> list[str]:
 
 
 def keys(fleet: Fleet, *arguments: str) -> str:
-    done = fleet.precast("keys", *arguments, "--home", str(fleet.home))
+    done = precast("keys", *arguments, "--home", str(fleet.home))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -98,9 +99,7 @@ def test_new_workers_key_counts_once_it_is_trusted(
     with graphs.decode_worker(trusted_keys_dir=tmp_path / "trusted") as worker:
         ask(worker)
         assert version(worker) == 0
-        done = graphs.precast(
-            "keys", "trust", str(ours), "--trusted-keys-dir", str(tmp_path / "trusted")
-        )
+        done = precast("keys", "trust", str(ours), "--trusted-keys-dir", str(tmp_path / "trusted"))
         assert done.returncode == 0, done.stderr
         runs(worker, 1)
 

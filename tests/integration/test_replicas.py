@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from precast.config.settings import DecodeWorkerSettings, load_settings
 from precast.errors import ConfigError
 from services.decode_worker.replicas import replica
+from tests.support.command import precast
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.ports import free_ports
 
@@ -109,8 +108,7 @@ def test_nothing_outlives_a_start_that_is_killed(workers: list[DecodeWorker]) ->
 
 def start_and_end(home: Path, *flags: str) -> tuple[int, list[str]]:
     """Exit code, and the lines of stderr that are no log's."""
-    command = [sys.executable, "-m", "precast", "decode-worker", f"--home={home}", "--replicas=2"]
-    ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+    ended = precast("decode-worker", f"--home={home}", "--replicas=2", *flags)
     return ended.returncode, [line for line in ended.stderr.splitlines() if "service=" not in line]
 
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from services.compile_worker.graphs import Graphs
 from services.compile_worker.maintenance.store import Upkeep
 from services.compile_worker.metrics import Metrics
 from tests.support.artifacts import graph_file, manifest_for, new_signer, signed, trust
+from tests.support.command import precast
 from tests.support.compile_worker import (
     BUILD,
     FACTORS,
@@ -159,11 +159,8 @@ async def test_all_graphs_count_as_in_use_while_redis_is_away(tmp_path: Path) ->
 
 
 def cli(worker: WorkerProcess, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "precast", "graphs", *arguments, "--address", worker.address]
-    wide = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env=wide
-    )
+    wide = {"COLUMNS": "200"}
+    return precast("graphs", *arguments, "--address", worker.address, environment=wide)
 
 
 async def recompiled(client: Client, key: str) -> None:

@@ -10,8 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +20,19 @@ from typing import Any
 
 import grpc
 
+from precast.config.settings import DecodeWorkerSettings, load_settings
 from precast.proto.decode.v1 import decode_service_pb2 as decode_pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1.graphs_service_pb2_grpc import GraphsServiceStub
 from precast.system.redis_server import start_redis
+from services.decode_worker.engine.sizing import shares
+from services.decode_worker.main import run
+from services.decode_worker.ranks.launcher import RankLauncher
+from tests.support import compile_worker, forked
 from tests.support.capture import BUILD_DIR
 from tests.support.chaos_rank import set_factors
-from tests.support.compile_worker import ROOT, program, starts, wait_until
+from tests.support.compile_worker import program, starts, wait_until
 from tests.support.gateway_stack import Gateway, Stack
 from tests.support.leases import publish_asker
 from tests.support.models import write_model
@@ -52,15 +55,6 @@ REVIVED = 0.8
 EMPTIED = 0.3
 """How likely a Redis starts again with nothing in it."""
 CALM_S = 120.0
-DECODE_WORKER = (
-    "import sys, json; from precast.config.settings import DecodeWorkerSettings, load_settings;"
-    "from services.decode_worker.main import run;"
-    "from services.decode_worker.engine.sizing import shares;"
-    "from services.decode_worker.ranks.launcher import RankLauncher;"
-    "settings = load_settings(DecodeWorkerSettings, **json.loads(sys.argv[1]));"
-    "launcher = RankLauncher('tests.support.chaos_rank');"
-    "sys.exit(run(settings, launcher, shares(settings)[0]))"
-)
 
 
 @dataclass(kw_only=True)
@@ -68,13 +62,19 @@ class Part:
     """One process that is killed and started again."""
 
     kind: str
-    start: Callable[[], "subprocess.Popen[bytes]"]
-    process: "subprocess.Popen[bytes]"
+    start: Callable[[], forked.Process]
+    process: forked.Process
 
     def kill(self) -> None:
         assert self.process.poll() is None, f"{self.kind} has ended by itself"
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def serve_decode_worker(arguments: Sequence[str]) -> int:
+    """A decode worker of simulated ranks, with settings as JSON."""
+    settings = load_settings(DecodeWorkerSettings, **json.loads(arguments[0]))
+    return run(settings, RankLauncher("tests.support.chaos_rank"), shares(settings)[0])
 
 
 @dataclass(kw_only=True)
@@ -118,44 +118,45 @@ class Chaos:
             self.add("decode", lambda address=address: self.start_decode_worker(address))
             wait_until(lambda address=address: _reachable(address), CALM_S)
 
-    def add(self, kind: str, start: Callable[[], "subprocess.Popen[bytes]"]) -> None:
+    def add(self, kind: str, start: Callable[[], forked.Process]) -> None:
         self.parts.append(Part(kind=kind, start=start, process=start()))
 
-    def start_redis(self) -> "subprocess.Popen[bytes]":
+    def start_redis(self) -> forked.Process:
         folder = self.home / "redis"
         if self.kills and self.random.random() < EMPTIED:
             for path in folder.glob("dump.rdb"):
                 path.unlink()
         return start_redis(folder, int(self.redis_url.rpartition(":")[2].partition("/")[0])).process
 
-    def start_compile_worker(self, address: str) -> "subprocess.Popen[bytes]":
+    def start_compile_worker(self, address: str) -> forked.Process:
         given = self.common(address) | {"build_dir": str(BUILD_DIR), "parallel_captures": 2}
         given["capture_idle"] = False
-        arguments = ["-m", "tests.support.compile_worker", json.dumps(given), str(self.ledger)]
-        return self.spawn("compile", arguments)
+        return self.spawn("compile", [compile_worker.PROGRAM, json.dumps(given), str(self.ledger)])
 
-    def start_decode_worker(self, address: str) -> "subprocess.Popen[bytes]":
+    def start_decode_worker(self, address: str) -> forked.Process:
         cache = self.home / f"cache-{address.rpartition(':')[2]}"
         given = self.common(address) | {"model": MODEL, "cache_dir": str(cache)}
         given |= {"batch_sizes": ",".join(map(str, SIZES)), "max_batch_size": max(SIZES)}
         given |= {"prefill_buckets": "", "adapt_graphs": False}
         environment = {"CHAOS_SET": str(self.sets - 1), "PRECAST_SIMULATED_STEP_MS": str(STEP_MS)}
-        return self.spawn("decode", ["-c", DECODE_WORKER, json.dumps(given)], environment)
+        return self.spawn(
+            "decode", [f"{__name__}:serve_decode_worker", json.dumps(given)], environment
+        )
 
     def common(self, address: str) -> dict[str, Any]:
         return {"home": str(self.home), "redis_url": self.redis_url, "listen": address}
 
     def spawn(
-        self, kind: str, arguments: Sequence[str], environment: dict[str, str] | None = None
-    ) -> "subprocess.Popen[bytes]":
+        self, kind: str, command: Sequence[str], environment: dict[str, str] | None = None
+    ) -> forked.Process:
         self.started += 1
         with (self.home / f"{kind}-{self.started:03}.log").open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=ROOT,
+            return forked.start(
+                command[0],
+                command[1:],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PRECAST_LOG_FORMAT": "json", **(environment or {})},
+                environment={**os.environ, "PRECAST_LOG_FORMAT": "json", **(environment or {})},
             )
 
     def gateway(self) -> Gateway:

@@ -7,7 +7,6 @@ its captures are real.
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -26,11 +25,13 @@ from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.rpc.server import open_channel
 from services.compile_worker.main import CaptureProgram, run
+from tests.support import forked
 from tests.support.capture import BUILD_DIR
 from tests.support.leases import publish_asker
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "tests.support.compile_worker:main"
 BUILD = {"compiler": "test 1.0", "flags": "-O2"}
 FACTORS = {
     "architecture": "llama",
@@ -63,7 +64,7 @@ FACTORS = {
 class WorkerProcess:
     """A running compile worker."""
 
-    process: subprocess.Popen[bytes]
+    process: forked.Process
     address: str
     home: Path
     log: Path
@@ -104,12 +105,12 @@ def compile_worker(
     home.mkdir(parents=True, exist_ok=True)
     log = home / f"worker-{time.time_ns()}.log"
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(given), str(ledger or "")],
-            cwd=ROOT,
+        process = forked.start(
+            PROGRAM,
+            [json.dumps(given), str(ledger or "")],
             stdout=file,
             stderr=file,
-            env={**os.environ, "PRECAST_LOG_FORMAT": "json"},
+            environment={**os.environ, "PRECAST_LOG_FORMAT": "json"},
         )
     worker = WorkerProcess(
         process=process, address=address, home=home, log=log, redis_url=redis_url
@@ -197,7 +198,11 @@ async def connect(worker: WorkerProcess) -> AsyncIterator[Client]:
         await channel.close()
 
 
+def main(arguments: Sequence[str]) -> int:
+    options, ledger = arguments
+    captures = program(Path(ledger)) if ledger else None
+    return run(load_settings(CompileWorkerSettings, **json.loads(options)), captures)
+
+
 if __name__ == "__main__":
-    options = json.loads(sys.argv[1])
-    captures = program(Path(sys.argv[2])) if sys.argv[2] else None
-    sys.exit(run(load_settings(CompileWorkerSettings, **options), captures))
+    sys.exit(main(sys.argv[1:]))

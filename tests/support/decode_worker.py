@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from tests.support import forked
+from tests.support.command import PROGRAM
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
+PRECAST = (str(Path(sys.executable).with_name("precast")),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class DecodeClient:
 
 @dataclass(kw_only=True)
 class DecodeWorker:
-    process: "subprocess.Popen[bytes]"
+    process: forked.Process
     address: str
     log: Path
     model: str
@@ -138,6 +141,14 @@ def eventually(check: Callable[[], Any], deadline_s: float = 30.0) -> Any:
     return value
 
 
+def _fresh(
+    command: Sequence[str], log: IO[bytes], environment: dict[str, str] | None
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
+    )
+
+
 @contextmanager
 def decode_worker(
     home: Path,
@@ -151,7 +162,7 @@ def decode_worker(
     **settings: Any,
 ) -> Iterator[DecodeWorker]:
     """``precast decode-worker`` with these settings, ready; stopped at the end. ``prefix``:
-    words in front of the command."""
+    words in front of the command. With these or an environment the process is a fresh one."""
     address = address or f"127.0.0.1:{free_port()}"
     flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model}
     flags |= {"prefill_buckets": "", **settings}  # tests that need no captures of them ask for none
@@ -161,13 +172,11 @@ def decode_worker(
         for name, value in flags.items()
     ]
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*prefix, Path(sys.executable).with_name("precast"), "decode-worker", *arguments],
-            cwd=ROOT,
-            stdout=file,
-            stderr=file,
-            env={**os.environ, **(environment or {})},
-        )
+        command = ["decode-worker", *arguments]
+        if prefix or environment is not None:
+            process: forked.Process = _fresh([*prefix, *PRECAST, *command], file, environment)
+        else:
+            process = forked.start(PROGRAM, command, stdout=file, stderr=file)
     worker = DecodeWorker(process=process, address=address, log=log, model=model)
     try:
         eventually(worker.is_ready, ready_s)

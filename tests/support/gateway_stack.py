@@ -3,22 +3,23 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import httpx
 import openai
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from precast.config.settings import GatewaySettings, load_settings
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from services.gateway.main import run
+from tests.support import forked
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def eventually(check: Callable[[], Any], deadline_s: float = 15.0) -> Any:
 class Process:
     """A child process that serves ``port``."""
 
-    process: subprocess.Popen[str]
+    process: forked.Process
     port: int
 
     def kill(self) -> None:
@@ -121,26 +122,27 @@ class Gateway(Process):
         return int(answer.json()["workers"]) if answer.status_code == 200 else 0
 
 
+def serve_gateway(arguments: Sequence[str]) -> int:
+    """A gateway, with settings as JSON."""
+    return run(load_settings(GatewaySettings, **json.loads(arguments[0])))
+
+
 @dataclass(kw_only=True)
 class Stack:
     """Starts processes around one Redis and one folder of models."""
 
     redis_url: str
     models_dir: Path
-    started: list[subprocess.Popen[str]]
+    started: list[forked.Process]
 
     def worker(self, **options: Any) -> Worker:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        process = self._start(
-            "-m",
-            "tests.support.parrot_worker",
-            f"--redis-url={self.redis_url}",
-            f"--models-dir={self.models_dir}",
-            *flags,
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        return Worker(process=process, port=int(process.stdout.readline()))
+        given = [f"--redis-url={self.redis_url}", f"--models-dir={self.models_dir}"]
+        reading, writing = os.pipe()
+        with os.fdopen(reading) as said, os.fdopen(writing, "w") as theirs:
+            process = self._start("tests.support.parrot_worker:main", *given, *flags, stdout=theirs)
+            theirs.close()
+            return Worker(process=process, port=int(said.readline()))
 
     def gateway(self, *, wait_for: int = 1, **settings: Any) -> Gateway:
         """A gateway that sees ``wait_for`` ready workers."""
@@ -153,22 +155,15 @@ class Stack:
             "drain_timeout_s": 2,
             **settings,
         }
-        code = (
-            "import sys, json; from precast.config.settings import GatewaySettings, load_settings;"
-            "from services.gateway.main import run;"
-            "sys.exit(run(load_settings(GatewaySettings, **json.loads(sys.argv[1]))))"
-        )
-        process = self._start("-c", code, json.dumps(values))
+        process = self._start(f"{__name__}:serve_gateway", json.dumps(values))
         gateway = Gateway(process=process, port=port, metrics_port=values["metrics_port"])
         eventually(lambda: _is_up(gateway), deadline_s=60)
         eventually(lambda: gateway.workers() >= wait_for)
         return gateway
 
-    def _start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    def _start(self, *command: str, stdout: IO[str] | None = None) -> forked.Process:
         environment = {key: v for key, v in os.environ.items() if not key.startswith("PRECAST_")}
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, **options
-        )
+        process = forked.start(command[0], command[1:], stdout=stdout, environment=environment)
         self.started.append(process)
         return process
 
@@ -193,5 +188,3 @@ def running_stack(redis_url: str, folder: Path) -> Iterator[Stack]:
             process.kill()
         for process in stack.started:
             process.wait()
-            if process.stdout is not None:
-                process.stdout.close()

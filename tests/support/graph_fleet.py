@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +14,7 @@ import grpc
 
 from precast.proto.admin.v1 import admin_service_pb2 as admin_pb
 from precast.proto.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+from tests.support.command import precast
 from tests.support.compile_worker import WorkerProcess, compile_worker
 from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worker, eventually
 from tests.support.models import write_model
@@ -47,11 +47,7 @@ class Fleet:
 
     def cli(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
         """``precast graphs ...`` against the compile worker."""
-        return self.precast("graphs", *arguments, "--address", self.compiler.address)
-
-    def precast(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "precast", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return precast("graphs", *arguments, "--address", self.compiler.address)
 
     def key(self) -> str:
         """Of the only graph; asked for once."""

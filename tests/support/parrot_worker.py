@@ -7,9 +7,11 @@ fail in that way.
 
 import argparse
 import asyncio
+import os
 import signal
+import sys
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,7 +274,7 @@ def _error(recipient: Recipient, code: Any, message: str) -> Ending:
     return Ending(recipient=recipient, end=pb.GenerationError(code=code, message=message))
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--redis-url", required=True)
     parser.add_argument("--models-dir", type=Path, required=True)
@@ -288,11 +290,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--columns", type=int, default=1, help="0: as older workers, none")
     parser.add_argument("--tokenizer-digest", default="")
     parser.add_argument("--lease-ttl-s", type=float, default=LEASE_TTL_S)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-async def _main() -> None:
-    options = _options()
+async def _serve(options: argparse.Namespace) -> None:
     parrot = Parrot(options)
     service = Service(
         descriptor=pb.DESCRIPTOR.services_by_name["DecodeService"],
@@ -310,8 +311,13 @@ async def _main() -> None:
         Heartbeat(registry, lambda: parrot.lease(server.port), interval_s=_BEAT_S),
     ):
         print(server.port, flush=True)
+        os.dup2(2, 1)  # whoever reads the port reads nothing more
         await server.wait_for_termination()
 
 
+def main(arguments: Sequence[str]) -> None:
+    asyncio.run(_serve(_options(arguments)))
+
+
 if __name__ == "__main__":
-    asyncio.run(_main())
+    main(sys.argv[1:])
