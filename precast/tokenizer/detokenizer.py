@@ -31,10 +31,23 @@ class Detokenizer:
     """The text of one answer. It continues the prompt, so a first blank belongs to it."""
 
     def __init__(
-        self, table: TokenTable, prompt: Sequence[int], stop_strings: Sequence[str] = ()
+        self,
+        table: TokenTable,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        *,
+        keep_stop_string: bool = False,
+        show_special_tokens: bool = False,
     ) -> None:
-        self._decoder: _Decoder = _Bytes(table) if table.has_bytes else _Window(table, prompt)
+        """``keep_stop_string``: the stop string that is hit is text. ``show_special_tokens``: the
+        names of special tokens are."""
+        self._decoder: _Decoder = (
+            _Bytes(table, show_special_tokens)
+            if table.has_bytes
+            else _Window(table, prompt, show_special_tokens)
+        )
         self._stops = StopStrings(stop_strings)
+        self._keep_stop_string = keep_stop_string
         self._may_stop = bool(stop_strings)
         self._held = ""
 
@@ -42,10 +55,10 @@ class Detokenizer:
         """Text that can be sent now, and whether a stop string was hit (nothing follows then)."""
         return self._release("".join(map(self._decoder.push, token_ids)))
 
-    def push_token(self, token_id: int) -> tuple[str, bool]:
-        """``push`` of one token."""
+    def push_token(self, token_id: int, *, may_stop: bool = True) -> tuple[str, bool]:
+        """``push`` of one token. Stop strings begin behind the last one that may not stop."""
         text = self._decoder.push(token_id)
-        return self._release(text) if self._may_stop else (text, False)
+        return self._release(text) if self._may_stop and may_stop else (text, False)
 
     def flush(self) -> str:
         """The rest: no token follows, so what was held back is text after all."""
@@ -58,7 +71,8 @@ class Detokenizer:
         stop = self._stops.feed(new)
         if stop is not None:
             self._held = ""
-            return held[: len(held) - len(new) + stop.end - stop.length], True
+            end = len(held) - len(new) + stop.end
+            return held[: end if self._keep_stop_string else end - stop.length], True
         cut = len(held) - self._stops.begun
         self._held = held[cut:]
         return held[:cut], False
@@ -67,18 +81,24 @@ class Detokenizer:
 class _Bytes:
     """Joins the tokens' bytes."""
 
-    def __init__(self, table: TokenTable) -> None:
+    def __init__(self, table: TokenTable, show_special: bool) -> None:
         self._table = table
+        self._show_special = show_special
         self._texts = table.whole_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._partial = False
         """Whether the decoder holds a part of a character."""
 
     def push(self, token_id: int) -> str:
+        if self._show_special and self._table.is_special(token_id):
+            return self._decode(self._table.name(token_id).encode())
         # Most tokens are whole characters that follow whole characters: a look-up, and no more.
         if not self._partial and (text := self._texts.get(token_id)) is not None:
             return text
-        text = self._utf8.decode(self._table.bytes_of(token_id))
+        return self._decode(self._table.bytes_of(token_id))
+
+    def _decode(self, added: bytes) -> str:
+        text = self._utf8.decode(added)
         self._partial = bool(self._utf8.getstate()[0])
         return text
 
@@ -89,15 +109,15 @@ class _Bytes:
 class _Window:
     """Decodes each token together with a few before it."""
 
-    def __init__(self, table: TokenTable, prompt: Sequence[int]) -> None:
+    def __init__(self, table: TokenTable, prompt: Sequence[int], show_special: bool) -> None:
         self._table = table
-        # Special tokens have no text: were they kept, a run of them would make the window grow.
-        self._ids = [token for token in prompt[-_CONTEXT:] if not table.is_special(token)]
+        self._show_special = show_special
+        self._ids = [token for token in prompt[-_CONTEXT:] if self._has_text(token)]
         self._given = len(self._ids)
         """Tokens before this are in the text already."""
 
     def push(self, token_id: int) -> str:
-        if self._table.is_special(token_id):
+        if not self._has_text(token_id):
             return ""
         self._ids.append(token_id)
         return self._new(final=len(self._ids) - self._given >= _MAX_WAITING)
@@ -114,6 +134,10 @@ class _Window:
         self._given = len(self._ids)
         return now[len(before) :]
 
+    def _has_text(self, token_id: int) -> bool:
+        """A run of tokens without text would make the window grow."""
+        return self._show_special or not self._table.is_special(token_id)
+
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._table.tokenizer.decode(ids)
+        text: str = self._table.tokenizer.decode(ids, skip_special_tokens=not self._show_special)
         return text

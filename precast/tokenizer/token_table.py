@@ -57,11 +57,12 @@ class TokenTable:
                 self.whole_texts[token_id] = known.decode()
         return known
 
-    def shown(self, token_id: int) -> tuple[str, bytes | None]:
+    def shown(self, token_id: int, *, special: bool = False) -> tuple[str, bytes | None]:
         """A token as a report of probabilities shows it: text and bytes; no bytes for one that is
-        no part of any text, whose text is its name then."""
-        if self.is_special(token_id) or not self.name(token_id):
-            return self.name(token_id), None
+        no part of any text, whose text is its name then. ``special``: special tokens are part."""
+        name = self.name(token_id)
+        if self.is_special(token_id) or not name:
+            return name, name.encode() if special and name else None
         return self.bytes_of(token_id).decode("utf-8", "replace"), self.bytes_of(token_id)
 
     def _find(self, token_id: int) -> bytes:

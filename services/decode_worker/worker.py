@@ -107,7 +107,14 @@ class Worker:
             vocab_size=self._config.vocab_size,
             eos_token_ids=self._eos,
         )
-        detokenizer = Detokenizer(self._tokens, sequence.prompt, start.stop.stop_strings)
+        stop = start.stop
+        detokenizer = Detokenizer(
+            self._tokens,
+            sequence.prompt,
+            stop.stop_strings,
+            keep_stop_string=stop.include_stop_string,
+            show_special_tokens=stop.show_special_tokens,
+        )
 
         def ended(request_id: str) -> None:
             self._draining.ended(request_id)
@@ -121,6 +128,7 @@ class Worker:
             outbox=outbox,
             on_end=ended,
             hidden_token_ids=sequence.stop_token_ids,
+            show_special_tokens=stop.show_special_tokens,
             deliver_at_end=start.deliver_at_end,
         )
         request.resume()

@@ -191,6 +191,42 @@ def test_a_stop_token_ends_the_request(worker: DecodeWorker) -> None:
     assert answer.token_ids == tokens[: tokens.index(tokens[2]) + 1]
 
 
+def test_a_stop_string_can_be_kept_and_may_not_come_too_early(worker: DecodeWorker) -> None:
+    client = worker.client()
+    client.start("whole", worker.request([5, 6], 30, stop=ENDLESS))
+    whole = client.finish("whole")
+    cut = whole.text[3:5]
+    rules = {**ENDLESS, "stop_strings": [cut]}
+    client.start("kept", worker.request([5, 6], 30, stop={**rules, "include_stop_string": True}))
+    kept = client.finish("kept")
+    assert kept.reason == pb.FINISH_REASON_STOP
+    assert kept.text == whole.text[: whole.text.index(cut) + len(cut)]
+    client.start("late", worker.request([5, 6], 30, stop={**rules, "min_tokens": 30}))
+    assert client.finish("late").text == whole.text
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}])
+def test_no_end_before_min_tokens(worker: DecodeWorker, sampling: dict[str, float]) -> None:
+    """Every token but one is a stop token: the request can end as soon as it may."""
+    client = worker.client()
+    stop = {"stop_token_ids": [token for token in range(VOCABULARY) if token != 7]}
+    for least in (0, 3):
+        rules = {**stop, "min_tokens": least}
+        client.start(f"{least}", worker.request([9], 40, sampling=sampling, stop=rules))
+        tokens = client.finish(f"{least}").token_ids
+        assert tokens[:least] == [7] * least
+        assert len(tokens) > least
+
+
+def test_special_tokens_are_shown_where_they_are_wanted(worker: DecodeWorker) -> None:
+    client = worker.client()
+    bias = {"logit_bias": {256: 100.0}}
+    for shown in (False, True):
+        stop = {**ENDLESS, "show_special_tokens": shown}
+        client.start(f"{shown}", worker.request([9], 2, sampling=bias, stop=stop))
+        assert client.finish(f"{shown}").text == "<eos><eos>" * shown
+
+
 def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redis: str) -> None:
     """Chunked prefill and preemption change nothing about the tokens."""
     prompt = [(i * 7) % VOCABULARY for i in range(90)]
@@ -251,6 +287,17 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redi
             "repetition_penalty",
         ),
         ({"logprobs": 500}, pb.ERROR_CODE_INVALID_ARGUMENT, "logprobs"),
+        (
+            {"stop": pb.StopConditions(max_tokens=2, min_tokens=3)},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "min_tokens",
+        ),
+        (
+            {"constraint": pb.OutputConstraint(regex="a")},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "constraint",
+        ),
+        ({"prompt_logprobs": 0}, pb.ERROR_CODE_INVALID_ARGUMENT, "prompt_logprobs"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(

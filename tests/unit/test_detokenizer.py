@@ -122,6 +122,41 @@ def test_special_tokens_have_no_text(name: str) -> None:
     assert detokenizer.push(continued(name, "sea"))[0] == "sea"
 
 
+def test_special_tokens_are_text_where_they_are_shown(name: str) -> None:
+    end = TOKENIZERS[name].token_to_id("<end>")
+    detokenizer = Detokenizer(TABLES[name], [end], ["a<end>x"], show_special_tokens=True)
+    ids = [*continued(name, "sea"), end, end, *continued(name, "a"), end, *continued(name, "x")]
+    pieces, stopped = stream_ids(detokenizer, ids)
+    assert ("".join(pieces), stopped) == ("sea<end><end>", True)
+    assert TABLES[name].shown(end) == ("<end>", None)
+    assert TABLES[name].shown(end, special=True) == ("<end>", b"<end>")
+
+
+def test_special_tokens_of_a_tokenizer_without_bytes_can_be_shown() -> None:
+    table, tokenizer = TABLES["word-piece"], TOKENIZERS["word-piece"]
+    detokenizer = Detokenizer(table, [], show_special_tokens=True)
+    ids = [tokenizer.token_to_id(token) for token in ("hello", "<end>", "sea")]
+    pieces, _ = stream_ids(detokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=False)
+    assert "<end>" in "".join(pieces)
+
+
+def test_a_stop_string_can_be_kept(name: str) -> None:
+    stops = ("the end", "end")
+    detokenizer = Detokenizer(TABLES[name], [], stops, keep_stop_string=True)
+    pieces, stopped = stream_ids(detokenizer, continued(name, "hello there the end is near"))
+    assert ("".join(pieces), stopped) == ("hello there the end", True)
+
+
+def test_a_stop_string_may_not_begin_too_early(name: str) -> None:
+    detokenizer = make(name, "abab")
+    ids = continued(name, "ababababx")
+    early = [detokenizer.push_token(token, may_stop=False) for token in ids[:3]]
+    assert early == [("a", False), ("b", False), ("a", False)]
+    pieces, stopped = stream_ids(detokenizer, ids[3:])
+    assert ("".join(pieces), stopped) == ("b", True)
+
+
 @pytest.mark.parametrize("name", BYTES)
 @example(text="abcabcabd", stops=["abcabd", "cabc"])
 @given(
@@ -162,9 +197,9 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **options: Any) -> str:
         self.decoded += len(ids)
-        text: str = self._tokenizer.decode(ids)
+        text: str = self._tokenizer.decode(ids, **options)
         return text
 
 

@@ -91,6 +91,29 @@ def test_biases_follow_their_slots_when_the_batch_changes() -> None:
         assert draw(sampler, torch.zeros(len(slots), 5), *slots).tokens == list(slots)
 
 
+def test_no_token_ends_a_sequence_too_early() -> None:
+    """Beside a bias for such a token, and in a batch whose rows pass their mark one by one."""
+    sampler = Sampler(slots=3)
+    endings = {"ending_token_ids": int32(1, 4).tobytes()}
+    wanted = {"bias_token_ids": int32(4).tobytes(), "bias_values": np.float32([50.0]).tobytes()}
+    sampler.start(new_sampling(0, min_tokens=2, **endings))
+    sampler.start(new_sampling(1, min_tokens=3, **endings, **wanted))
+    sampler.start(new_sampling(2))
+    logits = torch.tensor([0.0, 9.0, 1.0, 0.0, 8.0]).expand(3, -1)
+    drawn = [draw(sampler, logits, 0, 1, 2, drawn=step).tokens for step in range(5)]
+    assert drawn == [[2, 2, 1], [2, 2, 1], [1, 2, 1], [1, 4, 1], [1, 4, 1]]
+    sampler.start(new_sampling(0))  # of another sequence
+    assert draw(sampler, logits[:2], 0, 1).tokens == [1, 2]
+
+
+def test_tokens_that_may_not_end_it_yet_are_not_reported() -> None:
+    sampler = Sampler(slots=1)
+    sampler.start(new_sampling(0, min_tokens=1, ending_token_ids=int32(1).tobytes(), logprobs=3))
+    [report] = draw(sampler, torch.tensor([[0.0, 9.0, 1.0]]), 0).logprobs
+    assert report is not None
+    assert report.top_ids == (2, 0)
+
+
 def test_a_row_without_a_token_says_why() -> None:
     sampler = Sampler(slots=2)
     sampler.start(new_sampling(0, temperature=1.0, logprobs=1))

@@ -365,8 +365,10 @@ def test_a_sequence_that_was_preempted_waits_for_its_token() -> None:
 
 
 def test_only_plain_sequences_need_no_logits() -> None:
-    assert SamplingSpec().is_likeliest
-    assert SamplingSpec(top_p=0.5, top_k=3, min_p=0.1).is_likeliest
+    assert SamplingSpec().is_likeliest(0)
+    assert SamplingSpec(top_p=0.5, top_k=3, min_p=0.1).is_likeliest(0)
+    early = SamplingSpec(min_tokens=3)
+    assert [early.is_likeliest(drawn) for drawn in (0, 2, 3)] == [False, False, True]
     changes: list[dict[str, object]] = [
         {"temperature": 0.1},
         {"logprobs": 0},
@@ -374,6 +376,7 @@ def test_only_plain_sequences_need_no_logits() -> None:
         {"presence_penalty": 1.0},
         {"frequency_penalty": 1.0},
         {"repetition_penalty": 1.1},
+        {"min_tokens": 1},
     ]
     for changed in changes:
         scheduler = make()

@@ -37,23 +37,32 @@ def make_sequence(
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID} characters")
     if start.model != model:
         raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
+    _refuse_unknown(start)
     _check_prompt(start, vocab_size)
     _check_stop(start.stop)
     if len(start.cache_salt) > MAX_CACHE_SALT:
         raise InvalidRequest(f"cache_salt has more than {MAX_CACHE_SALT} characters")
     stop_ids = frozenset(start.stop.stop_token_ids)
-    stop_token_ids = stop_ids if start.stop.ignore_eos else stop_ids | eos_token_ids
+    endings = stop_ids | eos_token_ids
+    stop_token_ids = stop_ids if start.stop.ignore_eos else endings
     output = resumed_output(start, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
     return Sequence(
         request_id=request_id,
         prompt=list(start.prompt_token_ids),
-        sampling=_sampling(start, vocab_size),
+        sampling=_sampling(start, vocab_size, endings),
         max_tokens=start.stop.max_tokens,
         stop_token_ids=stop_token_ids,
         cache_salt=start.cache_salt,
         output=output,
         resumed=len(output),
     )
+
+
+def _refuse_unknown(start: pb.StartGeneration) -> None:
+    """What is not honoured is not dropped in silence."""
+    for name in ("constraint", "prompt_logprobs"):
+        if start.HasField(name):
+            raise InvalidRequest(f"this worker does not know {name}")
 
 
 def _check_prompt(start: pb.StartGeneration, vocab_size: int) -> None:
@@ -70,9 +79,14 @@ def _check_stop(stop: pb.StopConditions) -> None:
         raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings")
     if not all(stop.stop_strings):
         raise InvalidRequest("a stop string is empty")
+    if stop.min_tokens > stop.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens = {stop.min_tokens} is above max_tokens = {stop.max_tokens}"
+        )
 
 
-def _sampling(start: pb.StartGeneration, vocab_size: int) -> SamplingSpec:
+def _sampling(start: pb.StartGeneration, vocab_size: int, endings: frozenset[int]) -> SamplingSpec:
+    """``endings``: tokens that are not drawn before ``min_tokens``."""
     given = start.sampling
     top_p = given.top_p if given.HasField("top_p") else 1.0
     repetition = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
@@ -97,7 +111,15 @@ def _sampling(start: pb.StartGeneration, vocab_size: int) -> SamplingSpec:
         frequency_penalty=given.frequency_penalty,
         bias_token_ids=bias_token_ids,
         bias_values=bias_values,
+        min_tokens=start.stop.min_tokens,
+        ending_token_ids=_endings(endings, vocab_size) if start.stop.min_tokens else b"",
     )
+
+
+def _endings(token_ids: frozenset[int], vocab_size: int) -> bytes:
+    """int32 ids, which rise. Stop tokens may be any number; no other one is ever drawn."""
+    known = sorted(token for token in token_ids if token < vocab_size)
+    return np.array(known, dtype=np.int32).tobytes()
 
 
 def _bias(given: Mapping[int, float], vocab_size: int) -> tuple[bytes, bytes]:

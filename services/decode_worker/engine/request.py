@@ -23,6 +23,7 @@ class Request:
     """Called once with the request's id when it has ended."""
     hidden_token_ids: frozenset[int]
     """End-of-sequence and stop tokens: counted and reported, but not part of the text."""
+    show_special_tokens: bool = False
     deliver_at_end: bool = False
     completion_tokens: int = 0
     ended: bool = field(default=False, init=False)
@@ -79,7 +80,8 @@ class Request:
         self.completion_tokens += 1
         if token in self.hidden_token_ids:
             return "", False
-        return self.detokenizer.push_token(token)
+        early = self.completion_tokens <= self.sequence.sampling.min_tokens
+        return self.detokenizer.push_token(token, may_stop=not early)
 
     def _send_kept(self) -> None:
         if self._kept.token_ids:
@@ -91,7 +93,7 @@ class Request:
         self.on_end(self.request_id)
 
     def _logprob(self, token: int, logprobs: Logprobs) -> pb.TokenLogprob:
-        text, token_bytes = self.tokens.shown(token)
+        text, token_bytes = self.tokens.shown(token, special=self.show_special_tokens)
         report = pb.TokenLogprob(
             token_id=token,
             logprob=logprobs.logprob,
@@ -99,6 +101,6 @@ class Request:
             token_bytes=None if token in self.hidden_token_ids else token_bytes,
         )
         for other, score in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True):
-            text, token_bytes = self.tokens.shown(other)
+            text, token_bytes = self.tokens.shown(other, special=self.show_special_tokens)
             report.top.add(token_id=other, logprob=score, text=text, token_bytes=token_bytes)
         return report

@@ -34,16 +34,19 @@ class SamplingSpec:
     """int32."""
     bias_values: bytes = b""
     """float32."""
+    min_tokens: int = 0
+    """Tokens before which none of ``ending_token_ids`` is drawn."""
+    ending_token_ids: bytes = b""
+    """int32."""
 
     @property
     def penalises(self) -> bool:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
-    @property
-    def is_likeliest(self) -> bool:
-        """Whether the likeliest token is wanted as it stands, and nothing else."""
-        reports = self.logprobs >= 0
-        return not (self.temperature or self.bias_token_ids or self.penalises or reports)
+    def is_likeliest(self, drawn: int) -> bool:
+        """Whether the likeliest token is wanted as it stands, and nothing else, behind so many."""
+        changed = self.temperature or self.bias_token_ids or self.penalises
+        return not (changed or self.logprobs >= 0 or drawn < self.min_tokens)
 
 
 @dataclass(kw_only=True, eq=False)

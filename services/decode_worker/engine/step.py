@@ -90,6 +90,7 @@ def make_step(
         tables[row, : len(sequence.blocks)] = sequence.blocks
     draws = tuple(one.draws for one in chosen)
     drawing = [one.sequence for one, count in zip(chosen, draws, strict=True) if count]
+    drawn = [len(one.sequence.output) + one.sequence.drawing for one in chosen]
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -101,8 +102,12 @@ def make_step(
         block_table_width=width,
         sampling_slots=_ints([one.sequence.slot for one in chosen]),
         draws=_ints(draws),
-        drawn=_ints([len(one.sequence.output) + one.sequence.drawing for one in chosen]),
-        greedy=all(sequence.sampling.is_likeliest for sequence in drawing),
+        drawn=_ints(drawn),
+        greedy=all(
+            one.sequence.sampling.is_likeliest(before)
+            for one, before, count in zip(chosen, drawn, draws, strict=True)
+            if count
+        ),
     )
     return ScheduledStep(
         chosen=tuple(chosen),
@@ -140,4 +145,6 @@ def _start_sampling(sequence: Sequence) -> StartSampling:
         output_token_ids=_ints(sequence.output) if spec.penalises else b"",
         bias_token_ids=spec.bias_token_ids,
         bias_values=spec.bias_values,
+        min_tokens=spec.min_tokens,
+        ending_token_ids=spec.ending_token_ids,
     )

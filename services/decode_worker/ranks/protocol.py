@@ -130,6 +130,9 @@ class StartSampling(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     bias_token_ids: bytes
     bias_values: bytes
     """Little-endian float32."""
+    min_tokens: int = 0
+    """None of ``ending_token_ids`` is drawn before so many tokens."""
+    ending_token_ids: bytes = b""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):

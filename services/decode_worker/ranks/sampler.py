@@ -16,6 +16,7 @@ from torch import Tensor
 from precast.ops.draw_status import DrawStatus
 from precast.ops.sampling import INTS, REALS, ByRow, Columns, Drawings, sample
 from services.decode_worker.ranks.protocol import Logprobs, StartSampling
+from services.decode_worker.ranks.token_biases import NO_BIAS, Bias, SlotBias, slot_bias
 from services.decode_worker.ranks.token_counts import TokenCounts
 
 Ints = NDArray[np.int32]
@@ -35,12 +36,6 @@ class Drawn:
     """Status of those without a token (``DrawStatus``), by place."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bias:
-    ids: Ints
-    values: Floats
-
-
 @dataclass(kw_only=True)
 class Sampler:
     """State of ``slots`` sequences."""
@@ -50,10 +45,10 @@ class Sampler:
     _ints: NDArray[np.int64] = field(init=False)
     _counts: dict[int, TokenCounts] = field(default_factory=dict, init=False)
     """By slot, of sequences with penalties."""
-    _biases: dict[int, _Bias] = field(default_factory=dict, init=False)
+    _biases: dict[int, SlotBias] = field(default_factory=dict, init=False)
     """By slot, of sequences with a bias."""
-    _biased: tuple[tuple[int, ...], ByRow] | None = field(default=None, init=False)
-    """The last step's slots and their biases: mostly the next step's too."""
+    _biased: tuple[list[Bias], ByRow] | None = field(default=None, init=False)
+    """The last step's biases: mostly the next step's too."""
 
     def __post_init__(self) -> None:
         self._reals = np.zeros((self.slots, len(REALS)))
@@ -71,9 +66,8 @@ class Sampler:
         if _penalises(message):
             prompt, output = _ids(message.prompt_token_ids), _ids(message.output_token_ids)
             self._counts[slot] = TokenCounts(prompt, output)
-        if message.bias_token_ids:
-            values = np.frombuffer(message.bias_values, dtype=np.float32)
-            self._biases[slot] = _Bias(ids=_ids(message.bias_token_ids), values=values)
+        if message.bias_token_ids or message.min_tokens:
+            self._biases[slot] = slot_bias(message)
 
     def draw(self, logits: Tensor, slots: Ints, drawn: Ints) -> Drawn:
         """float32 [S, V] logits, which are changed, to tokens. ``slots`` [S] are the rows', and
@@ -85,7 +79,7 @@ class Sampler:
             reals=torch.from_numpy(self._reals[slots]),
             ints=torch.from_numpy(ints),
             seen=self._seen(rows),
-            bias=self._bias(rows),
+            bias=self._bias(rows, drawn.tolist()),
         )
         wanted: list[int] = ints[:, _LOGPROBS].tolist()
         result = sample(logits, columns, max(0, *wanted))
@@ -109,19 +103,20 @@ class Sampler:
         ids = [counts.ids if counts else _NO_IDS for counts in found]
         return _by_row(ids, [counts.counts if counts else _NO_IDS for counts in found])
 
-    def _bias(self, rows: Sequence[int]) -> ByRow | None:
-        key = tuple(rows) if self._biases else ()
-        if not any(slot in self._biases for slot in key):
+    def _bias(self, rows: Sequence[int], drawn: Sequence[int]) -> ByRow | None:
+        if not any(slot in self._biases for slot in rows):
             return None
-        if self._biased is None or self._biased[0] != key:
-            found = [self._biases.get(slot, _NO_BIAS) for slot in key]
+        found = [
+            self._biases[slot].at(before) if slot in self._biases else NO_BIAS
+            for slot, before in zip(rows, drawn, strict=True)
+        ]
+        if self._biased is None or self._biased[0] != found:
             entries = _by_row([bias.ids for bias in found], [bias.values for bias in found])
-            self._biased = (key, entries)
+            self._biased = (found, entries)
         return self._biased[1]
 
 
 _NO_IDS: Final = np.empty(0, dtype=np.int32)
-_NO_BIAS: Final = _Bias(ids=_NO_IDS, values=np.empty(0, dtype=np.float32))
 
 
 def _penalises(message: StartSampling) -> bool:
