@@ -107,6 +107,8 @@ class Worker:
             vocab_size=self._config.vocab_size,
             eos_token_ids=self._eos,
         )
+        if start.HasField("prompt_logprobs") and not outbox.columns:
+            raise InvalidRequest("prompt_logprobs: the stream has to ask for columns")
         stop = start.stop
         detokenizer = Detokenizer(
             self._tokens,
@@ -129,6 +131,7 @@ class Worker:
             on_end=ended,
             hidden_token_ids=sequence.stop_token_ids,
             show_special_tokens=stop.show_special_tokens,
+            prompt_only=stop.max_tokens == 0,
             deliver_at_end=start.deliver_at_end,
         )
         request.resume()

@@ -201,8 +201,13 @@ def test_a_stop_string_can_be_kept_and_may_not_come_too_early(worker: DecodeWork
     kept = client.finish("kept")
     assert kept.reason == pb.FINISH_REASON_STOP
     assert kept.text == whole.text[: whole.text.index(cut) + len(cut)]
-    client.start("late", worker.request([5, 6], 30, stop={**rules, "min_tokens": 30}))
-    assert client.finish("late").text == whole.text
+    texts = []
+    for name, strings in (("late", [cut]), ("never", [])):
+        stop = {**ENDLESS, "stop_strings": strings, "min_tokens": 30}
+        client.start(name, worker.request([5, 6], 30, stop=stop))
+        texts.append(client.finish(name).text)
+    assert texts[0] == texts[1]
+    assert cut in texts[0]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}])

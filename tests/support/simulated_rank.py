@@ -25,6 +25,7 @@ from services.decode_worker.ranks.protocol import (
     Join,
     Loaded,
     LoadGraph,
+    Logprobs,
     Ping,
     Pong,
     Ready,
@@ -73,8 +74,16 @@ def _draw(step: Step, step_s: float) -> StepDone:
         step_id=step.step_id,
         token_ids=(np.concatenate(places) % VOCABULARY).astype(np.int32).tobytes(),
         logprobs=(),
+        scores=_scores(step),
         step_us=int(step_s * 1e6),
     )
+
+
+def _scores(step: Step) -> tuple[Logprobs, ...]:
+    """Of prompts: the token itself is sure."""
+    tokens = b"" if step.scored is None else step.scored.tokens
+    ids = np.frombuffer(tokens, dtype=np.int32).tolist()
+    return tuple(Logprobs(logprob=0.0, top_ids=(token,), top_logprobs=(0.0,)) for token in ids)
 
 
 def _receive(connection: socket.socket) -> Command:

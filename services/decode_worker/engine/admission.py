@@ -39,7 +39,7 @@ def make_sequence(
         raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
     _refuse_unknown(start)
     _check_prompt(start, vocab_size)
-    _check_stop(start.stop)
+    _check_stop(start.stop, prompt_only=start.HasField("prompt_logprobs"))
     if len(start.cache_salt) > MAX_CACHE_SALT:
         raise InvalidRequest(f"cache_salt has more than {MAX_CACHE_SALT} characters")
     stop_ids = frozenset(start.stop.stop_token_ids)
@@ -50,7 +50,8 @@ def make_sequence(
         request_id=request_id,
         prompt=list(start.prompt_token_ids),
         sampling=_sampling(start, vocab_size, endings),
-        max_tokens=start.stop.max_tokens,
+        max_tokens=max(1, start.stop.max_tokens),
+        prompt_logprobs=start.prompt_logprobs if start.HasField("prompt_logprobs") else -1,
         stop_token_ids=stop_token_ids,
         cache_salt=start.cache_salt,
         output=output,
@@ -60,9 +61,8 @@ def make_sequence(
 
 def _refuse_unknown(start: pb.StartGeneration) -> None:
     """What is not honoured is not dropped in silence."""
-    for name in ("constraint", "prompt_logprobs"):
-        if start.HasField(name):
-            raise InvalidRequest(f"this worker does not know {name}")
+    if start.HasField("constraint"):
+        raise InvalidRequest("this worker does not know constraint")
 
 
 def _check_prompt(start: pb.StartGeneration, vocab_size: int) -> None:
@@ -72,8 +72,8 @@ def _check_prompt(start: pb.StartGeneration, vocab_size: int) -> None:
         raise InvalidRequest(f"token id {largest} is outside of the vocabulary of {vocab_size}")
 
 
-def _check_stop(stop: pb.StopConditions) -> None:
-    if stop.max_tokens < 1:
+def _check_stop(stop: pb.StopConditions, *, prompt_only: bool) -> None:
+    if stop.max_tokens < 1 and not prompt_only:
         raise InvalidRequest("max_tokens must be at least 1")
     if len(stop.stop_strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings")
@@ -96,8 +96,9 @@ def _sampling(start: pb.StartGeneration, vocab_size: int, endings: frozenset[int
     _check_range("repetition_penalty", repetition, 1 / MAX_REPETITION, MAX_REPETITION)
     _check_range("presence_penalty", given.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _check_range("frequency_penalty", given.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-    if start.HasField("logprobs") and start.logprobs > MAX_LOGPROBS:
-        raise InvalidRequest(f"logprobs = {start.logprobs}: at most {MAX_LOGPROBS}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(start, name) > MAX_LOGPROBS:
+            raise InvalidRequest(f"{name} = {getattr(start, name)}: at most {MAX_LOGPROBS}")
     bias_token_ids, bias_values = _bias(given.logit_bias, vocab_size)
     return SamplingSpec(
         temperature=given.temperature,

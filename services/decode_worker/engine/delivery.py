@@ -1,7 +1,9 @@
 """Requests that run, and what steps gave them: each is told of its tokens once, and ends once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -9,9 +11,10 @@ import numpy as np
 from precast.log import get_logger
 from precast.ops.draw_status import DrawStatus
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.prompt_scores import PromptScores, take_scores
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.scheduler import Scheduler
-from services.decode_worker.engine.sequence import FinishReason
+from services.decode_worker.engine.sequence import FinishReason, Sequence
 from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.protocol import Logprobs, StepDone
@@ -41,6 +44,8 @@ class Delivery:
         self._requests: dict[str, Request] = {}
         self._unsent: list[_Outcome] = []
         """Outcomes of the last step that nobody was told of yet."""
+        self._scores: list[tuple[Request, PromptScores]] = []
+        """Of prompts, likewise; they come before outcomes."""
 
     def knows(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -60,19 +65,25 @@ class Delivery:
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
         """The oldest step is over; what it gave is told by the next ``tell``."""
+        self._scores += self._scored(step, done)
         self._unsent += self._outcomes(step, done)
 
     def tell(self) -> None:
         """Tells of the last step's outcomes; whatever raises, each is told once."""
         outcomes, self._unsent = self._unsent, []
+        scores, self._scores = self._scores, []
+        for request, part in scores:
+            self._guarded(request, partial(request.score_prompt, part))
         for outcome in outcomes:
-            request = outcome.request
-            try:
-                self._tell(request, outcome)
-            except Exception as error:  # a fault of one request's text is the others' no business
-                log.exception("request failed", request_id=request.request_id)
-                self._end(request)
-                request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
+            self._guarded(outcome.request, partial(self._tell, outcome.request, outcome))
+
+    def _guarded(self, request: Request, tell: Callable[[], None]) -> None:
+        try:
+            tell()
+        except Exception as error:  # a fault of one request's text is the others' no business
+            log.exception("request failed", request_id=request.request_id)
+            self._end(request)
+            request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
 
     def fail_all(self, message: str) -> None:
         self._fail(list(self._requests.values()), message)
@@ -81,17 +92,32 @@ class Delivery:
         """Those whose sequences the scheduler has given up."""
         self._fail([r for r in self._requests.values() if not r.sequence.alive], message)
 
-    def _fail(self, requests: Sequence[Request], message: str) -> None:
+    def _fail(self, requests: Many[Request], message: str) -> None:
         for request in requests:
             self._end(request)
             request.fail(pb.ERROR_CODE_UNAVAILABLE, message)
 
+    def _request_of(self, sequence: Sequence) -> Request | None:
+        """None if it was aborted while a step ran."""
+        request = self._requests.get(sequence.request_id)
+        return request if request is not None and request.sequence is sequence else None
+
+    def _scored(
+        self, step: ScheduledStep, done: StepDone
+    ) -> Iterator[tuple[Request, PromptScores]]:
+        for part in take_scores(step.scored, done.scores):
+            if (request := self._request_of(part.sequence)) is None:
+                continue
+            if None in part.logprobs:
+                self._fail_draw(request, DrawStatus.NOT_FINITE)
+            else:
+                yield request, part
+
     def _outcomes(self, step: ScheduledStep, done: StepDone) -> Iterator[_Outcome]:
         tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
         for sequence, token, finished, place in self._scheduler.apply(step, tokens):
-            request = self._requests.get(sequence.request_id)
-            if request is None or request.sequence is not sequence:
-                continue  # aborted while the step ran
+            if (request := self._request_of(sequence)) is None:
+                continue
             if token < 0:
                 self._fail_draw(request, DrawStatus(done.failed[place]))
                 continue

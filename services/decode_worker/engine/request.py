@@ -7,6 +7,7 @@ from precast.errors import InvalidRequest
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
+from services.decode_worker.engine.prompt_scores import PromptScores
 from services.decode_worker.engine.response_buffer import Ending, Outbox, Output, Recipient
 from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.ranks.protocol import Logprobs
@@ -24,9 +25,13 @@ class Request:
     hidden_token_ids: frozenset[int]
     """End-of-sequence and stop tokens: counted and reported, but not part of the text."""
     show_special_tokens: bool = False
+    prompt_only: bool = False
+    """Only the prompt's log-probabilities are wanted: what is drawn is dropped."""
     deliver_at_end: bool = False
     completion_tokens: int = 0
     ended: bool = field(default=False, init=False)
+    _scored: bool = field(default=False, init=False)
+    """Whether the prompt's log-probabilities have begun to be sent."""
     _kept: Output = field(init=False)
     """What waits for the end where all is to be delivered then."""
 
@@ -46,6 +51,9 @@ class Request:
 
     def push(self, token: int, logprobs: Logprobs | None) -> bool:
         """Sends what a new token adds; returns whether a stop string has ended the request."""
+        self._begin_scores()
+        if self.prompt_only:
+            return False
         text, stopped = self._take(token)
         report = None if logprobs is None else self._logprob(token, logprobs)
         if self.deliver_at_end:
@@ -54,10 +62,32 @@ class Request:
             self.outbox.token(self.recipient, token, text, report)
         return stopped
 
+    def score_prompt(self, scores: PromptScores) -> None:
+        """Sends log-probabilities of the prompt's next tokens."""
+        if self.ended:
+            return
+        self._begin_scores()
+        reports = (
+            self._scored_token(token, logprobs)
+            for token, logprobs in zip(scores.tokens, scores.logprobs, strict=True)
+            if logprobs is not None
+        )
+        self.outbox.prompt(self.recipient, list(reports))
+
+    def _begin_scores(self) -> None:
+        """The prompt's first token follows nothing."""
+        if self._scored or self.sequence.prompt_logprobs < 0:
+            return
+        self._scored = True
+        nothing = Logprobs(logprob=0.0, top_ids=(), top_logprobs=())
+        self.outbox.prompt(self.recipient, [self._scored_token(self.sequence.prompt[0], nothing)])
+
     def finish(self, reason: "pb.FinishReason.ValueType", *, flush: bool) -> None:
         """Ends the request; ``flush`` sends text that was held back for a possible stop string."""
         if self.ended:
             return
+        if self.prompt_only and reason == pb.FINISH_REASON_STOP:
+            reason = pb.FINISH_REASON_LENGTH
         self._send_kept()
         if flush and (rest := self.detokenizer.flush()):
             self.outbox.text(self.recipient, rest)
@@ -93,12 +123,15 @@ class Request:
         self.on_end(self.request_id)
 
     def _logprob(self, token: int, logprobs: Logprobs) -> pb.TokenLogprob:
+        report = self._scored_token(token, logprobs)
+        if token in self.hidden_token_ids:
+            report.ClearField("token_bytes")
+        return report
+
+    def _scored_token(self, token: int, logprobs: Logprobs) -> pb.TokenLogprob:
         text, token_bytes = self.tokens.shown(token, special=self.show_special_tokens)
         report = pb.TokenLogprob(
-            token_id=token,
-            logprob=logprobs.logprob,
-            text=text,
-            token_bytes=None if token in self.hidden_token_ids else token_bytes,
+            token_id=token, logprob=logprobs.logprob, text=text, token_bytes=token_bytes
         )
         for other, score in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True):
             text, token_bytes = self.tokens.shown(other, special=self.show_special_tokens)

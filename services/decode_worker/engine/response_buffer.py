@@ -15,6 +15,8 @@ from typing import Final
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 
 MAX_UNREAD_ENDINGS: Final = 1024
+MAX_PROMPT_TOKENS: Final = 1024
+"""Of log-probabilities in one message: with 20 alternatives each, one megabyte."""
 MAX_COLUMN_BYTES: Final = 8 << 20
 """Of one message, about; a stream that reads slowly may be behind by more."""
 _FEW_TOKENS: Final = 256
@@ -69,7 +71,9 @@ class Ending:
 
 class Outbox:
     def __init__(self, *, columns: bool = False) -> None:
-        self._columns = columns
+        self.columns: Final = columns
+        self._prompts: list[pb.PromptLogprobs] = []
+        """Of prompts, in pieces."""
         self._outputs: dict[str, Output] = {}
         self._endings: list[Ending] = []
         self._heartbeat: pb.Heartbeat | None = None
@@ -83,6 +87,13 @@ class Outbox:
     ) -> None:
         """Adds a token, and the text that it completes, to what waits for this request."""
         self._waiting(recipient).add(token, text, logprob)
+
+    def prompt(self, recipient: Recipient, reports: list[pb.TokenLogprob]) -> None:
+        """Adds log-probabilities of a prompt's next tokens; only where there are columns."""
+        for first in range(0, len(reports), MAX_PROMPT_TOKENS):
+            piece = reports[first : first + MAX_PROMPT_TOKENS]
+            self._prompts.append(pb.PromptLogprobs(handle=recipient.handle, tokens=piece))
+        self._changed.set()
 
     def text(self, recipient: Recipient, text: str) -> None:
         """Adds text that was held back."""
@@ -121,7 +132,7 @@ class Outbox:
             for response in self._taken():
                 yield response
             self._read.set()
-            if self._closed and not self._outputs and not self._endings:
+            if self._closed and not (self._prompts or self._outputs or self._endings):
                 return
 
     def _waiting(self, recipient: Recipient) -> Output:
@@ -136,10 +147,13 @@ class Outbox:
         outputs, self._outputs = list(self._outputs.values()), {}
         endings, self._endings = self._endings, []
         beat, self._heartbeat = self._heartbeat, None
+        prompts, self._prompts = self._prompts, []
         if beat is not None:
             yield pb.GenerateResponse(heartbeat=beat)
+        for prompt in prompts:
+            yield pb.GenerateResponse(step=pb.StepOutput(prompt_logprobs=[prompt]))
         if outputs or endings:
-            yield from (_in_columns if self._columns else _one_by_one)(outputs, endings)
+            yield from (_in_columns if self.columns else _one_by_one)(outputs, endings)
 
 
 def _in_columns(

@@ -65,6 +65,10 @@ class Sequence:
     """Tokens that steps under way draw: they follow the output, and are not known yet."""
     computed: int = 0
     """Tokens whose keys and values are in the cache, or will be when steps under way are over."""
+    prompt_logprobs: int = -1
+    """Alternatives to report for each token of the prompt; -1: it is not scored."""
+    scored: int = 0
+    """Tokens of the prompt whose rows have scored what follows them."""
     drafting: Drafting | None = None
     """How its next tokens are guessed; None: not at all."""
     drafted: int = 0
@@ -108,6 +112,11 @@ class Sequence:
         aside."""
         left = self.length - self.computed
         return 0 if self.length > len(self.prompt) and left == 1 else left
+
+    @property
+    def scores(self) -> bool:
+        """Whether tokens of the prompt are still to be scored."""
+        return self.prompt_logprobs >= 0 and self.scored < len(self.prompt) - 1
 
     def draft(self, most: int) -> list[int]:
         """Tokens that may follow those that are known, at most so many."""

@@ -18,7 +18,7 @@ def shared(blocks: BlockPool, sequence: Sequence) -> list[int]:
     would be nothing to draw the next one from."""
     size = blocks.block_size
     found: list[int] = []
-    while (len(found) + 1) * size < sequence.length:
+    while _may_share(sequence, (len(found) + 1) * size):
         block = blocks.find(sequence.block_key(len(found), size))
         if block is None:
             break
@@ -44,4 +44,10 @@ def adopt(blocks: BlockPool, sequence: Sequence) -> None:
 
 def may_adopt(sequence: Sequence, block_size: int) -> bool:
     """Whether its next tokens are a whole block, and not its last."""
-    return sequence.computed % block_size == 0 and sequence.computed + block_size < sequence.length
+    whole = sequence.computed % block_size == 0
+    return whole and _may_share(sequence, sequence.computed + block_size)
+
+
+def _may_share(sequence: Sequence, tokens: int) -> bool:
+    """Whether so many of its first tokens need not be computed if others have been."""
+    return tokens < sequence.length and (tokens <= sequence.scored or not sequence.scores)

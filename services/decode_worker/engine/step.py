@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from services.decode_worker.engine.prompt_scores import ScoredPart, scored_parts, scored_rows
 from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.ranks.protocol import LAST_DRAWN, StartSampling, Step
 
@@ -40,6 +41,8 @@ class ScheduledStep:
     message: Step
     sampling: tuple[StartSampling, ...]
     """To be sent before it."""
+    scored: tuple[ScoredPart, ...] = ()
+    """Of prompts."""
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -91,6 +94,7 @@ def make_step(
     draws = tuple(one.draws for one in chosen)
     drawing = [one.sequence for one, count in zip(chosen, draws, strict=True) if count]
     drawn = [len(one.sequence.output) + one.sequence.drawing for one in chosen]
+    scored = scored_parts([one.sequence for one in chosen], [one.tokens for one in chosen])
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -108,6 +112,7 @@ def make_step(
             for one, before, count in zip(chosen, drawn, draws, strict=True)
             if count
         ),
+        scored=scored_rows(scored),
     )
     return ScheduledStep(
         chosen=tuple(chosen),
@@ -115,6 +120,7 @@ def make_step(
         decoding=decoding,
         message=message,
         sampling=tuple(_start_sampling(s) for s in drawing if not s.sampling_sent),
+        scored=scored,
     )
 
 

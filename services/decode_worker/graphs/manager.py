@@ -196,7 +196,9 @@ class GraphManager:
         """
         self._owner.check()
         self._table.count_missed(tokens)
-        size = graph_for(self._table.layer_us(), tokens, decoding=decoding)
+        size = 0  # of steps that score prompts
+        if message.scored is None:
+            size = graph_for(self._table.layer_us(), tokens, decoding=decoding)
         self._replaying.append(self._if_new(self._table.replayable().get(size)))
         return msgspec.structs.replace(message, graph_size=size, shadow=self.trials.shadows(size))
 

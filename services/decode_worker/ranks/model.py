@@ -52,14 +52,21 @@ class RankModel:
     def step(self, batch: Batch, drawing: Ints, graph_size: int) -> Tensor:
         """Runs a step with the graph of a captured size, eagerly for 0. Returns this rank's logits
         [D, V] of the tokens that ``drawing``, int32 [D], names."""
-        rows = _rows(batch, drawing)
         if graph_size:
-            return _replay(self.graphs[graph_size], batch, rows)
-        hidden = hidden_states(
+            return _replay(self.graphs[graph_size], batch, _rows(batch, drawing))
+        return self.logits(batch, drawing, self.hidden(batch))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Runs a step eagerly up to its hidden states [T, H]."""
+        return hidden_states(
             self.shape, self.weights, self.caches, batch.token_ids, batch.positions, batch.paging
         )
+
+    def logits(self, batch: Batch, drawing: Ints, hidden: Tensor) -> Tensor:
+        """What ``step`` returns, of its hidden states."""
         if len(drawing) == 0:
             return hidden.new_empty(0, 0)
+        rows = _rows(batch, drawing)
         return logits(self.shape, self.weights, hidden if rows is None else hidden[rows])
 
     def shadow(self, batch: Batch, drawing: Ints, graph_size: int) -> tuple[Tensor, Shadow | None]:

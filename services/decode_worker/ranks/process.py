@@ -39,6 +39,7 @@ from services.decode_worker.ranks.protocol import (
     Loaded,
     LoadGraph,
     Loading,
+    Logprobs,
     Ping,
     Pong,
     RankFailed,
@@ -52,6 +53,7 @@ from services.decode_worker.ranks.protocol import (
     frame,
 )
 from services.decode_worker.ranks.sampler import Drawn, Ints, Sampler
+from services.decode_worker.ranks.scoring import score
 
 WATCH_S = 0.001
 """How long a rank looks for the next command before it sleeps. Woken from sleep, ranks begin a step
@@ -182,8 +184,18 @@ def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
     slots = np.frombuffer(step.sampling_slots, dtype=np.int32)
     batch = _batch(step, _token_ids(step, slots, rank.last))
     draws = _draws(step, slots)
-    shadow = None
-    if step.shadow:
+    shadow, scores = None, list[Logprobs | None]()
+    if step.scored is not None:
+        hidden = rank.model.hidden(batch)
+        scores = score(
+            rank.model.shape,
+            rank.model.weights,
+            hidden,
+            step.scored,
+            reports_here=init.tp_rank == 0,
+        )
+        logits = rank.model.logits(batch, draws.rows, hidden)
+    elif step.shadow:
         logits, shadow = rank.model.shadow(batch, draws.rows, step.graph_size)
     else:
         logits = rank.model.step(batch, draws.rows, step.graph_size)
@@ -197,6 +209,7 @@ def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
         logprobs=tuple(drawn.logprobs) if any(drawn.logprobs) else (),
         step_us=int((time.perf_counter() - started) * 1e6),
         failed=drawn.failed,
+        scores=tuple(scores),
         shadow=shadow,
     )
 

@@ -135,6 +135,16 @@ class StartSampling(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ending_token_ids: bytes = b""
 
 
+class ScoredRows(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens whose log-probabilities are wanted, [R] each, little-endian int32."""
+
+    rows: bytes
+    """Of the step's tokens, that which each follows."""
+    tokens: bytes
+    tops: bytes
+    """Alternatives to report."""
+
+
 class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """One forward pass over S sequences with T new tokens in all: one each of those that decode,
     more of a prompt.
@@ -165,6 +175,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     greedy: bool
     """Whether all that draw want the likeliest token as it stands, and nothing else: ranks then
     gather no logits."""
+    scored: ScoredRows | None = None
+    """Only in a step that runs eagerly: graphs give logits of few rows."""
     graph_size: int = 0
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
@@ -195,6 +207,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     step_us: int
     failed: dict[int, int] = {}
     """Why there is no token (``precast.ops.draw_status``), by its place in ``token_ids``."""
+    scores: tuple[Logprobs | None, ...] = ()
+    """[R] of the tokens that were to be scored; None where logits are no numbers."""
     shadow: Shadow | None = None
 
 

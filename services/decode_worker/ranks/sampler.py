@@ -86,7 +86,7 @@ class Sampler:
         tokens: list[int] = result.tokens.tolist()
         self._count(rows, tokens)
         return Drawn(
-            tokens=tokens, logprobs=_logprobs(result, tokens, wanted), failed=_failed(result)
+            tokens=tokens, logprobs=reports(result, tokens, wanted), failed=_failed(result)
         )
 
     def _count(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
@@ -143,9 +143,10 @@ def _failed(result: Drawings) -> dict[int, int]:
     return {row: code for row, code in enumerate(status) if code != DrawStatus.DRAWN}
 
 
-def _logprobs(
+def reports(
     result: Drawings, tokens: Sequence[int], wanted: Sequence[int]
 ) -> list[Logprobs | None]:
+    """Of each row: so many likeliest tokens as are wanted, -1 for no report at all."""
     if max(wanted) < 0:
         return [None] * len(tokens)
     columns = (result.logprobs, result.top_ids, result.top_logprobs)

@@ -1,0 +1,97 @@
+"""Which rows of which steps score a prompt, and in what order: pure bookkeeping."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.prompt_scores import take_scores
+from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.engine.sequence import SamplingSpec, Sequence
+from services.decode_worker.ranks.protocol import Logprobs
+
+BLOCK = 4
+
+
+def scheduler(blocks: int, chunk: int) -> Scheduler:
+    return Scheduler(
+        blocks=blocks,
+        block_size=BLOCK,
+        max_batch_size=3,
+        max_context_length=64,
+        max_waiting=16,
+        prefill_chunk=chunk,
+        pace=Pace(0.15),
+    )
+
+
+def ints(data: bytes) -> list[int]:
+    values: list[int] = np.frombuffer(data, dtype=np.int32).tolist()
+    return values
+
+
+def report(token: int) -> Logprobs:
+    return Logprobs(logprob=-float(token), top_ids=(), top_logprobs=())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 20), st.booleans(), st.integers(1, 12)), min_size=1, max_size=6
+    ),
+    blocks=st.integers(9, 30),
+    chunk=st.integers(1, 12),
+    ahead=st.booleans(),
+    lost=st.sets(st.integers(1, 12), max_size=2),
+)
+def test_each_token_is_scored_once_and_in_order(
+    prompts: list[tuple[int, bool, int]], blocks: int, chunk: int, ahead: bool, lost: set[int]
+) -> None:
+    """Whatever is shared, preempted or lost with the ranks, and however chunks are cut."""
+    engine = scheduler(blocks, chunk)
+    sequences = [
+        Sequence(
+            request_id=str(number),
+            prompt=list(range(1, length + 1)),  # they begin alike
+            sampling=SamplingSpec(),
+            max_tokens=most,
+            stop_token_ids=frozenset(),
+            prompt_logprobs=3 if scored else -1,
+        )
+        for number, (length, scored, most) in enumerate(prompts)
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    got: dict[str, list[int]] = {sequence.request_id: [] for sequence in sequences}
+    under_way = []
+    for number in range(2000):
+        step = engine.schedule(number)
+        if number in lost and under_way:
+            engine.lose_cache(under_way[0])
+            under_way = []
+            continue
+        if step is not None:
+            under_way.append(step)
+            if step.message.scored is not None:  # a row's token is followed by what it scores
+                rows, tokens = ints(step.message.scored.rows), ints(step.message.scored.tokens)
+                ids = ints(step.message.token_ids)
+                assert [ids[row] + 1 for row in rows] == tokens
+                assert set(ints(step.message.scored.tops)) == {3}
+        while under_way and (not ahead or len(under_way) > 1 or step is None):
+            done = under_way.pop(0)
+            scored = done.message.scored
+            scores = [report(token) for token in ints(scored.tokens)] if scored else []
+            for part in take_scores(done.scored, scores):
+                assert [-int(each.logprob) for each in part.logprobs if each] == part.tokens
+                got[part.sequence.request_id] += part.tokens
+            engine.apply(done, [50] * sum(done.draws))
+        if step is None and not under_way and not engine.waiting + engine.running:
+            break
+    wanted = {s.request_id: s.prompt[1:] if s.prompt_logprobs >= 0 else [] for s in sequences}
+    assert got == wanted
+
+
+def test_another_number_of_scores_is_a_defect() -> None:
+    with pytest.raises(ValueError, match="2 scores for 0 tokens"):
+        take_scores((), [report(1), report(2)])
