@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from precast.cli import api_keys
 from precast.cli.compile_link import JsonOption
 from precast.cli.failures import reported
 from precast.config.settings import CompileWorkerSettings, load_settings
@@ -17,7 +18,12 @@ from precast.errors import ConfigError
 if TYPE_CHECKING:
     from precast.graphs.artifacts.signing import TrustedKeys
 
-app = typer.Typer(help="Keys that sign graphs, and those that workers trust.", no_args_is_help=True)
+app = typer.Typer(
+    help="Keys that sign graphs, those that workers trust, and those of clients.",
+    no_args_is_help=True,
+)
+
+app.add_typer(api_keys.app, name="api")
 
 HomeOption = Annotated[
     str | None, typer.Option("--home", metavar="VALUE", help="Folder that holds the keys.")

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
+from precast.access.api_keys import KeyRing
 from precast.cli import stack as stacks
 from precast.cli.view import View, open_view, print_settings
 from precast.config.settings import ServeSettings
 from precast.errors import ConfigError, PrecastError
+from precast.rpc.address import is_loopback
 
 if TYPE_CHECKING:
     from precast.cli.supervisor import Supervisor
@@ -26,6 +28,7 @@ def run(settings: ServeSettings) -> None:
     console = Console()
     console.print("settings:")
     print_settings(console, settings)
+    _warn_if_open(console, settings)
     url = f"http://{_shown_host(settings.host)}:{settings.port}"
     if not settings.port:
         raise ConfigError("port = 0: serve needs a port of its own to tell you")
@@ -34,6 +37,16 @@ def run(settings: ServeSettings) -> None:
         _import_model(settings, view)
         asyncio.run(_serve(plan, settings, url, view))
     console.print("stopped")
+
+
+def _warn_if_open(console: Console, settings: ServeSettings) -> None:
+    keys = settings.home / "keys" / "api"
+    if not is_loopback(settings.host) and KeyRing(folder=keys).open:
+        console.print(
+            f"warning: whoever reaches {settings.host}:{settings.port} may use it, for there are "
+            "no API keys: precast keys api create NAME",
+            soft_wrap=True,
+        )
 
 
 def _shown_host(host: str) -> str:

@@ -108,6 +108,9 @@ class GatewaySettings(CommonSettings):
     cors_origins: Origins = ()
     """Origins of web pages that may use the API, such as https://app.example.com; *: all; empty:
     none. Unless it is empty, a body needs the content type application/json."""
+    api_keys_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "keys" / "api")
+    """Folder of the API keys that `precast keys api create` makes; while there is none, no key is
+    asked for."""
     metrics_host: str = "127.0.0.1"
     """Interface of ``metrics_port``."""
     metrics_port: Port = 8001

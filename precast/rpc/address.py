@@ -55,6 +55,15 @@ def reachable(listen: str) -> str:
     return str(address._replace(host=socket.gethostname())) if address.wildcard else listen
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server there: a name or an IP address."""
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return bare == "localhost"
+
+
 def _is_port(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65535
 

@@ -12,9 +12,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from precast.access.api_keys import KeyRing
 from precast.config.settings import GatewaySettings
 from precast.fleet.leases import Registry
 from precast.tokenizer.model_tokenizer import TokenizerStore
+from services.gateway.access.guard import Guard
+from services.gateway.access.quota import Quota
 from services.gateway.http.body import BodyReader, check_content_type
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Admission, Leniency, PrivatePort
@@ -27,6 +30,8 @@ from services.gateway.operations import health_routes, private_app, reference_ro
 from services.gateway.routing.pool import WorkerPool
 
 _POSTS: Final = ("/v1/completions", "/v1/chat/completions")
+_FREE: Final = ("/health", "/ready")
+"""What load balancers ask, who have no key."""
 _B = TypeVar("_B", bound=BaseModel)
 
 
@@ -42,6 +47,7 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
         refresh_s=settings.worker_refresh_s,
         expected_models=settings.expected_models,
     )
+    quota = Quota(settings.redis_url, longest_s=settings.request_timeout_s)
     _watch_workers(metrics, pool)
 
     @asynccontextmanager
@@ -51,11 +57,14 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
             yield
         finally:
             await pool.close()
+            await quota.close()
             await registry.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.end_requests = pool.end_requests
     errors.install(app)
+    keys = KeyRing(folder=settings.api_keys_dir)
+    app.add_middleware(Guard, keys=keys, quota=quota, free=_FREE)
     _add_middleware(app, settings, metrics)
     if private_port is not None:
         private = private_app(metrics, pool)

@@ -14,9 +14,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from precast import log as logs
+from precast.access.api_keys import KeyRing
 from precast.config.settings import GatewaySettings
 from precast.errors import ConfigError
 from precast.log import get_logger
+from precast.rpc.address import is_loopback
 from precast.system.alive import keep_beating
 from services.gateway.app import create_app
 from services.gateway.http.protocol import ConnectionLimits, limited
@@ -97,9 +99,19 @@ def run(settings: GatewaySettings) -> int:
         app = create_app(settings, _private_port(listeners))
         server = _Server(_config(app, settings), app, settings.drain_timeout_s)
         log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
+        _warn_if_open(settings)
         server.run(sockets=listeners)
     log.info("gateway stopped")
     return 0 if server.started else 1
+
+
+def _warn_if_open(settings: GatewaySettings) -> None:
+    if KeyRing(folder=settings.api_keys_dir).open and not is_loopback(settings.host):
+        log.warning(
+            "whoever reaches this port may use it: there are no API keys",
+            host=settings.host,
+            next="precast keys api create NAME",
+        )
 
 
 def _listeners(settings: GatewaySettings) -> list[socket.socket]:

@@ -29,6 +29,7 @@ from services.gateway.openai.responses import Usage, encode
 from services.gateway.routing.event_queue import Delta, Event
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.serving import Generation
+from services.gateway.usage import count_tokens
 
 log = get_logger(__name__)
 
@@ -66,6 +67,7 @@ class GenerationResponse(Response):
         self._metrics = metrics
         self._started = started
         self._timeout_s = timeout_s
+        self._watch = _TokenWatch(plan, metrics, started)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send)
@@ -76,6 +78,7 @@ class GenerationResponse(Response):
         except Exception as error:
             await self._fail(sender, error)
         finally:
+            count_tokens(scope, self._watch.used)
             elapsed = time.monotonic() - self._started
             self._metrics.request_seconds.labels(self._plan.model).observe(elapsed)
 
@@ -122,7 +125,7 @@ class GenerationResponse(Response):
         """The one loop that every event of the request passes."""
         plan = self._plan
         answer: _Answer = _Stream(plan, sender) if plan.stream else _Whole(plan, sender)
-        watch = _TokenWatch(plan, self._metrics, self._started)
+        watch = self._watch
         running = len(plan.starts)
         async with self._generation() as generation:
             while running:
@@ -213,8 +216,11 @@ class _TokenWatch:
     """Measures a stream's times to and between tokens, and counts tokens."""
 
     def __init__(self, plan: Plan, metrics: Metrics, started: float) -> None:
+        self.used = plan.prompt_tokens
+        """Tokens of the prompts, and of the answers as far as they have come."""
         self._started = started
         self._last: dict[int, float] = {}
+        self._seen: dict[int, int] = {}
         self._timed = plan.stream
         self._ends: dict[int, pb.GenerationFinished] = {}
         self._first_token = metrics.first_token_seconds.of(plan.model)
@@ -230,8 +236,11 @@ class _TokenWatch:
     def see(self, index: int, event: Event) -> None:
         if isinstance(event, pb.GenerationFinished):
             self._ends[index] = event
+            self.used += event.completion_tokens - self._seen.pop(index, 0)
             self._counter.inc(event.completion_tokens)
         elif self._timed:
+            self._seen[index] = self._seen.get(index, 0) + event.tokens
+            self.used += event.tokens
             self._time(index, event.tokens)
 
     def _time(self, index: int, tokens: int) -> None:

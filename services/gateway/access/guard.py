@@ -1,0 +1,91 @@
+"""Lets through who has an API key, where keys are asked for."""
+
+from collections.abc import Collection
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from precast.access.api_keys import ApiKey, KeyRing
+from precast.access.api_keys import Scope as AccessScope
+from services.gateway.access.quota import Quota, Refusal
+from services.gateway.openai.errors import ApiError
+from services.gateway.usage import Usage
+
+_BEARER: Final = "bearer "
+
+
+class Guard:
+    """Asks for a key everywhere but at the ``free`` paths."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: KeyRing, quota: Quota, free: Collection[str] = ()
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._quota = quota
+        self._free = frozenset(free)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._free or self._keys.open:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._admitted(self._key(scope), scope, receive, send)
+        except _Refused as refused:
+            refused.error.headers["connection"] = "close"  # the body is not read
+            await refused.error.response()(scope, receive, send)
+
+    def _key(self, scope: Scope) -> ApiKey:
+        sent = _sent(Headers(scope=scope))
+        if not sent:
+            message = "You didn't provide an API key: send it as a bearer token (Authorization)."
+            raise _Refused(ApiError(401, message, code="invalid_api_key", headers=_CHALLENGE))
+        key = self._keys.find(sent)
+        if key is None:
+            message = "Incorrect API key provided."
+            raise _Refused(ApiError(401, message, code="invalid_api_key", headers=_CHALLENGE))
+        if AccessScope.INFERENCE not in key.scopes:
+            message = "This API key is not for inference."
+            raise _Refused(ApiError(403, message, code="insufficient_permissions"))
+        return key
+
+    async def _admitted(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        ticket = await self._quota.enter(key)
+        if isinstance(ticket, Refusal):
+            raise _Refused(_limited(key, ticket))
+        usage = Usage()
+        try:
+            await self._app(usage.watch(scope), receive, send)
+        finally:
+            await self._quota.leave(ticket, usage.tokens)
+
+
+_CHALLENGE: Final = {"www-authenticate": "Bearer"}
+
+
+class _Refused(Exception):
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def _sent(headers: Headers) -> str:
+    """As OpenAI's clients send a key, or as Anthropic's do."""
+    authorization = headers.get("authorization", "")
+    if authorization.lower().startswith(_BEARER):
+        return authorization[len(_BEARER) :].strip()
+    return headers.get("x-api-key", "")
+
+
+def _limited(key: ApiKey, refusal: Refusal) -> ApiError:
+    return ApiError(
+        429,
+        f"The API key {key.name!r} has reached its limit of {refusal.limit}.",
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"retry-after": str(refusal.retry_after_s)},
+    )
