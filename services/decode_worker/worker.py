@@ -169,6 +169,7 @@ class Worker:
             state=_STATES[self.state],
             running=self._engine.running,
             waiting=self._engine.waiting,
+            resumes=True,
         )
 
     def lease(self, address: str) -> DecodeLease:

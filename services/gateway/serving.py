@@ -1,8 +1,9 @@
-"""One request at the workers: sent, and sent again where nothing of it was shown yet."""
+"""One request at the workers: sent, and sent again where its worker is lost."""
 
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -13,18 +14,20 @@ from precast.system.backoff import Backoff
 from services.gateway.metrics import Metrics
 from services.gateway.routing.connection import Place
 from services.gateway.routing.event_queue import EventQueue
+from services.gateway.routing.policy import Demand
 from services.gateway.routing.pool import WorkerPool
+from services.gateway.routing.prefixes import Prefix, prefix_of
+from services.gateway.routing.progress import Progress
 from services.gateway.routing.worker import Worker
 
 log = get_logger(__name__)
 
-MAX_ATTEMPTS: Final = 3
-"""Workers that may get a request before it fails: it might be what ends them. Those that can't be
-reached don't count, for after some crashes most of the known workers may be dead ones."""
 FRESH_WAIT_S: Final = 1.0
 """How long a new request waits for a worker to be there."""
 LOST_WAIT_S: Final = 10.0
 """How long a request whose worker went away waits for another, or for the same to be back."""
+RESUME_WAIT_S: Final = 30.0
+"""How long one waits of which tokens have come."""
 _ROUNDS: Final = Backoff(first_s=0.1, max_s=1.0)
 """Between two looks at all workers."""
 
@@ -33,13 +36,18 @@ _ROUNDS: Final = Backoff(first_s=0.1, max_s=1.0)
 class _Choice:
     """Where one choice of the request is."""
 
-    start: pb.StartGeneration
+    progress: Progress
     worker: Worker | None = None
     handle: int = 0
     """What the worker's connection calls it."""
-    attempts: int = 0
+    build: str = ""
+    """Of the worker that made its tokens."""
+    prefix: Prefix
+    """Of its prompt."""
     tried: set[str] = field(default_factory=set)
     """Ids of workers that had it, or could not be reached, in this round."""
+    since: float = 0.0
+    """When it was asked for, or its worker was lost last (monotonic, s)."""
     failure: PrecastError | None = None
     """Why it is not at a worker; the last of the reasons."""
 
@@ -47,9 +55,9 @@ class _Choice:
 class Generation:
     """Sends a request's choices to workers; their events come to ``events``.
 
-    Until a choice has shown any text, one whose worker is full or lost is sent to another worker,
-    or to the same once it is back. Use it as an async context manager: leaving it aborts what still
-    runs.
+    A choice whose worker is full or lost is sent to another worker, or to the same once it is back,
+    and goes on behind the tokens that have come. Use it as an async context manager: leaving it
+    aborts what still runs.
     """
 
     def __init__(
@@ -60,16 +68,26 @@ class Generation:
         *,
         open_ended: bool = False,
         tokenizer_digest: str = "",
+        session: str = "",
     ) -> None:
         """``open_ended``: a worker that can hold the prompts will do, and gives as many tokens as
-        its context has left."""
+        its context has left. ``session``: requests of the same one go to the same worker."""
         self._pool = pool
         self._metrics = metrics
         self._open_ended = open_ended
         self._digest = tokenizer_digest
-        self._choices = [_Choice(start=start) for start in starts]
+        self._session = session
+        now = time.monotonic()
+        self._choices = [
+            _Choice(
+                progress=Progress(start=start),
+                since=now,
+                prefix=prefix_of(start.prompt_token_ids, start.cache_salt),
+            )
+            for start in starts
+        ]
         self._waiting: set[asyncio.Task[None]] = set()
-        self.events = EventQueue(len(starts), self._begin_anew)
+        self.events = EventQueue(len(starts), self._go_on)
 
     async def __aenter__(self) -> Self:
         for index in range(len(self._choices)):
@@ -84,20 +102,35 @@ class Generation:
             self._forget(choice)
         await asyncio.gather(*self._waiting, return_exceptions=True)
 
-    def _begin_anew(self, index: int, error: PrecastError) -> bool:
-        """A choice that has shown nothing has failed: whether it is sent again."""
+    def _go_on(self, index: int, error: PrecastError) -> bool:
+        """A choice has failed at its worker: whether it is sent again."""
         choice = self._choices[index]
         if not isinstance(error, Overloaded | WorkerUnavailable):
             return False
         choice.failure = error
-        if choice.attempts >= MAX_ATTEMPTS:
+        if isinstance(error, Overloaded):
+            choice.progress.refused()
+        else:
+            choice.since = time.monotonic()
+        if not choice.progress.may_go_on():
             return False
         assert choice.worker is not None, "failed before it was sent"
         choice.tried.add(choice.worker.worker_id)
-        self._metrics.retries.labels(choice.start.model).inc()
-        log.info("request retried", address=choice.worker.lease.address, reason=str(error))
+        self._count_retry(choice, error)
+        if not choice.progress.tokens:
+            self.events.begin_anew(index)
         self._place(index)
         return True
+
+    def _count_retry(self, choice: _Choice, error: PrecastError) -> None:
+        self._metrics.retries.labels(choice.progress.start.model).inc()
+        assert choice.worker is not None
+        log.info(
+            "request retried",
+            address=choice.worker.lease.address,
+            reason=str(error),
+            tokens=len(choice.progress.tokens),
+        )
 
     def _place(self, index: int) -> None:
         """Send a choice now, or as soon as there is a worker for it."""
@@ -108,8 +141,7 @@ class Generation:
 
     async def _keep_trying(self, index: int) -> None:
         choice = self._choices[index]
-        wait_s = LOST_WAIT_S if choice.attempts else FRESH_WAIT_S
-        end, rounds = time.monotonic() + wait_s, 0
+        end, rounds = choice.since + _wait_s(choice.progress), 0
         while (left := end - time.monotonic()) > 0 and self._may_wait(choice):
             rounds += 1
             await self._pool.wait_changed(min(left, _ROUNDS.wait_s(rounds)))
@@ -120,7 +152,8 @@ class Generation:
         self.events.fail(choice.failure)
 
     def _may_wait(self, choice: _Choice) -> bool:
-        return not isinstance(choice.failure, Overloaded) and not self._pool.stopping
+        full = isinstance(choice.failure, Overloaded) and not choice.progress.moves
+        return not full and not self._pool.stopping
 
     def _try(self, index: int) -> bool:
         """Whether the choice is at a worker, or can't be at any."""
@@ -135,25 +168,77 @@ class Generation:
                 self.events.fail(error)
                 return True
             try:
-                place = Place(queue=self.events, index=index)
-                choice.handle = self._pool.send(worker, choice.start, place)
+                self._send(choice, worker, index)
             except (Overloaded, WorkerUnreachable) as error:
                 choice.failure = error
                 choice.tried.add(worker.worker_id)
             else:
-                choice.worker = worker
-                choice.attempts += 1
                 return True
 
+    def _send(self, choice: _Choice, worker: Worker, index: int) -> None:
+        """Raises ``Overloaded`` or ``WorkerUnreachable``."""
+        progress = choice.progress
+        if self._open_ended and not progress.tokens:
+            progress.limit(worker.lease.max_context_length)
+        place = self._new_place(choice, worker, index)
+        choice.handle = self._pool.send(worker, progress.next_start(), place)
+        self._pool.sessions.sent(self._session, worker.worker_id)
+        choice.worker, choice.build = worker, worker.build
+        progress.sent()
+
+    def _new_place(self, choice: _Choice, worker: Worker, index: int) -> Place:
+        progress = choice.progress
+        known = worker.prefixes.found(choice.prefix.hashes)
+        return Place(
+            queue=self.events,
+            index=index,
+            tokens=progress.tokens,
+            prefix=choice.prefix,
+            prompt_left=max(1, progress.length - known),
+            output_left=self._expected(progress),
+        )
+
+    def _expected(self, progress: Progress) -> int:
+        """Tokens that are still to come."""
+        return self._pool.usual.expected(progress.start.stop.max_tokens - len(progress.tokens))
+
     def _pick(self, choice: _Choice) -> Worker:
-        start = choice.start
+        """Raises ``WorkerUnavailable`` or ``ModelNotFound``."""
+        progress = choice.progress
+        whole = progress.prompt_length + progress.start.stop.max_tokens
+        least = progress.length + 1
+        if not self._open_ended:
+            return self._pick_for(choice, whole)
+        if progress.tokens:  # one that ends it where the last one would have
+            with suppress(WorkerUnavailable):
+                return self._pick_for(choice, whole)
+        return self._pick_for(choice, least)
+
+    def _pick_for(self, choice: _Choice, tokens: int) -> Worker:
+        progress = choice.progress
+        demand = Demand(
+            tokens=tokens,
+            prompt=progress.length,
+            output=self._expected(progress),
+            resumes=bool(progress.tokens),
+            build=choice.build if progress.tokens else "",
+            session=self._pool.sessions.worker(self._session),
+        )
         return self._pool.pick(
-            start.model,
-            tokens=len(start.prompt_token_ids) + (1 if self._open_ended else start.stop.max_tokens),
+            progress.start.model,
+            demand,
             exclude=choice.tried,
             tokenizer_digest=self._digest,
+            hashes=choice.prefix.hashes,
         )
 
     def _forget(self, choice: _Choice) -> None:
         if choice.worker is not None:
             choice.worker.connection.forget(choice.handle)
+
+
+def _wait_s(progress: Progress) -> float:
+    """How long to wait for a worker."""
+    if progress.tokens:
+        return RESUME_WAIT_S
+    return LOST_WAIT_S if progress.moves else FRESH_WAIT_S

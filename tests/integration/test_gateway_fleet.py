@@ -89,22 +89,42 @@ def test_all_workers_full_is_429(stack: Stack) -> None:
 
 
 def test_a_worker_killed_mid_stream(stack: Stack) -> None:
+    """Its streams, and what isn't streamed, go on at the other one as if nothing had happened."""
     victim = stack.worker(worker_id="a-victim", step_ms=20)
     gateway = stack.gateway()
-    stream = gateway.client().completions.create(
-        model="tiny", prompt="the fox", max_tokens=200, stream=True
+    asked = {"model": "tiny", "prompt": "the fox", "max_tokens": 200, "n": 2, "logprobs": 1}
+    wholes: list[openai.types.Completion] = []
+    ask = lambda: wholes.append(gateway.client().completions.create(**asked))  # type: ignore[call-overload]  # noqa: E731
+    whole = threading.Thread(target=ask)
+    whole.start()
+    stream = gateway.client().completions.create(  # type: ignore[call-overload]
+        **asked, stream=True, stream_options={"include_usage": True}
     )
-    next(iter(stream))
+    chunks = [next(iter(stream))]
     survivor = stack.worker(worker_id="b-survivor")
     eventually(lambda: gateway.workers() == 2)
     killed = time.monotonic()
     victim.kill()
-    with pytest.raises(openai.APIError, match="lost"):
-        list(stream)
+    chunks += list(stream)
     assert time.monotonic() - killed < 2
+    whole.join(5)
+    usage = chunks.pop().usage
+    texts, tokens = ["", ""], [0, 0]
+    for choice in (chunk.choices[0] for chunk in chunks):
+        texts[choice.index] += choice.text
+        tokens[choice.index] += len(choice.logprobs.tokens if choice.logprobs else ())
+    undisturbed = gateway.client().completions.create(**asked)  # type: ignore[call-overload]
+    for answer in (wholes[0], undisturbed):
+        assert [choice.text for choice in answer.choices] == texts
+        assert (answer.usage.completion_tokens, answer.usage.prompt_tokens) == (
+            usage.completion_tokens,
+            usage.prompt_tokens,
+        )
+    assert (tokens, usage.completion_tokens) == ([200, 200], 400)
+    before = survivor.served()
     for _ in range(4):  # at once, long before the victim's lease has run out
         assert complete(gateway).status_code == 200
-    assert survivor.served() == 4
+    assert survivor.served() == before + 4
     eventually(lambda: gateway.workers() == 1)
 
 

@@ -57,6 +57,12 @@ class Speech:
     finished: int = 0
     """The reason, once it has one."""
 
+    def __post_init__(self) -> None:
+        """What is resumed was said already."""
+        for token in self.start.resumed_token_ids:
+            self.ids.append(token)
+            self.sent = max(self.sent, len(self._sendable(self.tokenizer.decode(self.ids))))
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self.table.tokenizer
@@ -166,6 +172,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
                 worker_id=self.worker_id,
                 state=pb.WorkerState.Value(f"WORKER_STATE_{self.state.upper()}"),
                 running=len(self.running),
+                resumes=bool(self._options.columns),
             )
             out.heartbeat(beat)
             with suppress(TimeoutError):

@@ -1,19 +1,20 @@
 """The connection to one worker: a stream that is kept open, and that all its requests share.
 
 One task reads the stream. A message has what a step gave to all its requests; each gets its part
-straight into its queue. A stream that breaks ends with an error, or begins anew elsewhere, every
-request on it; another is opened at once, then with growing pauses. The worker's heartbeats come on
+straight into its queue. When a stream breaks, every request on it goes on elsewhere, or ends with
+an error; another is opened at once, then with growing pauses. The worker's heartbeats come on
 the stream: one that has sent nothing for ``SILENCE_S`` is taken for hung and disconnected, although
 its connection looks sound. To a worker on this host the stream goes over a Unix socket.
 """
 
 import asyncio
+import enum
 import itertools
 import time
 import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -29,6 +30,7 @@ from precast.rpc.server import COLUMNS, HEARTBEATS
 from precast.system.backoff import Backoff
 from services.gateway.routing.channel import connect, local_link
 from services.gateway.routing.event_queue import Delta, EventQueue
+from services.gateway.routing.prefixes import Prefix
 
 log = get_logger(__name__)
 
@@ -47,12 +49,48 @@ _ERRORS: Final[dict[int, type[PrecastError]]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_FAILURES: Final = (pb.ERROR_CODE_INTERNAL, pb.ERROR_CODE_UNAVAILABLE)
+
+
+class Ended(enum.Enum):
+    """How a request that was sent has ended."""
+
+    FINISHED = enum.auto()
+    FAILED = enum.auto()
+    """The worker says that it has failed."""
+    LOST = enum.auto()
+    """With its connection."""
+    LEFT = enum.auto()
+    """Nobody wanted it any more, or the worker would not have it."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Place:
-    """Where the events of a request go: a choice of an HTTP request."""
+    """Where the events of a request go, a choice of an HTTP request, and how far it has come."""
 
     queue: EventQueue
     index: int
+    tokens: list[int] = field(default_factory=list)
+    """Those that have come, whichever worker made them."""
+    prefix: Prefix
+    """What the worker is sent, as the index of prefixes knows it."""
+    prompt_left: int = 0
+    """Tokens that are to be computed before the first one comes."""
+    output_left: int = 0
+    """Tokens that will probably come."""
+
+    @property
+    def left(self) -> int:
+        return self.prompt_left + self.output_left
+
+    def done(self, tokens: int) -> int:
+        """Tokens have come: how much of the work is done with them."""
+        count = min(tokens, self.output_left)
+        self.output_left -= count
+        if self.prompt_left and tokens:
+            count += self.prompt_left
+            self.prompt_left = 0
+        return count
 
 
 class WorkerConnection:
@@ -64,10 +102,11 @@ class WorkerConnection:
         *,
         on_heartbeat: Callable[[pb.Heartbeat], None],
         on_change: Callable[[], None],
-        on_end: Callable[[], None],
+        on_done: Callable[[int], None],
+        on_end: Callable[[Place, Ended], None],
     ) -> None:
-        """``on_change`` is called when the stream is there, and when it has broken; ``on_end`` when
-        a request that was sent has ended, however it did."""
+        """``on_change`` is called when the stream is there, and when it has broken; ``on_done``
+        with the work that is done; ``on_end`` when a request that was sent has ended."""
         self.address = address
         self.up = False
         """Whether the stream is open, and the worker heard of lately."""
@@ -75,6 +114,7 @@ class WorkerConnection:
         """Whether a stream was open at least once."""
         self._on_heartbeat = on_heartbeat
         self._on_change = on_change
+        self._on_done = on_done
         self._on_end = on_end
         self._places: dict[int, Place] = {}
         """By handle."""
@@ -107,7 +147,7 @@ class WorkerConnection:
 
     def forget(self, handle: int) -> None:
         """Nobody waits for the request: free its slot at the worker if it still runs."""
-        if self._pop(handle) is None:
+        if self._pop(handle, Ended.LEFT) is None:
             return
         abort = pb.GenerateRequest(
             request_id=self._request_id(handle), handle=handle, abort=pb.AbortGeneration()
@@ -129,10 +169,10 @@ class WorkerConnection:
     def _request_id(self, handle: int) -> str:
         return f"{self._name}-{handle}"
 
-    def _pop(self, handle: int) -> Place | None:
+    def _pop(self, handle: int, how: Ended) -> Place | None:
         place = self._places.pop(handle, None)
         if place is not None:
-            self._on_end()
+            self._on_end(place, how)
         return place
 
     def _put(self, request: pb.GenerateRequest) -> None:
@@ -233,28 +273,34 @@ class WorkerConnection:
     def _step(self, step: pb.StepOutput) -> None:
         """Hand out what a step has made."""
         reports = {one.handle: one.tokens for one in step.logprobs} if step.logprobs else {}
-        places = self._places
+        token_ids, taken = step.token_ids, 0
         for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
-            place = places.get(handle)  # None: it was aborted meanwhile
-            if place is not None:
-                place.queue.put(
-                    place.index, Delta(tokens=count, text=text, logprobs=reports.get(handle, ()))
-                )
+            ids = token_ids[taken : taken + count]
+            taken += count
+            logprobs = reports.get(handle, ())
+            self._put_delta(
+                handle, Delta(tokens=count, text=text, token_ids=ids, logprobs=logprobs)
+            )
         for ended in step.ends:
             self._end(ended.handle, ended.finished if ended.HasField("finished") else ended.error)
+
+    def _put_delta(self, handle: int, delta: Delta) -> None:
+        if (place := self._places.get(handle)) is not None:  # None: it was aborted meanwhile
+            place.tokens += delta.token_ids
+            self._on_done(place.done(delta.tokens))
+            place.queue.put(place.index, delta)
 
     def _single(self, response: pb.GenerateResponse) -> None:
         """An event of one request, of a worker that knows no columns."""
         handle = int(response.request_id.rpartition("-")[2])
         if response.HasField("delta"):
-            if (place := self._places.get(handle)) is not None:
-                place.queue.put(place.index, _delta(response.delta))
+            self._put_delta(handle, _delta(response.delta))
         else:
             self._end(handle, response.error if response.HasField("error") else response.finished)
 
     def _end(self, handle: int, end: pb.GenerationFinished | pb.GenerationError) -> None:
         """The last event of a request."""
-        if (place := self._pop(handle)) is None:
+        if (place := self._pop(handle, _how(end))) is None:
             return
         if isinstance(end, pb.GenerationError):
             place.queue.lose(place.index, _ERRORS.get(end.code, PrecastError)(end.message))
@@ -295,10 +341,21 @@ class WorkerConnection:
             return
         self.up = False
         for handle in list(self._places):
-            if (place := self._pop(handle)) is not None:
+            if (place := self._pop(handle, Ended.LOST)) is not None:
                 place.queue.lose(place.index, self._lost)
         self._on_change()
 
 
+def _how(end: pb.GenerationFinished | pb.GenerationError) -> Ended:
+    if isinstance(end, pb.GenerationError):
+        return Ended.FAILED if end.code in _FAILURES else Ended.LEFT
+    return Ended.LEFT if end.reason == pb.FINISH_REASON_ABORTED else Ended.FINISHED
+
+
 def _delta(single: pb.TokenDelta) -> Delta:
-    return Delta(tokens=len(single.token_ids), text=single.text, logprobs=single.logprobs)
+    return Delta(
+        tokens=len(single.token_ids),
+        text=single.text,
+        token_ids=list(single.token_ids),
+        logprobs=single.logprobs,
+    )

@@ -4,13 +4,13 @@ Workers' connections fill it, each shared by many requests, so filling never wai
 merging: once ``MAX_EVENTS`` deltas of a choice wait for a slow client, later ones are added to the
 last. A slow client gets fewer, larger chunks, and costs no more memory than its own output.
 
-Tokens that are no whole character yet are held back until text comes: as long as nothing of a
-choice was shown, another worker can begin it anew.
+Tokens that are no whole character yet are held back until text comes: a request that fails before
+anything of it was shown has a status of its own.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from precast.errors import PrecastError
@@ -25,12 +25,15 @@ class Delta:
 
     tokens: int
     text: str
+    token_ids: list[int] = field(default_factory=list)
+    """As many as ``tokens``."""
     logprobs: Sequence[TokenLogprob] = ()
     """None, or one for each token."""
 
     def add(self, later: "Delta") -> None:
         self.tokens += later.tokens
         self.text += later.text
+        self.token_ids += later.token_ids
         if later.logprobs:
             self.logprobs = [*self.logprobs, *later.logprobs]
 
@@ -42,8 +45,7 @@ class EventQueue:
     """Events of one request, of each choice in order: deltas, then one finished."""
 
     def __init__(self, choices: int, on_lost: Callable[[int, PrecastError], bool]) -> None:
-        """``on_lost(index, error)`` is asked when a choice fails before anything of it was shown:
-        true means that it is begun anew."""
+        """``on_lost(index, error)`` is asked when a choice fails: true means that it goes on."""
         self._on_lost = on_lost
         self._ready: list[tuple[int, Event]] = []
         self._held: list[Delta | None] = [None] * choices
@@ -79,10 +81,12 @@ class EventQueue:
 
     def lose(self, index: int, error: PrecastError) -> None:
         """The choice's worker has failed or refused it."""
+        if self._error is None and not self._on_lost(index, error):
+            self.fail(error)
+
+    def begin_anew(self, index: int) -> None:
+        """Forget what was held back: the choice comes from its beginning."""
         self._held[index] = None
-        if self._error is not None or (not self._shown[index] and self._on_lost(index, error)):
-            return
-        self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """End the whole request, after what has come already. The first error counts."""

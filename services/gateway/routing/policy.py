@@ -1,16 +1,12 @@
-"""Which worker gets a request: a pure policy over candidates, and the counts that feed it.
+"""Which worker gets a request: a pure policy over candidates.
 
-Leases lag by a second or more, so the gateway adds what it has sent since. ``reserve`` and
-``release`` are apart from the choice: who sends a request reserves, and releases in all events.
+The request goes where it should be done first: where least work is outstanding, with the work that
+it makes there itself. What a worker has of the prompt in its cache is no work. So chats stay where
+they were as long as that worker isn't busier than another by more than their history.
 """
 
-from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Final
-
-_WINDOWS: Final = 4
-"""Observations over which peaks are kept: twice the age that a lease can have when it is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,66 +16,68 @@ class Candidate:
     worker_id: str
     tier: int
     """0: ready. Higher tiers are chosen only where no lower one is left."""
-    load: int
-    """Requests that run or wait there."""
+    work: int
+    """Tokens that are still to be computed there, of prompts and of outputs."""
     capacity: int
     """Requests that it runs at once."""
     max_context_length: int
     """Tokens."""
     last_chosen: int
     """Sequence number of the last choice of this worker; 0 if never."""
+    prefix: int = 0
+    """Tokens of the prompt that it probably has in its cache."""
+    resumes: bool = True
+    """Whether requests may begin there with output that they have already."""
+    build: str = ""
+    """What the bits of its logits depend on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What a request wants of a worker."""
+
+    tokens: int = 0
+    """Room for so many, of prompt and output."""
+    prompt: int = 0
+    """Tokens to be in the cache before the first one is drawn."""
+    output: int = 0
+    """Tokens that will probably be drawn."""
+    resumes: bool = False
+    """It has output already."""
+    build: str = ""
+    """Of the worker that made that: another one's tokens may differ. Empty: any."""
+    session: str = ""
+    """Id of the worker that had the session's last request; it counts as having all of the prompt.
+    Empty: none."""
 
 
 def choose(
-    candidates: Iterable[Candidate], *, tokens: int = 0, exclude: Container[str] = ()
+    candidates: Iterable[Candidate], demand: Demand, exclude: Container[str] = ()
 ) -> Candidate | None:
-    """The least loaded candidate, relative to its capacity, that can hold ``tokens``.
+    """The candidate that meets the demand first, by its capacity.
 
     Among equals the one that was chosen longest ago. None if no candidate fits.
     """
     fitting = (
         candidate
         for candidate in candidates
-        if candidate.max_context_length >= tokens and candidate.worker_id not in exclude
+        if _fits(candidate, demand) and candidate.worker_id not in exclude
     )
-    return min(fitting, key=_rank, default=None)
+    return min(fitting, key=lambda candidate: _rank(candidate, demand), default=None)
 
 
-def _rank(candidate: Candidate) -> tuple[int, float, int, str]:
-    load = candidate.load / max(1, candidate.capacity)
-    return candidate.tier, load, candidate.last_chosen, candidate.worker_id
+def new_work(candidate: Candidate, demand: Demand) -> int:
+    """Tokens that the request makes the worker compute."""
+    known = demand.prompt if candidate.worker_id == demand.session else candidate.prefix
+    return max(1, demand.prompt - known) + demand.output
 
 
-class Load:
-    """One worker's load: what its lease says, corrected by what this gateway knows better.
+def _fits(candidate: Candidate, demand: Demand) -> bool:
+    resumes = candidate.resumes or not demand.resumes
+    return candidate.max_context_length >= demand.tokens and resumes
 
-    The lease counts our own requests too, those that have ended meanwhile included. So the most
-    that we had there lately is taken off it: the rest are other gateways' requests.
-    """
 
-    def __init__(self) -> None:
-        self._others = 0
-        self._peak = 0
-        self._peaks: deque[int] = deque(maxlen=_WINDOWS)
-        self.reserved = 0
-        """Requests of this gateway that are there now."""
-        self.last_chosen = 0
-
-    @property
-    def total(self) -> int:
-        return self._others + self.reserved
-
-    def observe(self, reported: int) -> None:
-        """A fresh lease says that ``reported`` requests run or wait."""
-        self._peaks.append(self._peak)
-        self._others = max(0, reported - max(self._peaks))
-        self._peak = self.reserved
-
-    def reserve(self, sequence: int) -> None:
-        self.reserved += 1
-        self._peak = max(self._peak, self.reserved)
-        self.last_chosen = sequence
-
-    def release(self) -> None:
-        assert self.reserved > 0, "released more often than reserved"
-        self.reserved -= 1
+def _rank(candidate: Candidate, demand: Demand) -> tuple[bool, int, float, int, str]:
+    other_build = demand.build not in ("", candidate.build)
+    work = (candidate.work + new_work(candidate, demand)) / max(1, candidate.capacity)
+    return other_build, candidate.tier, work, candidate.last_chosen, candidate.worker_id

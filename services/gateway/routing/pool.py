@@ -19,7 +19,10 @@ from precast.log import get_logger
 from precast.proto.decode.v1.decode_service_pb2 import StartGeneration
 from precast.system.backoff import Backoff
 from services.gateway.routing.connection import Place
-from services.gateway.routing.policy import choose
+from services.gateway.routing.load import UsualOutput
+from services.gateway.routing.policy import Demand, choose
+from services.gateway.routing.prefixes import Hashes
+from services.gateway.routing.sessions import Sessions
 from services.gateway.routing.worker import Worker
 
 log = get_logger(__name__)
@@ -49,6 +52,8 @@ class WorkerPool:
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._failures = 0
+        self.usual = UsualOutput()
+        self.sessions = Sessions()
         self.stopping = False
         """Whether no more requests are taken."""
 
@@ -107,18 +112,24 @@ class WorkerPool:
         return WorkerUnavailable(message)
 
     def pick(
-        self, model: str, *, tokens: int, exclude: Container[str] = (), tokenizer_digest: str = ""
+        self,
+        model: str,
+        demand: Demand,
+        *,
+        exclude: Container[str] = (),
+        tokenizer_digest: str = "",
+        hashes: Hashes = (),
     ) -> Worker:
-        """The worker for a request that needs room for ``tokens``.
+        """The worker for a request, whose prompt has blocks of these hashes.
 
         Raises as ``max_context_length``.
         """
         if self.stopping:
             raise WorkerUnavailable(STOPPING)
         usable = {worker.worker_id: worker for worker in self._serving(model)}
-        found = (worker.candidate(tokenizer_digest) for worker in usable.values())
+        found = (worker.candidate(tokenizer_digest, hashes) for worker in usable.values())
         candidates = [candidate for candidate in found if candidate is not None]
-        choice = choose(candidates, tokens=tokens, exclude=exclude)
+        choice = choose(candidates, demand, exclude)
         if choice is not None:
             return usable[choice.worker_id]
         raise self._none_serves(model)
@@ -192,7 +203,7 @@ class WorkerPool:
         if worker is None:
             lease = leases[-1]
             log.info("worker found", worker_id=lease.worker_id, address=address)
-            worker = self._workers[address] = Worker(lease, self._on_change)
+            worker = self._workers[address] = Worker(lease, self._on_change, self.usual)
         worker.observe(_present(worker, leases))
 
 

@@ -13,8 +13,11 @@ from precast.errors import PrecastError
 from precast.fleet.leases import DecodeLease, WorkerState
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.gateway.routing.connection import Place, WorkerConnection
-from services.gateway.routing.policy import Candidate, Load
+from services.gateway.routing.breaker import Breaker
+from services.gateway.routing.connection import Ended, Place, WorkerConnection
+from services.gateway.routing.load import Load, UsualOutput
+from services.gateway.routing.policy import Candidate
+from services.gateway.routing.prefixes import BLOCK, MAX_BLOCKS, Hashes, PrefixIndex
 
 log = get_logger(__name__)
 
@@ -24,6 +27,8 @@ Redis. A Redis that comes back empty lacks every lease until the workers' next b
 FORGET_S: Final = 60.0
 """How long a worker that is gone is still tried: a Redis that takes no writes doesn't tell of one
 that was restarted at the same address."""
+_BLOCK_SIZE: Final = 32
+"""Tokens of a worker's block; leases don't tell."""
 _STATES: Final[dict[int, WorkerState]] = {
     pb.WORKER_STATE_STARTING: "starting",
     pb.WORKER_STATE_READY: "ready",
@@ -35,11 +40,16 @@ _STATES: Final[dict[int, WorkerState]] = {
 class Worker:
     """What is at one address."""
 
-    def __init__(self, lease: DecodeLease, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, lease: DecodeLease, on_change: Callable[[], None], usual: UsualOutput
+    ) -> None:
         """``on_change`` is called when it may take requests that it didn't before, or the other way
-        round."""
+        round. ``usual``: learns how long outputs are, from all workers."""
         self.lease = lease
         self.load = Load()
+        self.prefixes = PrefixIndex()
+        self.breaker = Breaker()
+        self._usual = usual
         self._on_change = on_change
         self._missing_since: float | None = None
         self._down_since = time.monotonic()
@@ -50,7 +60,8 @@ class Worker:
             lease.address,
             on_heartbeat=self._on_heartbeat,
             on_change=self._on_connection,
-            on_end=self.load.release,
+            on_done=self.load.done,
+            on_end=self._on_end,
         )
 
     @property
@@ -97,20 +108,42 @@ class Worker:
             self._reported_gone = True
             log.info("worker gone", worker_id=self.lease.worker_id, address=self.lease.address)
 
-    def candidate(self, tokenizer_digest: str) -> Candidate | None:
-        """None where it takes no requests, or none whose prompts another tokenizer made."""
+    @property
+    def resumes(self) -> bool:
+        """Whether a request may begin there with output that it has already."""
+        return self._beat is not None and self._beat.resumes
+
+    @property
+    def build(self) -> str:
+        """What the bits of its logits depend on, as far as it is told."""
+        lease = self.lease
+        tp = lease.tensor_parallel_size
+        return f"{lease.weight_dtype} {lease.quantization} {lease.isa} {tp}"
+
+    def candidate(self, tokenizer_digest: str, hashes: Hashes) -> Candidate | None:
+        """For a prompt with these blocks. None where it takes no requests, or none whose prompts
+        another tokenizer made."""
         if not self.connection.up or self.state not in ("ready", "restarting"):
             return None
         if not self.reads_as(tokenizer_digest):
             return None
         return Candidate(
             worker_id=self.worker_id,
-            tier=int(self.state != "ready"),  # a restarting worker queues what it gets
-            load=self.load.total,
+            tier=self._tier,
+            work=self.load.work(self._usual.tokens),
+            prefix=self.prefixes.found(hashes),
             capacity=self.lease.max_batch_size,
+            resumes=self.resumes,
+            build=self.build,
             max_context_length=self.lease.max_context_length,
             last_chosen=self.load.last_chosen,
         )
+
+    @property
+    def _tier(self) -> int:
+        """A restarting worker queues what it gets; one that keeps failing may do so again."""
+        failing = self.breaker.is_open(self.load.reserved)
+        return 2 * failing + (self.state != "ready")
 
     def reads_as(self, tokenizer_digest: str) -> bool:
         """Whether its token ids are those of this tokenizer, as far as both are known."""
@@ -120,7 +153,8 @@ class Worker:
     def send(self, sequence: int, start: pb.StartGeneration, place: Place) -> int:
         """Begin a request; returns its handle. Raises ``WorkerUnreachable`` or ``Overloaded``."""
         handle = self.connection.send(start, place)
-        self.load.reserve(sequence)
+        self.load.reserve(sequence, place.left)
+        self.prefixes.add(place.prefix.hashes)
         return handle
 
     async def close(self, reason: PrecastError | None = None) -> None:
@@ -133,13 +167,31 @@ class Worker:
         return time.monotonic() - max(self._missing_since, self._down_since) - MISSING_GRACE_S
 
     def _on_heartbeat(self, beat: pb.Heartbeat) -> None:
-        changed = self._beat is None or self._beat.state != beat.state
-        self._beat = beat
+        before, self._beat = self._beat, beat
+        changed = before is None or before.state != beat.state
+        if before is None or beat.state == pb.WORKER_STATE_RESTARTING:
+            self._lose_prefixes()  # with its ranks
         self.load.observe(beat.running + beat.waiting)
         if changed:
             self._on_change()
 
+    def _lose_prefixes(self) -> None:
+        self.prefixes.clear()
+        blocks = self.lease.kv_blocks_total * _BLOCK_SIZE // BLOCK
+        self.prefixes.most = min(MAX_BLOCKS, blocks or MAX_BLOCKS)
+
+    def _on_end(self, place: Place, how: Ended) -> None:
+        self.load.release(place.left)
+        if how is Ended.FINISHED:
+            self.breaker.succeeded()
+            self.prefixes.add(place.prefix.followed_by(place.tokens).hashes)
+            self._usual.observe(len(place.tokens))
+        elif how is Ended.FAILED:
+            self.breaker.failed()
+
     def _on_connection(self) -> None:
+        if not self.connection.up and self.load.reserved:
+            self.breaker.failed()  # once, however many requests are lost
         self._beat = None
         self._down_since = time.monotonic()
         self._on_change()

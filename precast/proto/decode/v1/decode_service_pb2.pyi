@@ -605,10 +605,13 @@ class Heartbeat(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
+    RESUMES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     state: Global___WorkerState.ValueType
     running: _builtins.int
     waiting: _builtins.int
+    resumes: _builtins.bool
+    """The worker heeds resumed_token_ids; one of an older version would begin anew."""
     def __init__(
         self,
         *,
@@ -616,10 +619,11 @@ class Heartbeat(_message.Message):
         state: Global___WorkerState.ValueType = ...,
         running: _builtins.int = ...,
         waiting: _builtins.int = ...,
+        resumes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["running", b"running", "state", b"state", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resumes", b"resumes", "running", b"running", "state", b"state", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
