@@ -89,9 +89,14 @@ soak: setup-dev ## a million mixed collectives, and 50 ranks killed in the middl
 	@$(BIN)/python -m tests.support.collective_program kills --count 50
 
 .PHONY: chaos
-chaos: setup-dev ## kill services at random 200 times under load (ARGS="--kills 50 --seed 7"); then chaos-serve
+chaos: setup-dev ## kill services at random 200 times under load (ARGS="--kills 50 --seed 7"); then chaos-streams and chaos-serve
 	@$(BIN)/python -m tests.support.chaos $(ARGS)
+	@$(MAKE) chaos-streams ARGS=
 	@$(MAKE) chaos-serve ARGS=
+
+.PHONY: chaos-streams
+chaos-streams: setup-dev ## 500 streams over workers that are killed, stopped and drained: all as undisturbed
+	@$(BIN)/python -m tests.support.chaos_streams $(ARGS)
 
 .PHONY: chaos-serve
 chaos-serve: setup-dev ## kill, stop, starve and damage what `serve` runs; prints recovery times
