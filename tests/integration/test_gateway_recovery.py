@@ -19,6 +19,7 @@ import redis
 from precast.system.held_folders import put_in_place
 from precast.system.redis_server import start_redis
 from precast.tokenizer.digest import tokenizer_digest
+from services.gateway.routing.breaker import OPENS_AFTER
 from tests.support.gateway_stack import Gateway, Stack, Worker, eventually, running_stack
 from tests.support.ports import free_port
 
@@ -120,6 +121,52 @@ def test_a_worker_that_gives_its_requests_up_costs_none(stack: Stack, gateway: G
     assert begun_anew.json()["usage"]["completion_tokens"] == 20
     assert text_of(stream.wait(20)[0]) == said(28)
     assert gateway.workers() == 1
+
+
+def test_a_stream_waits_for_room_elsewhere_and_goes_on(stack: Stack, gateway: Gateway) -> None:
+    """A request that was never anywhere is told at once that all workers are full; this one was."""
+    victim = stack.worker(worker_id="a-victim")
+    eventually(lambda: gateway.workers() == 1)
+    stream = stream_with_tokens(gateway, victim, max_tokens=20)
+    full = stack.worker(worker_id="b-full", max_running=0)
+    eventually(lambda: gateway.workers() == 2)
+    victim.kill()
+    eventually(lambda: gateway.workers() == 1)
+    assert complete(gateway).status_code == 429
+    time.sleep(1.0)  # is refused again and again
+    survivor = stack.worker(worker_id="c-survivor")
+    assert text_of(stream.wait(10)[0]) == said(20)
+    assert (full.served(), survivor.served()) == (0, 1)
+
+
+def test_a_worker_that_keeps_failing_is_spared(stack: Stack, gateway: Gateway) -> None:
+    failing = stack.worker(worker_id="a-failing")
+    eventually(lambda: gateway.workers() == 1)
+    for _ in range(OPENS_AFTER + 2):
+        assert complete(gateway, prompt="!internal").status_code == 500
+    other = stack.worker(worker_id="b-other")
+    eventually(lambda: gateway.workers() == 2)
+    before = failing.served()
+    for _ in range(4):
+        assert complete(gateway).status_code == 200
+    assert (failing.served() - before, other.served()) == (0, 4)
+    other.kill()
+    eventually(lambda: gateway.workers() == 1)
+    assert complete(gateway).status_code == 200  # where no other one is left
+
+
+def test_a_chat_stays_where_its_history_is(stack: Stack, gateway: Gateway) -> None:
+    workers = [stack.worker(worker_id=f"w{number}") for number in range(2)]
+    eventually(lambda: gateway.workers() == 2)
+    for number in range(4):
+        prompt, homes = [number + 1] * 64, set[int]()
+        for turn in range(4):
+            before = workers[0].served()
+            assert complete(gateway, prompt=prompt).status_code == 200
+            homes.add(0 if workers[0].served() > before else 1)
+            prompt += [*prompt[:4], 9, turn]  # a parrot's answer, and the next question
+        assert len(homes) == 1
+    assert [worker.served() for worker in workers] == [8, 8]
 
 
 def test_a_worker_that_is_killed_and_comes_back_costs_no_request(

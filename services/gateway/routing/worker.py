@@ -50,6 +50,8 @@ class Worker:
         self.prefixes = PrefixIndex()
         self.breaker = Breaker()
         self._usual = usual
+        self._lost_requests = False
+        """Whether requests were lost with the connection that has just broken."""
         self._on_change = on_change
         self._missing_since: float | None = None
         self._down_since = time.monotonic()
@@ -188,10 +190,13 @@ class Worker:
             self._usual.observe(len(place.tokens))
         elif how is Ended.FAILED:
             self.breaker.failed()
+        elif how is Ended.LOST:
+            self._lost_requests = True
 
     def _on_connection(self) -> None:
-        if not self.connection.up and self.load.reserved:
-            self.breaker.failed()  # once, however many requests are lost
+        if self._lost_requests:
+            self.breaker.failed()  # once, however many they were
+            self._lost_requests = False
         self._beat = None
         self._down_since = time.monotonic()
         self._on_change()
