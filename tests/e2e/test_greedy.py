@@ -39,9 +39,9 @@ PROMPTS = [
     "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
     "My favourite season is autumn because",
 ]
-FEW = 6
+FEW = 3
 """Prompts that are enough for most numbers of requests: bits don't depend on that."""
-TOKENS = 64
+TOKENS = 48
 GRAPH_SIZES = (1, 3, 8)
 """Requests at once. Graphs exist for 1 and 8, so that 3 is padded."""
 EAGER_SIZES = {1: (3, 8), 2: (8,)}

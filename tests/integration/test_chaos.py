@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.chaos import run
 
-KILLS = 30
+KILLS = 20
 SEED = 4
 
 

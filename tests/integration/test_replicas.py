@@ -16,6 +16,7 @@ from services.decode_worker.replicas import replica
 from tests.support.command import precast
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.ports import free_ports
+from tests.support.serve_stack import alive
 
 MODEL = "tiny"
 COUNT, RANKS = 2, 2
@@ -70,7 +71,7 @@ def test_each_serves_and_a_killed_one_is_back_beside_the_others(
     eventually(lambda: {w.status().worker_id for w in workers if w.is_ready()} - before)
     eventually(lambda: all(worker.is_ready() for worker in workers))
     assert len({worker.status().worker_id for worker in workers} & before) == COUNT - 1
-    eventually(lambda: not any(rank.is_running() for rank in its_ranks))
+    eventually(lambda: not any(map(alive, its_ranks)))
     assert len({tuple(answer(worker)) for worker in workers}) == 1
 
 
@@ -97,13 +98,13 @@ def test_all_stop_with_their_start(workers: list[DecodeWorker]) -> None:
     assert len(everything) == COUNT * (1 + 1 + RANKS)  # a leader, a nursery, ranks
     workers[0].process.send_signal(signal.SIGTERM)
     assert workers[0].process.wait(20) == 0
-    assert not any(process.is_running() for process in everything)
+    assert not any(map(alive, everything))
 
 
 def test_nothing_outlives_a_start_that_is_killed(workers: list[DecodeWorker]) -> None:
     everything = psutil.Process(workers[0].process.pid).children(recursive=True)
     workers[0].kill()
-    eventually(lambda: not any(process.is_running() for process in everything), 10)
+    eventually(lambda: not any(map(alive, everything)), 10)
 
 
 def start_and_end(home: Path, *flags: str) -> tuple[int, list[str]]:

@@ -216,7 +216,8 @@ def test_operators_trace() -> None:
     torch.library.opcheck(ops.largest, (torch.randn(3, 70),), test_utils=tests)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("isa", [isa for isa in ("scalar", "avx2") if isa != native.native_isa()])
 def test_other_instruction_sets(isa: str) -> None:
     """The same tests for the kernels that this CPU would not choose."""
     run = subprocess.run(
@@ -224,7 +225,7 @@ def test_other_instruction_sets(isa: str) -> None:
         env={**os.environ, "PRECAST_NATIVE_ISA": isa},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=180,
     )
     assert run.returncode == 0, run.stdout[-2000:]
 

@@ -70,7 +70,10 @@ def test_a_stopped_process_has_hung_though_another_works(
 
 
 def test_processes_of_which_one_works_get_on(start: Start, clock: Callable[[float], None]) -> None:
-    assert seconds_to_hang(Watch([start(SLEEPS), start(WORKS)]), clock) == float("inf")
+    pids = [start(SLEEPS), start(WORKS)]
+    while psutil.Process(pids[1]).status() != psutil.STATUS_RUNNING:
+        time.sleep(0.01)
+    assert seconds_to_hang(Watch(pids), clock) == float("inf")
 
 
 def test_processes_that_all_sleep_have_hung(start: Start, clock: Callable[[float], None]) -> None:
