@@ -23,6 +23,8 @@ from precast.rpc.server import Server, start_server
 from precast.system.shared_memory import sweep_segments
 from precast.system.stopping import run_until_stopped
 from services.decode_worker import grpc_server
+from services.decode_worker.constraints.checker import Setup
+from services.decode_worker.constraints.compiler import ConstraintCompiler
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.scheduler import Scheduler
@@ -43,6 +45,9 @@ log = logging.get_logger(__name__)
 DRAIN_S: Final = 10.0
 TRIALS: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
+_WARM_S: Final = 5.0
+"""After its start a worker has other things to do with its processors than to get ready for
+constraints."""
 _GAUGE_INTERVAL_S: Final = 1.0
 _START_POLL_S: Final = 0.02
 _STATE_POLL_S: Final = 0.1
@@ -81,6 +86,14 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         pace=pace,
         graph_sizes=(lambda: graphs.layer_us) if settings.speculate else None,
     )
+    constraints = ConstraintCompiler(
+        Setup(
+            tokenizer=tokenizer.to_str(),
+            vocab_size=config.vocab_size,
+            eos_token_ids=tuple(sorted(config.eos_token_ids)),
+        )
+    )
+    constraints.open()  # while ranks load
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,
@@ -100,6 +113,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         engine=engine,
         graphs=graphs,
         max_context_length=share.context,
+        constraints=constraints,
         tokenizer_digest=digest_of_tokenizer(settings),
     )
     registry = Registry.connect(settings.redis_url)
@@ -122,6 +136,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
                     asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
                     asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
                     asyncio.create_task(_adapt(settings, engine, graphs)),
+                    asyncio.create_task(_warm(engine, constraints)),
                 ],
                 before_stop=lambda: _drain(worker, heartbeat),
             )
@@ -131,6 +146,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await server.stop(0.5)
+        await constraints.close()
         await registry.close()
 
 
@@ -173,6 +189,13 @@ async def _adapt(settings: DecodeWorkerSettings, engine: Engine, graphs: GraphMa
         keep=kept_sizes(settings.batch_sizes, settings.prefill_buckets),
     )
     await keep_tuning(policy, graphs, engine.counts.stats, settings.adapt_interval_s)
+
+
+async def _warm(engine: Engine, constraints: ConstraintCompiler) -> None:
+    await engine.started.wait()
+    await asyncio.sleep(_WARM_S)
+    await constraints.warm()
+    await asyncio.Event().wait()
 
 
 async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:

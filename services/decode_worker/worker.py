@@ -19,6 +19,8 @@ from precast.models.config import ModelConfig
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
+from services.decode_worker.constraints.compiler import ConstraintCompiler
+from services.decode_worker.constraints.grammar import grammar_of
 from services.decode_worker.draining import Draining
 from services.decode_worker.engine.admission import make_sequence
 from services.decode_worker.engine.engine import Engine
@@ -27,6 +29,7 @@ from services.decode_worker.engine.response_buffer import Ending, Outbox, Recipi
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.graphs.autotune.report import stats_report
 from services.decode_worker.graphs.manager import GraphManager
+from services.decode_worker.pending import PendingRequests, constrain
 
 _STATES = {
     "starting": pb.WORKER_STATE_STARTING,
@@ -45,6 +48,11 @@ _NO_ADDRESS: Final = "unknown:1"
 """In a lease that is read for a status, and not published."""
 
 
+def _code_of(error: PrecastError) -> "pb.ErrorCode.ValueType":
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+    return code or pb.ERROR_CODE_INTERNAL
+
+
 class Worker:
     def __init__(
         self,
@@ -57,6 +65,7 @@ class Worker:
         engine: Engine,
         graphs: GraphManager,
         max_context_length: int,
+        constraints: ConstraintCompiler,
         tokenizer_digest: str = "",
     ) -> None:
         self._worker_id = worker_id
@@ -69,7 +78,9 @@ class Worker:
         self._max_context_length = max_context_length
         self._tokenizer_digest = tokenizer_digest
         self._eos = frozenset(config.eos_token_ids)
-        self._draining = Draining(engine.abort)
+        self._draining = Draining(self.abort)
+        self._constraints = constraints
+        self._pending = PendingRequests(constraints, self._admit, _code_of)
         self._had_graphs = False
         """Whether all graphs were there once: a size that is added later is no reason to pause."""
 
@@ -84,8 +95,7 @@ class Worker:
         try:
             self._submit(recipient, start, outbox, on_end)
         except PrecastError as error:
-            code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
-            refusal = pb.GenerationError(code=code or pb.ERROR_CODE_INTERNAL, message=str(error))
+            refusal = pb.GenerationError(code=_code_of(error), message=str(error))
             return Ending(recipient=recipient, end=refusal)
         return None
 
@@ -98,8 +108,39 @@ class Worker:
     ) -> None:
         self._draining.check()
         request_id = recipient.request_id
-        if self._engine.knows(request_id):
+        if self._engine.knows(request_id) or self._pending.knows(request_id):
             raise InvalidRequest(f"request_id {request_id!r} is running already")
+        request = self._request(recipient, start, outbox, on_end)
+        if not start.HasField("constraint"):
+            self._admit(request)
+            return
+        grammar = grammar_of(start.constraint)
+        matcher = self._constraints.known(grammar)
+        if matcher is not None:
+            constrain(request, matcher)
+            self._admit(request)
+        else:
+            self._draining.admitted(request_id)
+            self._pending.begin(request, grammar)
+
+    def _admit(self, request: Request) -> None:
+        request.resume()
+        matcher = request.sequence.matcher
+        if matcher is not None and matcher.is_complete:  # all that was lost is its end
+            request.finish(pb.FINISH_REASON_STOP, flush=True)
+            return
+        self._engine.submit(request)
+        self._draining.admitted(request.request_id)
+
+    def _request(
+        self,
+        recipient: Recipient,
+        start: pb.StartGeneration,
+        outbox: Outbox,
+        on_end: Callable[[str], None],
+    ) -> Request:
+        """Raises InvalidRequest or ModelNotFound."""
+        request_id = recipient.request_id
         sequence = make_sequence(
             request_id,
             start,
@@ -122,7 +163,7 @@ class Worker:
             self._draining.ended(request_id)
             on_end(request_id)
 
-        request = Request(
+        return Request(
             sequence=sequence,
             recipient=recipient,
             detokenizer=detokenizer,
@@ -134,12 +175,9 @@ class Worker:
             prompt_only=stop.max_tokens == 0,
             deliver_at_end=start.deliver_at_end,
         )
-        request.resume()
-        self._engine.submit(request)
-        self._draining.admitted(request_id)
 
     def abort(self, request_id: str) -> bool:
-        return self._engine.abort(request_id)
+        return self._pending.abort(request_id) or self._engine.abort(request_id)
 
     async def drain(self, deadline_s: float, *, stopping: bool = False) -> tuple[int, int]:
         """Requests that finished and that were aborted. Raises WrongState if the worker is taken

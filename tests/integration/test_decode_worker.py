@@ -297,12 +297,8 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redi
             pb.ERROR_CODE_INVALID_ARGUMENT,
             "min_tokens",
         ),
-        (
-            {"constraint": pb.OutputConstraint(regex="a")},
-            pb.ERROR_CODE_INVALID_ARGUMENT,
-            "constraint",
-        ),
-        ({"prompt_logprobs": 0}, pb.ERROR_CODE_INVALID_ARGUMENT, "prompt_logprobs"),
+        ({"prompt_logprobs": 0}, pb.ERROR_CODE_INVALID_ARGUMENT, "columns"),
+        ({"constraint": pb.OutputConstraint()}, pb.ERROR_CODE_INVALID_ARGUMENT, "constraint"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(

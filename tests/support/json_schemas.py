@@ -4,6 +4,7 @@ They follow what public collections have: tool arguments, records, configuration
 each keyword that the grammars are said to support.
 """
 
+import random
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -457,3 +458,24 @@ UNSUPPORTED: Final[tuple[tuple[str, Json], ...]] = (
     ("oneOf", {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "integer", "maximum": 10}]}),
 )
 """Keywords that no grammar of this kind holds to, each in a schema. They have to be refused."""
+
+
+def composed(count: int) -> list[Json]:
+    """Schemas as many as wanted: those of the cases, then records and lists of some of them."""
+    draw = random.Random(count)
+    found = [case.schema for case in CASES]
+    parts = [schema for schema in found if not str(schema).count("$")]
+    while len(found) < count:
+        names = draw.sample(_NAMES, draw.randint(1, 4))
+        fields = {name: draw.choice(parts) for name in names}
+        needed = [name for name in names if draw.random() < 0.8]
+        record = closed(fields, required=needed)
+        few = draw.random() < 0.2
+        found.append(array(record, minItems=1, maxItems=draw.randint(1, 3)) if few else record)
+    return found[:count]
+
+
+_NAMES: Final = (
+    *("id", "name", "title", "status", "price", "items", "created_at", "owner", "tags", "score"),
+    *("description", "address", "unit", "result", "reason", "options", "language", "année"),
+)

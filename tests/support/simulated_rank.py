@@ -26,6 +26,7 @@ from services.decode_worker.ranks.protocol import (
     Loaded,
     LoadGraph,
     Logprobs,
+    Masks,
     Ping,
     Pong,
     Ready,
@@ -59,7 +60,7 @@ def reply_to(command: Command, init: Init, step_s: float, load: Load) -> Reply |
     if isinstance(command, Step):
         time.sleep(step_s)
         return _draw(command, step_s) if init.tp_rank == 0 else None
-    assert isinstance(command, DropGraph | StartSampling)
+    assert isinstance(command, DropGraph | StartSampling | Masks)
     return None
 
 

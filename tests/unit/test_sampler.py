@@ -11,7 +11,8 @@ from torch import Tensor
 
 from precast.ops import native
 from precast.ops.draw_status import DrawStatus
-from services.decode_worker.ranks.sampler import Drawn, Sampler
+from services.decode_worker.ranks.protocol import Masks
+from services.decode_worker.ranks.sampler import Drawn, Sampler, draw_masks
 from services.decode_worker.ranks.token_counts import ROOM, TokenCounts
 from tests.support.sampling import new_sampling
 
@@ -104,6 +105,34 @@ def test_no_token_ends_a_sequence_too_early() -> None:
     assert drawn == [[2, 2, 1], [2, 2, 1], [1, 2, 1], [1, 4, 1], [1, 4, 1]]
     sampler.start(new_sampling(0))  # of another sequence
     assert draw(sampler, logits[:2], 0, 1).tokens == [1, 2]
+
+
+def test_masks_are_of_the_draws_that_they_were_made_for() -> None:
+    """Beside a bias, with other draws between them, and none for a draw that is for nothing."""
+    sampler = Sampler(slots=4)
+    bias = {"bias_token_ids": int32(5).tobytes(), "bias_values": np.float32([50.0]).tobytes()}
+    for slot in range(4):
+        sampler.start(new_sampling(slot, logprobs=40, **(bias if slot == 2 else {})))
+    words = np.zeros((2, 2), dtype=np.int32)
+    words[0, 0], words[1, 1] = (1 << 3) | (1 << 7), 1 << 4
+    message = Masks(
+        step_id=1, rows=int32(0, -1, 1).tobytes(), words=words.tobytes(), width=words.shape[1]
+    )
+    masks = draw_masks(message, int32(1, 2, 3), 4)
+    logits = torch.randn(4, 40)
+    drawn = sampler.draw(logits.clone(), int32(0, 1, 2, 3), int32(0, 0, 0, 0), masks)
+    allowed = max((3, 7), key=lambda token: float(logits[1, token]))
+    assert drawn.tokens == [int(logits[0].argmax()), allowed, 5, 36]
+    assert [len(report.top_ids) for report in drawn.logprobs if report] == [40, 2, 40, 1]
+
+
+def test_a_mask_that_allows_nothing_says_so() -> None:
+    sampler = Sampler(slots=1)
+    sampler.start(new_sampling(0))
+    nothing = Masks(step_id=1, rows=int32(0).tobytes(), words=bytes(8), width=2)
+    masks = draw_masks(nothing, int32(0), 1)
+    drawn = sampler.draw(torch.randn(1, 40), int32(0), int32(0), masks)
+    assert drawn.failed == {0: DrawStatus.NOTHING_LEFT}
 
 
 def test_tokens_that_may_not_end_it_yet_are_not_reported() -> None:

@@ -37,7 +37,6 @@ def make_sequence(
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID} characters")
     if start.model != model:
         raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
-    _refuse_unknown(start)
     _check_prompt(start, vocab_size)
     _check_stop(start.stop, prompt_only=start.HasField("prompt_logprobs"))
     if len(start.cache_salt) > MAX_CACHE_SALT:
@@ -57,12 +56,6 @@ def make_sequence(
         output=output,
         resumed=len(output),
     )
-
-
-def _refuse_unknown(start: pb.StartGeneration) -> None:
-    """What is not honoured is not dropped in silence."""
-    if start.HasField("constraint"):
-        raise InvalidRequest("this worker does not know constraint")
 
 
 def _check_prompt(start: pb.StartGeneration, vocab_size: int) -> None:

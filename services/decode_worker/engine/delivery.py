@@ -85,6 +85,16 @@ class Delivery:
             self._end(request)
             request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
 
+    def refuse_stuck(self, sequences: Many[Sequence]) -> None:
+        """Ends those whose output can't go on in its grammar, which is too complex there."""
+        for sequence in sequences:
+            if sequence.matcher is None or not sequence.matcher.error:
+                continue
+            if (request := self._request_of(sequence)) is not None:
+                self._end(request)
+                message = f"constraint: can't go on: {sequence.matcher.error.splitlines()[0]}"
+                request.fail(pb.ERROR_CODE_INVALID_ARGUMENT, message)
+
     def fail_all(self, message: str) -> None:
         self._fail(list(self._requests.values()), message)
 

@@ -21,7 +21,8 @@ class Drafter:
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence is new."""
-        if self._graph_sizes is not None and not sequence.sampling.penalises:
+        plain = not sequence.sampling.penalises and sequence.matcher is None
+        if self._graph_sizes is not None and plain:
             sequence.drafting = Drafting()
 
     def awaits_draws(self, running: list[Sequence]) -> bool:

@@ -203,7 +203,7 @@ class Scheduler:
         return self._finish_reason(sequence, token)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if token in sequence.stop_token_ids:
+        if token in sequence.stop_token_ids or sequence.completes(token):
             return FinishReason.STOP
         return FinishReason.LENGTH if self._is_full(sequence, len(sequence.output)) else None
 

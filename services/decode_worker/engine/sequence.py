@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 from blake3 import blake3
 
+from services.decode_worker.constraints.matcher import Matcher
 from services.decode_worker.engine.speculation import Drafting
 
 _SALT_CONTEXT: Final = "precast prefix cache salt"
@@ -65,6 +66,8 @@ class Sequence:
     """Tokens that steps under way draw: they follow the output, and are not known yet."""
     computed: int = 0
     """Tokens whose keys and values are in the cache, or will be when steps under way are over."""
+    matcher: Matcher | None = None
+    """Where its output stands in the grammar that it has to follow."""
     prompt_logprobs: int = -1
     """Alternatives to report for each token of the prompt; -1: it is not scored."""
     scored: int = 0
@@ -117,6 +120,13 @@ class Sequence:
     def scores(self) -> bool:
         """Whether tokens of the prompt are still to be scored."""
         return self.prompt_logprobs >= 0 and self.scored < len(self.prompt) - 1
+
+    def completes(self, token: int) -> bool:
+        """Whether the newest token is one that nothing can follow in the sequence's grammar."""
+        if self.matcher is None:
+            return False
+        self.matcher.take(token)
+        return self.matcher.is_complete
 
     def draft(self, most: int) -> list[int]:
         """Tokens that may follow those that are known, at most so many."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -43,6 +44,8 @@ class ScheduledStep:
     """To be sent before it."""
     scored: tuple[ScoredPart, ...] = ()
     """Of prompts."""
+    masked: tuple[Sequence, ...] = ()
+    """Those whose draws wait for masks."""
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -94,6 +97,7 @@ def make_step(
     draws = tuple(one.draws for one in chosen)
     drawing = [one.sequence for one, count in zip(chosen, draws, strict=True) if count]
     drawn = [len(one.sequence.output) + one.sequence.drawing for one in chosen]
+    masked = _masked(chosen, draws)
     scored = scored_parts([one.sequence for one in chosen], [one.tokens for one in chosen])
     message = Step(
         step_id=step_id,
@@ -108,10 +112,11 @@ def make_step(
         draws=_ints(draws),
         drawn=_ints(drawn),
         greedy=all(
-            one.sequence.sampling.is_likeliest(before)
+            one.sequence.sampling.is_likeliest(before) and one.sequence.matcher is None
             for one, before, count in zip(chosen, drawn, draws, strict=True)
             if count
         ),
+        masked=_ints(list(masked)),
         scored=scored_rows(scored),
     )
     return ScheduledStep(
@@ -121,7 +126,19 @@ def make_step(
         message=message,
         sampling=tuple(_start_sampling(s) for s in drawing if not s.sampling_sent),
         scored=scored,
+        masked=tuple(masked.values()),
     )
+
+
+def _masked(chosen: Many[Chosen], draws: Many[int]) -> dict[int, Sequence]:
+    """Sequences with a grammar that draw, by the place of that among the step's draws. They have no
+    drafts."""
+    places = accumulate(draws, initial=0)
+    return {
+        place: one.sequence
+        for place, one, count in zip(places, chosen, draws, strict=False)
+        if count and one.sequence.matcher is not None
+    }
 
 
 def _slot(sequence: Sequence, position: int, block_size: int) -> int:

@@ -10,6 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
+from services.decode_worker.constraints.masks import MaskRows, masks_of
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.scheduler import Scheduler
@@ -18,7 +21,7 @@ from services.decode_worker.engine.step_counts import StepCounts
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
-from services.decode_worker.ranks.protocol import StepDone
+from services.decode_worker.ranks.protocol import Masks, StepDone
 
 STEP_TIMEOUT_S: Final = 10.0
 STEP_TIMEOUT_FACTOR: Final = 30.0
@@ -64,6 +67,8 @@ class StepLoop:
         self._under_way: deque[_Sent] = deque()
         """Steps that the ranks have, in the order in which they compute them."""
         self._next_step_id = 0
+        self._masked: ScheduledStep | None = None
+        """The last step whose masks were sent."""
         self.counts = StepCounts(metrics)
 
     def nudge(self) -> None:
@@ -88,6 +93,7 @@ class StepLoop:
             step = self._scheduler.schedule(self._next_step_id)
             if step is not None:
                 self._send(group, step)
+                await self._send_masks(group)
                 self._delivery.tell()
                 await self._finish_steps(group, but=1 if self._graphs.settled else 0)
             elif self._under_way:
@@ -117,11 +123,23 @@ class StepLoop:
         self._under_way.append(sent)
         group.send_step(message, step.sampling, timeout_s=_limit_s(step, expected))
 
+    async def _send_masks(self, group: RankGroup) -> None:
+        """To the oldest step under way, if its draws wait for some: the tokens before them are
+        known now."""
+        step = self._under_way[0].step if self._under_way else None
+        if step is None or not step.masked or step is self._masked:
+            return
+        self._masked = step
+        matchers = [s.matcher if s.alive else None for s in step.masked]
+        group.send_masks(masks_message(step.message.step_id, await masks_of(matchers)))
+        self._delivery.refuse_stuck(step.masked)
+
     async def _finish_steps(self, group: RankGroup, but: int = 0) -> None:
         """Takes in what the ranks answer, until so many steps are under way."""
         while len(self._under_way) > but:
             done = await group.step_done()
             self._finish(self._under_way.popleft(), done)
+            await self._send_masks(group)
 
     def _finish(self, sent: _Sent, done: StepDone) -> None:
         step = sent.step
@@ -156,6 +174,15 @@ class StepLoop:
             raise group.failure()
         if not self._wake.is_set():
             await group.ping()
+
+
+def masks_message(step_id: int, masks: MaskRows) -> Masks:
+    return Masks(
+        step_id=step_id,
+        rows=np.array(masks.rows, dtype=np.int32).tobytes(),
+        words=masks.words.tobytes(),
+        width=masks.words.shape[1],
+    )
 
 
 def _limit_s(step: ScheduledStep, expected_s: float | None) -> float:

@@ -27,6 +27,7 @@ from services.decode_worker.ranks.protocol import (
     Loaded,
     LoadGraph,
     Loading,
+    Masks,
     Ping,
     Pong,
     RankFailed,
@@ -143,6 +144,10 @@ class RankGroup:
         for rank in self._ranks:
             rank.send(data)
         self._sent_steps.add(timeout_s)
+
+    def send_masks(self, masks: Masks) -> None:
+        """Of the oldest step under way, to who draws. Doesn't raise, as ``send_step``."""
+        self._ranks[0].send(frame(masks))
 
     async def step_done(self) -> StepDone:
         """Rank 0's answer to the oldest step under way. What it answered before the group failed is

@@ -10,7 +10,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ from services.decode_worker.ranks.protocol import (
     LoadGraph,
     Loading,
     Logprobs,
+    Masks,
     Ping,
     Pong,
     RankFailed,
@@ -52,7 +55,7 @@ from services.decode_worker.ranks.protocol import (
     decode_command,
     frame,
 )
-from services.decode_worker.ranks.sampler import Drawn, Ints, Sampler
+from services.decode_worker.ranks.sampler import DrawMasks, Drawn, Ints, Sampler, draw_masks
 from services.decode_worker.ranks.scoring import score
 
 WATCH_S = 0.001
@@ -119,6 +122,7 @@ def serve(connection: socket.socket) -> None:
         model=model,
         sampler=Sampler(slots=init.max_batch_size),
         last=np.zeros(init.max_batch_size, dtype=np.int32),
+        receive=partial(receive, connection),
     )
     while not isinstance(command := receive(connection), Shutdown):
         reply = _run(init, rank, command)
@@ -133,6 +137,7 @@ class _Rank:
     """Of the first rank; the others' has no sequences."""
     last: Ints
     """[slots] the token that was drawn last for each."""
+    receive: Callable[[], Command]
 
 
 def _run(init: Init, rank: _Rank, command: object) -> Reply | None:
@@ -247,7 +252,22 @@ def _draw(init: Init, rank: _Rank, step: Step, draws: _Draws, logits: Tensor) ->
     if step.greedy:
         return _greedy(likeliest(rank.model.shape, logits))
     whole = gathered(rank.model.shape, logits)
-    return rank.sampler.draw(whole, draws.slots, draws.drawn) if init.tp_rank == 0 else nothing
+    if init.tp_rank != 0:
+        return nothing
+    return rank.sampler.draw(whole, draws.slots, draws.drawn, _masks(rank, step, len(draws.rows)))
+
+
+def _masks(rank: _Rank, step: Step, draws: int) -> DrawMasks | None:
+    """The leader has sent them while this step was computed, or is about to."""
+    places = np.frombuffer(step.masked, dtype=np.int32)
+    if len(places) == 0:
+        return None
+    message = rank.receive()
+    if isinstance(message, Shutdown):
+        raise BrokenPipeError
+    if not isinstance(message, Masks) or message.step_id != step.step_id:
+        raise ValueError(f"expected masks of step {step.step_id}, got {message!r:.100}")
+    return draw_masks(message, places, draws)
 
 
 def _greedy(tokens: list[int]) -> Drawn:

@@ -2,10 +2,10 @@
 
 Each rank is a process with one Unix stream socket to the leader. A frame is a 4-byte little-endian
 length and a msgpack body. The leader sends every command to every rank in the same order, but
-``StartSampling`` only to rank 0, which draws; ranks work in lock step. Only rank 0 answers
-``Step``; every rank answers ``Init``, ``Join``, ``LoadGraph`` and ``Ping``, and says meanwhile how
-far it has come with an ``Init``. A rank that can't go on sends ``RankFailed`` and exits; a rank
-that dies closes its socket.
+``StartSampling`` and ``Masks`` only to rank 0, which draws; ranks work in lock step. Only rank 0
+answers ``Step``; every rank answers ``Init``, ``Join``, ``LoadGraph`` and ``Ping``, and says
+meanwhile how far it has come with an ``Init``. A rank that can't go on sends ``RankFailed`` and
+exits; a rank that dies closes its socket.
 """
 
 import struct
@@ -172,6 +172,9 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     drawn: bytes
     """[S] tokens of each sequence drawn so far: with its seed, what its first draw depends on; for
     each draw behind it there is one more."""
+    masked: bytes = b""
+    """Places, among the draws, of those whose tokens follow a grammar. ``Masks`` come before the
+    next step, when the tokens before these draws are known; they are waited for."""
     greedy: bool
     """Whether all that draw want the likeliest token as it stands, and nothing else: ranks then
     gather no logits."""
@@ -181,6 +184,17 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
     """Run the trial graph of the captured size too, and compare (``shadow_trial.py``)."""
+
+
+class Masks(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Tokens that masked draws of a step may give. Only to rank 0, not answered."""
+
+    step_id: int
+    rows: bytes
+    """int32 [M] for each masked draw: its row in ``words``, -1 where the draw is for nothing."""
+    words: bytes
+    """int32 [masks, width], a bit for each token (``precast.ops.sampling``)."""
+    width: int
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -231,7 +245,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-Command = Init | Join | LoadGraph | DropGraph | StartSampling | Step | Ping | Shutdown
+Command = Init | Join | LoadGraph | DropGraph | StartSampling | Step | Masks | Ping | Shutdown
 Reply = Loading | Loaded | Ready | GraphLoaded | StepDone | Pong | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode

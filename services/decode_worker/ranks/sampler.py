@@ -15,7 +15,7 @@ from torch import Tensor
 
 from precast.ops.draw_status import DrawStatus
 from precast.ops.sampling import INTS, REALS, ByRow, Columns, Drawings, sample
-from services.decode_worker.ranks.protocol import Logprobs, StartSampling
+from services.decode_worker.ranks.protocol import Logprobs, Masks, StartSampling
 from services.decode_worker.ranks.token_biases import NO_BIAS, Bias, SlotBias, slot_bias
 from services.decode_worker.ranks.token_counts import TokenCounts
 
@@ -34,6 +34,22 @@ class Drawn:
     logprobs: list[Logprobs | None]
     failed: dict[int, int]
     """Status of those without a token (``DrawStatus``), by place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawMasks:
+    words: Tensor
+    """int32 [masks, ceil(V / 32)]."""
+    rows: Tensor
+    """int32 [S]: each row's mask, -1 for none."""
+
+
+def draw_masks(message: Masks, places: Ints, draws: int) -> DrawMasks:
+    """``places`` [M] of the masked ones among so many draws."""
+    rows = np.full(draws, -1, dtype=np.int32)
+    rows[places] = _ids(message.rows)
+    words = _ids(message.words).reshape(-1, message.width).copy()  # torch wants them writable
+    return DrawMasks(words=torch.from_numpy(words), rows=torch.from_numpy(rows))
 
 
 @dataclass(kw_only=True)
@@ -69,7 +85,9 @@ class Sampler:
         if message.bias_token_ids or message.min_tokens:
             self._biases[slot] = slot_bias(message)
 
-    def draw(self, logits: Tensor, slots: Ints, drawn: Ints) -> Drawn:
+    def draw(
+        self, logits: Tensor, slots: Ints, drawn: Ints, masks: DrawMasks | None = None
+    ) -> Drawn:
         """float32 [S, V] logits, which are changed, to tokens. ``slots`` [S] are the rows', and
         ``drawn`` [S] how many tokens each sequence has drawn before."""
         ints = self._ints[slots]
@@ -80,6 +98,8 @@ class Sampler:
             ints=torch.from_numpy(ints),
             seen=self._seen(rows),
             bias=self._bias(rows, drawn.tolist()),
+            masks=masks.words if masks else None,
+            mask_rows=masks.rows if masks else None,
         )
         wanted: list[int] = ints[:, _LOGPROBS].tolist()
         result = sample(logits, columns, max(0, *wanted))

@@ -1,0 +1,1 @@
+"""What the output of a request must be: grammars, and each sequence's place in its own."""

@@ -1,0 +1,54 @@
+"""Formats of strings that llguidance takes too lightly: it has leap seconds in any minute, and the
+29th of February in any year."""
+
+import json
+from typing import Any, Final
+
+_YEAR_4: Final = r"(\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
+"""Divisible by 4, and if by 100, then by 400 too."""
+_DATE: Final = (
+    r"(\d{4}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)"
+    r"|02-(0[1-9]|1\d|2[0-8]))|" + _YEAR_4 + "-02-29)"
+)
+_TIME: Final = (
+    r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"  # no :60
+)
+_PATTERNS: Final = {
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}[tT]{_TIME}$",
+}
+_VALUES: Final = frozenset({"const", "enum", "default", "examples"})
+"""Keywords behind which there are values, and no schemas."""
+_NAMED: Final = frozenset(
+    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+)
+"""Keywords behind which there are schemas by name."""
+
+
+def with_strict_formats(schema: str) -> str:
+    """A schema, JSON as text, with patterns in the place of these formats."""
+    if '"format"' not in schema:
+        return schema
+    return json.dumps(_strict(json.loads(schema)))
+
+
+def _strict(part: Any) -> Any:
+    """A schema, or several."""
+    if isinstance(part, list):
+        return [_strict(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    found = {key: _strict_behind(key, value) for key, value in part.items()}
+    name = found.get("format")
+    if isinstance(name, str) and name in _PATTERNS and "pattern" not in found:
+        found["pattern"] = _PATTERNS[found.pop("format")]
+    return found
+
+
+def _strict_behind(key: str, value: Any) -> Any:
+    if key in _VALUES:
+        return value
+    if key in _NAMED and isinstance(value, dict):
+        return {name: _strict(schema) for name, schema in value.items()}
+    return _strict(value)

@@ -1,0 +1,132 @@
+"""llguidance, as far as the worker needs it. Everything that calls it is here.
+
+Masks and acceptance are of tokens; the text is whatever their bytes join to. A grammar is compiled
+once, and each sequence has a copy of what that gave, which is cheap: copies share what they learn
+about the grammar's lexer. Calls don't raise for grammars and tokens that are wrong: a matcher then
+has an error, and keeps it.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.decode_worker.constraints.formats import with_strict_formats
+from services.decode_worker.constraints.grammar import JSON_OPTIONS, Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits
+
+Words = NDArray[np.int32]
+MAX_LEXER_STATES: Final = 50_000
+"""About 1.5 kB each, of all copies together."""
+
+
+def is_available() -> bool:
+    """Whether the library is installed."""
+    return find_spec("llguidance") is not None
+
+
+class Matcher:
+    """Where an output stands in its grammar."""
+
+    def __init__(self, inner: "LLMatcher", width: int) -> None:
+        self._inner = inner
+        self._given_up = ""
+        self.width: Final = width
+        """Words of a mask."""
+        self.taken_s = 0.0
+        """For its last mask."""
+
+    def copy(self) -> "Matcher":
+        """At the same place, going its own way from there."""
+        return Matcher(self._inner.deep_copy(), self.width)
+
+    @property
+    def error(self) -> str:
+        """Why it can't go on; empty if it can."""
+        error: str = self._given_up or self._inner.get_error()
+        return error
+
+    def give_up(self, reason: str) -> None:
+        """Something still works on it in a thread: it is asked for nothing more."""
+        self._given_up = reason
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the grammar is not held to."""
+        found: list[str] = self._inner.get_grammar_warnings()
+        return found
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output is whole, and nothing can follow it."""
+        return not self.error and bool(self._inner.is_stopped())
+
+    @property
+    def may_end(self) -> bool:
+        return bool(self._inner.is_accepting())
+
+    def take(self, token: int) -> None:
+        """The output goes on by a token; an error if the grammar does not allow it."""
+        if not self.error and not self._inner.is_stopped():
+            self._inner.consume_token(token)
+
+    def fill(self, words: Words) -> None:
+        """Sets int32 [width] to the tokens that may follow, a bit each: bit i % 32 of word i // 32.
+        Other Python threads run meanwhile."""
+        if words.shape != (self.width,) or not words.flags.c_contiguous:
+            raise ValueError(f"a mask of {words.shape}, not ({self.width},)")
+        self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+
+
+class Vocabulary:
+    """The tokens of a model, as grammars need them. Made once: it takes 0.5 s, 2 s for 150,000
+    tokens, in which no other Python thread runs."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """``tokenizer``: what is in ``tokenizer.json``. Raises ValueError for one of a kind whose
+        tokens' bytes are not known."""
+        from llguidance import LLTokenizer
+
+        try:
+            self._tokens: LLTokenizer = LLTokenizer(
+                tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids)
+            )
+        except Exception as error:  # of the library's own kinds
+            raise ValueError(str(error).splitlines()[0]) from None
+        self.width: Final = -(-vocab_size // 32)
+
+    def bytes_of(self, token: int) -> bytes:
+        found: bytes = self._tokens.decode_bytes([token])
+        return found
+
+    def compile(self, grammar: Grammar) -> Matcher:
+        """At the grammar's beginning, perhaps with an error. Other Python threads run meanwhile."""
+        from llguidance import LLMatcher
+
+        inner = LLMatcher(self._tokens, _source(grammar), log_level=0, limits=_limits())
+        return Matcher(inner, self.width)
+
+
+def _source(grammar: Grammar) -> str:
+    """As the library reads it; a schema is JSON (``grammar_of``)."""
+    from llguidance import LLMatcher
+
+    source: str
+    if grammar.kind == "json_schema":
+        schema = with_strict_formats(grammar.text)
+        source = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    elif grammar.kind == "regex":
+        source = LLMatcher.grammar_from_regex(grammar.text)
+    else:
+        source = LLMatcher.grammar_from_lark(grammar.text)
+    return source
+
+
+def _limits() -> "LLParserLimits":
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)

@@ -1,0 +1,68 @@
+"""Schemas sent to a worker with a real model, and what becomes of the answers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jsonschema_rs
+from tokenizers import Tokenizer
+
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from tests.support.columns import ColumnAnswer, generate
+from tests.support.decode_worker import DecodeWorker
+from tests.support.json_schemas import Json
+
+AT_ONCE = 16
+_PROMPT = (
+    "<|im_start|>user\nMake up an example, as JSON of this schema:\n{schema}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    ended: int = 0
+    """Answers that came to their end, and were not cut off."""
+    wrong: list[tuple[Json, str]] = field(default_factory=list)
+    """Schemas, and answers that ended and are not valid."""
+
+
+def judged(
+    worker: DecodeWorker, tokenizer: Tokenizer, schemas: Sequence[Json], max_tokens: int
+) -> Verdict:
+    """What a model answers that is asked for each, some at once."""
+    verdict = Verdict()
+    for first in range(0, len(schemas), AT_ONCE):
+        few = schemas[first : first + AT_ONCE]
+        starts = {
+            f"{first + index}": _start(worker, tokenizer, schema, first + index, max_tokens)
+            for index, schema in enumerate(few)
+        }
+        answers = generate(worker, starts, 120)
+        for schema, answer in zip(few, answers.values(), strict=True):
+            _judge(verdict, schema, answer)
+    return verdict
+
+
+def _start(
+    worker: DecodeWorker, tokenizer: Tokenizer, schema: Json, seed: int, max_tokens: int
+) -> pb.StartGeneration:
+    text = json.dumps(schema, ensure_ascii=False)
+    prompt = tokenizer.encode(_PROMPT.format(schema=text[:300])).ids
+    sampling = {"temperature": 0.8, "top_p": 0.95, "seed": seed}
+    constraint = pb.OutputConstraint(json_schema=text)
+    return worker.request(prompt, max_tokens, sampling=sampling, constraint=constraint)
+
+
+def _judge(verdict: Verdict, schema: Json, answer: ColumnAnswer) -> None:
+    if answer.reason != pb.FINISH_REASON_STOP:
+        return
+    verdict.ended += 1
+    try:
+        value = json.loads(answer.text)
+    except ValueError:
+        verdict.wrong.append((schema, answer.text))
+        return
+    check = jsonschema_rs.validator_for(schema, validate_formats=True)
+    if not check.is_valid(value):
+        verdict.wrong.append((schema, answer.text))
