@@ -11,10 +11,12 @@ import pytest
 
 from precast.errors import InvalidRequest, Overloaded
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.constraints import checker
 from services.decode_worker.constraints import compiler as constraint_compiler
 from services.decode_worker.constraints.checker import CHECK_S, Setup
 from services.decode_worker.constraints.compiler import ConstraintCompiler
 from services.decode_worker.constraints.grammar import MAX_BYTES, Grammar, grammar_of
+from services.decode_worker.constraints.matcher import Vocabulary
 from tests.support.constraints import allowed
 from tests.support.models import VOCABULARY, _tokenizer
 
@@ -22,7 +24,6 @@ SETUP = Setup(tokenizer=_tokenizer().to_str(), vocab_size=VOCABULARY, eos_token_
 WORDS = Grammar(kind="regex", text="[a-z]+")
 ENDLESS = Grammar(kind="regex", text="".join(f"([a-z]{{0,99}}{x})?" for x in "abcdefghij" * 400))
 DEEP = "\n".join(f'r{i}: r{i + 1} "x" | r{i + 2}' for i in range(6000))
-HUGE = Grammar(kind="regex", text=r"\w+\s*" * 40_000)
 
 
 @pytest.fixture
@@ -81,10 +82,9 @@ async def test_refusals_are_one_line_and_remembered(
     [
         (ENDLESS, f"takes more than {CHECK_S:g} s"),
         (Grammar(kind="lark", text=f'start: r0\n{DEEP}\nr6000: "a"\nr6001: "b"\n'), "too deeply"),
-        (HUGE, ""),
         (Grammar(kind="regex", text="((((a{100}){100}){100}){100}){100}"), ""),
     ],
-    ids=["endless", "deep", "huge", "repeated"],
+    ids=["endless", "deep", "repeated"],
 )
 async def test_what_is_too_much_ends_in_time_and_hurts_nobody(
     compiler: ConstraintCompiler, grammar: Grammar, words: str
@@ -102,6 +102,15 @@ async def test_what_is_too_much_ends_in_time_and_hurts_nobody(
     assert longest < 0.5, "the event loop was held up"
     assert allowed(await beside)
     assert allowed(await compiler.compile(Grammar(kind="regex", text="[0-9]")))
+
+
+def test_a_grammar_has_so_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Vocabulary(SETUP.tokenizer, SETUP.vocab_size, SETUP.eos_token_ids)
+    hungry = Grammar(kind="regex", text=r"\w+\s*" * 10_000)
+    assert checker.checked(known, hungry) == ""
+    monkeypatch.setattr(checker, "MEMORY_BYTES", 4 << 20)
+    assert checker.checked(known, hungry) == "constraint: regex: takes too much memory"
+    assert checker.checked(known, WORDS) == ""
 
 
 async def test_the_text_has_a_bound() -> None:

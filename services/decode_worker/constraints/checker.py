@@ -6,6 +6,7 @@ and the same limits.
 """
 
 import argparse
+import faulthandler
 import os
 import resource
 import select
@@ -109,6 +110,8 @@ def _try(vocabulary: Vocabulary, grammar: Grammar, writing: int) -> None:
     """In the fork, which it ends. What is written begins with a byte that stands for nothing."""
     try:
         die_with_parent(signal.SIGKILL)
+        faulthandler.disable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # how it dies is told in one line
         os.nice(5)
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
         pages = int(Path("/proc/self/statm").read_text().split()[0])
