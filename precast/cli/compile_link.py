@@ -52,9 +52,10 @@ async def channel(
     import grpc.aio
 
     from precast.rpc.server import error_of, open_channel
+    from precast.rpc.tls import Role, Tls
 
     address = address or await registered(settings)
-    async with open_channel(address) as opened:
+    async with open_channel(address, Tls.load(settings.tls_dir, Role.ADMIN)) as opened:
         try:
             yield opened
         except grpc.aio.AioRpcError as failure:

@@ -25,9 +25,11 @@ async def ask_worker(
 
     from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
     from precast.rpc.server import error_of, open_channel
+    from precast.rpc.tls import Role, Tls
 
     address = worker if ":" in worker else await _address(worker, redis_url)
-    async with open_channel(address) as channel:
+    tls = Tls.load(load_settings(CommonSettings).tls_dir, Role.ADMIN)
+    async with open_channel(address, tls) as channel:
         stub: Any = DecodeServiceStub(channel)
         try:
             return await method(stub)(request, timeout=timeout_s)

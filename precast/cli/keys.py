@@ -78,6 +78,21 @@ def rotate(home: HomeOption = None, folder: FolderOption = None) -> None:
 
 @app.command()
 @reported
+def tls(
+    folder: Annotated[Path, typer.Argument(help="Where they go: what tls_dir names.")],
+) -> None:
+    """Make certificates for gRPC between services; run again, it makes new ones."""
+    from precast.access.authority import AUTHORITY_KEY, make
+
+    fresh = make(folder)
+    typer.echo(f"{'authority and ' if fresh else ''}certificates: {folder}")
+    typer.echo(
+        f"next: give each machine the subfolders of its roles, not {AUTHORITY_KEY}, and set tls_dir"
+    )
+
+
+@app.command()
+@reported
 def trust(
     file: Annotated[Path, typer.Argument(help="Another worker's public key.")],
     home: HomeOption = None,

@@ -72,6 +72,7 @@ def plan(settings: ServeSettings) -> Stack:
     for name, flags in _flags(settings).items():
         flags |= {"home": settings.home, "redis-url": redis_url, "log-level": settings.log_level}
         flags |= {"log-format": settings.log_format}
+        flags |= {} if settings.tls_dir is None else {"tls-dir": settings.tls_dir}
         given = [f"--{flag}={value}" for flag, value in flags.items()]
         specs.append(
             ChildSpec(

@@ -67,6 +67,9 @@ class CommonSettings(BaseSettings):
     """Folder that holds models, artifacts, keys and logs."""
     redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     """Where the services meet."""
+    tls_dir: AbsolutePath | None = None
+    """Folder of certificates that `precast keys tls` makes, a subfolder for each role: gRPC is
+    mutual TLS then; none: it is plain."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below it are not written."""
     log_format: Literal["console", "json"] = "console"

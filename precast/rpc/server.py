@@ -21,6 +21,7 @@ from precast import errors
 from precast.errors import ConfigError, PrecastError
 from precast.log import get_logger
 from precast.rpc.reflection import add_reflection
+from precast.rpc.tls import NAME, Tls, may_call
 
 log = get_logger(__name__)
 
@@ -145,12 +146,16 @@ class Server:
         await self._server.wait_for_termination()
 
 
-async def start_server(listen: str, services: Sequence[Service], *, serving: bool = True) -> Server:
+async def start_server(
+    listen: str, services: Sequence[Service], *, serving: bool = True, tls: Tls | None = None
+) -> Server:
     """Start a server of these services, health and reflection at ``listen`` (``host:port``).
 
-    Raises ``ConfigError`` if the address can't be bound.
+    With ``tls`` callers need a certificate, of a role that may call the method. Raises
+    ``ConfigError`` if the address can't be bound.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    interceptor = ErrorInterceptor(roles=tls is not None)
+    server = grpc.aio.server(interceptors=[interceptor], options=_SERVER_OPTIONS)
     for service in services:
         service.add_to_server(service.servicer, server)
     health_servicer = _health_aio.HealthServicer()
@@ -158,7 +163,11 @@ async def start_server(listen: str, services: Sequence[Service], *, serving: boo
     names = [service.descriptor.full_name for service in services]
     add_reflection([*names, health.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listen)
+        port = (
+            server.add_secure_port(listen, tls.of_server())
+            if tls
+            else server.add_insecure_port(listen)
+        )
     except RuntimeError:
         raise ConfigError(
             f"listen {listen!r}: can't bind (in use, or not an address here)"
@@ -183,10 +192,13 @@ def _metadata_of(context: Any) -> list[tuple[str, str | bytes]]:
     return [(key, value) for key, value in context.invocation_metadata() or ()]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     """A channel to ``host:port``; its keepalive breaks the connection to a dead or stopped peer
     within 10 s, even when idle."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    options = [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", NAME)]
+    return grpc.aio.secure_channel(address, tls.of_channel(), options=options)
 
 
 # grpc's classes are generic in their stubs only
@@ -201,6 +213,10 @@ else:
 class ErrorInterceptor(_Interceptor):
     """Turns what a servicer raises into a gRPC status, for all four kinds of call."""
 
+    def __init__(self, *, roles: bool = False) -> None:
+        """``roles``: callers need a certificate that may call the method."""
+        self._roles = roles
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
@@ -208,11 +224,12 @@ class ErrorInterceptor(_Interceptor):
     ) -> _Handler:
         handler: _Handler | None = await continuation(handler_call_details)
         # None for an unknown method, which the stubs don't say: gRPC answers UNIMPLEMENTED
-        wrapped = handler and _wrapped(handler, str(handler_call_details.method))
+        method = str(handler_call_details.method)
+        wrapped = handler and _wrapped(handler, method, roles=self._roles)
         return cast("_Handler", wrapped)
 
 
-def _wrapped(handler: Any, method: str) -> _Handler:
+def _wrapped(handler: Any, method: str, *, roles: bool) -> _Handler:
     """The same handler with its behaviour guarded."""
     kinds = {
         (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -223,12 +240,18 @@ def _wrapped(handler: Any, method: str) -> _Handler:
     attribute, make = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
     behaviour = getattr(handler, attribute)
     guard = _guard_generator if inspect.isasyncgenfunction(behaviour) else _guard_coroutine
-    return make(guard(behaviour, method), handler.request_deserializer, handler.response_serializer)
+    return make(
+        guard(behaviour, method, roles), handler.request_deserializer, handler.response_serializer
+    )
 
 
-def _guard_coroutine(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Any]:
+def _guard_coroutine(
+    behaviour: Callable[..., Awaitable[Any]], method: str, roles: bool
+) -> Callable[..., Any]:
     async def guarded(request: Any, context: _Context) -> Any:
         try:
+            if roles:
+                await _check_role(context, method)
             return await behaviour(request, context)
         except Exception as error:
             await _abort(context, error, method)
@@ -236,9 +259,11 @@ def _guard_coroutine(behaviour: Callable[..., Awaitable[Any]], method: str) -> C
     return guarded
 
 
-def _guard_generator(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _guard_generator(behaviour: Callable[..., Any], method: str, roles: bool) -> Callable[..., Any]:
     async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
         try:
+            if roles:
+                await _check_role(context, method)
             # aclosing: when the caller goes away, the servicer's cleanup runs now, not at a later
             # garbage collection
             async with aclosing(behaviour(request, context)) as responses:
@@ -248,6 +273,13 @@ def _guard_generator(behaviour: Callable[..., Any], method: str) -> Callable[...
             await _abort(context, error, method)
 
     return guarded
+
+
+async def _check_role(context: _Context, method: str) -> None:
+    if not may_call(method, context):
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, f"this certificate's role may not call {method}"
+        )
 
 
 async def _abort(context: _Context, error: Exception, method: str) -> None:

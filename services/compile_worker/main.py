@@ -23,6 +23,7 @@ from precast.graphs.capture import compiler
 from precast.graphs.key import build_digest
 from precast.rpc.address import advertised
 from precast.rpc.server import Server, start_server
+from precast.rpc.tls import Role, Tls
 from precast.system.background import remove_idle_cgroups
 from precast.system.process import available_cpus
 from precast.system.scratch import sweep
@@ -74,6 +75,7 @@ def run(settings: CompileWorkerSettings, program: CaptureProgram | None = None) 
 async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> None:
     started = time.monotonic()
     _check_cpus(settings)
+    tls = Tls.load(settings.tls_dir, Role.COMPILE_WORKER)
     registry = Registry.connect(settings.redis_url)
     metrics = Metrics()
     graphs = await _open_graphs(settings, program, registry)
@@ -95,7 +97,7 @@ async def _serve(settings: CompileWorkerSettings, program: CaptureProgram) -> No
         scrub_interval_s=settings.scrub_interval_s,
     )
     offered = services(canaries, upkeep, capture_s)
-    server = await start_server(settings.listen, offered)
+    server = await start_server(settings.listen, offered, tls=tls)
     if settings.metrics_port:
         metrics.serve(settings.metrics_host, settings.metrics_port)
     log.info(

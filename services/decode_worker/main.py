@@ -20,6 +20,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.rpc.address import advertised
 from precast.rpc.local_link import serving_locally
 from precast.rpc.server import Server, start_server
+from precast.rpc.tls import Role, Tls
 from precast.system.shared_memory import sweep_segments
 from precast.system.stopping import run_until_stopped
 from services.decode_worker import grpc_server
@@ -117,7 +118,12 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         tokenizer_digest=digest_of_tokenizer(settings),
     )
     registry = Registry.connect(settings.redis_url)
-    server = await start_server(settings.listen, [grpc_server.service(worker)], serving=False)
+    server = await start_server(
+        settings.listen,
+        [grpc_server.service(worker)],
+        serving=False,
+        tls=Tls.load(settings.tls_dir, Role.DECODE_WORKER),
+    )
     if settings.metrics_port:
         metrics.serve(settings.metrics_host, settings.metrics_port)
     address = advertised(settings.advertise, server.port)
@@ -177,6 +183,7 @@ async def _get_graphs(
         trusted=trusted,
         registry=registry,
         compile_address=settings.compile_address,
+        tls=Tls.load(settings.tls_dir, Role.DECODE_WORKER),
     )
     await client.run()
 

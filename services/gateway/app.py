@@ -15,6 +15,7 @@ from starlette.responses import Response
 from precast.access.api_keys import KeyRing
 from precast.config.settings import GatewaySettings
 from precast.fleet.leases import Registry
+from precast.rpc.tls import Role, Tls
 from precast.tokenizer.model_tokenizer import TokenizerStore
 from services.gateway.access.guard import Guard
 from services.gateway.access.quota import Quota
@@ -46,6 +47,7 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
         registry,
         refresh_s=settings.worker_refresh_s,
         expected_models=settings.expected_models,
+        tls=Tls.load(settings.tls_dir, Role.GATEWAY),
     )
     quota = Quota(settings.redis_url, longest_s=settings.request_timeout_s)
     _watch_workers(metrics, pool)

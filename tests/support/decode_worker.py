@@ -17,6 +17,7 @@ import grpc
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.rpc.tls import NAME, Tls
 from tests.support import forked
 from tests.support.command import PROGRAM
 from tests.support.ports import free_port
@@ -91,9 +92,16 @@ class DecodeWorker:
     address: str
     log: Path
     model: str
+    tls: Tls | None = None
 
     def stub(self) -> Any:
-        return DecodeServiceStub(grpc.insecure_channel(self.address))  # type: ignore[no-untyped-call]
+        return DecodeServiceStub(self._channel())  # type: ignore[no-untyped-call]
+
+    def _channel(self) -> grpc.Channel:
+        if self.tls is None:
+            return grpc.insecure_channel(self.address)
+        options = [("grpc.ssl_target_name_override", NAME)]
+        return grpc.secure_channel(self.address, self.tls.of_channel(), options)
 
     def status(self) -> pb.GetStatusResponse:
         response: pb.GetStatusResponse = self.stub().GetStatus(pb.GetStatusRequest(), timeout=5)
@@ -158,6 +166,7 @@ def decode_worker(
     environment: dict[str, str] | None = None,
     ready_s: float = 90.0,
     address: str | None = None,
+    tls: Tls | None = None,
     prefix: tuple[str, ...] = (),
     **settings: Any,
 ) -> Iterator[DecodeWorker]:
@@ -177,7 +186,7 @@ def decode_worker(
             process: forked.Process = _fresh([*prefix, *PRECAST, *command], file, environment)
         else:
             process = forked.start(PROGRAM, command, stdout=file, stderr=file)
-    worker = DecodeWorker(process=process, address=address, log=log, model=model)
+    worker = DecodeWorker(process=process, address=address, log=log, model=model, tls=tls)
     try:
         eventually(worker.is_ready, ready_s)
         yield worker

@@ -28,6 +28,7 @@ from precast.log import get_logger
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as pb_grpc
 from precast.rpc.server import error_of, open_channel
+from precast.rpc.tls import Tls
 from precast.system.backoff import Backoff
 from services.decode_worker.graphs.compiler_calls import (
     RPC_TIMEOUT_S,
@@ -61,6 +62,7 @@ class CompilerClient:
         trusted: Trust,
         registry: Registry,
         compile_address: str | None,
+        tls: Tls | None = None,
     ) -> None:
         """``trusted``: the keys that the loader's caches believe."""
         self._worker_id = worker_id
@@ -70,6 +72,7 @@ class CompilerClient:
         self._trusted = trusted
         self._registry = registry
         self._compile_address = compile_address
+        self._tls = tls
         self._asked_again: set[tuple[str, int, str]] = set()
         """Key, version and signer of what was fetched for its new signature."""
         self._distrusted = asyncio.Event()
@@ -93,7 +96,7 @@ class CompilerClient:
         """Removes from the cache what must not be loaded any more, if that can be learnt soon."""
         try:
             async with asyncio.timeout(ASK_FIRST_S):
-                async with open_channel(await self._compile_worker()) as channel:
+                async with open_channel(await self._compile_worker(), self._tls) as channel:
                     for _, state in await self._states(pb_grpc.GraphsServiceStub(channel)):
                         await self._loader.retire(state)
         except (TimeoutError, PrecastError, grpc.aio.AioRpcError) as error:
@@ -155,7 +158,7 @@ class CompilerClient:
 
     async def _follow(self, address: str) -> None:
         """Works with one compile worker until it fails, or other graphs are wanted."""
-        async with open_channel(address) as channel:
+        async with open_channel(address, self._tls) as channel:
             stub: Any = pb_grpc.GraphsServiceStub(channel)
             keys = await self._request(stub)
             self._reported = ""

@@ -10,6 +10,7 @@ from precast.errors import WorkerUnreachable
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.rpc.local_link import LocalLink, connect_locally
 from precast.rpc.server import open_channel
+from precast.rpc.tls import Tls
 
 CONNECT_TIMEOUT_S: Final = 2.0
 
@@ -24,9 +25,9 @@ async def local_link(stub: Any) -> LocalLink | None:
     return await connect_locally(status.worker_id)
 
 
-async def connect(address: str) -> grpc.aio.Channel:
+async def connect(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     """A connected channel. Raises ``WorkerUnreachable`` after 2 s, or at once if refused."""
-    channel = open_channel(address)
+    channel = open_channel(address, tls)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await _until_connected(channel, address)

@@ -27,6 +27,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from precast.rpc.local_link import LocalLink
 from precast.rpc.server import COLUMNS, HEARTBEATS
+from precast.rpc.tls import Tls
 from precast.system.backoff import Backoff
 from services.gateway.routing.channel import connect, local_link
 from services.gateway.routing.event_queue import Delta, EventQueue
@@ -104,10 +105,12 @@ class WorkerConnection:
         on_change: Callable[[], None],
         on_done: Callable[[int], None],
         on_end: Callable[[Place, Ended], None],
+        tls: Tls | None = None,
     ) -> None:
         """``on_change`` is called when the stream is there, and when it has broken; ``on_done``
         with the work that is done; ``on_end`` when a request that was sent has ended."""
         self.address = address
+        self._tls = tls
         self.up = False
         """Whether the stream is open, and the worker heard of lately."""
         self.met = False
@@ -198,7 +201,7 @@ class WorkerConnection:
 
     async def _connected(self) -> None:
         """One stream, from its beginning to its end. Raises ``WorkerUnreachable``."""
-        channel = await connect(self.address)
+        channel = await connect(self.address, self._tls)
         try:
             await self._stream(channel)
         finally:

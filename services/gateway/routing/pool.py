@@ -17,6 +17,7 @@ from precast.errors import (
 from precast.fleet.leases import DecodeLease, Registry
 from precast.log import get_logger
 from precast.proto.decode.v1.decode_service_pb2 import StartGeneration
+from precast.rpc.tls import Tls
 from precast.system.backoff import Backoff
 from services.gateway.routing.connection import Place
 from services.gateway.routing.load import UsualOutput
@@ -39,9 +40,16 @@ class WorkerPool:
     """
 
     def __init__(
-        self, registry: Registry, *, refresh_s: float, expected_models: Iterable[str] = ()
+        self,
+        registry: Registry,
+        *,
+        refresh_s: float,
+        expected_models: Iterable[str] = (),
+        tls: Tls | None = None,
     ) -> None:
-        """A worker of an ``expected_models`` may not have a lease yet."""
+        """A worker of an ``expected_models`` may not have a lease yet. ``tls``: what workers are
+        shown, and who they must be."""
+        self._tls = tls
         self._registry = registry
         self._refresh_s = refresh_s
         self._pause = Backoff(first_s=refresh_s, max_s=max(refresh_s, _MAX_PAUSE_S))
@@ -203,7 +211,7 @@ class WorkerPool:
         if worker is None:
             lease = leases[-1]
             log.info("worker found", worker_id=lease.worker_id, address=address)
-            worker = self._workers[address] = Worker(lease, self._on_change, self.usual)
+            worker = self._workers[address] = Worker(lease, self._on_change, self.usual, self._tls)
         worker.observe(_present(worker, leases))
 
 

@@ -13,6 +13,7 @@ from precast.errors import PrecastError
 from precast.fleet.leases import DecodeLease, WorkerState
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.rpc.tls import Tls
 from services.gateway.routing.breaker import Breaker
 from services.gateway.routing.connection import Ended, Place, WorkerConnection
 from services.gateway.routing.load import Load, UsualOutput
@@ -41,7 +42,11 @@ class Worker:
     """What is at one address."""
 
     def __init__(
-        self, lease: DecodeLease, on_change: Callable[[], None], usual: UsualOutput
+        self,
+        lease: DecodeLease,
+        on_change: Callable[[], None],
+        usual: UsualOutput,
+        tls: Tls | None = None,
     ) -> None:
         """``on_change`` is called when it may take requests that it didn't before, or the other way
         round. ``usual``: learns how long outputs are, from all workers."""
@@ -60,6 +65,7 @@ class Worker:
         self._reported_gone = False
         self.connection = WorkerConnection(
             lease.address,
+            tls=tls,
             on_heartbeat=self._on_heartbeat,
             on_change=self._on_connection,
             on_done=self.load.done,
