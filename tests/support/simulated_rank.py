@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from precast.system.process import die_with_parent
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
+    LAST_DRAWN,
     Command,
+    DecodeOn,
     DropGraph,
     GraphLoaded,
     Init,
@@ -87,6 +90,20 @@ def _scores(step: Step) -> tuple[Logprobs, ...]:
     return tuple(Logprobs(logprob=0.0, top_ids=(token,), top_logprobs=(0.0,)) for token in ids)
 
 
+def following(last: Step, command: DecodeOn) -> Step:
+    """``command`` as a step in full; but its block tables, which nobody looks at here."""
+    contexts = np.frombuffer(last.context_lens, dtype=np.int32) + 1
+    return msgspec.structs.replace(
+        last,
+        step_id=command.step_id,
+        token_ids=np.full(len(contexts), LAST_DRAWN, dtype=np.int32).tobytes(),
+        positions=(contexts - 1).astype(np.int32).tobytes(),
+        context_lens=contexts.astype(np.int32).tobytes(),
+        graph_size=command.graph_size,
+        shadow=command.shadow,
+    )
+
+
 def _receive(connection: socket.socket) -> Command:
     """The next command; Shutdown when the leader is gone."""
     header = connection.recv(FRAME_HEADER.size, socket.MSG_WAITALL)
@@ -115,7 +132,13 @@ def serve(
         graph_factors=dict(graph_factors),
     )
     connection.sendall(frame(ready))
+    last: Step | None = None
     while not isinstance(command := _receive(connection), Shutdown):
+        if isinstance(command, DecodeOn):
+            assert last is not None
+            command = following(last, command)
+        if isinstance(command, Step) and command.goes_on:
+            last = command
         if (reply := reply_to(command, init, step_s, load)) is not None:
             connection.sendall(frame(reply))
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import FinishReason, SamplingSpec, Sequence
 from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.engine.suspects import MAX_LOSSES, MAX_LOSSES_IN_ALL
-from services.decode_worker.ranks.protocol import LAST_DRAWN
+from services.decode_worker.ranks.protocol import LAST_DRAWN, Step
+from tests.support.full_steps import FullSteps
 
 BLOCK = 4
 
@@ -53,6 +55,12 @@ def ints(data: bytes) -> list[int]:
 
 def ints_bytes(*values: int) -> bytes:
     return np.array(values, dtype=np.int32).tobytes()
+
+
+def messages(steps: Iterable[ScheduledStep | None]) -> list[Step]:
+    """Of steps that follow each other, in full."""
+    ranks = FullSteps(BLOCK)
+    return [ranks.full(step.message) for step in steps if step is not None]
 
 
 def draw(step: ScheduledStep, token: int = 50) -> list[int]:
@@ -325,7 +333,7 @@ def test_a_step_is_scheduled_before_the_draws_of_the_last_are_known() -> None:
     scheduler.add(sequence("a", max_tokens=3))
     steps = [scheduler.schedule(number) for number in range(4)]
     assert steps[3] is None  # whatever is drawn, it ends with the third
-    given = [(ints(s.message.token_ids), ints(s.message.drawn)) for s in steps if s is not None]
+    given = [(ints(message.token_ids), ints(message.drawn)) for message in messages(steps)]
     assert given == [([1, 2, 3, 4, 5], [0]), ([LAST_DRAWN], [1]), ([LAST_DRAWN], [2])]
     for step in steps[:3]:
         assert step is not None
@@ -429,6 +437,7 @@ class Traffic(RuleBasedStateMachine):
         """By sampling slot: all tokens of its sequence with the one drawn last."""
         self.told: dict[int, int] = {}
         """Seeds that a rank knows, by slot."""
+        self.ranks = FullSteps(BLOCK)
 
     @rule(
         prefix=st.sampled_from([[], *PREFIXES]),
@@ -463,22 +472,22 @@ class Traffic(RuleBasedStateMachine):
         if step is None:
             assert not self.live or self.under_way, "work is left, but nothing is done"
             return
-        slots = ints(step.message.slots)
-        assert len(slots) == len(set(slots))
         assert step.prompt_tokens <= 5
-        self.tell(step)
-        self.under_way.append((step, self.compute(step)))
+        message = self.ranks.full(step.message)
+        self.tell(step, message)
+        self.under_way.append((step, self.compute(step, message)))
 
-    def tell(self, step: ScheduledStep) -> None:
+    def tell(self, step: ScheduledStep, message: Step) -> None:
         """What the first rank knows of how to draw: each slot is its sequence's."""
-        self.told |= {message.slot: message.seed for message in step.sampling}
-        rows = zip(ints(step.message.sampling_slots), step.draws, step.sequences, strict=True)
+        self.told |= {start.slot: start.seed for start in step.sampling}
+        rows = zip(ints(message.sampling_slots), step.draws, step.sequences, strict=True)
         for slot, draws, one in rows:
             assert not draws or self.told[slot] == one.sampling.seed
 
-    def compute(self, step: ScheduledStep) -> list[int]:
+    def compute(self, step: ScheduledStep, message: Step) -> list[int]:
         """What the ranks do: write the new tokens, read all of them, draw."""
-        message, drawn = step.message, list[int]()
+        drawn = list[int]()
+        assert len(set(ints(message.slots))) == step.tokens
         slots, given = iter(ints(message.slots)), iter(ints(message.token_ids))
         columns = (message.context_lens, message.sampling_slots, message.draws, message.drawn)
         for one, *row in zip(step.chosen, *map(ints, columns), strict=True):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from precast.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from services.decode_worker.engine import suspects
+from services.decode_worker.engine.decode_on import decode_on
 from services.decode_worker.engine.drafter import Drafter
 from services.decode_worker.engine.kv_cache import BlockPool
 from services.decode_worker.engine.pace import Pace
@@ -26,7 +27,7 @@ from services.decode_worker.engine.prompts import prompt_chunks, unfinished_prom
 from services.decode_worker.engine.sequence import FinishReason, Sequence
 from services.decode_worker.engine.sharing import adopt, publish, shared
 from services.decode_worker.engine.speculation import Sizes
-from services.decode_worker.engine.step import Chosen, ScheduledStep, make_step
+from services.decode_worker.engine.step import Chosen, ScheduledStep, StepBatch, make_step
 
 
 class Outcome(NamedTuple):
@@ -65,6 +66,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
+        self._same: StepBatch | None = None
+        """The batch of the last step, if that was all of them and may decode on."""
         self._free_slots = list(range(max_batch_size))
 
     @property
@@ -142,6 +145,17 @@ class Scheduler:
         """The next step, or None if there is nothing to do."""
         if self._drafter.awaits_draws(self._running):
             return None
+        return self._decode_on(step_id) or self._schedule_anew(step_id)
+
+    def _decode_on(self, step_id: int) -> ScheduledStep | None:
+        """The last step's batch once more, if nothing else is to be done."""
+        admits = self._waiting and len(self._running) < self._max_batch_size
+        if self._same is None or admits:
+            return None
+        return decode_on(step_id, self._same, self.blocks, self._left_after_draws)
+
+    def _schedule_anew(self, step_id: int) -> ScheduledStep | None:
+        self._same = None
         self._admit()
         for sequence in self._running:
             adopt(self.blocks, sequence)
@@ -155,6 +169,8 @@ class Scheduler:
             one.sequence.drawing += draws
             one.sequence.drafted = len(one.draft)
             publish(self.blocks, one.sequence)
+        if step.batch.is_plain and len(chosen) == len(self._running):
+            self._same = step.batch
         return step
 
     def _choose(self) -> tuple[list[Chosen], int]:
@@ -171,14 +187,27 @@ class Scheduler:
     def apply(self, step: ScheduledStep, token_ids: list[int]) -> list[Outcome]:
         """Takes in the draws of the oldest step under way; -1 where one could not be drawn.
         Finished sequences free their blocks."""
-        if len(token_ids) != sum(step.draws):
-            raise ValueError(f"{len(token_ids)} tokens for {sum(step.draws)} draws")
+        if len(token_ids) != step.batch.all_draws:
+            raise ValueError(f"{len(token_ids)} tokens for {step.batch.all_draws} draws")
         outcomes, place = list[Outcome](), 0
         for one, draws in zip(step.chosen, step.draws, strict=True):
-            if one.sequence.alive and draws:
+            if not one.sequence.alive:
+                pass  # it has ended meanwhile
+            elif draws == 1:
+                outcomes.append(self._take_one(one.sequence, place, token_ids[place]))
+            elif draws:
                 outcomes += self._take(one, place, token_ids[place : place + draws])
             place += draws
         return outcomes
+
+    def _take_one(self, sequence: Sequence, place: int, token: int) -> Outcome:
+        """A sequence's only new token, without a draft."""
+        sequence.drawing -= 1
+        reason = self._append(sequence, token)
+        publish(self.blocks, sequence)
+        if reason is not None:
+            self._drop(sequence)
+        return Outcome(sequence, token, reason, place)
 
     def _take(self, one: Chosen, place: int, tokens: list[int]) -> list[Outcome]:
         """A sequence's new tokens: as many as its draft was right, and one more."""
@@ -291,12 +320,14 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._same = None
         self._running.remove(sequence)
         self._release(sequence)
         sequence.computed = sequence.published = 0
         self._waiting.appendleft(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
+        self._same = None
         (self._running if sequence in self._running else self._waiting).remove(sequence)
         self._retire(sequence)
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
 
 from services.decode_worker.engine.prompt_scores import ScoredPart, scored_parts, scored_rows
 from services.decode_worker.engine.sequence import Sequence
-from services.decode_worker.ranks.protocol import LAST_DRAWN, StartSampling, Step
+from services.decode_worker.ranks.protocol import LAST_DRAWN, DecodeOn, StartSampling, Step
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,64 @@ class Chosen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduledStep:
+class StepBatch:
+    """Who is in a step. Steps that only decode on have it in common."""
+
     chosen: tuple[Chosen, ...]
     draws: tuple[int, ...]
     """Tokens that are drawn for each of them, in their order."""
     decoding: int
     """Sequences that decode, first among them; the others' tokens are of prompts."""
-    message: Step
-    sampling: tuple[StartSampling, ...]
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(one.tokens for one in self.chosen)
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    @cached_property
+    def prompt_tokens(self) -> int:
+        return sum(self.counts[self.decoding :])
+
+    @cached_property
+    def decode_tokens(self) -> int:
+        return self.tokens - self.prompt_tokens
+
+    @cached_property
+    def all_draws(self) -> int:
+        return sum(self.draws)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether each sequence decodes, by one token without a draft or a mask."""
+        masked = any(one.sequence.matcher is not None for one in self.chosen)
+        return self.decoding == len(self.chosen) == self.tokens and not masked
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledStep:
+    batch: StepBatch
+    message: Step | DecodeOn
+    sampling: tuple[StartSampling, ...] = ()
     """To be sent before it."""
     scored: tuple[ScoredPart, ...] = ()
     """Of prompts."""
     masked: tuple[Sequence, ...] = ()
     """Those whose draws wait for masks."""
+
+    @property
+    def chosen(self) -> tuple[Chosen, ...]:
+        return self.batch.chosen
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        return self.batch.draws
+
+    @property
+    def decoding(self) -> int:
+        return self.batch.decoding
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -54,20 +100,20 @@ class ScheduledStep:
     @property
     def counts(self) -> tuple[int, ...]:
         """Tokens of each sequence, with those of its draft."""
-        return tuple(one.tokens for one in self.chosen)
+        return self.batch.counts
 
     @property
     def tokens(self) -> int:
-        return sum(self.counts)
+        return self.batch.tokens
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(self.counts[self.decoding :])
+        return self.batch.prompt_tokens
 
     @property
     def decode_tokens(self) -> int:
         """With those of drafts."""
-        return sum(self.counts[: self.decoding])
+        return self.batch.decode_tokens
 
 
 def make_step(
@@ -99,6 +145,7 @@ def make_step(
     drawn = [len(one.sequence.output) + one.sequence.drawing for one in chosen]
     masked = _masked(chosen, draws)
     scored = scored_parts([one.sequence for one in chosen], [one.tokens for one in chosen])
+    batch = StepBatch(chosen=tuple(chosen), draws=draws, decoding=decoding)
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -118,11 +165,10 @@ def make_step(
         ),
         masked=_ints(list(masked)),
         scored=scored_rows(scored),
+        goes_on=batch.is_plain,
     )
     return ScheduledStep(
-        chosen=tuple(chosen),
-        draws=draws,
-        decoding=decoding,
+        batch=batch,
         message=message,
         sampling=tuple(_start_sampling(s) for s in drawing if not s.sampling_sent),
         scored=scored,

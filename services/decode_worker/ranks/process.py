@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +22,17 @@ from torch import Tensor
 from precast import log as logging
 from precast.errors import PrecastError
 from precast.models.forward import gathered, likeliest
-from precast.models.layers import Paging
 from precast.ops import native
 from precast.ops.draw_status import DrawStatus
 from precast.system.process import die_with_parent, pin
 from services.decode_worker.ranks import model as rank_model
-from services.decode_worker.ranks.model import Batch, RankModel
+from services.decode_worker.ranks.model import RankModel
+from services.decode_worker.ranks.prepared import Prepared, RunningBatch, prepare
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
-    LAST_DRAWN,
     MAX_FRAME_BYTES,
     Command,
+    DecodeOn,
     DropGraph,
     GraphLoaded,
     Init,
@@ -130,7 +129,7 @@ def serve(connection: socket.socket) -> None:
             _send(connection, reply)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Rank:
     model: RankModel
     sampler: Sampler
@@ -138,11 +137,13 @@ class _Rank:
     last: Ints
     """[slots] the token that was drawn last for each."""
     receive: Callable[[], Command]
+    running: RunningBatch | None = None
+    """What ``DecodeOn`` goes on with."""
 
 
 def _run(init: Init, rank: _Rank, command: object) -> Reply | None:
     model = rank.model
-    if isinstance(command, Step):
+    if isinstance(command, Step | DecodeOn):
         return _step(init, rank, command)
     if isinstance(command, StartSampling):
         rank.sampler.start(command)
@@ -184,13 +185,12 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
     )
 
 
-def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
+def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
     started = time.perf_counter()
-    slots = np.frombuffer(step.sampling_slots, dtype=np.int32)
-    batch = _batch(step, _token_ids(step, slots, rank.last))
-    draws = _draws(step, slots)
+    prepared = _prepared(init, rank, step)
+    batch, draws, greedy = prepared
     shadow, scores = None, list[Logprobs | None]()
-    if step.scored is not None:
+    if isinstance(step, Step) and step.scored is not None:
         hidden = rank.model.hidden(batch)
         scores = score(
             rank.model.shape,
@@ -204,8 +204,8 @@ def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
         logits, shadow = rank.model.shadow(batch, draws.rows, step.graph_size)
     else:
         logits = rank.model.step(batch, draws.rows, step.graph_size)
-    drawn = _draw(init, rank, step, draws, logits)
-    _keep(init, step, rank.last, draws.slots, drawn.tokens)
+    drawn = _draw(init, rank, step, prepared, logits)
+    _keep(init, rank.last, draws.slots, drawn.tokens, greedy=greedy)
     if init.tp_rank != 0:
         return None
     return StepDone(
@@ -219,37 +219,26 @@ def _step(init: Init, rank: _Rank, step: Step) -> StepDone | None:
     )
 
 
-class _Draws(NamedTuple):
-    """What a step draws: [D] each."""
-
-    rows: Ints
-    """Of the step's tokens, that which the draw follows."""
-    slots: Ints
-    drawn: Ints
-    """Tokens that the sequence has drawn before."""
-
-
-def _draws(step: Step, slots: Ints) -> _Draws:
-    counts = np.frombuffer(step.draws, dtype=np.int32)
-    before = np.frombuffer(step.drawn, dtype=np.int32)
-    ends = np.frombuffer(step.query_starts, dtype=np.int32)[1:]
-    # the place of each draw among its sequence's
-    starts = np.cumsum(counts) - counts
-    places = np.arange(counts.sum(), dtype=np.int32) - np.repeat(starts, counts)
-    return _Draws(
-        rows=np.repeat(ends - counts, counts) + places,
-        slots=np.repeat(slots, counts),
-        drawn=np.repeat(before, counts) + places,
-    )
+def _prepared(init: Init, rank: _Rank, step: Step | DecodeOn) -> Prepared:
+    if isinstance(step, DecodeOn):
+        if rank.running is None:
+            raise ValueError("there is no step to decode on from")
+        return rank.running.next(step, rank.last)
+    prepared = prepare(step, rank.last)
+    if step.goes_on:
+        rank.running = RunningBatch(prepared, init.block_size)
+    return prepared
 
 
-def _draw(init: Init, rank: _Rank, step: Step, draws: _Draws, logits: Tensor) -> Drawn:
+def _draw(
+    init: Init, rank: _Rank, step: Step | DecodeOn, prepared: Prepared, logits: Tensor
+) -> Drawn:
     """What is drawn in this step; of ranks but the first, only their part in the collectives.
     ``logits`` has a row for each."""
-    nothing = Drawn(tokens=[], logprobs=[], failed={})
+    draws, nothing = prepared.draws, Drawn(tokens=[], logprobs=[], failed={})
     if len(draws.rows) == 0:
         return nothing
-    if step.greedy:
+    if prepared.greedy:
         return _greedy(likeliest(rank.model.shape, logits))
     whole = gathered(rank.model.shape, logits)
     if init.tp_rank != 0:
@@ -257,11 +246,11 @@ def _draw(init: Init, rank: _Rank, step: Step, draws: _Draws, logits: Tensor) ->
     return rank.sampler.draw(whole, draws.slots, draws.drawn, _masks(rank, step, len(draws.rows)))
 
 
-def _masks(rank: _Rank, step: Step, draws: int) -> DrawMasks | None:
+def _masks(rank: _Rank, step: Step | DecodeOn, draws: int) -> DrawMasks | None:
     """The leader has sent them while this step was computed, or is about to."""
-    places = np.frombuffer(step.masked, dtype=np.int32)
-    if len(places) == 0:
+    if isinstance(step, DecodeOn) or not step.masked:
         return None
+    places = np.frombuffer(step.masked, dtype=np.int32)
     message = rank.receive()
     if isinstance(message, Shutdown):
         raise BrokenPipeError
@@ -279,40 +268,14 @@ def _greedy(tokens: list[int]) -> Drawn:
     )
 
 
-def _token_ids(step: Step, slots: Ints, last: Ints) -> Tensor:
-    """int64 [T]: those that the leader does not know yet are their slots' last ones."""
-    ids = np.frombuffer(step.token_ids, dtype=np.int32).astype(np.int64)
-    drawn = np.flatnonzero(ids == LAST_DRAWN)
-    ids[drawn] = last[slots[drawn]]
-    return torch.from_numpy(ids)
-
-
-def _keep(init: Init, step: Step, last: Ints, slots: Ints, tokens: list[int]) -> None:
+def _keep(init: Init, last: Ints, slots: Ints, tokens: list[int], *, greedy: bool) -> None:
     """Notes what was drawn: every rank goes on from it in the next step. One that could not be
     drawn is replaced by any, for its sequence has ended."""
     if len(slots) == 0:
         return
     last[slots] = np.maximum(tokens, 0) if tokens else 0
-    if init.tp_size > 1 and not step.greedy:  # only the first rank has drawn
+    if init.tp_size > 1 and not greedy:  # only the first rank has drawn
         last[slots] = torch.ops.precast.broadcast(torch.from_numpy(last[slots]), 0).numpy()
-
-
-def _batch(step: Step, token_ids: Tensor) -> Batch:
-    return Batch(
-        token_ids=token_ids,
-        positions=_ints(step.positions).long(),
-        paging=Paging(
-            slots=_ints(step.slots),
-            query_starts=_ints(step.query_starts),
-            context_lens=_ints(step.context_lens),
-            block_tables=_ints(step.block_tables).view(-1, step.block_table_width),
-        ),
-    )
-
-
-def _ints(data: bytes) -> Tensor:
-    # A copy, because the message's bytes are read-only and torch tensors are not.
-    return torch.from_numpy(np.frombuffer(data, dtype=np.int32).copy())
 
 
 def _send(connection: socket.socket, message: Reply) -> None:

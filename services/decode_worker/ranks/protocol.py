@@ -184,6 +184,20 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
     """Run the trial graph of the captured size too, and compare (``shadow_trial.py``)."""
+    goes_on: bool = False
+    """Whether ``DecodeOn`` may follow: each sequence has one token, which gives another."""
+
+
+class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The sequences of the last ``Step`` that goes on, in their order, by one token more: that
+    which was drawn last for each."""
+
+    step_id: int
+    blocks: bytes = b""
+    """int32 [G, 2]: those that have got another block, by their place, and that block; it is behind
+    those that they had."""
+    graph_size: int = 0
+    shadow: bool = False
 
 
 class Masks(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -245,7 +259,9 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-Command = Init | Join | LoadGraph | DropGraph | StartSampling | Step | Masks | Ping | Shutdown
+Command = (
+    Init | Join | LoadGraph | DropGraph | StartSampling | Step | DecodeOn | Masks | Ping | Shutdown
+)
 Reply = Loading | Loaded | Ready | GraphLoaded | StepDone | Pong | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
