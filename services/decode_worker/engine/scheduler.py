@@ -145,12 +145,22 @@ class Scheduler:
         """The next step, or None if there is nothing to do."""
         if self._drafter.awaits_draws(self._running):
             return None
-        return self._decode_on(step_id) or self._schedule_anew(step_id)
+        return self._once_more(step_id) or self._schedule_anew(step_id)
 
-    def _decode_on(self, step_id: int) -> ScheduledStep | None:
-        """The last step's batch once more, if nothing else is to be done."""
+    @property
+    def decodes_on(self) -> bool:
+        """Whether the next step may be the last one's batch once more."""
         admits = self._waiting and len(self._running) < self._max_batch_size
-        if self._same is None or admits:
+        return self._same is not None and not admits
+
+    def decode_on(self, step_id: int) -> ScheduledStep | None:
+        """The next step if that is the last one's batch once more, and nothing else to be done."""
+        if not self.decodes_on or self._drafter.awaits_draws(self._running):
+            return None
+        return self._once_more(step_id)
+
+    def _once_more(self, step_id: int) -> ScheduledStep | None:
+        if self._same is None or not self.decodes_on:
             return None
         return decode_on(step_id, self._same, self.blocks, self._left_after_draws)
 

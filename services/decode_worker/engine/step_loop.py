@@ -2,12 +2,11 @@
 
 While the ranks compute one step, the previous step's tokens are turned into text and sent, and the
 next step is scheduled and sent behind it: ranks don't wait for their leader. That happens shortly
-before the step's end, so that a request which comes meanwhile is in the next one.
+before the step's end, so that a request which comes meanwhile is in the next one. While nothing but
+the next token of each sequence is to be done, there is a shorter way (``same_batch.py``).
 """
 
 import asyncio
-from collections import deque
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -15,37 +14,18 @@ import numpy as np
 from services.decode_worker.constraints.masks import MaskRows, masks_of
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.same_batch import SameBatch
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.engine.step_counts import StepCounts
+from services.decode_worker.engine.under_way import UNKNOWN_STEP_TIMEOUT_S, StepsUnderWay
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
-from services.decode_worker.ranks.protocol import Masks, StepDone
+from services.decode_worker.ranks.protocol import Masks
 
-STEP_TIMEOUT_S: Final = 10.0
-STEP_TIMEOUT_FACTOR: Final = 30.0
-"""A step that takes so much longer than expected, and that long, never ends: for ranks that compute
-for ever. Others are known to hang by what they don't do (``ranks/watch.py``)."""
-UNKNOWN_STEP_TIMEOUT_S: Final = 120.0
-UNKNOWN_TOKEN_TIMEOUT_S: Final = 2.0
-"""For each of its tokens, before anything is known."""
-AHEAD_S: Final = 0.002
-AHEAD: Final = 0.15
-"""How long before the end of a step, by what it should take, the next one is scheduled: so long, or
-this part of it. Scheduling, sending and a busy event loop take less than that."""
 PING_S: Final = 2.0
 """How often ranks that have nothing to do are asked whether they are there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sent:
-    """A step that the ranks have."""
-
-    step: ScheduledStep
-    graph_size: int
-    expected_s: float
-    """How long it should take; 0: not known."""
 
 
 class StepLoop:
@@ -61,15 +41,16 @@ class StepLoop:
         self._scheduler = scheduler
         self._delivery = delivery
         self._graphs = graphs
-        self._metrics = metrics
-        self._pace = pace
+        self._under_way = StepsUnderWay(
+            scheduler=scheduler, delivery=delivery, graphs=graphs, metrics=metrics, pace=pace
+        )
         self._wake = asyncio.Event()
-        self._under_way: deque[_Sent] = deque()
-        """Steps that the ranks have, in the order in which they compute them."""
-        self._next_step_id = 0
         self._masked: ScheduledStep | None = None
         """The last step whose masks were sent."""
-        self.counts = StepCounts(metrics)
+
+    @property
+    def counts(self) -> StepCounts:
+        return self._under_way.counts
 
     def nudge(self) -> None:
         """Something changed that the loop should look at."""
@@ -77,9 +58,7 @@ class StepLoop:
 
     def lose_steps(self) -> ScheduledStep | None:
         """The group has failed, and what it had to do is lost; gives the step that was running."""
-        running = self._under_way[0].step if self._under_way else None
-        self._under_way.clear()
-        return running
+        return self._under_way.lose()
 
     async def run(self, group: RankGroup) -> None:
         """Until it is cancelled, or raises because the group has failed."""
@@ -88,11 +67,13 @@ class StepLoop:
                 await self._finish_steps(group)
                 await self._graphs.apply(group)
                 await self._probe(group)
+            elif self._scheduler.decodes_on:
+                await self._same_batch(group).run()
             await self._almost_done(group)
             self._wake.clear()
-            step = self._scheduler.schedule(self._next_step_id)
+            step = self._scheduler.schedule(self._under_way.next_id)
             if step is not None:
-                self._send(group, step)
+                self._under_way.send(group, step)
                 await self._send_masks(group)
                 self._delivery.tell()
                 await self._finish_steps(group, but=1 if self._graphs.settled else 0)
@@ -107,26 +88,24 @@ class StepLoop:
             # Streams get their turn even when every step is ready at once.
             await asyncio.sleep(0)
 
-    async def _almost_done(self, group: RankGroup) -> None:
-        """Until the next step has to be scheduled, to be there when the ranks want it."""
-        if self._under_way:
-            expected = self._under_way[0].expected_s
-            await group.step_almost_done(expected - max(AHEAD_S, AHEAD * expected))
-
-    def _send(self, group: RankGroup, step: ScheduledStep) -> None:
-        self._next_step_id += 1
-        message = self._graphs.assigned(
-            step.message, tokens=step.tokens, decoding=not step.prompt_tokens
+    def _same_batch(self, group: RankGroup) -> SameBatch:
+        return SameBatch(
+            group=group,
+            scheduler=self._scheduler,
+            delivery=self._delivery,
+            under_way=self._under_way,
+            interrupted=lambda: self._wake.is_set() or not self._graphs.settled,
         )
-        expected = self._pace.expected_s(step.decode_tokens, step.prompt_tokens)
-        sent = _Sent(step=step, graph_size=message.graph_size, expected_s=expected or 0.0)
-        self._under_way.append(sent)
-        group.send_step(message, step.sampling, timeout_s=_limit_s(step, expected))
+
+    async def _almost_done(self, group: RankGroup) -> None:
+        """Until the next step has to be scheduled."""
+        if self._under_way:
+            await group.sent_steps.almost_done(self._under_way.next_due_s)
 
     async def _send_masks(self, group: RankGroup) -> None:
         """To the oldest step under way, if its draws wait for some: the tokens before them are
         known now."""
-        step = self._under_way[0].step if self._under_way else None
+        step = self._under_way.oldest
         if step is None or not step.masked or step is self._masked:
             return
         self._masked = step
@@ -137,25 +116,14 @@ class StepLoop:
     async def _finish_steps(self, group: RankGroup, but: int = 0) -> None:
         """Takes in what the ranks answer, until so many steps are under way."""
         while len(self._under_way) > but:
-            done = await group.step_done()
-            self._finish(self._under_way.popleft(), done)
+            self._under_way.finish(await group.step_done())
             await self._send_masks(group)
-
-    def _finish(self, sent: _Sent, done: StepDone) -> None:
-        step = sent.step
-        self._pace.observe(step.decode_tokens, step.prompt_tokens, done.step_us / 1e6)
-        before = self._scheduler.drafted, self._scheduler.accepted
-        self._delivery.take_in(step, done)
-        self._metrics.drafted.inc(self._scheduler.drafted - before[0])
-        self._metrics.accepted.inc(self._scheduler.accepted - before[1])
-        self.counts.count(step, sent.graph_size, done.step_us)
-        self._graphs.ran(done.shadow)
 
     async def _probe(self, group: RankGroup) -> None:
         """Runs a trial graph in a made-up step when live ones have not come in time."""
-        probe = self._graphs.trials.probe(self._next_step_id)
+        probe = self._graphs.trials.probe(self._under_way.next_id)
         if probe is not None:
-            self._next_step_id += 1
+            self._under_way.take_id()
             group.send_step(probe, timeout_s=UNKNOWN_STEP_TIMEOUT_S)
             self._graphs.trials.observe((await group.step_done()).shadow)
 
@@ -183,10 +151,3 @@ def masks_message(step_id: int, masks: MaskRows) -> Masks:
         words=masks.words.tobytes(),
         width=masks.words.shape[1],
     )
-
-
-def _limit_s(step: ScheduledStep, expected_s: float | None) -> float:
-    """How long the ranks may take for a step."""
-    if expected_s is None:
-        return UNKNOWN_STEP_TIMEOUT_S + UNKNOWN_TOKEN_TIMEOUT_S * step.tokens
-    return max(STEP_TIMEOUT_S, STEP_TIMEOUT_FACTOR * expected_s)

@@ -17,7 +17,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -25,17 +25,17 @@ from precast.fleet.leases import LoadedGraphRecord
 from precast.log import get_logger
 from precast.system.owner import ThreadOwner
 from services.decode_worker.graphs.candidates import Candidate, Crash, Wanted
-from services.decode_worker.graphs.cost import graph_for
 from services.decode_worker.graphs.shadow_trial import ShadowTrials
 from services.decode_worker.graphs.size_record import FIRST_REPLAYS
 from services.decode_worker.graphs.size_state import SizeState
 from services.decode_worker.graphs.size_table import SizeTable
 from services.decode_worker.ranks.group import RankGroup
-from services.decode_worker.ranks.protocol import LoadGraph, Ready, Shadow, Step
+from services.decode_worker.ranks.protocol import DecodeOn, LoadGraph, Ready, Shadow, Step
 
 log = get_logger(__name__)
 
 MAX_DEATHS: Final = 2
+_Message = TypeVar("_Message", Step, DecodeOn)
 
 
 class GraphManager:
@@ -188,7 +188,7 @@ class GraphManager:
         else:
             await self.trials.apply(group, lambda size: size in self._table.held())
 
-    def assigned(self, message: Step, *, tokens: int, decoding: bool) -> Step:
+    def assigned(self, message: _Message, *, tokens: int, decoding: bool) -> _Message:
         """The message of a step that is sent now, with the graph that replays it, and whether a
         trial graph runs too.
 
@@ -197,8 +197,8 @@ class GraphManager:
         self._owner.check()
         self._table.count_missed(tokens)
         size = 0  # of steps that score prompts
-        if message.scored is None:
-            size = graph_for(self._table.layer_us(), tokens, decoding=decoding)
+        if isinstance(message, DecodeOn) or message.scored is None:
+            size = self._table.size_for(tokens, decoding=decoding)
         self._replaying.append(self._if_new(self._table.replayable().get(size)))
         return msgspec.structs.replace(message, graph_size=size, shadow=self.trials.shadows(size))
 

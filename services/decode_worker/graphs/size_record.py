@@ -46,7 +46,8 @@ class SizeRecord:
     def attempt(self, candidate: Candidate) -> Attempt:
         """How a candidate has done so far."""
         for attempt in self.attempts:
-            if attempt.candidate.identity == candidate.identity:
+            known = attempt.candidate
+            if known is candidate or known.identity == candidate.identity:
                 return attempt
         return Attempt(candidate=candidate)
 

@@ -2,10 +2,11 @@
 tells it what happened, and does with the ranks what follows from it."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from services.decode_worker.graphs.candidates import Candidate
+from services.decode_worker.graphs.cost import graph_for
 from services.decode_worker.graphs.size_record import Attempt, SizeRecord
 from services.decode_worker.graphs.size_state import (
     Dropping,
@@ -34,6 +35,8 @@ class _Lists:
     dropping: Mapping[int, Candidate]
     replayable: Mapping[int, Candidate]
     layer_us: Mapping[int, float]
+    chosen: dict[tuple[int, bool], int] = field(default_factory=dict)
+    """Sizes for steps, by their tokens and whether they only decode: few, for steps are bounded."""
 
 
 class _Records(dict[int, SizeRecord]):
@@ -85,6 +88,15 @@ class SizeTable:
     def layer_us(self) -> Mapping[int, float]:
         """What a layer takes with each of these; 0: not known."""
         return self._lists().layer_us
+
+    def size_for(self, tokens: int, *, decoding: bool) -> int:
+        """The size whose graph replays a step; 0: none."""
+        lists = self._lists()
+        size = lists.chosen.get((tokens, decoding))
+        if size is None:
+            size = graph_for(lists.layer_us, tokens, decoding=decoding)
+            lists.chosen[tokens, decoding] = size
+        return size
 
     def _lists(self) -> _Lists:
         if self._records.lists is None:
@@ -195,6 +207,8 @@ class SizeTable:
 
     def count_missed(self, tokens: int) -> None:
         """A step of so many tokens is about to run."""
+        if tokens in self._lists().replayable:
+            return
         best = min((size for size in self.sizes if size >= tokens), default=0)
         if best and in_ranks(self._records[best].state) is None:
             record = self._records[best]

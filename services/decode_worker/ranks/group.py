@@ -20,6 +20,7 @@ from precast.system.shared_memory import remove_segment
 from services.decode_worker.ranks.launcher import ChildProcess, RankLauncher
 from services.decode_worker.ranks.protocol import (
     Command,
+    DecodeOn,
     DropGraph,
     GraphLoaded,
     Init,
@@ -79,7 +80,7 @@ class RankGroup:
         """Done, with the reason, as soon as the group can't go on."""
         self.ready: tuple[Ready, ...] = ()
         self._heard = time.monotonic()
-        self._sent_steps = SentSteps(self._pids, self.fail)
+        self.sent_steps = SentSteps(self._pids, self.fail)
 
     @classmethod
     async def start(cls, inits: Sequence[Init], launcher: RankLauncher) -> "RankGroup":
@@ -106,7 +107,7 @@ class RankGroup:
         if not self.failed.done() and not self._stopping:
             self._refused = refused
             self.failed.set_result(reason)
-            self._sent_steps.end()
+            self.sent_steps.end()
 
     def failure(self) -> GroupFailed:
         """Why the group, which has failed, can't go on."""
@@ -114,7 +115,7 @@ class RankGroup:
 
     def _on_reply(self, rank: RankLink, reply: Reply) -> None:
         if isinstance(reply, StepDone):
-            self._sent_steps.answered(reply)
+            self.sent_steps.answered(reply)
         elif isinstance(reply, RankFailed):
             self.fail(f"rank {rank.index}: {reply.message}", refused=reply.refused)
         elif isinstance(reply, Loading):
@@ -132,7 +133,7 @@ class RankGroup:
         await self._answers(Pong, HUNG_S)
 
     def send_step(
-        self, step: Step, sampling: Sequence[StartSampling] = (), *, timeout_s: float
+        self, step: Step | DecodeOn, sampling: Sequence[StartSampling] = (), *, timeout_s: float
     ) -> None:
         """Behind those that are under way. ``sampling``: of sequences that draw for the first time.
 
@@ -143,7 +144,7 @@ class RankGroup:
         data = frame(step)
         for rank in self._ranks:
             rank.send(data)
-        self._sent_steps.add(timeout_s)
+        self.sent_steps.add(timeout_s)
 
     def send_masks(self, masks: Masks) -> None:
         """Of the oldest step under way, to who draws. Doesn't raise, as ``send_step``."""
@@ -152,14 +153,10 @@ class RankGroup:
     async def step_done(self) -> StepDone:
         """Rank 0's answer to the oldest step under way. What it answered before the group failed is
         given first."""
-        done = await self._sent_steps.done()
+        done = await self.sent_steps.done()
         if done is None:
             raise self.failure()
         return done
-
-    async def step_almost_done(self, after_s: float) -> None:
-        """Until the oldest step under way is over, or has taken so long."""
-        await self._sent_steps.almost_done(after_s)
 
     async def load_graph(self, command: LoadGraph) -> list[GraphLoaded]:
         self._broadcast(command)
@@ -195,7 +192,7 @@ class RankGroup:
         """Ends the processes, by force where they don't follow, and removes their segment."""
         orderly = not self.failed.done()
         self._stopping = True
-        self._sent_steps.close()
+        self.sent_steps.close()
         for rank in self._ranks:
             if orderly and rank.is_open:
                 rank.send(frame(Shutdown()))
@@ -217,7 +214,7 @@ class RankGroup:
         process, connection = await launcher.take()
         self._processes.append(process)
         loop = asyncio.get_running_loop()
-        rank = RankLink(index, self._on_reply, self.fail)
+        rank = RankLink(index, connection, self._on_reply, self.fail)
         await loop.create_unix_connection(lambda: rank, sock=connection)
         self._ranks.append(rank)
 

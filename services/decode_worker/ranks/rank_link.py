@@ -1,7 +1,9 @@
 """The leader's end of its connection to one rank: frames in, frames out."""
 
 import asyncio
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
 from services.decode_worker.ranks.protocol import (
@@ -16,11 +18,13 @@ class RankLink(asyncio.Protocol):
     def __init__(
         self,
         index: int,
+        connection: socket.socket,
         on_reply: "Callable[[RankLink, Reply], None]",
         on_end: Callable[[str], None],
     ) -> None:
         """``on_end`` is told why nothing more comes."""
         self.index = index
+        self._connection = connection
         self.replies: asyncio.Queue[Reply] = asyncio.Queue()
         """For those that nobody handles as they come."""
         self.transport: asyncio.Transport | None = None
@@ -32,7 +36,15 @@ class RankLink(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods
 
     def data_received(self, data: bytes) -> None:
+        # Nearly always: one whole frame, and nothing that waits for the rest of it.
+        if not self._buffer and _is_whole(data):
+            self._on_reply(self, decode_reply(memoryview(data)[FRAME_HEADER.size :]))
+            return
         self._buffer += data
+        self._take_whole()
+
+    def _take_whole(self) -> None:
+        """Hands out the frames that are complete."""
         while len(self._buffer) >= FRAME_HEADER.size:
             (size,) = FRAME_HEADER.unpack_from(self._buffer)
             if size > MAX_FRAME_BYTES:
@@ -49,8 +61,14 @@ class RankLink(asyncio.Protocol):
         self._on_end(f"rank {self.index} died")
 
     def send(self, data: bytes) -> None:
+        """Now: the event loop would send it only after all that is done in its turn."""
         assert self.transport is not None
-        self.transport.write(data)
+        sent = 0
+        if self.is_open and not self.transport.get_write_buffer_size():
+            with suppress(OSError):  # it is full, or broken: the transport finds out
+                sent = self._connection.send(data)
+        if sent < len(data):
+            self.transport.write(data[sent:])
 
     def close(self) -> None:
         if self.transport is not None:
@@ -59,3 +77,9 @@ class RankLink(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
+
+
+def _is_whole(data: bytes) -> bool:
+    if len(data) < FRAME_HEADER.size:
+        return False
+    return len(data) == FRAME_HEADER.size + FRAME_HEADER.unpack_from(data)[0]

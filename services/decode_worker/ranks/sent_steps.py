@@ -4,9 +4,20 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from services.decode_worker.ranks.protocol import StepDone
 from services.decode_worker.ranks.watch import LOOK_S, Watch
+
+
+class Follower(Protocol):
+    """Deals with answers where they come in: no task has to be woken for one."""
+
+    def answered(self, done: StepDone) -> None:
+        """The answer to the oldest step under way."""
+
+    def ended(self) -> None:
+        """No more answers come: the group has failed."""
 
 
 class SentSteps:
@@ -20,6 +31,7 @@ class SentSteps:
         self._since = 0.0
         """When the oldest of them became that."""
         self._answers: deque[StepDone] = deque()
+        self._follower: Follower | None = None
         self._reader: asyncio.Future[None] | None = None
         self._look: asyncio.TimerHandle | None = None
         self._watch: Watch | None = None
@@ -41,7 +53,22 @@ class SentSteps:
         self._limits.popleft()
         self._since, self._watch = time.monotonic(), None
         self._answers.append(done)
-        self._tell()
+        if self._follower is not None:
+            self._follower.answered(self._answers.popleft())
+        else:
+            self._tell()
+
+    def follow(self, follower: Follower) -> None:
+        """From now on answers go to the follower as they come, until ``unfollow``; no one else
+        waits meanwhile."""
+        self._follower = follower
+        while self._answers and self._follower is not None:
+            follower.answered(self._answers.popleft())
+        if self._ended and self._follower is not None:
+            follower.ended()
+
+    def unfollow(self) -> None:
+        self._follower = None
 
     async def done(self) -> StepDone | None:
         """The answer to the oldest step under way; None: there won't be any."""
@@ -51,9 +78,13 @@ class SentSteps:
             await self._news()
         return self._answers.popleft()
 
+    def left_s(self, of_s: float) -> float:
+        """What is left of so much time since the oldest step under way became that."""
+        return self._since + of_s - time.monotonic()
+
     async def almost_done(self, after_s: float) -> None:
         """Until the oldest step under way is over, or has taken so long."""
-        left = self._since + after_s - time.monotonic()
+        left = self.left_s(after_s)
         if left > 0 and not self._answers and not self._ended:
             timer = asyncio.get_running_loop().call_later(left, self._tell)
             await self._news()
@@ -62,6 +93,8 @@ class SentSteps:
     def end(self) -> None:
         """No answers come any more."""
         self._ended = True
+        if self._follower is not None:
+            self._follower.ended()
         self._tell()
 
     def close(self) -> None:
