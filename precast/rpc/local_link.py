@@ -30,8 +30,9 @@ _MAX_UNREAD: Final = 64
 """Messages that wait for their handler before no more are read."""
 
 
-Handler = Callable[[AsyncIterator[Any]], AsyncIterator[Any]]
-"""A stream-stream method: requests in, responses out. Either ends the connection."""
+Handler = Callable[[AsyncIterator[Any], "LocalLink"], AsyncIterator[Any]]
+"""A stream-stream method: requests in, responses out. Either ends the connection. It may also send
+on the link itself while that ``is_writable``, between two of its responses."""
 
 
 class LocalLink(asyncio.Protocol):
@@ -104,6 +105,11 @@ class LocalLink(asyncio.Protocol):
         data = message.SerializeToString()
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(_LENGTH.pack(len(data)) + data)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the peer reads what it is sent."""
+        return self._writable.is_set()
 
     async def writable(self) -> None:
         """Waits for a slow peer. Raises ``TimeoutError`` if it is too slow."""
@@ -213,7 +219,7 @@ async def _answer(link: _ServerLink, handler: Handler, parse: Callable[[bytes], 
         while True:
             yield parse(await link.message())
 
-    responses: Any = handler(requests())
+    responses: Any = handler(requests(), link)
     async with aclosing(responses):
         async for response in responses:
             await link.writable()

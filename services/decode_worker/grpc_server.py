@@ -12,7 +12,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.rpc.local_link import Handler
 from precast.rpc.server import Service, wants_columns, wants_heartbeats
-from services.decode_worker.engine.response_buffer import Ending, Outbox, Recipient
+from services.decode_worker.engine.response_buffer import Ending, Outbox, Recipient, Sink
 from services.decode_worker.worker import Worker
 
 log = get_logger(__name__)
@@ -64,13 +64,21 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 
 def local_generate(worker: Worker) -> Handler:
     """Generate for a gateway of the same host, which knows columns and heartbeats."""
-    return lambda requests: _generate(worker, requests, columns=True, heartbeats=True)
+    return lambda requests, link: _generate(
+        worker, requests, columns=True, heartbeats=True, sink=link
+    )
 
 
 async def _generate(
-    worker: Worker, requests: AsyncIterator[pb.GenerateRequest], columns: bool, heartbeats: bool
+    worker: Worker,
+    requests: AsyncIterator[pb.GenerateRequest],
+    columns: bool,
+    heartbeats: bool,
+    sink: Sink | None = None,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     stream = _Stream(worker, columns=columns)
+    if sink is not None:
+        stream.outbox.attach(sink)
     reader = asyncio.create_task(stream.read(requests))
     heart = asyncio.create_task(stream.beat(wanted=heartbeats))
     try:

@@ -5,7 +5,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from services.gateway.token_histogram import TokenHistogram
+from precast.metrics import PlainHistogram
 
 _LATENCY_BUCKETS_S: Final = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
@@ -28,15 +28,17 @@ class Metrics:
         self.request_seconds = self._histogram(
             "gateway_request_seconds", "Whole HTTP requests for generations", _LATENCY_BUCKETS_S
         )
-        self.first_token_seconds = TokenHistogram(
+        self.first_token_seconds = PlainHistogram(
             "gateway_time_to_first_token_seconds",
             "Request to first token, of streams",
             _LATENCY_BUCKETS_S,
+            "model",
         )
-        self.inter_token_seconds = TokenHistogram(
+        self.inter_token_seconds = PlainHistogram(
             "gateway_inter_token_seconds",
             "Between two tokens of a stream's choice",
             _STEP_BUCKETS_S,
+            "model",
         )
         for tokens in (self.first_token_seconds, self.inter_token_seconds):
             self.registry.register(tokens)

@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -271,10 +272,10 @@ async def test_a_text_that_can_t_be_made_ends_its_own_request(
 ) -> None:
     whole = Detokenizer.push_token
 
-    def push_token(self: Detokenizer, token_id: int) -> tuple[str, bool]:
+    def push_token(self: Detokenizer, token_id: int, **options: Any) -> tuple[str, bool]:
         if token_id == 5:
             raise RuntimeError("no text")
-        return whole(self, token_id)
+        return whole(self, token_id, **options)
 
     monkeypatch.setattr(Detokenizer, "push_token", push_token)
     rig.submit("bad", [1] * 5, 9)

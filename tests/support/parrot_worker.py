@@ -128,7 +128,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             async for response in responses:
                 yield response
 
-    async def local(self, requests: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def local(self, requests: Any, _: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Generate, for gateways of the same host."""
         async with aclosing(self._generate_on(requests, self._options.columns, True)) as responses:
             async for response in responses:

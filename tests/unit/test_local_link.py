@@ -46,7 +46,9 @@ class Got:
         return self.texts
 
 
-async def echo(requests: AsyncIterator[pb.AbortRequest]) -> AsyncIterator[pb.AbortRequest]:
+async def echo(
+    requests: AsyncIterator[pb.AbortRequest], _: LocalLink
+) -> AsyncIterator[pb.AbortRequest]:
     """Says that it is there, then what it hears."""
     yield pb.AbortRequest(request_id="hello")
     async for request in requests:
@@ -76,7 +78,7 @@ def test_the_handler_ends_with_its_client_and_the_link_with_its_server(run: Any)
     async def talk() -> None:
         ended = asyncio.Event()
 
-        async def handler(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async def handler(requests: AsyncIterator[Any], _: LocalLink) -> AsyncIterator[Any]:
             try:
                 async for request in requests:
                     yield request
@@ -107,7 +109,7 @@ def test_a_client_that_reads_nothing_is_given_up_and_costs_no_more_than_buffers(
     monkeypatch.setattr(local_link, "SLOW_READER_S", 0.2)
     given = 0
 
-    async def handler(_: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def handler(_: AsyncIterator[Any], __: LocalLink) -> AsyncIterator[Any]:
         nonlocal given
         while True:
             given += 1
@@ -130,7 +132,7 @@ def test_a_client_that_reads_nothing_is_given_up_and_costs_no_more_than_buffers(
 
 
 def test_a_handler_that_reads_nothing_stops_its_client(run: Any) -> None:
-    async def handler(_: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def handler(_: AsyncIterator[Any], __: LocalLink) -> AsyncIterator[Any]:
         await asyncio.Event().wait()
         yield
 

@@ -9,7 +9,7 @@ from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.prompt_scores import take_scores
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
-from services.decode_worker.ranks.protocol import Logprobs
+from services.decode_worker.ranks.protocol import Logprobs, Step
 
 BLOCK = 4
 
@@ -73,14 +73,16 @@ def test_each_token_is_scored_once_and_in_order(
             continue
         if step is not None:
             under_way.append(step)
-            if step.message.scored is not None:  # a row's token is followed by what it scores
-                rows, tokens = ints(step.message.scored.rows), ints(step.message.scored.tokens)
-                ids = ints(step.message.token_ids)
+            message = step.message
+            if isinstance(message, Step) and message.scored is not None:
+                # a row's token is followed by what it scores
+                rows, tokens = ints(message.scored.rows), ints(message.scored.tokens)
+                ids = ints(message.token_ids)
                 assert [ids[row] + 1 for row in rows] == tokens
-                assert set(ints(step.message.scored.tops)) == {3}
+                assert set(ints(message.scored.tops)) == {3}
         while under_way and (not ahead or len(under_way) > 1 or step is None):
             done = under_way.pop(0)
-            scored = done.message.scored
+            scored = done.message.scored if isinstance(done.message, Step) else None
             scores = [report(token) for token in ints(scored.tokens)] if scored else []
             for part in take_scores(done.scored, scores):
                 assert [-int(each.logprob) for each in part.logprobs if each] == part.tokens

@@ -18,7 +18,7 @@ from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import FinishReason, SamplingSpec, Sequence
 from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.engine.suspects import MAX_LOSSES, MAX_LOSSES_IN_ALL
-from services.decode_worker.ranks.protocol import LAST_DRAWN, Step
+from services.decode_worker.ranks.protocol import LAST_DRAWN, DecodeOn, Step
 from tests.support.full_steps import FullSteps
 
 BLOCK = 4
@@ -339,6 +339,29 @@ def test_a_step_is_scheduled_before_the_draws_of_the_last_are_known() -> None:
         assert step is not None
         ended = scheduler.apply(step, draw(step))
     assert ended[0][2] is FinishReason.LENGTH
+
+
+def test_the_same_batch_decodes_on_by_a_command_of_a_few_bytes() -> None:
+    """Only blocks that are new are sent. Whatever else is to be done makes a step anew."""
+    scheduler, ranks = make(blocks=40), FullSteps(BLOCK)
+    scheduler.add(sequence("a", prompt=3, max_tokens=20))
+    scheduler.add(sequence("b", prompt=5, max_tokens=20))
+    steps, contexts, blocks = list[ScheduledStep](), list[list[int]](), list[int]()
+    for number in range(10):
+        if number == 6:
+            scheduler.add(sequence("c", prompt=1, max_tokens=1))
+        step = scheduler.schedule(number)
+        assert step is not None
+        if steps:
+            scheduler.apply(steps[-1], draw(steps[-1]))  # one behind, as the engine does it
+        steps.append(step)
+        contexts.append(ints(ranks.full(step.message).context_lens)[:2])
+        if isinstance(step.message, DecodeOn):
+            blocks += ints(step.message.blocks)[::2]
+    short = [isinstance(step.message, DecodeOn) for step in steps]
+    assert short == [False] * 2 + [True] * 4 + [False] * 3 + [True]
+    assert contexts[:8] == [[3 + number, 5 + number] for number in range(8)]
+    assert blocks == [0, 1]  # for a's fifth position, then for b's ninth
 
 
 def test_a_sequence_that_ends_is_in_the_next_step_once_more() -> None:

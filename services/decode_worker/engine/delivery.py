@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -27,8 +26,7 @@ _REASONS: Final = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What one step gave one sequence."""
 
     request: Request
@@ -76,6 +74,8 @@ class Delivery:
             self._guarded(request, partial(request.score_prompt, part))
         for outcome in outcomes:
             self._guarded(outcome.request, partial(self._tell, outcome.request, outcome))
+        for outbox in {outcome.request.outbox for outcome in outcomes}:
+            outbox.flush()
 
     def _guarded(self, request: Request, tell: Callable[[], None]) -> None:
         try:

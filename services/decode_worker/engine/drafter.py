@@ -1,6 +1,7 @@
 """How many tokens to draft for which sequences of a step, and whether to wait for what is drawn."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.sequence import Sequence
@@ -30,10 +31,13 @@ class Drafter:
         of one were right has to be known in any case."""
         if any(sequence.drafted for sequence in running):
             return True
-        drawing = [s for s in running if s.drawing and s.to_prefill == 0]
+        return self.may_follow([s for s in running if s.drawing and s.to_prefill == 0])
+
+    def may_follow(self, drawing: Many[Sequence]) -> bool:
+        """Whether drafts may follow what these sequences draw now."""
         return bool(drawing) and any(self.counts(drawing, skip=1))
 
-    def counts(self, decoding: list[Sequence], skip: int = 0) -> list[int]:
+    def counts(self, decoding: Many[Sequence], skip: int = 0) -> list[int]:
         """How many tokens to draft for each; the first ``skip`` of what is guessed are being
         drawn."""
         none = [0] * len(decoding)
@@ -59,4 +63,4 @@ class Drafter:
     def _guessed(self, sequence: Sequence, skip: int) -> int:
         """Tokens of a draft that may follow the next token."""
         most = min(MOST, self._left(sequence) - 1)
-        return len(sequence.draft(most + skip)) - skip
+        return max(0, len(sequence.draft(most + skip)) - skip)

@@ -10,7 +10,7 @@ A stream gets columns (``StepOutput``) or, if it didn't ask for them, messages o
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 
@@ -69,6 +69,16 @@ class Ending:
     end: pb.GenerationFinished | pb.GenerationError
 
 
+class Sink(Protocol):
+    """Where a stream's messages go that can be sent at once."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether it takes a message now."""
+
+    def send(self, message: pb.GenerateResponse) -> None: ...
+
+
 class Outbox:
     def __init__(self, *, columns: bool = False) -> None:
         self.columns: Final = columns
@@ -81,6 +91,22 @@ class Outbox:
         self._read = asyncio.Event()
         """Set each time the client has taken what was waiting."""
         self._closed = False
+        self._sink: Sink | None = None
+        self._yielding = False
+        """Whether ``responses`` is giving out what it has taken."""
+
+    def attach(self, sink: Sink) -> None:
+        """``flush`` may send to it, past ``responses``."""
+        self._sink = sink
+
+    def flush(self) -> None:
+        """A step is told: send what it gave now, where that can be; else ``responses`` has it."""
+        if self._sink is None or self._yielding or not self._sink.is_writable:
+            self._changed.set()
+            return
+        for response in self._taken():
+            self._sink.send(response)
+        self._read.set()
 
     def token(
         self, recipient: Recipient, token: int, text: str, logprob: pb.TokenLogprob | None
@@ -129,8 +155,10 @@ class Outbox:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            self._yielding = True
             for response in self._taken():
                 yield response
+            self._yielding = False
             self._read.set()
             if self._closed and not (self._prompts or self._outputs or self._endings):
                 return
@@ -139,7 +167,8 @@ class Outbox:
         waiting = self._outputs.get(recipient.request_id)
         if waiting is None:
             waiting = self._outputs[recipient.request_id] = Output(recipient=recipient)
-            self._changed.set()
+            if self._sink is None:
+                self._changed.set()
         return waiting
 
     def _taken(self) -> Iterator[pb.GenerateResponse]:
@@ -160,6 +189,9 @@ def _in_columns(
     outputs: Sequence[Output], endings: Sequence[Ending]
 ) -> Iterator[pb.GenerateResponse]:
     """An ending comes with the last tokens of its request: no connection breaks between them."""
+    if sum(len(output.token_ids) for output in outputs) <= _FEW_TOKENS:
+        yield pb.GenerateResponse(step=_columns(outputs, endings))
+        return
     groups = _groups(outputs)
     last = {output.recipient: at for at, group in enumerate(groups) for output in group}
     for at, group in enumerate(groups):
@@ -207,8 +239,6 @@ def _one_by_one(
 
 def _groups(outputs: Sequence[Output]) -> list[list[Output]]:
     """Outputs that fit into a message together, at least one group. A handle is once in each."""
-    if sum(len(output.token_ids) for output in outputs) <= _FEW_TOKENS:
-        return [list(outputs)]
     groups: list[list[Output]] = [[]]
     room = MAX_COLUMN_BYTES
     for piece in (piece for output in outputs for piece in _pieces(output)):

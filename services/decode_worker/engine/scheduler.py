@@ -155,7 +155,7 @@ class Scheduler:
 
     def decode_on(self, step_id: int) -> ScheduledStep | None:
         """The next step if that is the last one's batch once more, and nothing else to be done."""
-        if not self.decodes_on or self._drafter.awaits_draws(self._running):
+        if self._same is None or self._drafter.may_follow(self._same.sequences):
             return None
         return self._once_more(step_id)
 

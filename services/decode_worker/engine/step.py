@@ -44,6 +44,10 @@ class StepBatch:
     """Sequences that decode, first among them; the others' tokens are of prompts."""
 
     @cached_property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(one.sequence for one in self.chosen)
+
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         return tuple(one.tokens for one in self.chosen)
 
@@ -95,7 +99,7 @@ class ScheduledStep:
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        return tuple(one.sequence for one in self.chosen)
+        return self.batch.sequences
 
     @property
     def counts(self) -> tuple[int, ...]:

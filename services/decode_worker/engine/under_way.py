@@ -98,8 +98,9 @@ class StepsUnderWay:
         self._pace.observe(step.decode_tokens, step.prompt_tokens, done.step_us / 1e6)
         before = self._scheduler.drafted, self._scheduler.accepted
         self._delivery.take_in(step, done)
-        self._metrics.drafted.inc(self._scheduler.drafted - before[0])
-        self._metrics.accepted.inc(self._scheduler.accepted - before[1])
+        if self._scheduler.drafted != before[0]:
+            self._metrics.drafted.inc(self._scheduler.drafted - before[0])
+            self._metrics.accepted.inc(self._scheduler.accepted - before[1])
         self.counts.count(step, sent.graph_size, done.step_us)
         self._graphs.ran(done.shadow)
 

@@ -35,7 +35,7 @@ from services.decode_worker.ranks.protocol import DecodeOn, LoadGraph, Ready, Sh
 log = get_logger(__name__)
 
 MAX_DEATHS: Final = 2
-_Message = TypeVar("_Message", Step, DecodeOn)
+_Message = TypeVar("_Message", bound=Step | DecodeOn)
 
 
 class GraphManager:

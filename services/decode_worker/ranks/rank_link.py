@@ -82,4 +82,5 @@ class RankLink(asyncio.Protocol):
 def _is_whole(data: bytes) -> bool:
     if len(data) < FRAME_HEADER.size:
         return False
-    return len(data) == FRAME_HEADER.size + FRAME_HEADER.unpack_from(data)[0]
+    (size,) = FRAME_HEADER.unpack_from(data)
+    return len(data) == FRAME_HEADER.size + int(size)
