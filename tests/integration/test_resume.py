@@ -1,5 +1,6 @@
 """Requests that outlive their ranks, or go on behind output that was made elsewhere: real ranks."""
 
+import json
 import os
 import signal
 import time
@@ -15,6 +16,18 @@ from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worke
 from tests.support.models import VOCABULARY
 
 TOKENS = 120
+SCHEMA = json.dumps(
+    {
+        "type": "array",
+        "minItems": 30,
+        "items": {
+            "type": "object",
+            "properties": {"a": {"type": "string"}, "b": {"enum": [1, None, "x"]}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        },
+    }
+)
 KINDS: list[dict[str, Any]] = [
     {},
     {"sampling": {"temperature": 1.2, "seed": 5}, "logprobs": 2},
@@ -24,6 +37,10 @@ KINDS: list[dict[str, Any]] = [
     {"stop": {"stop_strings": ["zz", "~!"]}, "sampling": {"temperature": 1.5, "seed": 8}},
     {"deliver_at_end": True, "sampling": {"temperature": 1.0, "seed": 9}},
     {"stop": {"stop_token_ids": [77]}, "sampling": {"temperature": 2.0, "seed": 10}},
+    {"constraint": {"regex": "([a-f]{3,9} )+[0-9]{9}"}, "sampling": {"temperature": 1, "seed": 11}},
+    {"constraint": {"json_schema": SCHEMA}, "sampling": {"frequency_penalty": 0.4}},
+    {"stop": {"min_tokens": 60, "stop_strings": ["e", "t"], "include_stop_string": True}},
+    {"stop": {"show_special_tokens": True}, "logprobs": 0},
 ]
 
 
@@ -74,9 +91,9 @@ def listen(client: DecodeClient, name: str, enough: int | None = None) -> Heard:
 
 
 def starts(worker: DecodeWorker) -> dict[str, pb.StartGeneration]:
-    """16 requests, two of each kind."""
+    """16 requests, of each kind at least one."""
     found = {}
-    for number in range(2 * len(KINDS)):
+    for number in range(16):
         kind = dict(KINDS[number % len(KINDS)])
         stop = {"ignore_eos": True, **kind.pop("stop", {})}
         prompt = [(number * 13 + at * 7) % 255 + 1 for at in range(3 + 5 * number)]
@@ -164,23 +181,24 @@ def test_what_is_to_come_at_the_end_comes_with_an_abort(worker: DecodeWorker) ->
 
 
 @pytest.mark.parametrize(
-    ("resumed", "stop", "message"),
+    ("resumed", "changes", "message"),
     [
         ([1, VOCABULARY], {}, f"token id {VOCABULARY}"),
         ([1] * 9, {"max_tokens": 9}, "9 tokens, but max_tokens = 9"),
         ([1] * 255, {"max_tokens": 300}, "have 257 tokens"),
         ([1, 256, 1], {}, "ends the output"),
-        ([1, 77], {"stop_token_ids": [77]}, "ends the output"),
-        ([65, 66, 67], {"stop_strings": ["b"]}, "stop string"),
+        ([1, 77], {"stop": {"stop_token_ids": [77]}}, "ends the output"),
+        ([65, 66, 67], {"stop": {"stop_strings": ["b"]}}, "stop string"),
+        ([65, 66], {"constraint": {"regex": "[0-9]+"}}, "don't follow the constraint"),
     ],
 )
 def test_output_that_can_t_be_continued_is_refused_by_name(
-    worker: DecodeWorker, resumed: list[int], stop: dict[str, Any], message: str
+    worker: DecodeWorker, resumed: list[int], changes: dict[str, Any], message: str
 ) -> None:
     eventually(worker.is_ready)
     client = worker.client()
-    stop = {"max_tokens": 20, **stop}
-    start = worker.request([1, 2], stop.pop("max_tokens"), stop=stop, resumed_token_ids=resumed)
+    options = {"max_tokens": 20, "resumed_token_ids": resumed, **changes}
+    start = worker.request([1, 2], **options)
     client.start("bad", start)
     end = client.finish("bad", 10).end
     assert end.error.code == pb.ERROR_CODE_INVALID_ARGUMENT, end
