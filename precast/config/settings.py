@@ -123,6 +123,8 @@ class GatewaySettings(CommonSettings):
     Retry-After meanwhile, those for other unknown models with 404."""
     worker_refresh_s: Seconds = 0.5
     """How often the list of live workers is read."""
+    access_log: bool = False
+    """A line in the log for each HTTP request; nothing of what is asked or answered is in it."""
     drain_timeout_s: Seconds = 30.0
     """How long running requests may go on after a stop was asked for."""
 

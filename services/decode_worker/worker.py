@@ -174,6 +174,7 @@ class Worker:
             show_special_tokens=stop.show_special_tokens,
             prompt_only=stop.max_tokens == 0,
             deliver_at_end=start.deliver_at_end,
+            trace_id=start.trace_id,
         )
 
     def abort(self, request_id: str) -> bool:

@@ -28,6 +28,8 @@ from services.gateway.openai.prepare import Plan, Planner
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
 from services.gateway.operations import health_routes, private_app, reference_routes
+from services.gateway.request_id import HEADER as REQUEST_ID
+from services.gateway.request_id import RequestIds
 from services.gateway.routing.pool import WorkerPool
 
 _POSTS: Final = ("/v1/completions", "/v1/chat/completions")
@@ -94,9 +96,10 @@ def _add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) -
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=("retry-after",),
+            expose_headers=("retry-after", REQUEST_ID),
         )
     app.add_middleware(Leniency)
+    app.add_middleware(RequestIds, access_log=settings.access_log)
 
 
 def _watch_workers(metrics: Metrics, pool: WorkerPool) -> None:

@@ -34,6 +34,7 @@ FAULTS: Final = {
     "!overloaded": pb.ERROR_CODE_OVERLOADED,
     "!internal": pb.ERROR_CODE_INTERNAL,
 }
+"""The error quotes the prompt, and what logs call the request."""
 FAIL_AFTER_TWO: Final = "!later"
 """Two tokens, then INTERNAL."""
 SLOW: Final = "!slow"
@@ -211,7 +212,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         said = self._tokenizer.decode(prompt[:16])
         fault = next((FAULTS[prefix] for prefix in FAULTS if said.startswith(prefix)), None)
         if fault is not None:
-            out.end(_error(recipient, fault, f"told to fail: {said}"))
+            out.end(_error(recipient, fault, f"told to fail: {said} [{start.trace_id}]"))
             return
         if said.startswith(SILENT):
             await asyncio.Event().wait()

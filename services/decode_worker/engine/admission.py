@@ -35,6 +35,8 @@ def make_sequence(
     """Raises InvalidRequest or ModelNotFound, naming the field."""
     if not 0 < len(request_id) <= MAX_REQUEST_ID:
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID} characters")
+    if len(start.trace_id) > MAX_REQUEST_ID:
+        raise InvalidRequest(f"trace_id has more than {MAX_REQUEST_ID} characters")
     if start.model != model:
         raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
     _check_prompt(start, vocab_size)

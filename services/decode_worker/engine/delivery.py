@@ -140,7 +140,11 @@ class Delivery:
     def _fail_draw(self, request: Request, status: DrawStatus) -> None:
         """Ends a request whose token could not be drawn; the others of the step go on."""
         self._metrics.failed_draws.labels(status.name.lower()).inc()
-        log.error("no token drawn", request_id=request.request_id, reason=status.message)
+        log.error(
+            "no token drawn",
+            request_id=request.trace_id or request.request_id,
+            reason=status.message,
+        )
         self._end(request)
         request.fail(pb.ERROR_CODE_INTERNAL, f"no token could be drawn: {status.message}")
 

@@ -28,6 +28,8 @@ class Request:
     prompt_only: bool = False
     """Only the prompt's log-probabilities are wanted: what is drawn is dropped."""
     deliver_at_end: bool = False
+    trace_id: str = ""
+    """What logs call it, beside its own id."""
     completion_tokens: int = 0
     ended: bool = field(default=False, init=False)
     _scored: bool = field(default=False, init=False)

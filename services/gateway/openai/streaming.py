@@ -26,6 +26,7 @@ from services.gateway.openai.events import DONE, WAITING
 from services.gateway.openai.formats import Choice, make_format, total_usage
 from services.gateway.openai.prepare import Plan
 from services.gateway.openai.responses import Usage, encode
+from services.gateway.request_id import request_id
 from services.gateway.routing.event_queue import Delta, Event
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.serving import Generation
@@ -71,6 +72,8 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send)
+        for start in self._plan.starts:
+            start.trace_id = request_id(scope)
         try:
             await unless_disconnected(receive, self._before_deadline(self._answer(sender)))
         except ClientGone:

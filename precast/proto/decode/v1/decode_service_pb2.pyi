@@ -168,6 +168,7 @@ class StartGeneration(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     logprobs: _builtins.int
     """Number of most likely alternatives to report for each token. Absent: no logprobs at all."""
@@ -181,6 +182,8 @@ class StartGeneration(_message.Message):
     """
     priority: _builtins.int
     """Higher goes first among waiting requests; 0 is usual."""
+    trace_id: _builtins.str
+    """What logs call the request: its HTTP request id; at most 128 characters."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -212,10 +215,11 @@ class StartGeneration(_message.Message):
         prompt_logprobs: _builtins.int | None = ...,
         resumed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "constraint", b"constraint", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "constraint", b"constraint", "deliver_at_end", b"deliver_at_end", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "constraint", b"constraint", "deliver_at_end", b"deliver_at_end", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "stop", b"stop", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
