@@ -110,6 +110,11 @@ def _watch_workers(metrics: Metrics, pool: WorkerPool) -> None:
         lambda: sum(worker.ready for worker in pool.workers),
     )
     metrics.watch(
+        "gateway_workers_spared",
+        "Workers that get only what no other can take, for they keep failing",
+        lambda: sum(worker.spared for worker in pool.workers),
+    )
+    metrics.watch(
         "gateway_generations",
         "Generations that are at workers",
         lambda: sum(worker.load.reserved for worker in pool.workers),

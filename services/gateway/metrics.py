@@ -49,6 +49,9 @@ class Metrics:
         self.retries = self._counter(
             "gateway_retries_total", "Requests that were sent to another worker"
         )
+        self.resumptions = self._counter(
+            "gateway_resumptions_total", "Those of them that went on behind tokens they had"
+        )
         self.stream_errors = self._counter(
             "gateway_stream_errors_total", "Event streams that ended with an error"
         )

@@ -123,7 +123,10 @@ class Generation:
         return True
 
     def _count_retry(self, choice: _Choice, error: PrecastError) -> None:
-        self._metrics.retries.labels(choice.progress.start.model).inc()
+        model = choice.progress.start.model
+        self._metrics.retries.labels(model).inc()
+        if choice.progress.tokens:
+            self._metrics.resumptions.labels(model).inc()
         assert choice.worker is not None
         log.info(
             "request retried",

@@ -21,7 +21,7 @@ def test_streams_outlive_their_workers(tmp_path: Path) -> None:
     with start_redis(tmp_path / "redis") as redis, fleet(tmp_path, redis.url) as running:
         expected = asyncio.run(answers(running, asked))
         count = asyncio.run(again_and_again(running, asked, expected, lambda: strike(running)))
-        assert running.retries() > 4
+        assert running.retries("resumptions") > 4
         assert running.faults.total() == 4
     assert count > STREAMS
 

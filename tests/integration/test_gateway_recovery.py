@@ -147,6 +147,7 @@ def test_a_worker_that_keeps_failing_is_spared(stack: Stack, gateway: Gateway) -
     other = stack.worker(worker_id="b-other")
     eventually(lambda: gateway.workers() == 2)
     before = failing.served()
+    assert gateway.metrics()["gateway_workers_spared"] == 1
     for _ in range(4):
         assert complete(gateway).status_code == 200
     assert (failing.served() - before, other.served()) == (0, 4)

@@ -162,8 +162,9 @@ class Fleet:
         self.faults[name] += 1
         return True
 
-    def retries(self) -> int:
-        name = f'gateway_retries_total{{model="{MODEL}"}}'
+    def retries(self, kind: str = "retries") -> int:
+        """Requests that went to another worker; ``resumptions``: with tokens that they had."""
+        name = f'gateway_{kind}_total{{model="{MODEL}"}}'
         return int(self.gateway.metrics().get(name, 0))
 
 
@@ -261,7 +262,7 @@ def run(home: Path, *, streams: int, tokens: int, seed: int, pause_s: float) -> 
         begun = time.monotonic()
         found = asyncio.run(disturbed())
         seconds = time.monotonic() - begun
-        retries = running.retries()
+        retries, resumptions = running.retries(), running.retries("resumptions")
     wrong = [body for body, a, b in zip(asked, expected, found, strict=True) if a != b]
     assert not wrong, wrong[:3]
     return {
@@ -269,6 +270,7 @@ def run(home: Path, *, streams: int, tokens: int, seed: int, pause_s: float) -> 
         "tokens": sum(answer.usage[1] for answer in found),
         "as_undisturbed": len(found),
         "moved": retries,
+        "with_tokens": resumptions,
         "faults": dict(running.faults),
         "undisturbed_s": round(undisturbed_s, 1),
         "seconds": round(seconds, 1),

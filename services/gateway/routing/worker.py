@@ -150,8 +150,12 @@ class Worker:
     @property
     def _tier(self) -> int:
         """A restarting worker queues what it gets; one that keeps failing may do so again."""
-        failing = self.breaker.is_open(self.load.reserved)
-        return 2 * failing + (self.state != "ready")
+        return 2 * self.spared + (self.state != "ready")
+
+    @property
+    def spared(self) -> bool:
+        """Whether it gets only what no other worker can take."""
+        return self.breaker.is_open(self.load.reserved)
 
     def reads_as(self, tokenizer_digest: str) -> bool:
         """Whether its token ids are those of this tokenizer, as far as both are known."""
