@@ -1,6 +1,7 @@
 """A certificate authority of the fleet's own, in one command; see ``precast.rpc.tls``."""
 
 import datetime
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ from precast.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, NAME, Role
 AUTHORITY_KEY: Final = "ca.key"
 _AUTHORITY_DAYS: Final = 3650
 _DAYS: Final = 825
+_NAMES: Final = (
+    x509.DNSName(NAME),
+    x509.DNSName("localhost"),
+    x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    x509.IPAddress(ipaddress.ip_address("::1")),
+)
+"""The last three for an HTTPS gateway that is tried on one machine."""
 _SKEW: Final = datetime.timedelta(minutes=5)
 """How far clocks of hosts may differ."""
 
@@ -90,7 +98,7 @@ def _make_role(folder: Path, authority: _Authority, role: Role) -> None:
     certificate = (
         _builder(_name(role), authority.certificate.subject, key.public_key(), _DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(_NAMES), critical=False)
         .add_extension(x509.ExtendedKeyUsage(both), critical=False)
         .sign(authority.key, hashes.SHA256())
     )

@@ -114,6 +114,10 @@ class GatewaySettings(CommonSettings):
     api_keys_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "keys" / "api")
     """Folder of the API keys that `precast keys api create` makes; while there is none, no key is
     asked for."""
+    https_certificate: AbsolutePath | None = None
+    """PEM file with the server's certificate and those that vouch for it; none: plain HTTP."""
+    https_key: AbsolutePath | None = None
+    """PEM file with the key of ``https_certificate``."""
     metrics_host: str = "127.0.0.1"
     """Interface of ``metrics_port``."""
     metrics_port: Port = 8001
@@ -127,6 +131,12 @@ class GatewaySettings(CommonSettings):
     """A line in the log for each HTTP request; nothing of what is asked or answered is in it."""
     drain_timeout_s: Seconds = 30.0
     """How long running requests may go on after a stop was asked for."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.https_certificate is None) != (self.https_key is None):
+            raise ValueError("https_certificate and https_key need each other")
+        return self
 
 
 class CompileWorkerSettings(CommonSettings):

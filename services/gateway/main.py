@@ -97,7 +97,9 @@ def run(settings: GatewaySettings) -> int:
     with contextlib.ExitStack() as open_sockets:
         listeners = [open_sockets.enter_context(one) for one in _listeners(settings)]
         app = create_app(settings, _private_port(listeners))
-        server = _Server(_config(app, settings), app, settings.drain_timeout_s)
+        config = _config(app, settings)
+        _load_certificate(config, settings)
+        server = _Server(config, app, settings.drain_timeout_s)
         log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
         _warn_if_open(settings)
         server.run(sockets=listeners)
@@ -140,7 +142,20 @@ def _config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + _LAST_WORDS_S,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        ssl_certfile=settings.https_certificate,
+        ssl_keyfile=settings.https_key,
     )
+
+
+def _load_certificate(config: uvicorn.Config, settings: GatewaySettings) -> None:
+    """Raises ``ConfigError``, where the server would end with a traceback."""
+    try:
+        config.load()
+    except OSError as error:  # ssl's errors too
+        raise ConfigError(
+            f"https_certificate {settings.https_certificate}, https_key {settings.https_key}: "
+            f"{error.strerror or error}"
+        ) from None
 
 
 def _allow_files(connections: int) -> int:

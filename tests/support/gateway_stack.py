@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,10 +91,16 @@ class Gateway(Process):
     """A gateway process."""
 
     metrics_port: int
+    authority: Path | None = None
+    """Who vouches for its certificate; None: it has none."""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.authority else ''}://127.0.0.1:{self.port}"
+
+    @property
+    def _verify(self) -> ssl.SSLContext | bool:
+        return ssl.create_default_context(cafile=self.authority) if self.authority else True
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
@@ -106,7 +113,7 @@ class Gateway(Process):
         )
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10)
+        return httpx.get(self.url + path, timeout=10, verify=self._verify)
 
     def metrics(self) -> dict[str, float]:
         """Values by name and labels, as they are written."""
@@ -115,7 +122,7 @@ class Gateway(Process):
         return {name: float(value) for name, _, value in lines}
 
     def post(self, path: str, **arguments: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=30, **arguments)
+        return httpx.post(self.url + path, timeout=30, verify=self._verify, **arguments)
 
     def workers(self) -> int:
         answer = self.get("/ready")
@@ -144,7 +151,9 @@ class Stack:
             theirs.close()
             return Worker(process=process, port=int(said.readline()))
 
-    def gateway(self, *, wait_for: int = 1, **settings: Any) -> Gateway:
+    def gateway(
+        self, *, wait_for: int = 1, authority: Path | None = None, **settings: Any
+    ) -> Gateway:
         """A gateway that sees ``wait_for`` ready workers."""
         port = free_port()
         values = {
@@ -156,7 +165,12 @@ class Stack:
             **settings,
         }
         process = self._start(f"{__name__}:serve_gateway", json.dumps(values))
-        gateway = Gateway(process=process, port=port, metrics_port=values["metrics_port"])
+        gateway = Gateway(
+            process=process,
+            port=port,
+            metrics_port=values["metrics_port"],
+            authority=authority,
+        )
         eventually(lambda: _is_up(gateway), deadline_s=60)
         eventually(lambda: gateway.workers() >= wait_for)
         return gateway
