@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from precast.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from services.decode_worker.engine.kv_cache import BlockPool, OutOfBlocks
 from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.prompts import prompt_chunks
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import FinishReason, SamplingSpec, Sequence
 from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.engine.suspects import MAX_LOSSES, MAX_LOSSES_IN_ALL
+from services.decode_worker.engine.waiting import WaitingQueue
 from services.decode_worker.ranks.protocol import LAST_DRAWN, DecodeOn, Step
 from tests.support.full_steps import FullSteps
 
@@ -213,12 +215,12 @@ def test_a_lost_cache_puts_what_ran_back_in_front_of_the_queue() -> None:
     again = scheduler.schedule(3)
     assert again is not None
     assert [s.request_id for s in again.sequences] == ["a", "b"]
-    assert again.counts == (4, 4)
-    assert ints(again.message.token_ids) == [1, 2, 3, 4, 11, 2, 3, 4]
+    assert again.counts == (2, 6)
+    assert ints(again.message.token_ids) == [1, 2, 11, 2, 3, 4, 5, 50]  # with what it had generated
     scheduler.apply(again, draw(again))
     rest = scheduler.schedule(4)
     assert rest is not None
-    assert ints(rest.message.token_ids) == [5, 50, 50, 5, 50]  # with what they had generated
+    assert ints(rest.message.token_ids) == [50, 3, 4, 5, 50, 50]
     scheduler.apply(rest, draw(rest))
     assert {name: len(out) for name, out in run(scheduler).items()} == dict.fromkeys("abc", 4)
 
@@ -468,12 +470,22 @@ class Traffic(RuleBasedStateMachine):
         own=st.lists(st.integers(1, 3), min_size=1, max_size=8),
         tokens=st.integers(1, 12),
         copies=st.sampled_from([1, 1, 3]),
+        priority=st.sampled_from([0, 0, 0, -1, 7]),
     )
-    def add(self, prefix: list[int], cut: int, own: list[int], tokens: int, copies: int) -> None:
+    def add(
+        self,
+        prefix: list[int],
+        cut: int,
+        own: list[int],
+        tokens: int,
+        copies: int,
+        priority: int,
+    ) -> None:
         for _ in range(copies):
             number = len(self.live) + len(self.ended)
             new = sequence(f"r{number}", 1, tokens, seed=number)
             new.prompt = (prefix[:cut] + own)[: self.CONTEXT - 1]
+            new.priority = priority
             try:
                 self.scheduler.add(new)
             except Overloaded:
@@ -610,7 +622,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
         step = scheduler.schedule(number)
         assert step is not None
         scheduler.apply(step, draw(step))
-        assert step.tokens == 256  # nothing of the chunk is lost
+        assert step.counts == (256 // 4, 100)
         if short.output:
             break
     assert number == 1
@@ -620,7 +632,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 def test_a_long_prompt_goes_on_while_short_ones_keep_coming() -> None:
     scheduler = make(max_context_length=4096, blocks=2048, prefill_chunk=256, max_waiting=64)
     scheduler.add(sequence("long", prompt=4000, max_tokens=1))
-    for number in range(4000 // 128 + 1):
+    for number in range(4000 // 64 + 1):
         short = sequence(f"short-{number}", max_tokens=1)
         short.prompt = [number + 1] * 200
         scheduler.add(short)
@@ -630,6 +642,88 @@ def test_a_long_prompt_goes_on_while_short_ones_keep_coming() -> None:
         if any(done.request_id == "long" for done, *_ in ended):
             return
     raise AssertionError("the long prompt starves")
+
+
+def test_a_short_request_behind_a_long_prompt_gets_its_token_in_time() -> None:
+    """Sent at any moment of 4,000 tokens' prefill, on a machine that computes 690 tokens a second:
+    it waits for a step, which is scheduled shortly before the last one ends, and for its own."""
+    token_s, fixed_s, ahead = 1 / 690, 0.004, 0.15
+    for arrives in np.linspace(0.3, 4.0, 38):
+        pace = Pace(0.1)
+        scheduler = make(max_context_length=8192, blocks=4096, prefill_chunk=256, pace=pace)
+        scheduler.add(sequence("long", prompt=4000, max_tokens=2))
+        pace.observe(0, 256, 256 * token_s)
+        clock, takes = 0.0, 0.0
+        short = sequence("short", prompt=8, max_tokens=1)
+        short.prompt = [9] * 8
+        while not short.output:
+            if clock - ahead * takes >= arrives and short not in (*scheduler._running,):
+                scheduler.add(short)
+            step = scheduler.schedule(0)
+            assert step is not None
+            takes = fixed_s + step.tokens * token_s
+            clock += takes
+            pace.observe(step.decode_tokens, step.prompt_tokens, takes)
+            scheduler.apply(step, draw(step))
+        assert clock - arrives <= 0.3
+
+
+@given(
+    prompts=st.lists(st.integers(1, 500), min_size=1, max_size=20),
+    budget=st.integers(1, 300),
+    alone=st.booleans(),
+)
+def test_every_step_goes_on_with_the_oldest_prompt_and_the_shortest(
+    prompts: list[int], budget: int, alone: bool
+) -> None:
+    sequences = [sequence(f"{number}", prompt=size) for number, size in enumerate(prompts)]
+    chosen = prompt_chunks(sequences, budget, alone=alone)
+    counts = {one.sequence.request_id: one.count for one in chosen}
+    assert sum(counts.values()) <= budget
+    assert all(0 < count <= prompts[int(name)] for name, count in counts.items())
+    assert counts["0"] >= min(prompts[0], max(1, budget // 4))
+    shortest = min(range(len(prompts)), key=prompts.__getitem__)
+    share = budget - max(1, budget // 4) if shortest else budget
+    assert counts.get(f"{shortest}", 0) >= min(prompts[shortest], share)
+    if not alone:
+        assert sum(counts.values()) == min(budget, sum(prompts))
+
+
+def test_a_higher_priority_gets_the_next_slot_and_equals_take_turns() -> None:
+    scheduler = make(max_batch_size=1, max_waiting=8)
+    for name, priority in (("a", 0), ("b", 0), ("low", -5), ("high", 3), ("high2", 3), ("c", 0)):
+        one = sequence(name, prompt=3, max_tokens=2)
+        one.priority = priority
+        scheduler.add(one)
+    assert list(run(scheduler)) == ["high", "high2", "a", "b", "c", "low"]
+
+
+def test_blocks_are_taken_from_the_youngest_of_the_lowest_priority() -> None:
+    scheduler = make(blocks=5)
+    for name, priority in (("low", -1), ("usual", 0)):
+        one = sequence(name, prompt=7, max_tokens=8)
+        one.prompt[0] = ord(name[0])
+        one.priority = priority
+        scheduler.add(one)
+    assert list(run(scheduler)) == ["usual", "low"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "back", "take"]), st.integers(-2, 2))))
+def test_the_waiting_queue_is_a_stable_order_by_priority(actions: list[tuple[str, int]]) -> None:
+    queue, model = WaitingQueue(), list[Sequence]()
+    for number, (action, priority) in enumerate(actions):
+        if action == "take":
+            if model:
+                assert queue.first is model[0]
+                queue.remove(model.pop(0))
+        else:
+            one = sequence(f"{number}")
+            one.priority = priority
+            (queue.append if action == "add" else queue.put_back)(one)
+            model.insert(len(model) if action == "add" else 0, one)
+            model.sort(key=lambda each: -each.priority)
+        assert list(queue) == model
+        assert len(queue) == len(model)
 
 
 def test_prompts_beside_decoding_take_no_longer_than_the_gap() -> None:

@@ -54,6 +54,7 @@ def make_sequence(
         max_tokens=max(1, start.stop.max_tokens),
         prompt_logprobs=start.prompt_logprobs if start.HasField("prompt_logprobs") else -1,
         stop_token_ids=stop_token_ids,
+        priority=start.priority,
         cache_salt=start.cache_salt,
         output=output,
         resumed=len(output),

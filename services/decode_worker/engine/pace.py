@@ -20,6 +20,13 @@ GUESSED_GROWTH: Final = 0.05
 so that it is tried."""
 STALE_STEPS: Final = 512
 """After so many steps a size's time is guessed again: it may have been measured at a bad moment."""
+ALONE_S: Final = 0.18
+"""Of a step that only prefills: another request that comes meanwhile waits for its end, and then
+for its own."""
+ROUND: Final = 32
+"""Such steps have a multiple of so many tokens: few sizes, for which graphs are worth having."""
+MOST_TOKENS: Final = 1 << 20
+"""Of a step that only prefills, before anything is known: all that it may have."""
 LEAST_TOKENS: Final = 16
 """Whatever it costs: or prompts would never end, and a step reads all weights for fewer too."""
 
@@ -72,11 +79,19 @@ class Pace:
         return self._steps - step < STALE_STEPS
 
     def prompt_tokens(self, decoding: int) -> int:
-        """How many tokens of prompts fit into a step in which so many decode."""
+        """How many tokens of prompts fit into a step in which so many decode; without any, into one
+        that another prompt may have to wait for."""
+        if decoding == 0:
+            return self._prompt_tokens_alone()
         if self._token_s is None:
             return FIRST_TOKENS
         room = self._gap_s * _MARGIN - self.decode_s(decoding)
         return max(LEAST_TOKENS, int(room / max(self._token_s, 1e-9)))
+
+    def _prompt_tokens_alone(self) -> int:
+        if self._token_s is None:
+            return MOST_TOKENS
+        return max(LEAST_TOKENS, int(ALONE_S / max(self._token_s, 1e-9)) // ROUND * ROUND)
 
     def expected_s(self, decoding: int, prompt_tokens: int) -> float | None:
         """What a step should take; None while too little is known."""

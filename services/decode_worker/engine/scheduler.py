@@ -14,7 +14,6 @@ sequence whose next tokens can be guessed (``speculation.py``) is worth waiting 
 there is no step then until that is known.
 """
 
-from collections import deque
 from typing import NamedTuple
 
 from precast.errors import ContextLengthExceeded, InvalidRequest, Overloaded
@@ -28,6 +27,7 @@ from services.decode_worker.engine.sequence import FinishReason, Sequence
 from services.decode_worker.engine.sharing import adopt, publish, shared
 from services.decode_worker.engine.speculation import Sizes
 from services.decode_worker.engine.step import Chosen, ScheduledStep, StepBatch, make_step
+from services.decode_worker.engine.waiting import WaitingQueue
 
 
 class Outcome(NamedTuple):
@@ -63,7 +63,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._pace = pace
         self._drafter = Drafter(pace, graph_sizes, self._left_after_draws)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         """Sequences with a slot, oldest first."""
         self._same: StepBatch | None = None
@@ -191,7 +191,7 @@ class Scheduler:
         decoding = self._decoding()
         chosen = self._with_drafts(decoding)
         prompts = unfinished_prompts(self._running, self.blocks.block_size)
-        chosen += prompt_chunks(prompts, self._budget(len(decoding)))
+        chosen += prompt_chunks(prompts, self._budget(len(decoding)), alone=not decoding)
         return chosen, len(decoding)
 
     def apply(self, step: ScheduledStep, token_ids: list[int]) -> list[Outcome]:
@@ -257,7 +257,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives slots and blocks to those that have waited longest."""
         while self._waiting and len(self._running) < self._max_batch_size:
-            sequence = self._waiting[0]
+            sequence = self._waiting.first
             if sequence.drawing:
                 return  # it was preempted in the step under way, whose token it is prefilled with
             found = shared(self.blocks, sequence)
@@ -267,7 +267,7 @@ class Scheduler:
             # push out at once what it admitted.
             if taken + len(self._running) > self.blocks.free_blocks and self._running:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             for block in found:
                 self.blocks.share(block)
             sequence.blocks = found + self.blocks.allocate(fresh)
@@ -282,7 +282,7 @@ class Scheduler:
         """Tokens of prompts in a step. However many decode, half a chunk may be left to them; a
         sequence that decodes is held up no longer than the pace allows."""
         most = max(self._prefill_chunk - decoding, self._prefill_chunk // 2, 1)
-        return min(most, self._pace.prompt_tokens(decoding)) if decoding else most
+        return min(most, self._pace.prompt_tokens(decoding))
 
     def _decoding(self) -> list[Sequence]:
         """Sequences whose prompt is computed, each with a block for its next token; but those whose
@@ -318,23 +318,27 @@ class Scheduler:
         return self._left_after_draws(sequence) <= 0
 
     def _grow(self, sequence: Sequence) -> bool:
-        """A block for the sequence's next token, taken from the youngest if none is free."""
+        """A block for the sequence's next token, taken from the last in line if none is free."""
         while len(sequence.blocks) < self.blocks.blocks_for(sequence.length):
             if self.blocks.free_blocks:
                 sequence.blocks += self.blocks.allocate(1)
                 continue
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = self._last_in_line()
+            self._preempt(last)
+            if last is sequence:
                 return False
         return True
+
+    def _last_in_line(self) -> Sequence:
+        """Who gives up blocks: the youngest of the lowest priority."""
+        return min(reversed(self._running), key=lambda sequence: sequence.priority)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._same = None
         self._running.remove(sequence)
         self._release(sequence)
         sequence.computed = sequence.published = 0
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         self._same = None

@@ -57,6 +57,8 @@ class Sequence:
     sampling: SamplingSpec
     max_tokens: int
     stop_token_ids: frozenset[int]
+    priority: int = 0
+    """Higher ones get slots first."""
     cache_salt: str = ""
     """Blocks are shared only with sequences of the same one."""
     output: list[int] = field(default_factory=list)
