@@ -1,13 +1,29 @@
 """A decode worker's Prometheus metrics."""
 
+import time
+from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from precast.metrics import PlainCounter, PlainHistogram
 
 _STEP_BUCKETS: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0)
+_WAITS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _TOKEN_BUCKETS: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)
+
+
+class _ProcessorTime(Collector):
+    """What the leader has used, read when it is scraped."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "decode_worker_leader_processor_seconds",
+            "Processor time of the leader, without its ranks",
+            value=time.process_time(),
+        )
 
 
 class Metrics:
@@ -67,6 +83,30 @@ class Metrics:
             _STEP_BUCKETS,
             "phase",
         )
+        self.prompts = PlainCounter(
+            "decode_worker_prompt_tokens", "Tokens of prompts, by requests that have ended"
+        )
+        self.host = PlainCounter(
+            "decode_worker_host_seconds",
+            "Time that ranks waited for their leader while requests were running",
+        )
+        self.queue_seconds = PlainHistogram(
+            "decode_worker_queue_seconds", "Requests: from their coming to their first step", _WAITS
+        )
+        self.first_token_seconds = PlainHistogram(
+            "decode_worker_time_to_first_token_seconds",
+            "Requests: from their coming to their first token",
+            _WAITS,
+        )
+        self.inter_token_seconds = PlainHistogram(
+            "decode_worker_inter_token_seconds",
+            "Between two steps that gave a request tokens",
+            _STEP_BUCKETS,
+        )
+        self.registry.register(_ProcessorTime())
+        latencies = (self.queue_seconds, self.first_token_seconds, self.inter_token_seconds)
+        for collector in (self.prompts, self.host, *latencies):
+            self.registry.register(collector)
         counters = (self._steps, self._tokens, self.cached, self.drafted, self.accepted)
         for collector in (*counters, self._padding, self._sizes, self._seconds):
             self.registry.register(collector)

@@ -232,6 +232,26 @@ async def test_damaged_logits_end_their_own_request(
     assert "no token drawn" in logged.out + logged.err
 
 
+async def test_metrics_say_how_long_requests_waited(rig: Rig) -> None:
+    rig.submit("one", [1, 2, 3], 5)
+    rig.submit("two", [4], 1)
+    await rig.all_ended()
+
+    def value(name: str) -> float:
+        found = rig.metrics.registry.get_sample_value(f"decode_worker_{name}")
+        assert found is not None, name
+        return found
+
+    assert value("queue_seconds_count") == value("time_to_first_token_seconds_count") == 2
+    assert value("inter_token_seconds_count") == 4
+    step_s = STEP_MS / 1e3
+    assert 0 <= value("queue_seconds_sum") < value("time_to_first_token_seconds_sum") - 2 * step_s
+    assert value("inter_token_seconds_sum") > 4 * step_s * 0.5
+    assert (value("prompt_tokens_total"), value("cached_prompt_tokens_total")) == (4, 0)
+    assert value("leader_processor_seconds_total") > 0
+    assert 0 <= value("host_seconds_total") < 5
+
+
 async def test_requests_don_t_wait_for_ranks_that_never_start(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "no-start").touch()
     rig.submit("waits", [1, 2], 50)

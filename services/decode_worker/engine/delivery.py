@@ -1,5 +1,6 @@
 """Requests that run, and what steps gave them: each is told of its tokens once, and ends once."""
 
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from functools import partial
@@ -50,6 +51,7 @@ class Delivery:
 
     def add(self, request: Request) -> None:
         """A request that the scheduler has taken."""
+        request.came_s = time.monotonic()
         self._requests[request.request_id] = request
 
     def abort(self, request_id: str) -> bool:
@@ -60,6 +62,14 @@ class Delivery:
         self._scheduler.abort(request_id)
         request.finish(pb.FINISH_REASON_ABORTED, flush=False)
         return True
+
+    def begun(self, step: ScheduledStep) -> None:
+        """A step is sent, perhaps the first one of some requests."""
+        for sequence in step.sequences:
+            request = self._request_of(sequence)
+            if request is not None and not request.started:
+                request.started = True
+                self._metrics.queue_seconds.observe(time.monotonic() - request.came_s)
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
         """The oldest step is over; what it gave is told by the next ``tell``."""
@@ -72,10 +82,22 @@ class Delivery:
         scores, self._scores = self._scores, []
         for request, part in scores:
             self._guarded(request, partial(request.score_prompt, part))
+        now = time.monotonic()
         for outcome in outcomes:
+            self._time(outcome.request, now)
             self._guarded(outcome.request, partial(self._tell, outcome.request, outcome))
         for outbox in {outcome.request.outbox for outcome in outcomes}:
             outbox.flush()
+
+    def _time(self, request: Request, now: float) -> None:
+        """Measures a token; those of one step behind its first don't count."""
+        if request.told_s == now:
+            return
+        if request.told_s:
+            self._metrics.inter_token_seconds.observe(now - request.told_s)
+        else:
+            self._metrics.first_token_seconds.observe(now - request.came_s)
+        request.told_s = now
 
     def _guarded(self, request: Request, tell: Callable[[], None]) -> None:
         try:
@@ -134,6 +156,7 @@ class Delivery:
             if finished is not None:
                 del self._requests[sequence.request_id]
                 self._metrics.cached.inc(sequence.cached)
+                self._metrics.prompts.inc(len(sequence.prompt))
             logprobs = done.logprobs[place] if done.logprobs else None
             yield _Outcome(request=request, token=token, logprobs=logprobs, finished=finished)
 

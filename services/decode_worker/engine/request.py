@@ -30,6 +30,11 @@ class Request:
     deliver_at_end: bool = False
     trace_id: str = ""
     """What logs call it, beside its own id."""
+    came_s: float = 0.0
+    """When it came, and below when it got tokens last; monotonic."""
+    told_s: float = 0.0
+    started: bool = False
+    """Whether it was in a step."""
     completion_tokens: int = 0
     ended: bool = field(default=False, init=False)
     _scored: bool = field(default=False, init=False)

@@ -1,5 +1,6 @@
 """Steps that the ranks have and have not answered: sent, and taken in when they are over."""
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -12,7 +13,7 @@ from services.decode_worker.engine.step_counts import StepCounts
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
-from services.decode_worker.ranks.protocol import StepDone
+from services.decode_worker.ranks.protocol import Step, StepDone
 
 STEP_TIMEOUT_S: Final = 10.0
 STEP_TIMEOUT_FACTOR: Final = 30.0
@@ -54,6 +55,8 @@ class StepsUnderWay:
         """In the order in which the ranks compute them."""
         self.counts = StepCounts(metrics)
         self.next_id = 0
+        self._ranks_wait_since = 0.0
+        """When they had nothing to do any more while sequences were running; 0: they have."""
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -83,6 +86,10 @@ class StepsUnderWay:
     def send(self, group: RankGroup, step: ScheduledStep) -> None:
         """Behind those that the ranks have. It was scheduled with ``next_id``."""
         self.take_id()
+        if isinstance(step.message, Step):
+            self._delivery.begun(step)
+        if not self._sent and self._ranks_wait_since:
+            self._metrics.host.inc(time.monotonic() - self._ranks_wait_since)
         message = self._graphs.assigned(
             step.message, tokens=step.tokens, decoding=not step.prompt_tokens
         )
@@ -103,11 +110,14 @@ class StepsUnderWay:
             self._metrics.accepted.inc(self._scheduler.accepted - before[1])
         self.counts.count(step, sent.graph_size, done.step_us)
         self._graphs.ran(done.shadow)
+        wait = not self._sent and self._scheduler.running
+        self._ranks_wait_since = time.monotonic() if wait else 0.0
 
     def lose(self) -> ScheduledStep | None:
         """The ranks are gone, and what they had to do is lost; gives the step that was running."""
         running = self.oldest
         self._sent.clear()
+        self._ranks_wait_since = 0.0
         return running
 
 
