@@ -32,6 +32,13 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+ISA_FLAGS["amx"] = [
+    *ISA_FLAGS["avx512"],
+    "-mavx512bf16",
+    "-mamx-tile",
+    "-mamx-int8",
+    "-mamx-bf16",
+]
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # g++ 12 takes its own AVX-512 intrinsics for uses of uninitialised values.
 KERNEL_FLAGS = ["-O3", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -71,6 +78,7 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         )
         for name in ("attention", "sampling")
         for isa, flags in ISA_FLAGS.items()
+        if (name, isa) != ("sampling", "amx")  # AVX-512's
     ]
     units += [
         (n, SOURCES / f"{n}.cpp", ["-O2"])

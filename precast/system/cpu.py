@@ -26,7 +26,11 @@ class Cpu:
         return self.flags >= _AMX
 
 
-_LEFT_OUT: Final = {"avx2": ("avx512", "avx10", "amx"), "scalar": ("avx", "amx", "fma", "f16c")}
+_LEFT_OUT: Final = {
+    "avx512": ("amx",),
+    "avx2": ("avx512", "avx10", "amx"),
+    "scalar": ("avx", "amx", "fma", "f16c"),
+}
 """Beginnings of the flags that a lesser instruction set does without."""
 
 

@@ -20,7 +20,7 @@ from tests.support.graph_fleet import Fleet, ask
 
 MODEL = "tiny"
 OWN = native_isa()
-BELOW = {"avx512": "avx2", "avx2": "scalar"}[OWN]
+BELOW = {"amx": "avx2", "avx512": "avx2", "avx2": "scalar"}[OWN]
 """Two levels that this machine runs, whichever it has."""
 LESSER = {"PRECAST_NATIVE_ISA": BELOW}
 LOW, HIGH = ISA_LEVELS[BELOW], ISA_LEVELS[OWN]

@@ -12,7 +12,12 @@ import pytest
 from precast.ops import native
 from tests.support import same_bits
 
-LESSER = {"avx512": ("avx2", "scalar"), "avx2": ("scalar",), "scalar": ()}
+LESSER = {
+    "amx": ("avx512", "avx2", "scalar"),
+    "avx512": ("avx2", "scalar"),
+    "avx2": ("scalar",),
+    "scalar": (),
+}
 
 
 def test_bits_do_not_depend_on_the_step() -> None:

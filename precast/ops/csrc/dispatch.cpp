@@ -1,3 +1,6 @@
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -16,19 +19,29 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+// Linux saves the registers of AMX only for processes that have asked for it; forks have what they had.
+bool runs_amx() {
+  constexpr int kArchReqXcompPerm = 0x1023, kTileData = 18;
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+}
+
 bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 const Kernels& choose() {
   const char* wanted = std::getenv("PRECAST_NATIVE_ISA");
   if (wanted == nullptr || *wanted == 0) {
+    if (runs_amx()) return kernels_amx();
     if (runs_avx512()) return kernels_avx512();
     return runs_avx2() ? kernels_avx2() : kernels_scalar();
   }
+  if (std::strcmp(wanted, "amx") == 0 && runs_amx()) return kernels_amx();
   if (std::strcmp(wanted, "avx512") == 0 && runs_avx512()) return kernels_avx512();
   if (std::strcmp(wanted, "avx2") == 0 && runs_avx2()) return kernels_avx2();
   if (std::strcmp(wanted, "scalar") == 0) return kernels_scalar();
   throw std::runtime_error(std::string("PRECAST_NATIVE_ISA=") + wanted +
-                           ": not an instruction set that this CPU runs (scalar, avx2, avx512)");
+                           ": not an instruction set that this CPU runs (scalar, avx2, avx512, amx)");
 }
 
 }  // namespace
@@ -40,12 +53,13 @@ const Kernels& kernels() {
 
 const SamplingKernels& sampling_kernels() {
   const Kernels* chosen = &kernels();
-  if (chosen == &kernels_avx512()) return sampling_avx512();
+  if (chosen == &kernels_avx512() || chosen == &kernels_amx()) return sampling_avx512();
   return chosen == &kernels_avx2() ? sampling_avx2() : sampling_scalar();
 }
 
 const AttentionKernels& attention_kernels() {
   const Kernels* chosen = &kernels();
+  if (chosen == &kernels_amx()) return attention_amx();
   if (chosen == &kernels_avx512()) return attention_avx512();
   return chosen == &kernels_avx2() ? attention_avx2() : attention_scalar();
 }

@@ -40,7 +40,8 @@ void quantize_inputs(LinearArgs& args) {
   thread_local std::vector<int8_t> values;
   thread_local std::vector<float> scales, sums;
   thread_local std::vector<int32_t> starts;
-  const int64_t entries = args.m * input_groups(args.format, args.k);
+  // And some behind the last row, for tiles that read more rows than there are.
+  const int64_t entries = args.m * input_groups(args.format, args.k) + kRowBlock;
   values.resize(entries * kGroup);
   scales.resize(entries);
   sums.resize(entries);

@@ -1,0 +1,45 @@
+// What all tiles of quantised linears have in common: how a group's integers become part of a sum.
+#pragma once
+
+#include "linear_float.h"
+#include "unpack.h"
+
+namespace precast {
+namespace {
+
+// Scales of a group of a panel's columns, and its minima; kInt8 has none for groups.
+struct GroupParameters {
+  vfloat scales, minima;
+};
+
+// `scales`: of the block of two groups; `second`: whether it is the second of them.
+template <Format F>
+inline GroupParameters group_parameters(const uint8_t* scales, int second, int v) {
+  GroupParameters parameters{};
+  const auto* values = reinterpret_cast<const Float16*>(scales) + v * kLanes;
+  if constexpr (F != Format::kInt8) parameters.scales = load(values + second * kPanel);
+  if constexpr (F == Format::kQ4_1) parameters.minima = load(values + (2 + second) * kPanel);
+  return parameters;
+}
+
+// A total with a group's integer sums added; `scale` and `sum` are those of a row's inputs.
+template <Format F>
+inline vfloat add_group(vfloat total, vint dots, float scale, float sum, const GroupParameters& p) {
+  if constexpr (F == Format::kInt8) return multiply_add(to_float(dots), splat(scale), total);
+  total = multiply_add(to_float(dots) * splat(scale), p.scales, total);
+  return F == Format::kQ4_1 ? multiply_add(p.minima, splat(sum), total) : total;
+}
+
+// What a tile of `tile_rows` rows asks for of the `bytes` at `next`, the panels behind its own. Each of the
+// tiles that the same panels meet takes its share, so that memory is read all the time and not only by the
+// first of them: q4_0 of 2048 by 8192 is 1.22 times as fast at 4 rows and 1.12 times at 16. One row leaves
+// that to the processor.
+inline Prefetch share_ahead(const uint8_t* next, int64_t bytes, int64_t row, int64_t m, int tile_rows) {
+  if (m == 1) return {};
+  const int64_t share = ceil_div(ceil_div(bytes, kLineBytes), ceil_div(m, tile_rows)) * kLineBytes;
+  const int64_t from = row / tile_rows * share, left = bytes - from;
+  return {next + from, left < 0 ? 0 : left < share ? left : share};
+}
+
+}  // namespace
+}  // namespace precast

@@ -1,0 +1,93 @@
+"""AMX: linears have the bits of AVX-512, and attention the same ones with its matrices and without."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from precast.models.kv_cache import fill_cache, new_cache
+from precast.ops import native
+from precast.ops.packing import Format, pack
+
+QUANTIZED = [Format.INT8, Format.Q8_0, Format.Q4_0, Format.Q4_1]
+ROWS = (1, 11, 12, 16, 17, 30, 65)
+"""Fewer than matrices are worth, whole ones, and parts of one."""
+ints = torch.int32
+needs_amx = pytest.mark.skipif(native.native_isa() != "amx", reason="no AMX in use")
+
+
+def linear_digest() -> str:
+    """Of every format's outputs, for inputs that end within a group and outputs within a panel."""
+    torch.manual_seed(0)
+    native.start_threads((-1, -1))
+    digest = hashlib.blake2b()
+    for fmt in QUANTIZED:
+        for n, k in ((40, 100), (48, 576), (16, 30)):
+            packed, bias = pack(torch.randn(n, k), fmt), torch.randn(n)
+            for rows in ROWS:
+                y = torch.ops.precast.linear(torch.randn(rows, k), packed, bias, n, int(fmt))
+                digest.update(y.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@needs_amx
+def test_linears_have_the_bits_of_avx512() -> None:
+    program = "from tests.unit.test_amx import linear_digest; print(linear_digest())"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PRECAST_NATIVE_ISA": "avx512"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=True,
+    )
+    assert run.stdout.strip() == linear_digest()
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, begin: int) -> Tensor:
+    """Outputs [tokens, heads, dim] of the tokens from ``begin`` on, over a cache of bf16, which has
+    no numbers where no token is. One KV head."""
+    length, dim = len(keys), keys.shape[-1]
+    blocks = -(-length // 32)
+    cache = new_cache("bf16", blocks=blocks, kv_heads=1, block_size=32, head_dim=dim)
+    rest = torch.full((blocks * 32 - length, 1, dim), torch.nan)
+    fill_cache(cache, torch.cat([keys, rest]), torch.cat([values, rest]))
+    new = length - begin
+    unused = torch.zeros(new, 1, dim)
+    out: Tensor = torch.ops.precast.paged_attention(
+        q[begin:],
+        unused,
+        unused,
+        *cache,
+        torch.full((new,), -1, dtype=ints),
+        torch.tensor([0, new], dtype=ints),
+        torch.tensor([length], dtype=ints),
+        torch.arange(blocks, dtype=ints).view(1, -1),
+        dim**-0.5,
+        0,
+        0.0,
+    )
+    return out
+
+
+@pytest.mark.parametrize("smallest", [0, -70, -130])
+@pytest.mark.parametrize("length", [1, 33, 63, 101])
+def test_few_rows_and_many_have_the_same_bits(smallest: int, length: int) -> None:
+    """Of numbers whose products are too small for normal floats as well; and what lies behind the
+    last token in the cache is not used."""
+    torch.manual_seed(0)
+    native.start_threads((-1, -1))
+    scale = 2.0**smallest
+    q, keys = torch.randn(length, 3, 64), torch.randn(length, 1, 64)
+    values = torch.randn(length, 1, 64) * scale
+    keys *= torch.where(torch.rand(length, 1, 64) < 0.5, scale, 1.0)
+    many = attend(q, keys, values, 0)
+    assert many.isfinite().all()
+    few = attend(q, keys, values, length - 1)
+    assert torch.equal(few.view(ints), many[-1:].view(ints))
+    two = attend(q, keys, values, max(0, length - 2))
+    assert torch.equal(two.view(ints), many[-len(two) :].view(ints))
