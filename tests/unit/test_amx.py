@@ -1,4 +1,4 @@
-"""AMX: linears have the bits of AVX-512, and attention the same ones with its matrices and without."""
+"""AMX: linears have AVX-512's bits, attention its own with matrices and without."""
 
 import hashlib
 import os

@@ -2,7 +2,8 @@
 //
 // Keys are kept transposed within their block, so that a vector holds one feature of neighbouring keys:
 // scores need no horizontal sums, at any number of rows. Few rows read the cache as it is; many have a
-// block converted to float32 once. Both do the same arithmetic (attention_tile.h).
+// block converted to float32 once. Both do the same arithmetic (attention_tile.h). Where there is AMX, caches
+// of bf16 and of 8 bits have another in common (attention_amx.h, attention_halves.h).
 #pragma once
 
 #include <utility>
@@ -11,84 +12,6 @@
 
 namespace precast {
 namespace {
-
-// Rows up to which the cache is read in its own type, in tiles of at most kDirectTile.
-constexpr int kDirectTile = kTileRows < 6 ? kTileRows : 6;
-constexpr int kDirectRows = 2 * kDirectTile;
-
-// How a tile's rows are cut into register tiles of `rows`, the last one padded.
-struct RowTiles {
-  int rows, count;
-};
-
-// Rows of odd features go the converted way, where features are padded.
-inline bool is_direct(const AttentionArgs& a, int rows) {
-  return rows <= kDirectRows && a.head_dim % kPanel == 0;
-}
-
-inline RowTiles row_tiles(const AttentionArgs& a, int rows) {
-  if (!is_direct(a, rows)) return {kTileRows, padded(rows, kTileRows) / kTileRows};
-  const int count = padded(rows, kDirectTile) / kDirectTile;
-  return {padded(rows, count) / count, count};
-}
-
-inline int state_width(const AttentionArgs& a) { return padded(a.head_dim, kPanel); }
-
-int64_t state_floats(const AttentionArgs& a, int rows) {
-  const RowTiles tiles = row_tiles(a, rows);
-  return tiles.count * state_size(tiles.rows, state_width(a));
-}
-
-// Scratch of a tile, one part after the other; each begins on a cache line.
-struct Scratch {
-  float *q, *states, *scores, *key_scales, *value_scales, *keys, *values;
-  Seen* seen;
-  int64_t floats;
-};
-
-inline Scratch scratch_at(const AttentionArgs& a, int rows, float* at) {
-  const RowTiles tiles = row_tiles(a, rows);
-  const float* begin = at;
-  const auto take = [&](int64_t floats) {
-    float* part = at;
-    at += ceil_div(floats, 16) * 16;
-    return part;
-  };
-  const bool direct = is_direct(a, rows);
-  Scratch s{};
-  s.q = take(static_cast<int64_t>(tiles.count) * tiles.rows * a.head_dim);
-  s.states = take(state_floats(a, rows));
-  s.scores = take(tiles.rows * kKeyBlock);
-  s.key_scales = take(kKeyBlock);
-  s.value_scales = take(kKeyBlock);
-  s.seen = reinterpret_cast<Seen*>(take(2 * tiles.count * tiles.rows));
-  s.keys = take(direct ? 0 : kKeyBlock * a.head_dim);
-  s.values = take(direct ? 0 : kKeyBlock * padded(state_width(a), kTileFeatures));
-  s.floats = at - begin;
-  return s;
-}
-
-int64_t scratch_floats(const AttentionArgs& a, int rows) {
-  return scratch_at(a, rows, nullptr).floats;
-}
-
-// Queries as [tiles][dim][rows], so that a register tile finds its rows' at constant distances; scaled
-// so that weights are powers of two, or for the cap.
-inline void pack_queries(const AttentionArgs& a, const AttentionTile& tile, int rows, RowTiles tiles,
-                         float* to) {
-  const int group = a.group(tile.kv_head), dim = a.head_dim;
-  const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * 1.4426950408889634f;
-  for (int r = 0; r < tiles.count * tiles.rows; ++r) {
-    float* y = to + r / tiles.rows * tiles.rows * dim + r % tiles.rows;
-    if (r >= rows) {
-      for (int d = 0; d < dim; ++d) y[d * tiles.rows] = 0;
-      continue;
-    }
-    const float* q = a.q + (tile.first_token + r / group) * a.q_stride +
-                     (a.first_query[tile.kv_head] + r % group) * dim;
-    for (int d = 0; d < dim; ++d) y[d * tiles.rows] = q[d] * scale;
-  }
-}
 
 // Which keys of the block from `start` on each row sees; rows that pad see none.
 inline void see(const AttentionArgs& a, const AttentionTile& tile, int rows, int padded_rows,
@@ -152,6 +75,75 @@ inline void attend_converted(const AttentionArgs& a, const Scratch& s, const Key
   }
 }
 
+#if defined(__AMX_BF16__)
+// Queries of a register tile behind each other, in halves: those of pack_queries in another order.
+inline Halves query_halves(const AttentionArgs& a, const Scratch& s, RowTiles tiles, int t) {
+  const int size = tiles.rows * a.head_dim;
+  Half* upper = reinterpret_cast<Half*>(s.q) + 2 * t * size;
+  return {upper, upper + size};
+}
+
+inline void split_queries(const AttentionArgs& a, const AttentionTile& tile, int rows, RowTiles tiles,
+                          const Scratch& s) {
+  const int group = a.group(tile.kv_head), dim = a.head_dim;
+  const vfloat scale = splat(query_scale(a));
+  for (int r = 0; r < tiles.count * tiles.rows; ++r) {
+    const Halves all = query_halves(a, s, tiles, r / tiles.rows);
+    const int at = r % tiles.rows * dim;
+    for (int d = 0; d < dim; d += kMatrixDepth) {
+      const float* q = r < rows ? query_at(a, tile, group, r) + d : nullptr;
+      const vfloat first = q ? load(q) * scale : vfloat{};
+      split(first, q ? load(q + kLanes) * scale : vfloat{}, all.upper + at + d, all.rest + at + d);
+    }
+  }
+}
+
+inline bool by_halves(RowTiles tiles) { return tiles.count == 1 && tiles.rows <= kHalvesRows; }
+inline float* wide_queries(const Scratch& s, RowTiles tiles) {
+  return s.wide + 2 * tiles.rows * kKeyBlock;
+}
+
+template <typename T>
+inline void attend_by_halves(const AttentionArgs& a, const Scratch& s, const KeyBlock<T>& block,
+                             const Weighing& weighing, RowTiles tiles, float* states) {
+  Half* upper = reinterpret_cast<Half*>(s.weights);
+  with_rows(
+      tiles.rows,
+      [&](auto mr) {
+        attend_halves<mr>(wide_queries(s, tiles), block, weighing, s.seen, a.head_dim, s.scores,
+                          {upper, upper + mr * kKeyBlock}, s.wide,
+                          state_at(states, mr, state_width(a)));
+      },
+      std::make_integer_sequence<int, kHalvesRows>{});
+}
+
+template <typename T>
+inline void attend_by_matrices(const AttentionArgs& a, const Scratch& s, const KeyBlock<T>& block,
+                               int count, const Weighing& weighing, RowTiles tiles, float* states) {
+  Half *keys = reinterpret_cast<Half*>(s.keys), *values = reinterpret_cast<Half*>(s.values);
+  Half* upper = reinterpret_cast<Half*>(s.weights);
+  const Halves weights{upper, upper + tiles.rows * kKeyBlock};
+  const int width = state_width(a), shares = kAsksToConvert + kAsksToAttend * tiles.count;
+  int asked = 0;
+  const auto ask = [&] [[gnu::always_inline]] {
+    ask_for_next(block, a.head_dim, asked, shares);
+    ++asked;
+  };
+  bool are_values_there = false;
+  const auto need_values = [&] {
+    if (!are_values_there) convert_values(block, a.head_dim, count, values, ask);
+    are_values_there = true;
+  };
+  convert_keys(block, a.head_dim, keys, ask);
+  for (int t = 0; t < tiles.count; ++t) {
+    attend_matrices(query_halves(a, s, tiles, t), {keys, values}, weighing, tiles.rows,
+                    s.seen + t * tiles.rows, a.head_dim, s.scores, weights,
+                    state_at(states + t * state_size(tiles.rows, width), tiles.rows, width), ask,
+                    need_values);
+  }
+}
+#endif
+
 inline void new_states(RowTiles tiles, int width, float* states) {
   for (int t = 0; t < tiles.count; ++t) {
     new_state(states + t * state_size(tiles.rows, width), tiles.rows, width);
@@ -170,6 +162,42 @@ void write_output(const AttentionArgs& a, const AttentionTile& tile, int rows, R
   }
 }
 
+// A block against all rows of a tile.
+template <typename T>
+inline void attend_rows(const AttentionArgs& a, const Scratch& s, const KeyBlock<T>& block, int count,
+                        const Weighing& weighing, RowTiles tiles, bool direct, float* states) {
+#if defined(__AMX_BF16__)
+  if constexpr (!std::is_same_v<T, float>) {
+    if (by_matrices(a) && by_halves(tiles)) {
+      return attend_by_halves(a, s, block, weighing, tiles, states);
+    }
+    if (by_matrices(a)) return attend_by_matrices(a, s, block, count, weighing, tiles, states);
+  }
+#endif
+  if (direct) return attend_direct(a, s, block, weighing, tiles, states);
+  attend_converted(a, s, block, count, weighing, tiles, states);
+}
+
+// Calls body with the queries where attend_rows expects them.
+template <typename F>
+inline void with_queries(const AttentionArgs& a, const AttentionTile& tile, int rows, RowTiles tiles,
+                         const Scratch& s, F&& body) {
+#if defined(__AMX_BF16__)
+  const FlushDenormals flush(by_matrices(a));
+  if (by_matrices(a)) {
+    split_queries(a, tile, rows, tiles, s);
+    if (by_halves(tiles)) {
+      widen_queries(query_halves(a, s, tiles, 0), rows, a.head_dim, wide_queries(s, tiles));
+      return body();
+    }
+    const Tiles registers(attention_shapes(tiles.rows));
+    return body();
+  }
+#endif
+  pack_queries(a, tile, rows, tiles, s.q);
+  body();
+}
+
 template <typename T>
 void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* states, float* out,
                   float* scratch) {
@@ -180,26 +208,23 @@ void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* stat
   const bool scaled = kExtra<T> != 0;
   const Weighing weighing{a.softcap * 1.4426950408889634f, scaled ? s.key_scales : nullptr,
                           scaled ? s.value_scales : nullptr};
-  pack_queries(a, tile, rows, tiles, s.q);
   if (!apart) {
     states = s.states;
     new_states(tiles, width, states);
   }
-  for (int64_t start = tile.begin; start < tile.end; start += kKeyBlock) {
-    if (apart) new_states(tiles, width, states);
-    const KeyBlock<T> block = block_at<T>(a, tile, start);
-    if constexpr (kExtra<T> != 0) {
-      read_scales(a, tile, start, block, s.key_scales, s.value_scales);
-    }
-    see(a, tile, rows, tiles.count * tiles.rows, start, s.seen);
-    if (direct) {
-      attend_direct(a, s, block, weighing, tiles, states);
-    } else {
+  with_queries(a, tile, rows, tiles, s, [&] {
+    for (int64_t start = tile.begin; start < tile.end; start += kKeyBlock) {
+      if (apart) new_states(tiles, width, states);
+      const KeyBlock<T> block = block_at<T>(a, tile, start);
+      if constexpr (kExtra<T> != 0) {
+        read_scales(a, tile, start, block, s.key_scales, s.value_scales);
+      }
+      see(a, tile, rows, tiles.count * tiles.rows, start, s.seen);
       const int64_t count = tile.end - start < kKeyBlock ? tile.end - start : kKeyBlock;
-      attend_converted(a, s, block, static_cast<int>(count), weighing, tiles, states);
+      attend_rows(a, s, block, static_cast<int>(count), weighing, tiles, direct, states);
+      if (apart) states += state_floats(a, rows);
     }
-    if (apart) states += state_floats(a, rows);
-  }
+  });
   if (!apart) write_output(a, tile, rows, tiles, states, out);
 }
 
@@ -220,6 +245,9 @@ void merge_states(const AttentionArgs& a, const AttentionTile& tile, const float
   const int rows = a.group(tile.kv_head) * tile.tokens, width = state_width(a);
   const RowTiles tiles = row_tiles(a, rows);
   const int64_t size = state_size(tiles.rows, width), all = state_floats(a, rows);
+#if defined(__AMX_BF16__)
+  const FlushDenormals flush(by_matrices(a));
+#endif
   float* whole = scratch_at(a, rows, scratch).states;
   new_states(tiles, width, whole);
   for (int64_t start = tile.begin; start < tile.end; start += kKeyBlock, states += all) {

@@ -1,12 +1,10 @@
 // Blocks of keys and values: where they lie in the paged cache, and their conversion to float32.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_rows.h"
 
 namespace precast {
 namespace {
-
-inline int padded(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // Where the kPanel keys from token `at` on lie, and their values.
 template <typename T>

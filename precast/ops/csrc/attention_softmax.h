@@ -53,7 +53,7 @@ struct Weighing {
 
 // What folding a block needs to know of its rows.
 struct BlockSums {
-  vfloat totals[kTileRows];  // of a row's weights, by lane
+  vfloat totals[kLanes];  // of a row's weights, by lane
   alignas(64) float maxima[kLanes];
 };
 
@@ -198,7 +198,7 @@ inline void fold_sums(const State& state, int rows, vfloat block_maxima, const v
 
 // Folds the state of one block, which was kept apart, into that of those before.
 inline void fold_state(const State& state, const State& block, int rows, int width) {
-  vfloat totals[kTileRows];
+  vfloat totals[kLanes];
   for (int r = 0; r < rows; ++r) totals[r] = load(block.totals + r * kLanes);
   Factors factors;
   fold_sums(state, rows, load(block.maxima), totals, factors);

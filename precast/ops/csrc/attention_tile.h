@@ -182,18 +182,28 @@ inline void add_block(const float* weights, const Block& block, Seen tile, int w
   }
 }
 
+// The keys of a block that any of some rows sees, and whether each of them sees all.
+struct SeenByAny {
+  Seen keys;
+  bool all;
+};
+
+inline SeenByAny seen_by_any(int rows, const Seen* seen) {
+  SeenByAny any{{kKeyBlock, 0}, true};
+  for (int r = 0; r < rows; ++r) {
+    any.all = any.all && seen[r].low == 0 && seen[r].high == kKeyBlock;
+    if (seen[r].low >= seen[r].high) continue;
+    any.keys.low = seen[r].low < any.keys.low ? seen[r].low : any.keys.low;
+    any.keys.high = seen[r].high > any.keys.high ? seen[r].high : any.keys.high;
+  }
+  return any;
+}
+
 // Folds a block into the state of MR rows, which see `seen` of it. Scratch: scores [MR][kKeyBlock].
 template <int MR, typename Block>
 inline void attend_block(const float* q, const Block& block, const Weighing& weighing, const Seen* seen,
                          int dim, int width, float* scores, const State& state) {
-  Seen tile{kKeyBlock, 0};
-  bool all = true;
-  for (int r = 0; r < MR; ++r) {
-    all = all && seen[r].low == 0 && seen[r].high == kKeyBlock;
-    if (seen[r].low >= seen[r].high) continue;
-    tile.low = seen[r].low < tile.low ? seen[r].low : tile.low;
-    tile.high = seen[r].high > tile.high ? seen[r].high : tile.high;
-  }
+  const auto [tile, all] = seen_by_any(MR, seen);
   if (tile.low >= tile.high) return;
   score_block<MR>(q, block, tile, dim, scores);
   BlockSums sums;
