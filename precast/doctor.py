@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, Literal
 
+from precast.config.secrets import masked
 from precast.config.settings import DecodeWorkerSettings
 from precast.errors import ConfigError, ModelNotFound, PrecastError
 from precast.models.importing.catalog import BrokenModel, list_models
@@ -178,7 +179,7 @@ def _compiler(settings: DecodeWorkerSettings) -> Finding:
 def _redis(settings: DecodeWorkerSettings) -> Finding:
     import redis
 
-    host = settings.redis_url.rpartition("@")[2].removeprefix("redis://")
+    host = masked(settings.redis_url).rpartition("@")[2].removeprefix("redis://")
     try:
         client = redis.Redis.from_url(
             settings.redis_url,

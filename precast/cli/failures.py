@@ -7,6 +7,7 @@ from typing import Final, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from precast.config.secrets import masked
 from precast.errors import ConfigError, InvalidRequest, PrecastError
 
 EXIT_FAILED: Final = 1
@@ -32,7 +33,7 @@ def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def fail(error: PrecastError) -> NoReturn:
     """Print the error's line and end with its exit code."""
-    line = " ".join(str(error).split())
+    line = masked(" ".join(str(error).split()))
     sys.stderr.write(f"precast: {line}\n")
     usage = isinstance(error, ConfigError | InvalidRequest)
     raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED)

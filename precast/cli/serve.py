@@ -1,6 +1,7 @@
 """``precast serve``: every service on this machine, watched over by one process."""
 
 import asyncio
+import os
 import signal
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
     from precast.cli.status import Observer
     from precast.cli.supervisor import Supervisor
 
+    os.environ["PRECAST_REDIS_URL"] = plan.redis_url  # for the children, forked ones too
     stop = asyncio.Event()
     forks = Forks()
     supervisor = Supervisor(plan.specs, forks)

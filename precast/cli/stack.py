@@ -44,6 +44,8 @@ class Stack:
     specs: Sequence[ChildSpec]
     """In the order in which they start."""
     redis_url: str
+    """Children find it in their environment: every user of the machine can read command lines,
+    and a URL may hold a password."""
     embedded_redis: bool
 
 
@@ -70,7 +72,7 @@ def plan(settings: ServeSettings) -> Stack:
             )
         )
     for name, flags in _flags(settings).items():
-        flags |= {"home": settings.home, "redis-url": redis_url, "log-level": settings.log_level}
+        flags |= {"home": settings.home, "log-level": settings.log_level}
         flags |= {"log-format": settings.log_format}
         flags |= {} if settings.tls_dir is None else {"tls-dir": settings.tls_dir}
         given = [f"--{flag}={value}" for flag, value in flags.items()]

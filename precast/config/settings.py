@@ -13,13 +13,13 @@
 A wrong value, or an unknown key in the file, raises ``ConfigError`` with one line.
 """
 
-import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from precast.config.secrets import masked
 from precast.config.sources import ENV_PREFIX, FileSource, describe_error, read_file, source_of
 from precast.config.types import (
     AbsolutePath,
@@ -364,7 +364,6 @@ SETTINGS: tuple[type[CommonSettings], ...] = (
 )
 """Every class that has a table in the settings file."""
 
-_PASSWORD = re.compile(r"^(\w+://[^@/]*:)[^@/]*@")
 _S = TypeVar("_S", bound=CommonSettings)
 
 
@@ -412,4 +411,4 @@ def _file_values(cls: type[CommonSettings]) -> dict[str, Any]:
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return "" if value is None else _PASSWORD.sub(r"\1***@", str(value))
+    return "" if value is None else masked(str(value))

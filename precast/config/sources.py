@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
+from precast.config.secrets import masked
 from precast.errors import ConfigError
 
 ENV_PREFIX: Final = "PRECAST_"
@@ -103,4 +104,4 @@ def describe_error(
         shown = f"{value!r}" if not isinstance(value, Path) else f"'{value}'"
         source = source_of(name, flags, file_values)
         lines.setdefault(name, f"{name} = {shown} ({source}): {reason}")
-    return "; ".join(lines.values())
+    return masked("; ".join(lines.values()))

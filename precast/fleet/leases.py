@@ -23,6 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from precast.config.secrets import masked
 from precast.errors import ConfigError, RegistryUnavailable
 from precast.log import get_logger
 from precast.rpc.address import Address
@@ -155,7 +156,7 @@ def connect_redis(url: str) -> redis.asyncio.Redis:
             decode_responses=False,
         )
     except ValueError as error:
-        raise ConfigError(f"redis_url {url!r}: {error}") from None
+        raise ConfigError(masked(f"redis_url {url!r}: {error}")) from None
 
 
 class Registry:

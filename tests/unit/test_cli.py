@@ -235,6 +235,20 @@ def test_serve_uses_a_redis_that_is_named_and_answers(redis_server: RedisServer)
     assert own.specs[0].name == "redis"
 
 
+def test_a_password_of_redis_is_in_no_command_line_and_no_error(redis_server: RedisServer) -> None:
+    ports = {"port": free_port(), "compile_port": free_port(), "decode_port": 0}
+    url = f"{redis_server.url}?password=secret"
+    plan = stack.plan(load_settings(ServeSettings, redis_url=redis_server.url, **ports))
+    assert not any(
+        "redis://" in word for spec in plan.specs for word in (*spec.command, *spec.fork)
+    )
+    gone = url.replace(str(redis_server.url.rpartition(":")[2].partition("/")[0]), "1")
+    for command in (("graphs", "list"), ("workers", "list"), ("serve",)):
+        done = precast(*command, "--redis-url", gone.replace("127.0.0.1", "localhost."))
+        assert done.returncode != 0
+        assert "secret" not in done.stdout + done.stderr
+
+
 def test_serve_owns_its_home(tmp_path: Path) -> None:
     refused = pytest.raises(ConfigError, match=f"process {os.getpid()} already serves")
     with stack.sole_owner(tmp_path), refused, stack.sole_owner(tmp_path):

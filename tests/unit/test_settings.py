@@ -150,11 +150,28 @@ def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows(settings)["compile_address"] == ("", "default")
 
 
-def test_a_password_is_not_shown() -> None:
-    url = "redis://user:secret@cache:6379/0"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@cache:6379/0", "redis://user:***@cache:6379/0"),
+        ("rediss://:secret@cache:6379", "rediss://:***@cache:6379"),
+        ("redis://cache/0?password=secret&db=1", "redis://cache/0?password=***&db=1"),
+        ("unix://u@/run/redis?PASSWORD=secret", "unix://u@/run/redis?PASSWORD=***"),
+        ("redis://cache:6379/0", "redis://cache:6379/0"),
+    ],
+)
+def test_a_password_is_not_shown(url: str, shown: str) -> None:
     settings = load_settings(GatewaySettings, redis_url=url)
     assert settings.redis_url == url
-    assert rows(settings)["redis_url"][0] == "redis://user:***@cache:6379/0"
+    assert rows(settings)["redis_url"][0] == shown
+
+
+@pytest.mark.parametrize("url", ["rediz://user:secret@h/0", "rediz://h/0?password=secret"])
+def test_a_password_is_not_in_errors(url: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_settings(GatewaySettings, redis_url=url)
+    assert "secret" not in str(error.value)
+    assert "***" in str(error.value)
 
 
 @pytest.mark.parametrize("cls", [DecodeWorkerSettings, ServeSettings])
