@@ -46,6 +46,8 @@ log = logging.get_logger(__name__)
 DRAIN_S: Final = 10.0
 TRIALS: Final = ".candidates"
 """Folder in the cache for graphs that this worker tries before others do."""
+_OPEN_AFTER_S: Final = 0.2
+"""When the ranks have been told what to load: until they have, the leader has nothing to do."""
 _WARM_S: Final = 5.0
 """After its start a worker has other things to do with its processors than to get ready for
 constraints."""
@@ -88,13 +90,12 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         graph_sizes=(lambda: graphs.layer_us) if settings.speculate else None,
     )
     constraints = ConstraintCompiler(
-        Setup(
+        lambda: Setup(
             tokenizer=tokenizer.to_str(),
             vocab_size=config.vocab_size,
             eos_token_ids=tuple(sorted(config.eos_token_ids)),
         )
     )
-    constraints.open()  # while ranks load
     engine = Engine(
         scheduler=scheduler,
         graphs=graphs,
@@ -142,7 +143,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
                     asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
                     asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
                     asyncio.create_task(_adapt(settings, engine, graphs)),
-                    asyncio.create_task(_warm(engine, constraints)),
+                    asyncio.create_task(_open_constraints(engine, constraints)),
                 ],
                 before_stop=lambda: _drain(worker, heartbeat),
             )
@@ -198,7 +199,9 @@ async def _adapt(settings: DecodeWorkerSettings, engine: Engine, graphs: GraphMa
     await keep_tuning(policy, graphs, engine.counts.stats, settings.adapt_interval_s)
 
 
-async def _warm(engine: Engine, constraints: ConstraintCompiler) -> None:
+async def _open_constraints(engine: Engine, constraints: ConstraintCompiler) -> None:
+    await asyncio.sleep(_OPEN_AFTER_S)
+    await constraints.open()
     await engine.started.wait()
     await asyncio.sleep(_WARM_S)
     await constraints.warm()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.errors import InvalidRequest, Overloaded
+from precast.errors import InvalidRequest, Overloaded, Unavailable
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.constraints import checker
 from services.decode_worker.constraints import compiler as constraint_compiler
@@ -28,8 +28,8 @@ DEEP = "\n".join(f'r{i}: r{i + 1} "x" | r{i + 2}' for i in range(6000))
 
 @pytest.fixture
 async def compiler() -> AsyncIterator[ConstraintCompiler]:
-    made = ConstraintCompiler(SETUP)
-    made.open()
+    made = ConstraintCompiler(lambda: SETUP)
+    await made.open()
     yield made
     await made.close()
 
@@ -160,6 +160,7 @@ async def test_a_request_that_gives_up_leaves_others_theirs(compiler: Constraint
 
 async def test_a_killed_process_is_replaced(compiler: ConstraintCompiler) -> None:
     await compiler.warm()
+    assert compiler._checker is not None
     process = compiler._checker._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -172,6 +173,7 @@ async def test_a_killed_process_is_replaced(compiler: ConstraintCompiler) -> Non
 
 async def test_the_process_ends_with_the_compiler(compiler: ConstraintCompiler) -> None:
     await compiler.warm()
+    assert compiler._checker is not None
     assert compiler._checker._process is not None
     pid = compiler._checker._process.pid
     await compiler.close()
@@ -179,9 +181,26 @@ async def test_the_process_ends_with_the_compiler(compiler: ConstraintCompiler) 
 
 
 async def test_a_tokenizer_that_is_not_known_constrains_nothing() -> None:
-    made = ConstraintCompiler(Setup(tokenizer="{}", vocab_size=10, eos_token_ids=(1,)))
-    made.open()
+    setup = Setup(tokenizer="{}", vocab_size=10, eos_token_ids=(1,))
+    made = ConstraintCompiler(lambda: setup)
+    early = asyncio.create_task(refused(made, WORDS))
+    await asyncio.sleep(0)
+    await made.open()
     await made.warm()
+    assert "can't constrain" in await early
     with pytest.raises(InvalidRequest, match="can't constrain"):
         made.known(WORDS)
     await made.close()
+
+
+async def test_a_grammar_that_comes_early_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ConstraintCompiler(lambda: SETUP)
+    early = asyncio.create_task(made.compile(WORDS))
+    await asyncio.sleep(0.01)
+    assert not early.done()
+    await made.open()
+    assert allowed(await early)
+    await made.close()
+    monkeypatch.setattr(constraint_compiler, "OPEN_S", 0.01)
+    with pytest.raises(Unavailable, match="yet"):
+        await ConstraintCompiler(lambda: SETUP).compile(WORDS)

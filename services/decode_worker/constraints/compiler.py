@@ -3,6 +3,7 @@ then compiled in a thread. What was compiled, or refused, is remembered."""
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -14,26 +15,38 @@ from services.decode_worker.constraints.matcher import Matcher, Vocabulary
 
 CACHED: Final = 64
 """Grammars that are remembered."""
+OPEN_S: Final = 30.0
+"""How long the first requests of a worker may wait for it to know its tokens."""
 WAITING: Final = 32
 """Grammars that may wait for being compiled; each takes up to two seconds."""
 
 
 class ConstraintCompiler:
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Callable[[], Setup]) -> None:
+        """``setup`` is called once, in a thread."""
         self._setup = setup
-        self._checker = GrammarChecker(setup)
+        self._checker: GrammarChecker | None = None
         self._vocabulary: Vocabulary | None = None
-        self._unavailable = "the worker is starting"
+        self._unavailable = ""
+        """Why nothing can be constrained."""
+        self._opened = asyncio.Event()
         self._known: OrderedDict[Grammar, Matcher | str] = OrderedDict()
         """Matchers at their beginning, or why there is none; those asked for last at the end."""
         self._compiling: dict[Grammar, asyncio.Task[Matcher | str]] = {}
 
-    def open(self) -> None:
-        """Learns the model's tokens, once, before there are requests: no other Python thread runs
-        meanwhile."""
+    async def open(self) -> None:
+        """Learns the model's tokens, once, before there are requests: for a second no other Python
+        thread runs, the event loop's neither."""
         try:
-            setup = self._setup
+            await asyncio.to_thread(self._learn)
+        finally:
+            self._opened.set()
+
+    def _learn(self) -> None:
+        setup = self._setup()
+        try:
             self._vocabulary = Vocabulary(setup.tokenizer, setup.vocab_size, setup.eos_token_ids)
+            self._checker = GrammarChecker(setup)
         except ImportError:
             self._unavailable = "llguidance is not installed"
         except ValueError as error:
@@ -41,14 +54,14 @@ class ConstraintCompiler:
 
     async def warm(self) -> None:
         """Starts what tries grammars, so that the first one need not wait for it."""
-        if self._vocabulary is not None:
+        if self._checker is not None:
             with suppress(Unavailable):  # then requests are told
                 await self._checker.start()
 
     def known(self, grammar: Grammar) -> Matcher | None:
         """A matcher at the grammar's beginning if it is remembered. Raises InvalidRequest if it is
         remembered as refused, or nothing can be constrained."""
-        if self._vocabulary is None:
+        if self._unavailable:
             raise InvalidRequest(f"constraint: this worker can't constrain: {self._unavailable}")
         found = self._known.get(grammar)
         if found is None:
@@ -74,12 +87,15 @@ class ConstraintCompiler:
         for task in self._compiling.values():
             task.cancel()
         await asyncio.gather(*self._compiling.values(), return_exceptions=True)
-        self._checker.close()
+        if self._checker is not None:
+            self._checker.close()
 
     async def _remember(self, grammar: Grammar) -> Matcher | str:
+        await self._until_open()
+        assert self._checker is not None
+        assert self._vocabulary is not None
         found: Matcher | str = await self._checker.check(grammar)
         if not found:
-            assert self._vocabulary is not None
             found = await asyncio.to_thread(self._vocabulary.compile, grammar)
             if found.error:
                 found = refusal(grammar.kind, found.error)
@@ -89,6 +105,15 @@ class ConstraintCompiler:
         while len(self._known) > CACHED:
             self._known.popitem(last=False)
         return found
+
+    async def _until_open(self) -> None:
+        """Raises Unavailable or InvalidRequest."""
+        try:
+            await asyncio.wait_for(self._opened.wait(), OPEN_S)
+        except TimeoutError:
+            raise Unavailable("the worker does not know its model's tokens yet") from None
+        if self._unavailable:
+            raise InvalidRequest(f"constraint: this worker can't constrain: {self._unavailable}")
 
 
 def _copy(found: Matcher | str) -> Matcher:

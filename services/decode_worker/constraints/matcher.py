@@ -7,7 +7,6 @@ has an error, and keeps it.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 Words = NDArray[np.int32]
 MAX_LEXER_STATES: Final = 50_000
 """About 1.5 kB each, of all copies together."""
-
-
-def is_available() -> bool:
-    """Whether the library is installed."""
-    return find_spec("llguidance") is not None
 
 
 class Matcher:
