@@ -1,4 +1,5 @@
-"""Masks of the rows of one step, made in a thread while the ranks compute the step."""
+"""Masks of the rows of one step, made while the ranks compute the step: at once where that takes no
+time, in a thread where it may hold up the event loop."""
 
 import asyncio
 import time
@@ -14,6 +15,9 @@ from services.decode_worker.constraints.matcher import Matcher, Words
 LIMIT_S: Final = 2.0
 """How long the masks of a step may take: others' draws wait for them. Each mask has a bound of its
 own, about 15 ms of processor time, so that only a defect takes longer."""
+QUICK_S: Final = 0.001
+"""Masks that took less than that last time are not worth a thread: being woken takes longer on a
+busy machine, and the ranks wait."""
 _THREADS: Final = ThreadPoolExecutor(max_workers=4, thread_name_prefix="masks")
 
 
@@ -30,7 +34,9 @@ async def masks_of(matchers: Sequence[Matcher | None]) -> MaskRows:
     live = [matcher for matcher in matchers if matcher is not None and not matcher.error]
     width = live[0].width if live else 0
     words = np.zeros((len(live), width), dtype=np.int32)
-    if live:
+    if sum(matcher.taken_s for matcher in live) < QUICK_S:
+        _fill(live, words, [False] * len(live))
+    else:
         await _filled(live, words)
     row_of = {id(matcher): row for row, matcher in enumerate(live) if not matcher.error}
     return MaskRows(rows=tuple(row_of.get(id(matcher), -1) for matcher in matchers), words=words)
