@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from precast.system.process import ONE_THREAD, die_with_parent, end_with
+from precast.system.process import ONE_THREAD, Child, die_with_parent, end_with
 from precast.system.title import ROOM, set_command_line
 
 ROOT: Final = Path(__file__).parents[2]
@@ -42,40 +42,18 @@ _PRELOAD_S: Final = 90.0
 _COMMAND: Final = (sys.executable, "-m", "tests.support.forked")
 
 
-class ForkedProcess:
-    """What ``subprocess.Popen`` has for a process that this module has forked."""
+class ForkedProcess(Child):
+    """A child of the process that forks, as ours."""
 
     def __init__(self, forks: "Forks", pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
+        super().__init__(pid)
         self._forks = forks
-        self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
-        """The exit code, or the negated signal that ended it; None: it runs."""
         if self.returncode is None and select.select([self._pidfd], [], [], 0)[0]:
             self.returncode = self._forks.wait(self.pid)
             os.close(self._pidfd)
         return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Raises ``subprocess.TimeoutExpired``."""
-        if self.returncode is None:
-            select.select([self._pidfd], [], [], timeout)
-        code = self.poll()
-        if code is None:
-            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
-        return code
-
-    def send_signal(self, signum: int) -> None:
-        if self.poll() is None:
-            signal.pidfd_send_signal(self._pidfd, signum)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 Process = subprocess.Popen[Any] | ForkedProcess
