@@ -180,6 +180,23 @@ def test_what_is_to_come_at_the_end_comes_with_an_abort(worker: DecodeWorker) ->
     client.close()
 
 
+def test_a_constrained_request_that_leaves_in_a_step_costs_no_ranks(worker: DecodeWorker) -> None:
+    """Its draws wait for masks then, and there are none."""
+    eventually(worker.is_ready)
+    restarts = worker.status().restarts
+    client = worker.client()
+    options = {"constraint": {"regex": "([a-f]{3,9} )+[0-9]{9}"}, "stop": {"ignore_eos": True}}
+    for number in range(8):
+        client.start(f"{number}", worker.request([number + 1], 200, **options))
+        client.next(f"{number}")
+        client.abort(f"{number}")
+    eventually(lambda: worker.status().running == 0)
+    client.start("last", worker.request([1], 5))
+    listen(client, "last")
+    assert worker.status().restarts == restarts
+    client.close()
+
+
 @pytest.mark.parametrize(
     ("resumed", "changes", "message"),
     [

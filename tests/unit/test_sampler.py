@@ -1,5 +1,6 @@
 """How a rank draws for its slots. What a draw is: ``test_sampling_operator.py``."""
 
+import asyncio
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from precast.ops import native
 from precast.ops.draw_status import DrawStatus
+from services.decode_worker.constraints.masks import masks_of
+from services.decode_worker.engine.step_loop import masks_message
 from services.decode_worker.ranks.protocol import Masks
 from services.decode_worker.ranks.sampler import Drawn, Sampler, draw_masks
 from services.decode_worker.ranks.token_counts import ROOM, TokenCounts
@@ -133,6 +136,18 @@ def test_a_mask_that_allows_nothing_says_so() -> None:
     masks = draw_masks(nothing, int32(0), 1)
     drawn = sampler.draw(torch.randn(1, 40), int32(0), int32(0), masks)
     assert drawn.failed == {0: DrawStatus.NOTHING_LEFT}
+
+
+def test_a_step_whose_constrained_rows_have_all_ended_has_no_masks() -> None:
+    """They ended, or were aborted, while it was under way."""
+    sampler = Sampler(slots=2)
+    for slot in range(2):
+        sampler.start(new_sampling(slot))
+    message = masks_message(7, asyncio.run(masks_of([None, None])))
+    masks = draw_masks(message, int32(0, 1), 2)
+    logits = torch.randn(2, 40)
+    drawn = sampler.draw(logits.clone(), int32(0, 1), int32(0, 0), masks)
+    assert drawn.tokens == logits.argmax(-1).tolist()
 
 
 def test_tokens_that_may_not_end_it_yet_are_not_reported() -> None:

@@ -44,8 +44,11 @@ class DrawMasks:
     """int32 [S]: each row's mask, -1 for none."""
 
 
-def draw_masks(message: Masks, places: Ints, draws: int) -> DrawMasks:
-    """``places`` [M] of the masked ones among so many draws."""
+def draw_masks(message: Masks, places: Ints, draws: int) -> DrawMasks | None:
+    """``places`` [M] of the masked ones among so many draws. None where all of them have ended
+    while the step was under way: nobody is told of what they draw."""
+    if message.width == 0:
+        return None
     rows = np.full(draws, -1, dtype=np.int32)
     rows[places] = _ids(message.rows)
     words = _ids(message.words).reshape(-1, message.width).copy()  # torch wants them writable
