@@ -112,12 +112,12 @@ class _Stream:
     async def beat(self, *, wanted: bool) -> None:
         """Says every second, and when the state changes, that the worker lives."""
         while wanted:
-            beat = self._worker.heartbeat()
-            self.outbox.heartbeat(beat)
+            state = self._worker.state
+            self.outbox.heartbeat(self._worker.heartbeat())
             due = time.monotonic() + HEARTBEAT_S
             while time.monotonic() < due:
                 await asyncio.sleep(_STATE_POLL_S)
-                if self._worker.heartbeat().state != beat.state:
+                if self._worker.state != state:
                     break
 
     def abort_all(self) -> None:

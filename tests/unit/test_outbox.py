@@ -126,3 +126,62 @@ async def test_no_room_until_the_client_reads() -> None:
     await asyncio.wait_for(waiting, 5)
     rest.cancel()
     await asyncio.gather(rest, return_exceptions=True)
+
+
+class Peer:
+    """A stream's other end, which may not read for a while."""
+
+    def __init__(self) -> None:
+        self.is_writable = True
+        self.got: list[int] = []
+
+    def send(self, message: pb.GenerateResponse) -> None:
+        assert self.is_writable
+        self.got += message.step.token_ids
+
+    async def read(self, outbox: Outbox) -> None:
+        """As a server of streams does it: waits until the peer reads, then sends."""
+        async for response in outbox.responses():
+            while not self.is_writable:
+                await asyncio.sleep(0)
+            self.send(response)
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_step_is_sent_in_the_turn_that_told_it() -> None:
+    outbox, peer = Outbox(columns=True), Peer()
+    outbox.attach(peer)
+    outbox.token(A, 1, "x", None)
+    outbox.token(B, 2, "y", None)
+    assert peer.got == []
+    outbox.flush()
+    assert peer.got == [1, 2]
+    assert await all_of(outbox) == []
+
+
+async def test_what_a_slow_reader_gets_stays_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that come while the stream's task holds messages which the peer did not take yet."""
+    monkeypatch.setattr(response_buffer, "MAX_COLUMN_BYTES", 10_000)
+    outbox, peer = Outbox(columns=True), Peer()
+    outbox.attach(peer)
+    reader = asyncio.create_task(peer.read(outbox))
+    await turns()
+    peer.is_writable = False
+    for token in range(600):  # several messages
+        outbox.token(A, token, "x", report(token))
+    outbox.flush()
+    await turns()
+    assert peer.got == []
+    peer.is_writable = True
+    outbox.token(A, 600, "x", None)
+    outbox.flush()  # before the reader's turn
+    await turns()
+    outbox.token(A, 601, "x", None)
+    outbox.flush()
+    await turns()
+    assert peer.got == list(range(602))
+    reader.cancel()
