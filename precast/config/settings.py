@@ -106,6 +106,14 @@ class GatewaySettings(CommonSettings):
     """Requests in the gateway at once; more are answered with 429."""
     allow_control_tokens: bool = False
     """Take ``<|im_end|>`` and the like in messages as control tokens, not as text."""
+    tool_parser: Literal[
+        "auto", "none", "hermes", "llama3", "mistral", "gemma", "phi4", "generic"
+    ] = "auto"
+    """How models write calls of tools; auto: as the chat template shows; none: no tools."""
+    reasoning_parser: Literal["auto", "none", "think"] = "auto"
+    """Show ``<think>`` blocks apart, as reasoning_content; auto: if the template has them."""
+    strict_fields: bool = False
+    """Refuse requests with fields that are not known, which are ignored and named otherwise."""
     max_connections: Count = 4096
     """Open connections; a new one then closes the one that has waited longest for a request."""
     cors_origins: Origins = ()

@@ -5,7 +5,7 @@ Templates come from ``chat_template.jinja`` and ``additional_chat_templates/``, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,21 @@ _environment: Final = ChatEnvironment()
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """What else a template is told."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Such as ``enable_thinking``; the template's own, such as ``messages``, aren't among them."""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """The text ends with the last message's, for the answer to go on with it."""
+
+
+PLAIN: Final = ChatOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """A model's way to write chats."""
 
@@ -33,10 +48,12 @@ class ChatTemplate:
     """Why there is no template: a sentence for the caller."""
     variables: Mapping[str, str]
     """``bos_token`` and the like."""
+    source: str = ""
+    """The template itself."""
     literals: str = ""
     """The text that the template itself can write."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = PLAIN) -> str:
         """The chat as text, up to where the assistant's answer begins. Takes 2 s at most.
 
         Raises ``InvalidRequest`` where there is no template, or the template fails or refuses.
@@ -45,18 +62,33 @@ class ChatTemplate:
             raise InvalidRequest(self.reason)
         try:
             with _environment.limited():
-                return self.template.render(
-                    **self.variables,
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=True,
+                text = self.template.render(
+                    {
+                        **options.variables,
+                        **self.variables,
+                        "messages": messages,
+                        "tools": list(options.tools) or None,
+                        "documents": None,
+                        "add_generation_prompt": options.add_generation_prompt
+                        and not options.continue_final_message,
+                    }
                 )
         except Exception as error:  # a template is foreign code and may raise anything
             reason = _one_line(error)
             raise InvalidRequest(f"The model's chat template refuses the messages: {reason}") from (
                 None
             )
+        return _left_open(text, messages[-1]) if options.continue_final_message else text
+
+
+def _left_open(text: str, last: Mapping[str, Any]) -> str:
+    """The chat up to the end of its last message's text. Raises ``InvalidRequest``."""
+    said = str(last["content"])
+    at = text.rfind(said.strip()) if said.strip() else -1
+    if at < 0:
+        raise InvalidRequest("The chat template doesn't show the last message as it is.")
+    whole = said.lstrip()
+    return text[:at] + (whole if text.startswith(whole, at) else said.strip())
 
 
 def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
@@ -71,7 +103,7 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
         where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
         reason = f"The chat template of {folder.name!r} is broken: {where}{_one_line(error)}"
         return ChatTemplate(template=None, reason=reason, variables=variables)
-    return ChatTemplate(template=template, variables=variables, literals=literals)
+    return ChatTemplate(template=template, variables=variables, source=source, literals=literals)
 
 
 def template_files(folder: Path) -> tuple[Path, ...]:

@@ -20,6 +20,12 @@ _MARK: Final = "\U000f0000"
 _SEPARATOR: Final = "\U000f0001"
 """For private use. Both are removed from texts that hold the name of a control token."""
 
+_TEMPLATES_KEYS: Final = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "id", "type"}
+    | {"function", "description", "parameters", "arguments", "text"}
+)
+"""What templates look for. Others are of tools' parameters, whose names others have chosen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Twin:
@@ -152,7 +158,9 @@ def _texts(value: object) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
+        for key, item in value.items():
+            if key not in _TEMPLATES_KEYS:
+                yield str(key)
             yield from _texts(item)
     elif isinstance(value, list | tuple):
         for item in value:
@@ -165,7 +173,10 @@ def _replaced(value: Any, names: re.Pattern[str]) -> Any:
         clean = value.replace(_MARK, "").replace(_SEPARATOR, "")
         return names.sub(lambda found: f"{_MARK}{_MARK.join(found[0])}{_MARK}", clean)
     if isinstance(value, Mapping):
-        return {key: _replaced(item, names) for key, item in value.items()}
+        return {
+            key if key in _TEMPLATES_KEYS else _replaced(key, names): _replaced(item, names)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_replaced(item, names) for item in value]
     return value

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,13 @@ from tokenizers import Tokenizer
 from precast.errors import ModelCorrupt
 from precast.log import get_logger
 from precast.system.held_folders import replaced_folders
-from precast.tokenizer.chat_template import ChatTemplate, read_chat_template, template_files
+from precast.tokenizer.chat_template import (
+    PLAIN,
+    ChatOptions,
+    ChatTemplate,
+    read_chat_template,
+    template_files,
+)
 from precast.tokenizer.control_tokens import ControlTokens
 from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
@@ -62,27 +68,40 @@ class ModelTokenizer:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     async def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, allow_control_tokens: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions = PLAIN,
+        *,
+        allow_control_tokens: bool = False,
     ) -> Chat:
         """The chat up to where the assistant's answer begins.
 
         Raises ``InvalidRequest`` where the model has no template, or it fails or refuses.
         """
         # In a thread, because a template may take as long as it is allowed to.
-        return await asyncio.to_thread(self._render, messages, allow_control_tokens)
+        return await asyncio.to_thread(self._render, messages, options, allow_control_tokens)
 
-    async def encode_chat(self, chat: Chat) -> list[int]:
+    async def encode_chat(self, chat: Chat, *, add_special_tokens: bool = False) -> list[int]:
         """Its token ids; control tokens come only from the template. Raises ``InvalidRequest``."""
         if chat.marked:
             return await asyncio.to_thread(self.control_tokens.encode, chat.text)
         # The template has written the special tokens.
-        (ids,) = await self.encode([chat.text], add_special_tokens=False)
+        (ids,) = await self.encode([chat.text], add_special_tokens=add_special_tokens)
         return ids
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], allow_control_tokens: bool) -> Chat:
-        marked = None if allow_control_tokens else self.control_tokens.mark(messages)
-        text = self.chat_template.render(messages if marked is None else marked)
-        return Chat(text=text, marked=marked is not None)
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions,
+        allow_control_tokens: bool,
+    ) -> Chat:
+        texts = [*messages, *options.tools]  # the tools' too come from others
+        marked = None if allow_control_tokens else self.control_tokens.mark(texts)
+        if marked is None:
+            return Chat(text=self.chat_template.render(messages, options), marked=False)
+        clean = replace(options, tools=marked[len(messages) :])
+        text = self.chat_template.render(marked[: len(messages)], clean)
+        return Chat(text=text, marked=True)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         # Unlike ``encode`` this releases the GIL, and computes no offsets: four times as fast.

@@ -23,8 +23,8 @@ from services.gateway.http.body import BodyReader, check_content_type
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Admission, Leniency, PrivatePort
 from services.gateway.openai import errors, responses
-from services.gateway.openai.bodies import parse_body
-from services.gateway.openai.prepare import Plan, Planner
+from services.gateway.openai.bodies import named, parse_naming_unknown
+from services.gateway.openai.prepare import Parsers, Plan, Planner
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
 from services.gateway.operations import health_routes, private_app, reference_routes
@@ -35,6 +35,8 @@ from services.gateway.routing.pool import WorkerPool
 _POSTS: Final = ("/v1/completions", "/v1/chat/completions")
 _FREE: Final = ("/health", "/ready")
 """What load balancers ask, who have no key."""
+IGNORED: Final = "x-precast-ignored-fields"
+"""Header of answers: fields of the request that nobody here knows."""
 _B = TypeVar("_B", bound=BaseModel)
 
 
@@ -73,11 +75,12 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
     if private_port is not None:
         private = private_app(metrics, pool)
         app.add_middleware(PrivatePort, private=private, port=private_port)
-    planner = Planner(
-        pool,
-        TokenizerStore(settings.models_dir),
+    parsers = Parsers(
+        tools=settings.tool_parser,
+        reasoning=settings.reasoning_parser,
         allow_control_tokens=settings.allow_control_tokens,
     )
+    planner = Planner(pool, TokenizerStore(settings.models_dir), parsers)
     app.include_router(_generation_routes(planner, pool, metrics, settings))
     app.include_router(_model_routes(pool))
     app.include_router(health_routes(pool))
@@ -96,7 +99,7 @@ def _add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) -
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=("retry-after", REQUEST_ID),
+            expose_headers=("retry-after", REQUEST_ID, IGNORED),
         )
     app.add_middleware(Leniency)
     app.add_middleware(RequestIds, access_log=settings.access_log)
@@ -128,26 +131,35 @@ def _generation_routes(
     reader = BodyReader(settings.max_body_bytes)
     typed = bool(settings.cors_origins)
 
-    async def read(kind: type[_B], request: Request) -> _B:
+    async def read(kind: type[_B], request: Request) -> tuple[_B, dict[str, str]]:
+        """The body, and what the answer's headers say of it."""
         check_content_type(request, required=typed)
-        return parse_body(kind, await reader.read(request))
+        content = await reader.read(request)
+        body, unknown = parse_naming_unknown(kind, content, strict=settings.strict_fields)
+        metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
+        return body, {IGNORED: named(unknown)} if unknown else {}
 
-    def answer(plan: Plan, started: float) -> Response:
+    def answer(plan: Plan, started: float, headers: dict[str, str]) -> Response:
         return GenerationResponse(
-            plan, pool, metrics, started=started, timeout_s=settings.request_timeout_s
+            plan,
+            pool,
+            metrics,
+            started=started,
+            timeout_s=settings.request_timeout_s,
+            headers=headers,
         )
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        body = await read(CompletionRequest, request)
+        body, headers = await read(CompletionRequest, request)
         started = time.monotonic()
-        return answer(await planner.completion(body), started)
+        return answer(await planner.completion(body), started, headers)
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body = await read(ChatRequest, request)
+        body, headers = await read(ChatRequest, request)
         started = time.monotonic()
-        return answer(await planner.chat(body), started)
+        return answer(await planner.chat(body), started, headers)
 
     return router
 

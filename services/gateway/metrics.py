@@ -55,6 +55,12 @@ class Metrics:
         self.stream_errors = self._counter(
             "gateway_stream_errors_total", "Event streams that ended with an error"
         )
+        self.ignored_fields = Counter(
+            "gateway_ignored_fields_total",
+            "Fields of requests that were ignored because they are not known",
+            ["endpoint"],
+            registry=self.registry,
+        )
         self.disconnects = self._counter(
             "gateway_client_disconnects_total", "Clients that left before their answer was complete"
         )

@@ -33,7 +33,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model_folder(models_dir: Path, name: str = MODEL) -> Path:
+def make_model_folder(
+    models_dir: Path,
+    name: str = MODEL,
+    *,
+    template: str = CHAT_TEMPLATE,
+    special: Sequence[str] = (),
+) -> Path:
     """A byte-level tokenizer of about 300 tokens and a chat template."""
     folder = models_dir / name
     folder.mkdir(parents=True)
@@ -43,8 +49,9 @@ def make_model_folder(models_dir: Path, name: str = MODEL) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 20, trainer)
+    tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"chat_template": CHAT_TEMPLATE, "eos_token": {"content": "<end>"}}
+    config = {"chat_template": template, "eos_token": {"content": "<end>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 

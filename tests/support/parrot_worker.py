@@ -1,5 +1,8 @@
 """A decode worker without a model: it says the prompt's own tokens again and again.
 
+A prompt may say what it is to say instead: ``!say text !end``; or ``ASK``, for what the worker was
+asked for, as JSON.
+
 A real gRPC server with a real lease, for tests and benchmarks of what stands in front of it. Run
 ``python -m tests.support.parrot_worker --help``. Prompts that begin with one of ``FAULTS``
 fail in that way.
@@ -7,7 +10,9 @@ fail in that way.
 
 import argparse
 import asyncio
+import json
 import os
+import re
 import signal
 import sys
 import uuid
@@ -17,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from google.protobuf.json_format import MessageToDict
 from tokenizers import Tokenizer
 
 from precast.fleet.heartbeat import Heartbeat
@@ -43,6 +49,8 @@ _BEAT_S: Final = 0.23
 """Of the lease. No part of half a second, or gateways might never see one that lapses at once."""
 SILENT: Final = "!silent"
 """Never a token."""
+_SAY: Final = re.compile("!say (.*?) !end", re.DOTALL)
+ASK: Final = "!ask"
 
 
 @dataclass(kw_only=True)
@@ -52,6 +60,8 @@ class Speech:
     table: TokenTable
     start: pb.StartGeneration
     max_context_length: int
+    words: list[int] = field(default_factory=list)
+    """What is said once; empty: the prompt, over and over."""
     ids: list[int] = field(default_factory=list)
     sent: int = 0
     """Characters that were sent."""
@@ -71,7 +81,10 @@ class Speech:
     def step(self) -> tuple[int, str, pb.TokenLogprob | None]:
         """A token, the text that it completes, and its report."""
         prompt = self.start.prompt_token_ids
-        self.ids.append(prompt[len(self.ids) % len(prompt)])
+        words = self.words or prompt
+        self.ids.append(words[len(self.ids) % len(words)])
+        if len(self.ids) == len(self.words):
+            self.finished = pb.FINISH_REASON_STOP
         full = len(prompt) + len(self.ids) >= self.max_context_length
         if full or len(self.ids) == self.start.stop.max_tokens:
             self.finished = pb.FINISH_REASON_LENGTH
@@ -92,6 +105,15 @@ class Speech:
             return text
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
         return text[: len(text) - _held_back(text, stops)]
+
+    def prompt_logprobs(self) -> list[pb.TokenLogprob]:
+        """The n-th token's is -n / 4."""
+        reports = []
+        for at, token in enumerate(self.start.prompt_token_ids):
+            report = self._logprob(token, self.start.prompt_logprobs if at else 0)
+            report.logprob = -at / 4
+            reports.append(report)
+        return reports
 
     def _logprob(self, token: int, count: int) -> pb.TokenLogprob:
         text, token_bytes = self.table.shown(token)
@@ -121,6 +143,8 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self.changed = asyncio.Event()
         """The state has changed."""
         self._outs: dict[str, tuple[asyncio.Task[None], Recipient, Outbox]] = {}
+        self._prompts: dict[int, list[pb.TokenLogprob]] = {}
+        """Probabilities of prompts, by handle, that go out with the next step."""
 
     async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         columns = self._options.columns and wants_columns(context)
@@ -145,6 +169,12 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         heart = asyncio.create_task(self._beat(out, wanted=beats))
         try:
             async for response in out.responses():
+                for handle in response.step.handles if response.HasField("step") else ():
+                    if tokens := self._prompts.pop(handle, None):
+                        response.step.prompt_logprobs.add(handle=handle, tokens=tokens)
+                for ended in response.step.ends if response.HasField("step") else ():
+                    if tokens := self._prompts.pop(ended.handle, None):
+                        response.step.prompt_logprobs.add(handle=ended.handle, tokens=tokens)
                 yield response
         finally:
             reader.cancel()
@@ -208,42 +238,62 @@ class Parrot(pb_grpc.DecodeServiceServicer):
     async def _speak(self, recipient: Recipient, start: pb.StartGeneration, out: Outbox) -> None:
         while self.state == "restarting":  # it queues what it gets
             await asyncio.sleep(0.02)
-        prompt = list(start.prompt_token_ids)
-        said = self._tokenizer.decode(prompt[:16])
+        said = self._tokenizer.decode(list(start.prompt_token_ids[:16]))
         fault = next((FAULTS[prefix] for prefix in FAULTS if said.startswith(prefix)), None)
         if fault is not None:
             out.end(_error(recipient, fault, f"told to fail: {said} [{start.trace_id}]"))
             return
         if said.startswith(SILENT):
             await asyncio.Event().wait()
-        step_s = 0.1 if said.startswith(SLOW) else self._options.step_ms / 1000
+        speech = self._speech(recipient, start)
+        if await self._say(recipient, speech, out, said):
+            self._finish(recipient, speech, out)
+
+    def _speech(self, recipient: Recipient, start: pb.StartGeneration) -> Speech:
         speech = Speech(
             table=self._table,
             start=start,
             max_context_length=self._options.max_context_length,
+            words=self._words(self._tokenizer.decode(list(start.prompt_token_ids)), start),
         )
+        if start.HasField("prompt_logprobs"):
+            self._prompts[recipient.handle] = speech.prompt_logprobs()
+        if not start.stop.max_tokens:
+            speech.finished = pb.FINISH_REASON_LENGTH
+        return speech
+
+    async def _say(self, recipient: Recipient, speech: Speech, out: Outbox, said: str) -> bool:
+        """Whether it came to its end."""
+        step_s = 0.1 if said.startswith(SLOW) else self._options.step_ms / 1000
         kept = Output(recipient=recipient)
         while not speech.finished:
-            if step_s:
-                await asyncio.sleep(step_s)
+            await asyncio.sleep(step_s)
             if len(speech.ids) == 2 and said.startswith(FAIL_AFTER_TWO):
                 out.end(_error(recipient, pb.ERROR_CODE_INTERNAL, "told to fail"))
-                return
-            if not step_s:
-                await asyncio.sleep(0)
-            if start.deliver_at_end:
+                return False
+            if speech.start.deliver_at_end:
                 kept.add(*speech.step())
             else:
                 out.token(recipient, *speech.step())
-        if start.deliver_at_end:
+        if kept.token_ids:
             out.whole(kept)
+        return True
+
+    def _finish(self, recipient: Recipient, speech: Speech, out: Outbox) -> None:
         finished = pb.GenerationFinished(
             reason=speech.finished,
-            prompt_tokens=len(prompt),
+            prompt_tokens=len(speech.start.prompt_token_ids),
             completion_tokens=len(speech.ids),
-            cached_tokens=self._cached(start),
+            cached_tokens=self._cached(speech.start),
         )
         out.end(Ending(recipient=recipient, end=finished))
+
+    def _words(self, said: str, start: pb.StartGeneration) -> list[int]:
+        found = _SAY.search(said)
+        if found is None and ASK not in said:
+            return []
+        text = found[1] if found else _asked(start)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _cached(self, start: pb.StartGeneration) -> int:
         """All tokens but the last of a prompt that was here before, with the same salt."""
@@ -270,6 +320,14 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             quantization="none",
             tokenizer_digest=self._options.tokenizer_digest,
         )
+
+
+def _asked(start: pb.StartGeneration) -> str:
+    """The request without its prompt, as JSON."""
+    copy = pb.StartGeneration()
+    copy.CopyFrom(start)
+    del copy.prompt_token_ids[:]
+    return json.dumps(MessageToDict(copy, preserving_proto_field_name=True))
 
 
 def _held_back(text: str, stops: Any) -> int:

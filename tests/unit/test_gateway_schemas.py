@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from services.gateway.openai.bodies import parse_body
+from services.gateway.openai.bodies import named, parse_body, parse_naming_unknown
 from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 
 COMPLETION = {"model": "m", "prompt": "p"}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+NAMED_OTHER = {"type": "function", "function": {"name": "other"}}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -89,7 +91,14 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ("cache_salt", 5),
         ("cache_salt", ""),
         ("cache_salt", "x" * 257),
-        ("bogus", 1),
+        ("min_p", 1.5),
+        ("min_tokens", -1),
+        ("repetition_penalty", 0),
+        ("truncate_prompt_tokens", -2),
+        ("priority", 2**31),
+        ("best_of", 0),
+        ("guided_regex", ""),
+        ("grammar", 5),
     ],
 )
 def test_wrong_values_are_named(field: str, value: Any) -> None:
@@ -99,13 +108,11 @@ def test_wrong_values_are_named(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto!"),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["audio"]),
-        ("min_p", 0.5),
-        ("repetition_penalty", 1.1),
-        ("reasoning_effort", "high"),
+        ("functions", [{"name": "f"}]),
+        ("logits_processors", ["x"]),
+        ("mirostat", 2),
+        ("use_beam_search", True),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> None:
@@ -120,7 +127,8 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
         ("tools", []),
         ("tools", None),
         ("response_format", {"type": "text"}),
-        ("min_p", 0),
+        ("mirostat", 0),
+        ("use_beam_search", False),
         ("user", "me"),
         ("metadata", {"a": "b"}),
         ("store", False),
@@ -131,8 +139,14 @@ def test_neutral_values_and_labels_are_accepted(field: str, value: Any) -> None:
 
 
 def test_fields_that_contradict_each_other() -> None:
-    echo = {**COMPLETION, "echo": True, "logprobs": 1}
-    assert refusal(CompletionRequest, echo)[0] == "echo"
+    assert refusal(CompletionRequest, {**COMPLETION, "n": 3, "best_of": 2})[0] == "best_of"
+    streamed = {**COMPLETION, "best_of": 2, "stream": True}
+    assert refusal(CompletionRequest, streamed)[0] == "best_of"
+    assert refusal(ChatRequest, {**CHAT, "max_tokens": 0})[0] == "max_tokens"
+    open_end = {"continue_final_message": True, "add_generation_prompt": True}
+    assert refusal(ChatRequest, {**CHAT, **open_end})[0] == "continue_final_message"
+    reserved = {"chat_template_kwargs": {"messages": []}}
+    assert refusal(ChatRequest, {**CHAT, **reserved})[0] == "chat_template_kwargs"
     options = {**COMPLETION, "stream_options": {"include_usage": True}}
     assert refusal(CompletionRequest, options)[0] == "stream_options"
     assert refusal(ChatRequest, {**CHAT, "top_logprobs": 1})[0] == "top_logprobs"
@@ -173,6 +187,7 @@ def test_a_refusal_is_what_the_assistant_said() -> None:
     assert [message.text for message in body.messages] == ["I can't.", "No."]
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
@@ -185,7 +200,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         (["hi"], "messages[0]"),
         ([{"content": "hi"}], "messages[0].role"),
         ([{"role": "king", "content": "hi"}], "messages[0].role"),
-        ([{"role": "tool", "content": "hi"}], "messages[0].role"),
+        ([{"role": "function", "content": "hi"}], "messages[0].role"),
+        ([{"role": "tool"}], "messages[0].content"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages[0].tool_calls"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": None}], "messages[0].content"),
         ([ANSWER, {"role": "assistant", "content": None}], "messages[1].content"),
@@ -195,7 +212,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0].type"),
         ([ANSWER, {"role": "user", "content": [IMAGE]}], "messages[1].content[0].type"),
         ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
-        ([{**ANSWER, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls"),
+        ([{**ANSWER, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls[0].function"),
         ([{**ANSWER, "function_call": {"name": "f"}}], "messages[0].function_call"),
         ([{**ANSWER, "audio": {"id": "1"}}], "messages[0].audio"),
     ],
@@ -275,10 +292,21 @@ def test_a_byte_order_mark_is_skipped() -> None:
     )
 
 
+def test_unknown_fields_are_named_or_refused() -> None:
+    content = json.dumps({**COMPLETION, "bogus": 1, "mirostat": 0, "user": "me"}).encode()
+    _, unknown = parse_naming_unknown(CompletionRequest, bytearray(content), strict=False)
+    assert unknown == ["bogus"]
+    with pytest.raises(ApiError, match="bogus") as caught:
+        parse_naming_unknown(CompletionRequest, bytearray(content), strict=True)
+    assert caught.value.param == "bogus"
+    assert named(["a b", "\ud800x", "y" * 1000]) == f"a%20b, %3Fx, {'y' * 64}"
+
+
 def test_messages_of_errors_are_bounded() -> None:
-    found, message = refusal(CompletionRequest, {**COMPLETION, "x" * 1_000_000: 1})
-    assert found is not None
-    body = invalid(message, found).body()["error"]
+    content = bytearray(json.dumps({**COMPLETION, "x" * 1_000_000: 1}).encode())
+    with pytest.raises(ApiError) as caught:
+        parse_body(CompletionRequest, content, strict=True)
+    body = invalid(caught.value.message, caught.value.param).body()["error"]
     assert len(body["message"]) < 2000
     assert len(body["param"]) < 2000
 
@@ -288,6 +316,50 @@ def test_parts_of_text_are_joined() -> None:
     messages = [{"role": "user", "content": parts}]
     body = ChatRequest.model_validate({"model": "m", "messages": messages})
     assert body.messages[0].text == "ab"
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "auto",
+        "none",
+        "required",
+        {"type": "function", "function": {"name": "weather"}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}},
+        None,
+    ],
+)
+def test_choices_of_tools(choice: Any) -> None:
+    assert ChatRequest.model_validate({**CHAT, "tools": [WEATHER], "tool_choice": choice}).tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": [WEATHER], "tool_choice": "auto!"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": 5}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": [WEATHER], "tool_choice": NAMED_OTHER}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"structured_outputs": {}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.json"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ],
+)
+def test_tools_and_forms_of_answers_are_checked(fields: dict[str, Any], param: str) -> None:
+    found, message = refusal(ChatRequest, {**CHAT, **fields})
+    assert found == param, message
+    assert f"'{param}'" in message
+    assert not re.search("function-|union|tagged|Input|instance|dictionary|list", message)
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
@@ -22,18 +23,43 @@ _KINDS: Final = {
     "bool_type": "a boolean",
 }
 """JSON's words for what Python's validator wants."""
+_MAX_NAMED: Final = 16
+_MAX_NAME: Final = 64
+
+
 _B = TypeVar("_B", bound=BaseModel)
 
 
-def parse_body(kind: type[_B], body: bytearray) -> _B:
-    """The request in a body of JSON. Raises ``ApiError`` 400."""
+def parse_body(kind: type[_B], body: bytearray, *, strict: bool = False) -> _B:
+    """The request in a body. Raises ``ApiError`` 400; ``strict``: for unknown fields too."""
+    return parse_naming_unknown(kind, body, strict=strict)[0]
+
+
+def parse_naming_unknown(kind: type[_B], body: bytearray, *, strict: bool) -> tuple[_B, list[str]]:
+    """The request, and its top-level fields that are ignored because nobody knows them."""
     value = _parse_json(body)
     if not isinstance(value, dict):
         raise invalid("The request body must be a JSON object.")
+    unknown = unknown_fields(kind, value)
+    if strict and unknown:
+        raise invalid(f"Unrecognized request argument supplied: {unknown[0]}.", unknown[0])
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value), unknown
     except ValidationError as error:
         raise from_validation(error, value) from None
+
+
+def unknown_fields(kind: type[BaseModel], body: dict[str, Any]) -> list[str]:
+    """Fields of a body that its model has never heard of; a model may know more than it has."""
+    served = {field.alias or name for name, field in kind.model_fields.items()}
+    accepted = getattr(kind, "accepted", frozenset[str]())
+    return sorted(body.keys() - served - accepted)
+
+
+def named(fields: list[str]) -> str:
+    """Fields for a header: some of them, and not more of each than one wants to read."""
+    shown = [quote(name[:_MAX_NAME], safe="", errors="replace") for name in fields[:_MAX_NAMED]]
+    return ", ".join(shown)
 
 
 def _parse_json(body: bytearray) -> Any:

@@ -1,20 +1,17 @@
 """Generations as OpenAI's JSON: events of a stream, or one whole answer.
 
-A format belongs to one request. ``Choice`` is what has come of one choice so far.
+A format belongs to one request. ``Choice`` is what has come of one choice so far. Each endpoint's
+format has a module of its own.
 """
 
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import UNSET, Struct, UnsetType
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
-from services.gateway.openai.events import MARK, TextEvents, event
-from services.gateway.openai.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from services.gateway.openai.prepare import Plan
 from services.gateway.routing.event_queue import Delta
 
@@ -24,11 +21,15 @@ class Choice:
     """A choice of a whole answer."""
 
     text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     finished: pb.GenerationFinished | None = None
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.prompt_logprobs.extend(delta.prompt_logprobs)
         self.logprobs.extend(delta.logprobs)
 
 
@@ -44,15 +45,14 @@ class Format(Protocol):
     def closing(self, index: int, finished: pb.GenerationFinished) -> bytes:
         """The event with the finish reason."""
 
-    def totals(self, usage: api.Usage) -> bytes:
-        """The event with the usage of the whole request."""
+    def ending(self, usage: api.Usage) -> bytes:
+        """The last events, once all choices have finished; ``usage``: of the whole request."""
+
+    def failure(self, body: Mapping[str, Any]) -> bytes:
+        """The event of an error that ends the stream."""
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
         """The answer to a request that doesn't stream."""
-
-
-def make_format(plan: Plan) -> Format:
-    return CompletionFormat(plan) if plan.endpoint == "completions" else ChatFormat(plan)
 
 
 def usage_of(
@@ -104,136 +104,9 @@ class ChunkUsage:
         return None if self._plan.include_usage else UNSET
 
 
-def finish_reason(finished: pb.GenerationFinished | None) -> str:
+def finish_reason(finished: pb.GenerationFinished | None, *, has_calls: bool = False) -> str:
+    """``has_calls``: the answer calls tools."""
     assert finished is not None, "shown before it finished"
-    return "length" if finished.reason == pb.FINISH_REASON_LENGTH else "stop"
-
-
-class CompletionFormat:
-    """``/v1/completions``."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._offsets = [TextOffsets(len(echo)) for echo in plan.echoes]
-        self._usage = ChunkUsage(plan)
-        choices = (api.CompletionChoice(index=i, text=MARK) for i in range(len(plan.starts)))
-        self._texts = [TextEvents(self._chunk(choice)) for choice in choices] if plan.stream else []
-
-    def opening(self, index: int) -> bytes:
-        echo = self._plan.echoes[index]
-        return event(self._chunk(api.CompletionChoice(index=index, text=echo))) if echo else b""
-
-    def delta(self, index: int, delta: Delta) -> bytes:
-        self._usage.add(index, delta.tokens)
-        if not delta.text and not delta.logprobs:
-            return b""
-        if not delta.logprobs and not self._usage.changes:
-            return self._texts[index].event(delta.text)
-        logprobs = completion_logprobs(delta.logprobs, self._offsets[index])
-        choice = api.CompletionChoice(index=index, text=delta.text, logprobs=logprobs)
-        return event(self._chunk(choice))
-
-    def closing(self, index: int, finished: pb.GenerationFinished) -> bytes:
-        self._usage.set(index, finished.completion_tokens)
-        reason = finish_reason(finished)
-        choice = api.CompletionChoice(index=index, text="", finish_reason=reason)
-        return event(self._chunk(choice))
-
-    def totals(self, usage: api.Usage) -> bytes:
-        return event(self._answer([], usage))
-
-    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
-        shown = [
-            api.CompletionChoice(
-                index=index,
-                text=self._plan.echoes[index] + "".join(choice.text),
-                logprobs=completion_logprobs(choice.logprobs, self._offsets[index]),
-                finish_reason=finish_reason(choice.finished),
-            )
-            for index, choice in enumerate(choices)
-        ]
-        return self._answer(shown, usage)
-
-    def _chunk(self, choice: api.CompletionChoice) -> Struct:
-        return self._answer([choice], self._usage.shown())
-
-    def _answer(
-        self, choices: list[api.CompletionChoice], usage: api.Usage | UnsetType | None
-    ) -> Struct:
-        return api.Completion(
-            id=self._id,
-            created=self._created,
-            model=self._plan.model,
-            choices=choices,
-            usage=usage,
-        )
-
-
-class ChatFormat:
-    """``/v1/chat/completions``."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._usage = ChunkUsage(plan)
-        mark = api.ChatDelta(content=MARK)
-        choices = (api.ChatChunkChoice(index=i, delta=mark) for i in range(len(plan.starts)))
-        self._texts = [TextEvents(self._chunk(choice)) for choice in choices] if plan.stream else []
-
-    def opening(self, index: int) -> bytes:
-        delta = api.ChatDelta(role="assistant", content="")
-        return event(self._chunk(api.ChatChunkChoice(index=index, delta=delta)))
-
-    def delta(self, index: int, delta: Delta) -> bytes:
-        self._usage.add(index, delta.tokens)
-        if not delta.text and not delta.logprobs:
-            return b""
-        if not delta.logprobs and not self._usage.changes:
-            return self._texts[index].event(delta.text)
-        shown = api.ChatDelta(content=delta.text)
-        logprobs = chat_logprobs(delta.logprobs)
-        return event(self._chunk(api.ChatChunkChoice(index=index, delta=shown, logprobs=logprobs)))
-
-    def closing(self, index: int, finished: pb.GenerationFinished) -> bytes:
-        self._usage.set(index, finished.completion_tokens)
-        reason = finish_reason(finished)
-        choice = api.ChatChunkChoice(index=index, delta=api.ChatDelta(), finish_reason=reason)
-        return event(self._chunk(choice))
-
-    def totals(self, usage: api.Usage) -> bytes:
-        return event(self._answer([], usage))
-
-    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
-        shown = [
-            api.ChatChoice(
-                index=index,
-                message=api.ChatMessage(content="".join(choice.text)),
-                logprobs=chat_logprobs(choice.logprobs),
-                finish_reason=finish_reason(choice.finished),
-            )
-            for index, choice in enumerate(choices)
-        ]
-        return api.ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._plan.model,
-            choices=shown,
-            usage=usage,
-        )
-
-    def _chunk(self, choice: api.ChatChunkChoice) -> Struct:
-        return self._answer([choice], self._usage.shown())
-
-    def _answer(
-        self, choices: list[api.ChatChunkChoice], usage: api.Usage | UnsetType | None
-    ) -> Struct:
-        return api.ChatChunk(
-            id=self._id,
-            created=self._created,
-            model=self._plan.model,
-            choices=choices,
-            usage=usage,
-        )
+    if finished.reason == pb.FINISH_REASON_LENGTH:
+        return "length"
+    return "tool_calls" if has_calls else "stop"

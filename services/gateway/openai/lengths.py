@@ -8,8 +8,10 @@ that leaves a doubt, a long text is counted piece by piece until it is too long.
 import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
+from precast.tokenizer.chat_template import PLAIN, ChatOptions
 from precast.tokenizer.model_tokenizer import ModelTokenizer
 from services.gateway.openai.errors import ApiError, invalid
 
@@ -53,20 +55,29 @@ class LimitedTokenizer:
             return await self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, allow_control_tokens: bool
-    ) -> list[int]:
-        """Token ids of a chat. Raises ``InvalidRequest``, or ``ApiError`` 400 if far too long."""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions = PLAIN,
+        *,
+        allow_control_tokens: bool = False,
+        add_special_tokens: bool = False,
+    ) -> tuple[list[int], str]:
+        """Token ids of a chat, and the text that they are of.
+
+        Raises ``InvalidRequest``, or ``ApiError`` 400 if far too long.
+        """
         self.check([message["content"] for message in messages], "messages")
         chat = await self._tokenizer.render_chat(
-            messages, allow_control_tokens=allow_control_tokens
+            messages, options, allow_control_tokens=allow_control_tokens
         )
         self.check([chat.text], "messages")
+        encode = partial(self._tokenizer.encode_chat, add_special_tokens=add_special_tokens)
         if len(chat.text) < _LONG_TEXT:
-            return await self._tokenizer.encode_chat(chat)
+            return await encode(chat), chat.text
         async with self._gate:
             if not chat.marked:
                 await self._check_pieces(chat.text, "messages")
-            return await self._tokenizer.encode_chat(chat)
+            return await encode(chat), chat.text
 
     async def _check_pieces(self, text: str, field: str) -> None:
         """Count a text that is probably too long without ever holding all of its tokens."""

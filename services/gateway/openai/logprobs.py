@@ -41,6 +41,33 @@ def completion_logprobs(
     )
 
 
+def prompt_logprobs(tokens: Sequence[pb.TokenLogprob]) -> api.CompletionLogprobs | None:
+    """Of a whole prompt, whose first token follows nothing."""
+    shown = completion_logprobs(tokens, TextOffsets(0))
+    if shown is None:
+        return None
+    return api.CompletionLogprobs(
+        tokens=shown.tokens,
+        token_logprobs=[None, *shown.token_logprobs[1:]],
+        top_logprobs=[None, *shown.top_logprobs[1:]],
+        text_offset=shown.text_offset,
+    )
+
+
+def joined(
+    first: api.CompletionLogprobs | None, second: api.CompletionLogprobs | None
+) -> api.CompletionLogprobs | None:
+    """Of a prompt and its answer."""
+    if first is None or second is None:
+        return first or second
+    return api.CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+    )
+
+
 def chat_logprobs(tokens: Iterable[pb.TokenLogprob]) -> api.ChatLogprobs | None:
     content = [
         api.ChatLogprob(

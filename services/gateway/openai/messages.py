@@ -76,22 +76,47 @@ Content = Annotated[
 ]
 
 
-_CALLS: Final[dict[str, tuple[Any, ...]]] = {
-    "tool_calls": (None, []),
-    "function_call": (None,),
-    "audio": (None,),
-}
+_UNSERVED: Final[dict[str, tuple[Any, ...]]] = {"function_call": (None,), "audio": (None,)}
 """Fields that aren't supported, and their values that ask for nothing."""
+
+
+class CalledFunction(_Lenient):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str
+    """JSON, as far as the model got it right."""
+
+
+class ToolCall(_Lenient):
+    """A call that the assistant made."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 def _complete(schema: dict[str, Any]) -> None:
     """Add to a reference what the model's fields don't say."""
-    for name, values in _CALLS.items():
+    for name, values in _UNSERVED.items():
         schema["properties"][name] = {"enum": list(values), "description": "Not supported."}
-    refused = {"role": {"enum": ["assistant"]}, "refusal": {"type": "string"}}
-    schema["anyOf"] = [
-        {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
-        {"properties": refused, "required": ["refusal"]},
+    assistant = {"role": {"enum": ["assistant"]}}
+    calls = {"tool_calls": {"type": "array", "minItems": 1}}
+    schema["allOf"] = [
+        {
+            "anyOf": [
+                {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
+                {
+                    "properties": {**assistant, "refusal": {"type": "string"}},
+                    "required": ["refusal"],
+                },
+                {"properties": {**assistant, **calls}, "required": ["tool_calls"]},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": assistant},
+                {"properties": {"tool_calls": {"enum": [None, []]}}},
+            ]
+        },
     ]
 
 
@@ -100,23 +125,29 @@ class Message(_Lenient):
 
     model_config = ConfigDict(json_schema_extra=_complete)
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
     refusal: str | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_PARTS)
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought before it answered."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_calls(cls, data: Any) -> Any:
-        for field, nothing in _CALLS.items():
+    def _refuse_unserved(cls, data: Any) -> Any:
+        for field, nothing in _UNSERVED.items():
             if isinstance(data, dict) and data.get(field) not in nothing:
                 raise UnsupportedField(field)
         return data
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise FieldError("tool_calls", "is only allowed in messages of the assistant")
         refused = self.role == "assistant" and self.refusal is not None
-        if self.content is None and not refused:
+        if self.content is None and not refused and not self.tool_calls:
             raise FieldError("content", "is required")
         return self
 

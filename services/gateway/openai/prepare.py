@@ -4,27 +4,32 @@ A plan is checked completely: what a worker could refuse for good, the gateway r
 the name of the field.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from precast.errors import InvalidRequest, PrecastError
+from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
-from services.gateway.openai.errors import context_length_exceeded, internal, invalid
+from services.gateway.openai.chat_constraint import chat_constraint, special_ids
+from services.gateway.openai.errors import internal, invalid
 from services.gateway.openai.fields import MAX_CHOICES
+from services.gateway.openai.fingerprint import fingerprint
+from services.gateway.openai.interpret import PLAIN, Reading, thinking_of
 from services.gateway.openai.lengths import LimitedTokenizer, make_gate
-from services.gateway.openai.messages import Message
+from services.gateway.openai.prompts import chat_prompt, check_ids, completion_prompts, truncated
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.starts import Wanted, fitting, start_of, stops_of, what_is_left
+from services.gateway.openai.structured.constraint import constraint_of
+from services.gateway.openai.tools.formats import format_of
+from services.gateway.openai.tools.use import tool_use
 from services.gateway.routing.pool import WorkerPool
 
 log = get_logger(__name__)
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's default of ``max_tokens`` for completions; a chat's is what the context has left."""
-_MAX_STOP_TEXT: Final = 8 << 20
-"""Characters of all choices' stop strings."""
-_SEED_MASK: Final = 2**64 - 1
 
 Endpoint = Literal["completions", "chat"]
 
@@ -46,6 +51,18 @@ class Plan:
     prompt_tokens: int
     """Of all prompts, each counted once."""
     choices_per_prompt: int
+    """That are generated."""
+    shown_per_prompt: int
+    """The likeliest of them, which the answer has."""
+    shows_logprobs: bool = False
+    echoes_logprobs: bool = False
+    """The prompts' tokens are shown with their probabilities."""
+    shows_token_ids: bool = False
+    reading: Reading = PLAIN
+    """How answers are read."""
+    short_call_ids: bool = False
+    fingerprint: str
+    """Of model and build."""
     open_ended: bool = False
     """No number of tokens was asked for: a worker that can hold the prompts gives what its context
     has left."""
@@ -53,46 +70,57 @@ class Plan:
     """Of the tokenizer that made the prompts; empty: not known."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parsers:
+    """How prompts are written and answers are read, where a template doesn't decide it."""
+
+    tools: str = "auto"
+    reasoning: str = "auto"
+    allow_control_tokens: bool = False
+
+
 class Planner:
     """Makes plans out of bodies."""
 
     def __init__(
-        self, pool: WorkerPool, tokenizers: TokenizerStore, *, allow_control_tokens: bool = False
+        self, pool: WorkerPool, tokenizers: TokenizerStore, parsers: Parsers = Parsers()
     ) -> None:
         self._pool = pool
         self._tokenizers = tokenizers
-        self._allow_control_tokens = allow_control_tokens
+        self._parsers = parsers
         self._gate = make_gate()
 
     async def completion(self, body: CompletionRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
         _check_choices(body)
         tokenizer = await self._tokenizer(body.model)
+        check_ids("logit_bias", list(body.logit_bias), tokenizer)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
-        prompts = await _completion_prompts(body.prompts, tokenizer, limited)
-        stops = _stops(body, tokenizer, limit, len(prompts) * body.choices_per_prompt)
+        whole = await completion_prompts(body, tokenizer, limited)
+        prompts = [truncated(body, ids, limit) for ids in whole]
+        each = body.generated_per_prompt
+        wanted = _wanted(body, stops_of(body, tokenizer, limit, len(prompts) * each))
         starts = [
-            _start(
-                body, ids, _completion_budget(body, len(ids), limit), stops, body.logprobs, choice
-            )
+            start_of(body, ids, _completion_budget(body, len(ids), limit), wanted, choice)
             for ids in prompts
-            for choice in range(body.choices_per_prompt)
+            for choice in range(each)
         ]
-        _check_ids("logit_bias", list(body.logit_bias), tokenizer)
-        echoes = [
-            _echo(body, prompt, ids, tokenizer)
-            for prompt, ids in zip(body.prompts, prompts, strict=True)
-        ]
+        echoes = _echoes(body, whole, prompts, tokenizer)
         return Plan(
             endpoint="completions",
             model=body.model,
             starts=tuple(starts),
-            echoes=tuple(echo for echo in echoes for _ in range(body.choices_per_prompt)),
+            echoes=tuple(echo for echo in echoes for _ in range(each)),
             stream=bool(body.stream),
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             prompt_tokens=sum(map(len, prompts)),
-            choices_per_prompt=body.choices_per_prompt,
+            choices_per_prompt=each,
+            shown_per_prompt=body.choices_per_prompt,
+            shows_logprobs=body.logprobs is not None,
+            echoes_logprobs=bool(body.echo) and body.logprobs is not None,
+            shows_token_ids=bool(body.return_token_ids),
+            fingerprint=fingerprint(self._pool, body.model),
             open_ended=body.max_tokens is None,
             tokenizer_digest=tokenizer.digest,
         )
@@ -100,25 +128,44 @@ class Planner:
     async def chat(self, body: ChatRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
         tokenizer = await self._tokenizer(body.model)
-        _check_ids("logit_bias", list(body.logit_bias), tokenizer)
-        allow = self._allow_control_tokens
+        check_ids("logit_bias", list(body.logit_bias), tokenizer)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
-        ids = await _chat_prompt(body, limited, allow_control_tokens=allow)
-        max_tokens = _chat_budget(body, len(ids), limit)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        template = tokenizer.chat_template.source
+        use = tool_use(body, format_of(template, self._parsers.tools))
+        allow = self._parsers.allow_control_tokens
+        prompt = await chat_prompt(body, tokenizer, limited, use, allow_control_tokens=allow)
+        ids = truncated(body, prompt.ids, limit)
+        reading = Reading(
+            thinking=thinking_of(template, prompt.text, self._parsers.reasoning),
+            show_reasoning=body.include_reasoning is not False,
+            tools=use,
+        )
         count = body.choices_per_prompt
-        stops = _stops(body, tokenizer, limit, count)
+        wanted = Wanted(
+            stops=stops_of(body, tokenizer, limit, count),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            constraint=chat_constraint(body, use, tokenizer, reading.thinking),
+            show_special_tokens=body.skip_special_tokens is False
+            or bool(special_ids(reading.marks, tokenizer)),
+        )
+        budget = _chat_budget(body, len(ids), limit)
         return Plan(
             endpoint="chat",
             model=body.model,
-            starts=tuple(_start(body, ids, max_tokens, stops, logprobs, i) for i in range(count)),
+            starts=tuple(start_of(body, ids, budget, wanted, i) for i in range(count)),
             echoes=("",) * count,
             stream=bool(body.stream),
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             prompt_tokens=len(ids),
             choices_per_prompt=count,
-            open_ended=(body.max_completion_tokens or body.max_tokens) is None,
+            shown_per_prompt=count,
+            shows_logprobs=bool(body.logprobs),
+            shows_token_ids=bool(body.return_token_ids),
+            reading=reading,
+            short_call_ids=use is not None and use.form.short_ids,
+            fingerprint=fingerprint(self._pool, body.model),
+            open_ended=body.asked_tokens is None,
             tokenizer_digest=tokenizer.digest,
         )
 
@@ -144,136 +191,52 @@ class Planner:
 
 def _check_choices(body: CompletionRequest) -> None:
     """Raises ``ApiError`` 400 for numbers that don't go together."""
-    n, prompts = body.choices_per_prompt, len(body.prompts)
-    if body.best_of is not None and body.best_of != n:
-        raise invalid(f"Invalid 'best_of': must equal n = {n}.", "best_of")
-    if prompts * n > MAX_CHOICES:
-        asked = f"{prompts} prompts times n = {n}"
-        raise invalid(f"Invalid 'n': {asked} is too much; at most {MAX_CHOICES} choices.", "n")
-
-
-async def _completion_prompts(
-    prompts: list[str | list[int]], tokenizer: ModelTokenizer, limited: LimitedTokenizer
-) -> list[list[int]]:
-    """Token ids of each prompt, whether it came as text or as ids."""
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await limited.encode(texts, "prompt", add_special_tokens=True))
-    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-    for prompt in ids:
-        if not prompt:
-            raise invalid("Invalid 'prompt': it has no tokens.", "prompt")
-        _check_ids("prompt", prompt, tokenizer)
-    return ids
-
-
-async def _chat_prompt(
-    body: ChatRequest, tokenizer: LimitedTokenizer, *, allow_control_tokens: bool
-) -> list[int]:
-    messages = [_message(message) for message in body.messages]
-    try:
-        ids = await tokenizer.encode_chat(messages, allow_control_tokens=allow_control_tokens)
-    except InvalidRequest as error:
-        raise invalid(str(error), "messages") from None
-    if not ids:
-        raise invalid("Invalid 'messages': they have no tokens.", "messages")
-    return ids
-
-
-def _message(message: Message) -> dict[str, str]:
-    role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": message.text, **named}
-
-
-def _check_ids(field: str, ids: list[int], tokenizer: ModelTokenizer) -> None:
-    wrong = next((token for token in ids if token >= tokenizer.vocab_size), None)
-    if wrong is not None:
-        reason = f"token id {wrong} is not in the vocabulary of {tokenizer.vocab_size}"
+    each, prompts = body.generated_per_prompt, len(body.prompts)
+    if prompts * each > MAX_CHOICES:
+        field = "n" if body.best_of is None else "best_of"
+        asked = f"{prompts} prompts times {field} = {each}"
+        reason = f"{asked} is too much; at most {MAX_CHOICES} choices"
         raise invalid(f"Invalid '{field}': {reason}.", field)
 
 
-def _echo(
-    body: CompletionRequest, prompt: str | list[int], ids: list[int], tokenizer: ModelTokenizer
-) -> str:
+def _wanted(body: CompletionRequest, stops: Sequence[str]) -> Wanted:
+    logprobs = body.logprobs
+    if logprobs is None and body.generated_per_prompt > body.choices_per_prompt:
+        logprobs = 0  # for the likeliest to be found
+    scored = bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0)
+    return Wanted(
+        stops=stops,
+        logprobs=logprobs,
+        prompt_logprobs=(body.logprobs or 0) if scored else None,
+        constraint=constraint_of(body),
+        show_special_tokens=body.skip_special_tokens is False,
+    )
+
+
+def _echoes(
+    body: CompletionRequest,
+    whole: list[list[int]],
+    prompts: list[list[int]],
+    tokenizer: ModelTokenizer,
+) -> list[str]:
+    """The texts of prompts: as they were written, where they are whole."""
     if not body.echo:
-        return ""
-    return prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        return [""] * len(prompts)
+    return [
+        given if isinstance(given, str) and len(ids) == len(kept) else tokenizer.decode(kept)
+        for given, ids, kept in zip(body.prompts, whole, prompts, strict=True)
+    ]
 
 
 def _completion_budget(body: CompletionRequest, prompt: int, limit: int) -> int:
     """Tokens to generate: what was asked for, else the default or what the context has left."""
     if body.max_tokens is None:
-        return _what_is_left(_DEFAULT_COMPLETION_TOKENS, prompt, limit, "prompt")
-    return _fitting(body.max_tokens, prompt, limit, "prompt")
+        return what_is_left(_DEFAULT_COMPLETION_TOKENS, prompt, limit, "prompt")
+    return fitting(body.max_tokens, prompt, limit, "prompt")
 
 
 def _chat_budget(body: ChatRequest, prompt: int, limit: int) -> int:
-    asked = body.max_completion_tokens or body.max_tokens
+    asked = body.asked_tokens
     if asked is None:
-        return _what_is_left(limit, prompt, limit, "messages")
-    return _fitting(asked, prompt, limit, "messages")
-
-
-def _what_is_left(wanted: int, prompt: int, limit: int, field: str) -> int:
-    if prompt >= limit:
-        raise context_length_exceeded(limit, prompt, 1, field)
-    return min(wanted, limit - prompt)
-
-
-def _fitting(asked: int, prompt: int, limit: int, field: str) -> int:
-    if prompt + asked > limit:
-        raise context_length_exceeded(limit, prompt, asked, field)
-    return asked
-
-
-def _stops(
-    body: CompletionRequest | ChatRequest, tokenizer: ModelTokenizer, limit: int, choices: int
-) -> list[str]:
-    """Stop strings that can occur: others are longer than the text of a whole context.
-
-    Raises ``ApiError`` 400 if the choices, each of which carries them, make too much of them.
-    """
-    stops = [stop for stop in body.stop if len(stop) <= limit * tokenizer.longest_token]
-    if choices * sum(map(len, stops)) > _MAX_STOP_TEXT:
-        raise invalid(f"Invalid 'stop': too much text for {choices} choices.", "stop")
-    return stops
-
-
-def _start(
-    body: CompletionRequest | ChatRequest,
-    ids: list[int],
-    max_tokens: int,
-    stops: list[str],
-    logprobs: int | None,
-    choice: int,
-) -> pb.StartGeneration:
-    """What the worker is sent for the ``choice``-th completion of one prompt."""
-    stop = pb.StopConditions(
-        max_tokens=max_tokens,
-        stop_strings=stops,
-        stop_token_ids=body.stop_token_ids or (),
-        ignore_eos=bool(body.ignore_eos),
-    )
-    return pb.StartGeneration(
-        model=body.model,
-        prompt_token_ids=ids,
-        sampling=_sampling(body, choice),
-        stop=stop,
-        logprobs=logprobs,
-        deliver_at_end=not body.stream,
-        cache_salt=body.cache_salt or "",
-    )
-
-
-def _sampling(body: CompletionRequest | ChatRequest, choice: int) -> pb.SamplingParams:
-    # One seed for all choices would make them equal.
-    seed = None if body.seed is None else (body.seed + choice) & _SEED_MASK
-    return pb.SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=seed,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=body.logit_bias,
-    )
+        return what_is_left(limit, prompt, limit, "messages")
+    return fitting(asked, prompt, limit, "messages")

@@ -23,18 +23,26 @@ class PromptTokensDetails(Struct, frozen=True, kw_only=True):
     """Of the prompts' tokens: those that were computed for an earlier request."""
 
 
+class CompletionTokensDetails(Struct, frozen=True, kw_only=True):
+    reasoning_tokens: int
+    """Of the answers' tokens: those of the model's reasoning, about."""
+
+
 class Usage(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
     """Once the choices have finished."""
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """Of models that reason."""
 
 
 class CompletionLogprobs(Struct, frozen=True, kw_only=True):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for the first token of a prompt, which follows nothing."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     """Characters before each token in the choice's text; parts of one character have the same."""
 
@@ -44,6 +52,9 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """Extension, with return_token_ids."""
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct, frozen=True, kw_only=True):
@@ -53,6 +64,8 @@ class Completion(Struct, frozen=True, kw_only=True):
     object: str = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
+    """Of model and build."""
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
 
@@ -76,10 +89,26 @@ class ChatLogprobs(Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class CalledFunction(Struct, frozen=True, kw_only=True):
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(Struct, frozen=True, kw_only=True):
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Struct, frozen=True, kw_only=True):
     role: str = "assistant"
-    content: str
+    content: str | None
+    """None beside calls."""
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    """Extension: what the model wrote for itself before its answer."""
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True, kw_only=True):
@@ -87,6 +116,8 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    token_ids: list[int] | UnsetType = UNSET
+    """Extension, with return_token_ids."""
 
 
 class ChatCompletion(Struct, frozen=True, kw_only=True):
@@ -94,13 +125,31 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     object: str = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
+    """Of model and build."""
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """Extension, with return_token_ids."""
+
+
+class FunctionDelta(Struct, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
 
 
 class ChatDelta(Struct, frozen=True, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True, kw_only=True):
@@ -108,6 +157,8 @@ class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    """Extension, with return_token_ids."""
 
 
 class ChatChunk(Struct, frozen=True, kw_only=True):
@@ -115,8 +166,12 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     object: str = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str
+    """Of model and build."""
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """Extension, in the first chunk."""
 
 
 class Model(Struct, frozen=True, kw_only=True):

@@ -10,7 +10,8 @@ the way that the connection is alive.
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -21,9 +22,10 @@ from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
+from services.gateway.openai.endpoints import make_format
 from services.gateway.openai.errors import ApiError
-from services.gateway.openai.events import DONE, WAITING
-from services.gateway.openai.formats import Choice, make_format, total_usage
+from services.gateway.openai.events import WAITING
+from services.gateway.openai.formats import Choice, Format, total_usage
 from services.gateway.openai.prepare import Plan
 from services.gateway.openai.responses import Usage, encode
 from services.gateway.request_id import request_id
@@ -43,6 +45,7 @@ _SSE_HEADERS: Final = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+_Header = tuple[bytes, bytes]
 _T = TypeVar("_T")
 
 
@@ -61,9 +64,13 @@ class GenerationResponse(Response):
         *,
         started: float,
         timeout_s: float,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """``headers``: of an answer that is no error."""
         super().__init__()
         self._plan = plan
+        self._format = make_format(plan)
+        self._extra = [(key.encode(), value.encode()) for key, value in headers.items()]
         self._pool = pool
         self._metrics = metrics
         self._started = started
@@ -122,12 +129,13 @@ class GenerationResponse(Response):
             await sender.body(json.dumps(answer.body()).encode(), more=False)
             return
         self._metrics.stream_errors.labels(self._plan.model).inc()
-        await sender.body(b"data: " + json.dumps(answer.body()).encode() + b"\n\n", more=False)
+        await sender.body(self._format.failure(answer.body()), more=False)
 
     async def _answer(self, sender: "_Sender") -> None:
         """The one loop that every event of the request passes."""
         plan = self._plan
-        answer: _Answer = _Stream(plan, sender) if plan.stream else _Whole(plan, sender)
+        kind = _Stream if plan.stream else _Whole
+        answer: _Answer = kind(len(plan.starts), self._format, sender, self._extra)
         watch = self._watch
         running = len(plan.starts)
         async with self._generation() as generation:
@@ -163,10 +171,13 @@ class _Answer(Protocol):
 class _Whole:
     """One JSON body at the end."""
 
-    def __init__(self, plan: Plan, sender: "_Sender") -> None:
-        self._plan = plan
+    def __init__(
+        self, choices: int, form: Format, sender: "_Sender", headers: Sequence[_Header]
+    ) -> None:
+        self._format = form
         self._sender = sender
-        self._choices = [Choice() for _ in plan.starts]
+        self._extra = headers
+        self._choices = [Choice() for _ in range(choices)]
 
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
         for index, event in events:
@@ -176,19 +187,21 @@ class _Whole:
                 self._choices[index].finished = event
 
     async def end(self, usage: Usage) -> None:
-        body = encode(make_format(self._plan).whole(self._choices, usage))
+        body = encode(self._format.whole(self._choices, usage))
         length = (b"content-length", b"%d" % len(body))
-        await self._sender.start(200, [*_json_headers(), length])
+        await self._sender.start(200, [*_json_headers(), length, *self._extra])
         await self._sender.body(body, more=False)
 
 
 class _Stream:
     """Server-sent events, as they come."""
 
-    def __init__(self, plan: Plan, sender: "_Sender") -> None:
-        self._plan = plan
+    def __init__(
+        self, choices: int, form: Format, sender: "_Sender", headers: Sequence[_Header]
+    ) -> None:
+        self._format = form
         self._sender = sender
-        self._format = make_format(plan)
+        self._extra = headers
         self._opened: set[int] = set()
 
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
@@ -197,8 +210,7 @@ class _Stream:
             await self._send(data or WAITING)
 
     async def end(self, usage: Usage) -> None:
-        total = self._format.totals(usage) if self._plan.include_usage else b""
-        await self._sender.body(total + DONE, more=False)
+        await self._sender.body(self._format.ending(usage), more=False)
 
     def _event(self, index: int, event: Event) -> bytes:
         opening = b""
@@ -211,7 +223,7 @@ class _Stream:
 
     async def _send(self, data: bytes) -> None:
         if not self._sender.started:
-            await self._sender.start(200, _SSE_HEADERS)
+            await self._sender.start(200, [*_SSE_HEADERS, *self._extra])
         await self._sender.body(data, more=True)
 
 

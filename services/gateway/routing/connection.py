@@ -275,6 +275,8 @@ class WorkerConnection:
 
     def _step(self, step: pb.StepOutput) -> None:
         """Hand out what a step has made."""
+        for prompt in step.prompt_logprobs:
+            self._put_delta(prompt.handle, Delta(tokens=0, text="", prompt_logprobs=prompt.tokens))
         reports = {one.handle: one.tokens for one in step.logprobs} if step.logprobs else {}
         token_ids, taken = step.token_ids, 0
         for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):

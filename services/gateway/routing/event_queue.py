@@ -29,6 +29,8 @@ class Delta:
     """As many as ``tokens``."""
     logprobs: Sequence[TokenLogprob] = ()
     """None, or one for each token."""
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    """Of the next tokens of the prompt; all of them come before the first token."""
 
     def add(self, later: "Delta") -> None:
         self.tokens += later.tokens
@@ -36,6 +38,8 @@ class Delta:
         self.token_ids += later.token_ids
         if later.logprobs:
             self.logprobs = [*self.logprobs, *later.logprobs]
+        if later.prompt_logprobs:
+            self.prompt_logprobs = [*self.prompt_logprobs, *later.prompt_logprobs]
 
 
 Event = Delta | GenerationFinished

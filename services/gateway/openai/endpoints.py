@@ -1,0 +1,19 @@
+"""How each endpoint shows what was generated."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from services.gateway.openai.chat_format import ChatFormat
+from services.gateway.openai.completion_format import CompletionFormat
+from services.gateway.openai.formats import Format
+from services.gateway.openai.prepare import Endpoint, Plan
+
+_FORMATS: Final[Mapping[Endpoint, Callable[[Plan], Format]]] = {
+    "completions": CompletionFormat,
+    "chat": ChatFormat,
+}
+
+
+def make_format(plan: Plan) -> Format:
+    """For one request."""
+    return _FORMATS[plan.endpoint](plan)

@@ -1,0 +1,85 @@
+"""How an answer is read: its reasoning, its content and its calls of tools."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from services.gateway.openai.parts import Content, Part, Reasoning
+from services.gateway.openai.reasoning import CLOSE, OPEN, ReasoningReader
+from services.gateway.openai.tools.reader import CallReader
+from services.gateway.openai.tools.use import ToolUse
+
+Thinking = Literal["none", "maybe", "opened"]
+"""Whether an answer may begin with reasoning, or goes on with one that the prompt has begun."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The same for all choices of a request."""
+
+    thinking: Thinking = "none"
+    show_reasoning: bool = True
+    tools: ToolUse | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an answer's text is its content."""
+        return self.thinking == "none" and self.tools is None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What has to be in the text for it to be read, even if these are special tokens."""
+        thoughts = () if self.thinking == "none" else (OPEN, CLOSE)
+        syntax = None if self.tools is None else self.tools.syntax
+        return thoughts if syntax is None else (*thoughts, *syntax.begins, *syntax.ends)
+
+
+PLAIN: Final = Reading()
+
+
+def thinking_of(template: str, prompt: str, parser: str) -> Thinking:
+    """``template``: its text; ``prompt``: what it has written; ``parser``: auto, think or none."""
+    knows = OPEN in template or CLOSE in template
+    if parser == "none" or (parser == "auto" and not knows):
+        return "none"
+    end = prompt.rstrip()
+    if end.endswith(OPEN):
+        return "opened"
+    return "none" if end.endswith(CLOSE) else "maybe"
+
+
+class AnswerReader:
+    """Reads one choice, piece by piece."""
+
+    def __init__(self, reading: Reading) -> None:
+        opened = reading.thinking == "opened"
+        self._reasoning = None if reading.thinking == "none" else ReasoningReader(opened=opened)
+        self._show_reasoning = reading.show_reasoning
+        self._calls: CallReader | None = reading.tools.reader() if reading.tools else None
+
+    @property
+    def has_calls(self) -> bool:
+        return self._calls is not None and self._calls.calls > 0
+
+    def feed(self, text: str) -> list[Part]:
+        if self._reasoning is None:
+            return self._content(text)
+        return self._read(self._reasoning.feed(text))
+
+    def end(self) -> list[Part]:
+        """What is left when the text is over."""
+        last = [] if self._reasoning is None else self._read(self._reasoning.end())
+        return last if self._calls is None else [*last, *self._calls.end()]
+
+    def _read(self, parts: list[Part]) -> list[Part]:
+        found: list[Part] = []
+        for part in parts:
+            if isinstance(part, Content):
+                found += self._content(part.text)
+            elif self._show_reasoning or not isinstance(part, Reasoning):
+                found.append(part)
+        return found
+
+    def _content(self, text: str) -> list[Part]:
+        if self._calls is not None:
+            return self._calls.feed(text)
+        return [Content(text=text)] if text else []

@@ -1,0 +1,174 @@
+"""From what clients write to the token ids of prompts."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from precast.errors import InvalidRequest
+from precast.tokenizer.chat_template import ChatOptions
+from precast.tokenizer.model_tokenizer import ModelTokenizer
+from services.gateway.openai.errors import invalid
+from services.gateway.openai.generation_fields import GenerationFields
+from services.gateway.openai.infilling import infilling_of
+from services.gateway.openai.lengths import LimitedTokenizer
+from services.gateway.openai.messages import Message
+from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.tools.generic import explained
+from services.gateway.openai.tools.use import ToolUse
+
+_JOINS_ARGUMENTS: Final = re.compile(r"arguments['\"]?\]?\s*(\+|~)")
+"""A template that puts a call's arguments into its text as they are wants them as a text."""
+_NO_THOUGHT: Final = ("none", "minimal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """A chat as the model gets it."""
+
+    ids: list[int]
+    text: str
+
+
+async def completion_prompts(
+    body: CompletionRequest, tokenizer: ModelTokenizer, limited: LimitedTokenizer
+) -> list[list[int]]:
+    """Token ids of each prompt, whether it came as text or as ids. Raises ``ApiError`` 400."""
+    special = body.add_special_tokens is not False and not body.suffix
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    encoded = iter(await limited.encode(texts, "prompt", add_special_tokens=special))
+    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    if body.suffix:
+        ids = await _with_suffix(ids, body.suffix, tokenizer, limited)
+    for prompt in ids:
+        if not prompt:
+            raise invalid("Invalid 'prompt': it has no tokens.", "prompt")
+        check_ids("prompt", prompt, tokenizer)
+    return ids
+
+
+async def _with_suffix(
+    prompts: list[list[int]], suffix: str, tokenizer: ModelTokenizer, limited: LimitedTokenizer
+) -> list[list[int]]:
+    infilling = infilling_of(tokenizer.tokenizer, tokenizer.model)
+    (after,) = await limited.encode([suffix], "suffix", add_special_tokens=False)
+    return [infilling.prompt(prompt, after) for prompt in prompts]
+
+
+def truncated(body: GenerationFields, ids: list[int], limit: int) -> list[int]:
+    """The prompt's last tokens, as many as were asked for; ``limit``: of the context."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    if keep == 0:
+        raise invalid("Invalid 'truncate_prompt_tokens': must not be 0.", "truncate_prompt_tokens")
+    return ids[-(limit - 1 if keep == -1 else keep) :]
+
+
+async def chat_prompt(
+    body: ChatRequest,
+    tokenizer: ModelTokenizer,
+    limited: LimitedTokenizer,
+    use: ToolUse | None,
+    *,
+    allow_control_tokens: bool,
+) -> ChatPrompt:
+    """Raises ``ApiError`` 400."""
+    template = tokenizer.chat_template.source
+    messages = template_messages(body.messages, template)
+    shown = [] if use is None else use.shown
+    if use is not None and use.form.instructs:
+        messages, shown = explained(messages, shown), []
+    options = ChatOptions(
+        tools=shown,
+        variables=_variables(body, template),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+    )
+    try:
+        ids, text = await limited.encode_chat(
+            messages,
+            options,
+            allow_control_tokens=allow_control_tokens,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+    except InvalidRequest as error:
+        raise invalid(str(error), "messages") from None
+    if not ids:
+        raise invalid("Invalid 'messages': they have no tokens.", "messages")
+    return ChatPrompt(ids=ids, text=text)
+
+
+def _variables(body: ChatRequest, template: str) -> dict[str, Any]:
+    variables = dict(body.chat_template_kwargs or {})
+    effort = body.reasoning_effort
+    if effort is None:
+        return variables
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": effort, **variables}
+    if "enable_thinking" in template:
+        return {"enable_thinking": effort not in _NO_THOUGHT, **variables}
+    if effort not in _NO_THOUGHT:
+        message = (
+            "'reasoning_effort' is not supported: the model's chat template has no use for it."
+        )
+        raise invalid(message, "reasoning_effort", "unsupported_parameter")
+    return variables
+
+
+def template_messages(messages: Sequence[Message], template: str) -> list[Mapping[str, Any]]:
+    """Messages as chat templates look for them."""
+    as_text = _JOINS_ARGUMENTS.search(template) is not None
+    names: dict[str, str] = {}
+    """Of the functions that were called, by the calls' ids."""
+    shown: list[Mapping[str, Any]] = []
+    for message in messages:
+        names |= {call.id: call.function.name for call in message.tool_calls or ()}
+        shown.append(_message(message, names, as_text=as_text))
+    return shown
+
+
+def _message(message: Message, names: Mapping[str, str], *, as_text: bool) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    shown: dict[str, Any] = {"role": role, "content": message.text}
+    name = message.name
+    if role == "tool" and message.tool_call_id is not None:
+        shown["tool_call_id"] = message.tool_call_id
+        name = name or names.get(message.tool_call_id)
+    if name is not None:
+        shown["name"] = name
+    if message.reasoning_content is not None:
+        shown["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        shown["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(call.function.arguments, as_text=as_text),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return shown
+
+
+def _arguments(text: str, *, as_text: bool) -> Any:
+    """An object, unless the template wants a text or it isn't one."""
+    if as_text:
+        return text
+    try:
+        parsed = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed if isinstance(parsed, dict) else text
+
+
+def check_ids(field: str, ids: Sequence[int], tokenizer: ModelTokenizer) -> None:
+    """Raises ``ApiError`` 400 for an id that the model doesn't have."""
+    wrong = next((token for token in ids if token >= tokenizer.vocab_size), None)
+    if wrong is not None:
+        reason = f"token id {wrong} is not in the vocabulary of {tokenizer.vocab_size}"
+        raise invalid(f"Invalid '{field}': {reason}.", field)

@@ -1,0 +1,127 @@
+"""From a request's fields to the grammar that workers hold an answer to."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.openai.errors import ApiError, invalid
+from services.gateway.openai.structured.fields import (
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    Schema,
+    StructuredOutputs,
+    StructureFields,
+    TextFormat,
+)
+from services.gateway.openai.structured.gbnf import GbnfError, is_gbnf, lark_of
+
+MAX_TEXT: Final = 256 << 10
+"""Characters of a schema, an expression or a grammar."""
+ANY_OBJECT: Final = {"type": "object"}
+_SPECIAL: Final = re.compile(r"[\\.+*?()|\[\]{}^$/]")
+_Found = tuple[str, pb.OutputConstraint]
+"""The path of a field, and what it asks for."""
+
+
+def constraint_of(body: StructureFields) -> pb.OutputConstraint | None:
+    """What the answer must be; None for any text. Raises ``ApiError`` 400."""
+    found = list(_asked(body))
+    if len(found) > 1:
+        first, second = found[0][0], found[1][0]
+        raise invalid(f"'{second}' can't be combined with '{first}'.", second)
+    return found[0][1] if found else None
+
+
+def schema_constraint(schema: Any, field: str) -> pb.OutputConstraint:
+    """Raises ``ApiError`` 400 if it is too large."""
+    text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    return pb.OutputConstraint(json_schema=_bounded(text, field))
+
+
+def _asked(body: StructureFields) -> Iterator[_Found]:
+    if body.response_format is not None and not isinstance(body.response_format, TextFormat):
+        yield _of_format(body.response_format)
+    if body.structured_outputs is not None:
+        yield _of_outputs(body.structured_outputs)
+    if body.guided_json is not None:
+        yield "guided_json", _json(body.guided_json, "guided_json")
+    if body.guided_regex is not None:
+        yield "guided_regex", _regex(body.guided_regex, "guided_regex")
+    if body.guided_choice is not None:
+        yield "guided_choice", _choice(body.guided_choice, "guided_choice")
+    if body.guided_grammar is not None:
+        yield "guided_grammar", _grammar(body.guided_grammar, "guided_grammar")
+    if body.grammar is not None:
+        yield "grammar", _grammar(body.grammar, "grammar")
+    if body.json_schema is not None:
+        yield "json_schema", schema_constraint(body.json_schema, "json_schema")
+
+
+def _of_format(asked: JsonObjectFormat | JsonSchemaFormat) -> _Found:
+    field = "response_format.schema"
+    schema: Schema | None = None
+    if isinstance(asked, JsonSchemaFormat):
+        field, schema = "response_format.json_schema.schema", asked.json_schema.schema_
+    elif asked.schema_ is not None:
+        schema = asked.schema_
+    given = ANY_OBJECT if schema is None else schema
+    return "response_format", schema_constraint(given, field)
+
+
+def _of_outputs(asked: StructuredOutputs) -> _Found:
+    name = "structured_outputs"
+    if asked.json_ is not None:
+        return name, _json(asked.json_, f"{name}.json")
+    if asked.regex is not None:
+        return name, _regex(asked.regex, f"{name}.regex")
+    if asked.choice is not None:
+        return name, _choice(asked.choice, f"{name}.choice")
+    if asked.grammar is not None:
+        return name, _grammar(asked.grammar, f"{name}.grammar")
+    return name, schema_constraint(ANY_OBJECT, f"{name}.json_object")
+
+
+def _json(schema: Any, field: str) -> pb.OutputConstraint:
+    """A schema, or the text of one."""
+    if not isinstance(schema, str):
+        return schema_constraint(schema, field)
+    _bounded(schema, field)
+    try:
+        parsed = json.loads(schema)
+    except (ValueError, RecursionError):
+        raise invalid(f"Invalid '{field}': it is not valid JSON.", field) from None
+    if not isinstance(parsed, dict | bool):
+        raise invalid(f"Invalid '{field}': a JSON schema is an object.", field)
+    return schema_constraint(parsed, field)
+
+
+def _regex(expression: str, field: str) -> pb.OutputConstraint:
+    return pb.OutputConstraint(regex=_bounded(expression, field))
+
+
+def _choice(choices: Sequence[str], field: str) -> pb.OutputConstraint:
+    texts = "|".join(_SPECIAL.sub(r"\\\g<0>", choice) for choice in choices)
+    return pb.OutputConstraint(regex=_bounded(f"({texts})", field))
+
+
+def _grammar(text: str, field: str) -> pb.OutputConstraint:
+    """Lark as it is, GBNF translated."""
+    _bounded(text, field)
+    if not is_gbnf(text):
+        return pb.OutputConstraint(lark=text)
+    try:
+        return pb.OutputConstraint(lark=_bounded(lark_of(text), field))
+    except GbnfError as error:
+        raise invalid(f"Invalid '{field}': {error}.", field) from None
+
+
+def _bounded(text: str, field: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise _too_large(field)
+    return text
+
+
+def _too_large(field: str) -> ApiError:
+    return invalid(f"Invalid '{field}': it has more than {MAX_TEXT} characters.", field)

@@ -1,0 +1,98 @@
+"""Fields that say what form an answer has, in the ways of OpenAI, vLLM and llama-server."""
+
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from services.gateway.openai.messages import FieldError
+
+Schema = dict[str, Any] | bool
+"""A JSON schema."""
+_NEUTRAL_OPTIONS: Final[dict[str, tuple[Any, ...]]] = {
+    "disable_fallback": (True, False),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "whitespace_pattern": (),
+    "structural_tag": (),
+}
+"""Options of ``structured_outputs`` that aren't supported, and values that ask for nothing."""
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+
+class TextFormat(_Lenient):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Lenient):
+    type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    """Extension, as llama-server has it."""
+
+
+class NamedSchema(_Lenient):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
+    """Without one, any JSON object."""
+    strict: bool | None = None
+    """The answer follows the schema either way."""
+
+
+class JsonSchemaFormat(_Lenient):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+
+
+class StructuredOutputs(_Lenient):
+    """vLLM's field: exactly one of these."""
+
+    json_: str | Schema | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = Field(default=None, min_length=1)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    grammar: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_options(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, neutral in _NEUTRAL_OPTIONS.items():
+                if data.get(name) is not None and data[name] not in neutral:
+                    raise FieldError(name, "is not supported")
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        given = (self.json_, self.json_object or None, self.regex, self.choice, self.grammar)
+        if sum(value is not None for value in given) != 1:
+            raise FieldError("json", "or exactly one of regex, choice, grammar is required")
+        return self
+
+
+class StructureFields(BaseModel):
+    """What a request's body may say of the form of the answer: one field at most."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """Extension, as vLLM has it."""
+    guided_json: str | Schema | None = None
+    """Extension, as older vLLM has it; so are the other ``guided_`` fields."""
+    guided_regex: str | None = Field(default=None, min_length=1)
+    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, min_length=1
+    )
+    guided_grammar: str | None = Field(default=None, min_length=1)
+    grammar: str | None = Field(default=None, min_length=1)
+    """Extension, as llama-server has it: GBNF."""
+    json_schema: dict[str, Any] | None = None
+    """Extension, as llama-server has it."""

@@ -1,0 +1,121 @@
+"""``tools`` and ``tool_choice``, as clients write them."""
+
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+from services.gateway.openai.messages import FieldError
+
+MAX_TOOLS: Final = 512
+NAME: Final = r"^[a-zA-Z0-9_.:-]{1,128}$"
+NO_PARAMETERS: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {},
+    "additionalProperties": False,
+}
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+
+class Function(_Lenient):
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema; without one the function has no parameters."""
+    strict: bool | None = None
+    """Arguments follow the schema, also where the model chooses whether to call."""
+
+    @property
+    def schema_of_arguments(self) -> dict[str, Any]:
+        return NO_PARAMETERS if self.parameters is None else self.parameters
+
+
+class Tool(_Lenient):
+    type: Literal["function"]
+    function: Function
+
+    def shown(self) -> dict[str, Any]:
+        """As chat templates get it."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+class _Named(_Lenient):
+    name: str
+
+
+class NamedChoice(_Lenient):
+    """The function to call."""
+
+    type: Literal["function"]
+    function: _Named
+
+
+class _Allowed(_Lenient):
+    mode: Literal["auto", "required"]
+    tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedChoice(_Lenient):
+    """Some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: _Allowed
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, dict):
+        return "allowed" if value.get("type") == "allowed_tools" else "named"
+    return "none" if value is None else "word"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("word")]
+    | Annotated[NamedChoice, Tag("named")]
+    | Annotated[AllowedChoice, Tag("allowed")]
+    | Annotated[None, Tag("none")],
+    Discriminator(_form),
+]
+
+
+class ToolFields(BaseModel):
+    """What a chat's body may say of tools."""
+
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FieldError("tools", f"has two functions named {twice!r}")
+        for name in _chosen(self.tool_choice):
+            if name not in names:
+                raise FieldError("tool_choice", f"names {name!r}, which is not in tools")
+        if self.tool_choice == "required" and not names:
+            raise FieldError("tool_choice", "can't be required without tools")
+        return self
+
+
+def _chosen(choice: Any) -> list[str]:
+    if isinstance(choice, NamedChoice):
+        return [choice.function.name]
+    if isinstance(choice, AllowedChoice):
+        return [one.function.name for one in choice.allowed_tools.tools]
+    return []

@@ -1,0 +1,58 @@
+"""For chat templates that know no tools: the tools are explained in a message of the system, and
+calls are asked for in the way of Hermes, the most widespread one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from services.gateway.openai.tools import hermes
+
+FORMAT: Final = replace(
+    hermes.FORMAT,
+    name="generic",
+    syntax=replace(hermes.SYNTAX, bare=True),
+    seen_in=(),
+    instructs=True,
+)
+_INSTRUCTIONS: Final = """\
+You may call functions to help with the user's request. These are the functions, as JSON:
+<tools>
+{tools}
+</tools>
+To call one, write a JSON object with its name and arguments between <tool_call> and </tool_call>:
+<tool_call>
+{{"name": "function_name", "arguments": {{"argument": "value"}}}}
+</tool_call>"""
+_Message = Mapping[str, Any]
+
+
+def explained(messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]]) -> list[_Message]:
+    """Messages that any template can write: with the tools in the system's message, and calls and
+    their results as text."""
+    plain = [_as_text(message) for message in messages]
+    if not tools:
+        return plain
+    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = _INSTRUCTIONS.format(tools=lines)
+    if plain and plain[0]["role"] == "system":
+        said = plain[0]["content"]
+        return [{**plain[0], "content": f"{said}\n\n{text}" if said else text}, *plain[1:]]
+    return [{"role": "system", "content": text}, *plain]
+
+
+def _as_text(message: _Message) -> _Message:
+    if message["role"] == "tool":
+        text = f"<tool_response>\n{message['content']}\n</tool_response>"
+        return {"role": "user", "content": text}
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    texts = [message["content"]] if message["content"] else []
+    texts += [_call(call["function"]) for call in calls]
+    return {"role": message["role"], "content": "\n".join(texts)}
+
+
+def _call(function: Mapping[str, Any]) -> str:
+    call = {"name": function["name"], "arguments": function["arguments"]}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"

@@ -1,0 +1,120 @@
+"""Grammars that make a model call a tool, or call it rightly."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from services.gateway.openai.tools.fields import Tool
+from services.gateway.openai.tools.format import ToolFormat
+
+_Schema = dict[str, Any]
+_TEXT: Final = r"/(.|\n)*/"
+
+
+def forced_schema(tools: Sequence[Tool], *, several: bool) -> _Schema:
+    """The JSON that an answer has to be: one call of these tools, or a list of calls."""
+    calls = [_call(tool, f"#/$defs/{_def(at)}") for at, tool in enumerate(tools)]
+    one: _Schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    whole: _Schema = {"type": "array", "minItems": 1, "items": one} if several else one
+    return {"$defs": definitions(tools), **whole}
+
+
+def definitions(tools: Sequence[Tool]) -> _Schema:
+    """Schemas of the tools' arguments, whose references are right within a larger schema."""
+    return {
+        _def(at): _moved(tool.function.schema_of_arguments, f"#/$defs/{_def(at)}")
+        for at, tool in enumerate(tools)
+    }
+
+
+def strict_lark(
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    marks: Sequence[str],
+    content: str | None,
+    several: bool,
+) -> str:
+    """Lark for an answer that is text or calls, whose arguments are right in strict tools.
+
+    ``marks``: the format's marks, as Lark writes them; ``content``: the schema of an answer without
+    calls, None for any text.
+    """
+    bodies = [f"body_{at}: {_body(form, tool)}" for at, tool in enumerate(tools)]
+    body = "body: " + " | ".join(f"body_{at}" for at in range(len(tools)))
+    if not marks:
+        start = _bare(content)
+    elif content is None:
+        start = _within_text(marks, several=several)
+    else:
+        start = _instead_of(marks, content, several=several)
+    return "\n".join(["%llguidance {}", *start, body, *bodies, ""])
+
+
+def _within_text(marks: Sequence[str], *, several: bool) -> list[str]:
+    """Calls in the middle of a text; a mark ends the text in front of it."""
+    return [
+        "start: call* tail" if several else "start: tail | call",
+        f"tail: {_TEXT}",
+        "call: head body",
+        *(_head(at, mark) for at, mark in enumerate(marks)),
+        "head: " + " | ".join(f"head_{at}" for at in range(len(marks))),
+    ]
+
+
+def _head(at: int, mark: str) -> str:
+    lazy = "[lazy]" if mark.startswith('"') else ""  # the others are tokens by themselves
+    return f"head_{at}{lazy}: {_TEXT} {mark}"
+
+
+def _instead_of(marks: Sequence[str], content: str, *, several: bool) -> list[str]:
+    return [
+        f"start: answer | call{'+' if several else ''}",
+        f"answer: %json {content}",
+        f"call: ({' | '.join(marks)}) body",
+    ]
+
+
+def _bare(content: str | None) -> list[str]:
+    """A call is the whole answer."""
+    if content is None:
+        return ["start: body | text", r'text: /[^{\[](.|\n)*/ | ""']
+    return ["start: body | answer", f"answer: %json {content}"]
+
+
+def _body(form: ToolFormat, tool: Tool) -> str:
+    head = form.strict_head.format(name=json.dumps(tool.function.name))
+    schema = tool.function.schema_of_arguments if tool.function.strict else {"type": "object"}
+    return f"{json.dumps(head)} %json {_compact(schema)} {json.dumps(form.strict_tail)}"
+
+
+def _call(tool: Tool, arguments: str) -> _Schema:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": arguments}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _def(at: int) -> str:
+    return f"tool_{at}"
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """The schema as a part of another one, at ``to``."""
+    if isinstance(schema, list):
+        return [_moved(item, to) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _moved_value(key, value, to) for key, value in schema.items()}
+
+
+def _moved_value(key: str, value: Any, to: str) -> Any:
+    if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+        return to + value[1:]
+    return _moved(value, to)
+
+
+def _compact(schema: _Schema) -> str:
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))

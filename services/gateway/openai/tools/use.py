@@ -1,0 +1,93 @@
+"""What one request does with tools: what the template gets, what the worker is held to, and how
+the answer is read."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from services.gateway.openai.errors import invalid
+from services.gateway.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolFields
+from services.gateway.openai.tools.format import ToolFormat
+from services.gateway.openai.tools.grammar import forced_schema
+from services.gateway.openai.tools.reader import CallReader, Syntax
+
+_FORCED: Final = Syntax(bare=True)
+"""An answer that a schema makes a call, or a list of calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """The tools that a request may use; there is at least one."""
+
+    form: ToolFormat
+    tools: tuple[Tool, ...]
+    mode: Literal["auto", "forced"]
+    several: bool
+    """Whether more than one call is allowed."""
+
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """As chat templates get them."""
+        return [tool.shown() for tool in self.tools]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool.function.name for tool in self.tools)
+
+    @property
+    def strict(self) -> bool:
+        """Whether some arguments have to follow their schema although the call is optional."""
+        return self.mode == "auto" and any(tool.function.strict for tool in self.tools)
+
+    @property
+    def syntax(self) -> Syntax:
+        if self.mode == "forced":
+            return _FORCED
+        if self.strict and self.form.syntax.begins:  # the grammar knows calls by their marks alone
+            return replace(self.form.syntax, bare=self.form.syntax.bare and not self.form.instructs)
+        return self.form.syntax
+
+    def schema(self) -> dict[str, Any]:
+        """What a forced answer has to be."""
+        return forced_schema(self.tools, several=self.several)
+
+    def reader(self) -> CallReader:
+        most = {} if self.several else {"most": 1}
+        return CallReader(self.syntax, names=self.names, **most)
+
+
+def tool_use(body: ToolFields, form: ToolFormat | None) -> ToolUse | None:
+    """None where no tools are offered. Raises ``ApiError`` 400 if the model can't have any."""
+    choice = body.tool_choice or "auto"
+    if not body.tools or choice == "none":
+        return None
+    if form is None:
+        raise invalid("'tools' are switched off for this server.", "tools", "unsupported_parameter")
+    forced = choice == "required" or isinstance(choice, NamedChoice) or _requires(choice)
+    named = isinstance(choice, NamedChoice)
+    use = ToolUse(
+        form=form,
+        tools=tuple(_offered(body.tools, choice)),
+        mode="forced" if forced else "auto",
+        several=body.parallel_tool_calls is not False and not named,
+    )
+    if use.strict and not form.can_be_strict:
+        reason = f"calls in the format {form.name!r} can't be held to a schema"
+        raise invalid(f"Invalid 'tools': strict is not supported, for {reason}.", "tools")
+    return use
+
+
+def _requires(choice: object) -> bool:
+    return isinstance(choice, AllowedChoice) and choice.allowed_tools.mode == "required"
+
+
+def _offered(tools: Sequence[Tool], choice: object) -> list[Tool]:
+    if isinstance(choice, NamedChoice):
+        return _only(tools, {choice.function.name})
+    if isinstance(choice, AllowedChoice):
+        return _only(tools, {one.function.name for one in choice.allowed_tools.tools})
+    return list(tools)
+
+
+def _only(tools: Sequence[Tool], names: Collection[str]) -> list[Tool]:
+    return [tool for tool in tools if tool.function.name in names]
