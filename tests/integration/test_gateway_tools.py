@@ -150,17 +150,19 @@ def test_a_template_without_tools_explains_them(client: openai.OpenAI) -> None:
     messages += [{"role": "assistant", "content": None, "tool_calls": calls}]
     messages += [{"role": "tool", "tool_call_id": "1", "content": "noon"}]
     answer = client.chat.completions.create(
-        model="tiny", messages=messages, tools=TOOLS, max_tokens=3000
+        model="tiny", messages=messages, tools=TOOLS, max_tokens=905
     )
-    text = answer.choices[0].message.content or ""
+    said = answer.choices[0].message  # the prompt, whose calls are read as calls
+    text = said.content or ""
     assert text.startswith("system: Be kind.\n\nYou may call functions")
     assert '"description": "Tells the weather."' in text
-    assert '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>' in text
+    names = [call.function.name for call in said.tool_calls or ()]
+    assert names == ["function_name", "time"]
     assert "user: <tool_response>\nnoon\n</tool_response>" in text
 
 
 def test_forced_calls(gateway: Gateway, client: openai.OpenAI) -> None:
-    wanted = asked(gateway, tools=TOOLS, tool_choice="required")
+    wanted = asked(gateway, model="tiny", tools=TOOLS, tool_choice="required")
     schema = json.loads(wanted["constraint"]["json_schema"])
     assert schema["type"] == "array"
     assert [one["properties"]["name"]["const"] for one in schema["items"]["anyOf"]] == [
@@ -170,7 +172,8 @@ def test_forced_calls(gateway: Gateway, client: openai.OpenAI) -> None:
     reference = schema["$defs"]["tool_1"]["properties"]["city"]["$ref"]
     assert reference == "#/$defs/tool_1/$defs/name"
     named = {"type": "function", "function": {"name": "time"}}
-    schema = json.loads(asked(gateway, tools=TOOLS, tool_choice=named)["constraint"]["json_schema"])
+    wanted = asked(gateway, model="tiny", tools=TOOLS, tool_choice=named)
+    schema = json.loads(wanted["constraint"]["json_schema"])
     assert schema["properties"]["name"] == {"const": "time"}
     call = {"name": "time", "arguments": PARIS}
     for choice, text in ((named, json.dumps(call)), ("required", json.dumps([call, call]))):
@@ -281,6 +284,21 @@ def test_wrong_forms_are_refused(gateway: Gateway, fields: Any, param: str | Non
     answer = gateway.post("/v1/completions", json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == (param or "response_format.json_schema.name")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "tools"),
+    ],
+)
+def test_chats_that_contradict_themselves(gateway: Gateway, fields: Any, param: str) -> None:
+    body = {"model": "tiny", "messages": say("x"), **fields}
+    answer = gateway.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
 
 
 # --- completions ---

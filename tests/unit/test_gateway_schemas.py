@@ -9,6 +9,9 @@ import pytest
 from services.gateway.openai.bodies import named, parse_body, parse_naming_unknown
 from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.structured.constraint import constraint_of
+from services.gateway.openai.tools.formats import FORMATS
+from services.gateway.openai.tools.use import tool_use
 
 COMPLETION = {"model": "m", "prompt": "p"}
 NAMED = {"type": "function", "function": {"name": "weather"}}
@@ -59,7 +62,7 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ("n", 129),
         ("n", "2"),
         ("n", True),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", "5"),
         ("temperature", -0.1),
@@ -139,14 +142,7 @@ def test_neutral_values_and_labels_are_accepted(field: str, value: Any) -> None:
 
 
 def test_fields_that_contradict_each_other() -> None:
-    assert refusal(CompletionRequest, {**COMPLETION, "n": 3, "best_of": 2})[0] == "best_of"
-    streamed = {**COMPLETION, "best_of": 2, "stream": True}
-    assert refusal(CompletionRequest, streamed)[0] == "best_of"
     assert refusal(ChatRequest, {**CHAT, "max_tokens": 0})[0] == "max_tokens"
-    open_end = {"continue_final_message": True, "add_generation_prompt": True}
-    assert refusal(ChatRequest, {**CHAT, **open_end})[0] == "continue_final_message"
-    reserved = {"chat_template_kwargs": {"messages": []}}
-    assert refusal(ChatRequest, {**CHAT, **reserved})[0] == "chat_template_kwargs"
     options = {**COMPLETION, "stream_options": {"include_usage": True}}
     assert refusal(CompletionRequest, options)[0] == "stream_options"
     assert refusal(ChatRequest, {**CHAT, "top_logprobs": 1})[0] == "top_logprobs"
@@ -245,7 +241,7 @@ def test_16_0_is_an_integer() -> None:
         [[1, 2]],
         [5],
     )
-    assert refusal(CompletionRequest, {**COMPLETION, "max_tokens": 0.0})[0] == "max_tokens"
+    assert refusal(CompletionRequest, {**COMPLETION, "max_tokens": -1.0})[0] == "max_tokens"
     assert refusal(CompletionRequest, {**COMPLETION, "prompt": [1.5]})[0] == "prompt"
 
 
@@ -342,16 +338,15 @@ def test_choices_of_tools(choice: Any) -> None:
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "custom"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "auto!"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": 5}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
-        ({"tools": [WEATHER], "tool_choice": NAMED_OTHER}, "tool_choice"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        ({"structured_outputs": {}}, "structured_outputs.json"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.json"),
+        (
+            {"structured_outputs": {"whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+        ),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
     ],
 )
@@ -360,6 +355,27 @@ def test_tools_and_forms_of_answers_are_checked(fields: dict[str, Any], param: s
     assert found == param, message
     assert f"'{param}'" in message
     assert not re.search("function-|union|tagged|Input|instance|dictionary|list", message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": [WEATHER], "tool_choice": NAMED_OTHER}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_tools_that_do_not_go_together(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        tool_use(ChatRequest.model_validate({**CHAT, **fields}), FORMATS["hermes"])
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("outputs", [{}, {"regex": "a", "choice": ["b"]}, {"json_object": False}])
+def test_structured_outputs_has_one_of_its_fields(outputs: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match="exactly one of") as caught:
+        constraint_of(ChatRequest.model_validate({**CHAT, "structured_outputs": outputs}))
+    assert caught.value.param == "structured_outputs"
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5])

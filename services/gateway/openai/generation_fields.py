@@ -96,7 +96,6 @@ class GenerationFields(StructureFields):
     true for completions, false for chats, whose templates write them."""
     return_token_ids: bool | None = None
     """Extension: the answer has the ids of prompt and answer too."""
-    max_tokens: int | None = Field(default=None, ge=0, lt=_MAX_TOKENS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

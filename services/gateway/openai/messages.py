@@ -80,18 +80,18 @@ _UNSERVED: Final[dict[str, tuple[Any, ...]]] = {"function_call": (None,), "audio
 """Fields that aren't supported, and their values that ask for nothing."""
 
 
-class CalledFunction(_Lenient):
+class PastFunction(_Lenient):
     name: str = Field(min_length=1, max_length=256)
     arguments: str
     """JSON, as far as the model got it right."""
 
 
-class ToolCall(_Lenient):
+class PastCall(_Lenient):
     """A call that the assistant made."""
 
     id: str = ""
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: PastFunction
 
 
 def _complete(schema: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Message(_Lenient):
     content: Content = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_PARTS)
+    tool_calls: list[PastCall] | None = Field(default=None, max_length=MAX_PARTS)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     """What the assistant thought before it answered."""

@@ -192,6 +192,14 @@ class Planner:
 def _check_choices(body: CompletionRequest) -> None:
     """Raises ``ApiError`` 400 for numbers that don't go together."""
     each, prompts = body.generated_per_prompt, len(body.prompts)
+    if each < body.choices_per_prompt:
+        raise invalid("Invalid 'best_of': must be at least n.", "best_of")
+    if body.stream and each > body.choices_per_prompt:
+        raise invalid("Invalid 'best_of': must equal n when stream is true.", "best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("Invalid 'max_tokens': may only be 0 when echo is true.", "max_tokens")
+    if body.suffix and body.echo:
+        raise invalid("Invalid 'suffix': can't be combined with echo.", "suffix")
     if prompts * each > MAX_CHOICES:
         field = "n" if body.best_of is None else "best_of"
         asked = f"{prompts} prompts times {field} = {each}"

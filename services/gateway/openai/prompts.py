@@ -20,6 +20,8 @@ from services.gateway.openai.tools.use import ToolUse
 
 _JOINS_ARGUMENTS: Final = re.compile(r"arguments['\"]?\]?\s*(\+|~)")
 """A template that puts a call's arguments into its text as they are wants them as a text."""
+_RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of a template that have fields of their own."""
 _NO_THOUGHT: Final = ("none", "minimal")
 
 
@@ -75,6 +77,7 @@ async def chat_prompt(
     allow_control_tokens: bool,
 ) -> ChatPrompt:
     """Raises ``ApiError`` 400."""
+    _check_variables(body)
     template = tokenizer.chat_template.source
     messages = template_messages(body.messages, template)
     shown = [] if use is None else use.shown
@@ -98,6 +101,15 @@ async def chat_prompt(
     if not ids:
         raise invalid("Invalid 'messages': they have no tokens.", "messages")
     return ChatPrompt(ids=ids, text=text)
+
+
+def _check_variables(body: ChatRequest) -> None:
+    for name in sorted(_RESERVED & (body.chat_template_kwargs or {}).keys()):
+        field = "chat_template_kwargs"
+        raise invalid(f"Invalid '{field}': can't have {name!r}.", f"{field}.{name}")
+    if body.continue_final_message and body.add_generation_prompt:
+        field = "continue_final_message"
+        raise invalid(f"Invalid '{field}': it excludes add_generation_prompt.", field)
 
 
 def _variables(body: ChatRequest, template: str) -> dict[str, Any]:

@@ -15,10 +15,6 @@ from services.gateway.openai.messages import MAX_MESSAGES, FieldError, Message
 from services.gateway.openai.tools.fields import ToolFields
 
 MAX_LOGPROBS: Final = 20
-_RESERVED: Final = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-)
-"""Variables of a template that have fields of their own."""
 
 
 class CompletionRequest(GenerationFields):
@@ -31,18 +27,8 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     """Answers to generate, of which the ``n`` likeliest (by token) are returned."""
-
-    @model_validator(mode="after")
-    def _completion(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise FieldError("max_tokens", "may only be 0 when echo is true")
-        if self.best_of is not None and self.best_of < self.choices_per_prompt:
-            raise FieldError("best_of", "must be at least n")
-        if self.stream and self.best_of is not None and self.best_of > self.choices_per_prompt:
-            raise FieldError("best_of", "must equal n when stream is true")
-        if self.suffix and self.echo:
-            raise FieldError("suffix", "can't be combined with echo")
-        return self
+    max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    """0, with echo: only the prompt is returned, and scored where logprobs are asked for."""
 
     @property
     def generated_per_prompt(self) -> int:
@@ -61,6 +47,7 @@ class CompletionRequest(GenerationFields):
 class ChatFields(ToolFields):
     """What else a chat's body may have."""
 
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -85,12 +72,6 @@ class ChatRequest(GenerationFields, ChatFields):
     def _chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs", "is only allowed when logprobs is true")
-        if self.max_tokens == 0:
-            raise FieldError("max_tokens", "must be at least 1")
-        for name in _RESERVED & (self.chat_template_kwargs or {}).keys():
-            raise FieldError("chat_template_kwargs", f"can't have {name!r}")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise FieldError("continue_final_message", "excludes add_generation_prompt")
         return self
 
     @property

@@ -72,6 +72,10 @@ def _of_format(asked: JsonObjectFormat | JsonSchemaFormat) -> _Found:
 
 def _of_outputs(asked: StructuredOutputs) -> _Found:
     name = "structured_outputs"
+    given = (asked.json_, asked.json_object or None, asked.regex, asked.choice, asked.grammar)
+    if sum(value is not None for value in given) != 1:
+        wanted = "exactly one of json, json_object, regex, choice and grammar"
+        raise invalid(f"Invalid '{name}': it must have {wanted}.", name)
     if asked.json_ is not None:
         return name, _json(asked.json_, f"{name}.json")
     if asked.regex is not None:

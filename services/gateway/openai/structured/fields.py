@@ -1,21 +1,11 @@
 """Fields that say what form an answer has, in the ways of OpenAI, vLLM and llama-server."""
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from services.gateway.openai.messages import FieldError
+from pydantic import BaseModel, ConfigDict, Field
 
 Schema = dict[str, Any] | bool
 """A JSON schema."""
-_NEUTRAL_OPTIONS: Final[dict[str, tuple[Any, ...]]] = {
-    "disable_fallback": (True, False),
-    "disable_any_whitespace": (False,),
-    "disable_additional_properties": (False,),
-    "whitespace_pattern": (),
-    "structural_tag": (),
-}
-"""Options of ``structured_outputs`` that aren't supported, and values that ask for nothing."""
 
 
 class _Lenient(BaseModel):
@@ -62,21 +52,10 @@ class StructuredOutputs(_Lenient):
     choice: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
     grammar: str | None = Field(default=None, min_length=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_options(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name, neutral in _NEUTRAL_OPTIONS.items():
-                if data.get(name) is not None and data[name] not in neutral:
-                    raise FieldError(name, "is not supported")
-        return data
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        given = (self.json_, self.json_object or None, self.regex, self.choice, self.grammar)
-        if sum(value is not None for value in given) != 1:
-            raise FieldError("json", "or exactly one of regex, choice, grammar is required")
-        return self
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
 
 
 class StructureFields(BaseModel):

@@ -78,12 +78,11 @@ def _rules(tokens: list[_Token]) -> Iterator[list[_Token]]:
 def _rule(tokens: list[_Token], defined: frozenset[str]) -> str:
     name, *body = tokens
     _check_brackets(name.text, body)
-    shown = " ".join(_shown(token, defined) for token in body)
-    joined = re.sub(r" (?=[*+?~])", "", shown)
-    return f"{_lark_name(name.text)}: {joined or _EMPTY}\n"
+    shown = [("" if token.kind == "repeat" else " ") + _shown(token, defined) for token in body]
+    return f"{_lark_name(name.text)}:{''.join(shown) or _EMPTY}\n"
 
 
-_EMPTY: Final = '""'
+_EMPTY: Final = ' ""'
 
 
 def _check_brackets(name: str, body: list[_Token]) -> None:

@@ -1,6 +1,6 @@
 """``tools`` and ``tool_choice``, as clients write them."""
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -8,10 +8,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    model_validator,
 )
-
-from services.gateway.openai.messages import FieldError
 
 MAX_TOOLS: Final = 512
 NAME: Final = r"^[a-zA-Z0-9_.:-]{1,128}$"
@@ -54,7 +51,7 @@ class Tool(_Lenient):
         return {"type": "function", "function": function}
 
 
-class _Named(_Lenient):
+class FunctionName(_Lenient):
     name: str
 
 
@@ -62,10 +59,10 @@ class NamedChoice(_Lenient):
     """The function to call."""
 
     type: Literal["function"]
-    function: _Named
+    function: FunctionName
 
 
-class _Allowed(_Lenient):
+class AllowedTools(_Lenient):
     mode: Literal["auto", "required"]
     tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS)
 
@@ -74,7 +71,7 @@ class AllowedChoice(_Lenient):
     """Some of the tools."""
 
     type: Literal["allowed_tools"]
-    allowed_tools: _Allowed
+    allowed_tools: AllowedTools
 
 
 def _form(value: Any) -> str:
@@ -98,24 +95,3 @@ class ToolFields(BaseModel):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FieldError("tools", f"has two functions named {twice!r}")
-        for name in _chosen(self.tool_choice):
-            if name not in names:
-                raise FieldError("tool_choice", f"names {name!r}, which is not in tools")
-        if self.tool_choice == "required" and not names:
-            raise FieldError("tool_choice", "can't be required without tools")
-        return self
-
-
-def _chosen(choice: Any) -> list[str]:
-    if isinstance(choice, NamedChoice):
-        return [choice.function.name]
-    if isinstance(choice, AllowedChoice):
-        return [one.function.name for one in choice.allowed_tools.tools]
-    return []

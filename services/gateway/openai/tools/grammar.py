@@ -40,10 +40,12 @@ def strict_lark(
     ``marks``: the format's marks, as Lark writes them; ``content``: the schema of an answer without
     calls, None for any text.
     """
+    if not marks and content is not None:
+        return _bare_or(content, tools)
     bodies = [f"body_{at}: {_body(form, tool)}" for at, tool in enumerate(tools)]
     body = "body: " + " | ".join(f"body_{at}" for at in range(len(tools)))
     if not marks:
-        start = _bare(content)
+        start = ["start: body | text", r'text: /[^{\[](.|\n)*/ | ""']
     elif content is None:
         start = _within_text(marks, several=several)
     else:
@@ -75,11 +77,14 @@ def _instead_of(marks: Sequence[str], content: str, *, several: bool) -> list[st
     ]
 
 
-def _bare(content: str | None) -> list[str]:
-    """A call is the whole answer."""
-    if content is None:
-        return ["start: body | text", r'text: /[^{\[](.|\n)*/ | ""']
-    return ["start: body | answer", f"answer: %json {content}"]
+def _bare_or(content: str, tools: Sequence[Tool]) -> str:
+    """A call is the whole answer, as the object that it may be otherwise: one schema for both."""
+    calls = [_call(tool, f"#/$defs/{_def(at)}") for at, tool in enumerate(tools)]
+    free = {at: {"type": "object"} for at, tool in enumerate(tools) if not tool.function.strict}
+    shared = {**definitions(tools), **{_def(at): schema for at, schema in free.items()}}
+    answer = _moved(json.loads(content), "#/$defs/answer")
+    schema = {"$defs": {**shared, "answer": answer}, "anyOf": [*calls, {"$ref": "#/$defs/answer"}]}
+    return f"%llguidance {{}}\nstart: %json {_compact(schema)}\n"
 
 
 def _body(form: ToolFormat, tool: Tool) -> str:

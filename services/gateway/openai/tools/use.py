@@ -1,7 +1,7 @@
 """What one request does with tools: what the template gets, what the worker is held to, and how
 the answer is read."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -59,6 +59,7 @@ class ToolUse:
 def tool_use(body: ToolFields, form: ToolFormat | None) -> ToolUse | None:
     """None where no tools are offered. Raises ``ApiError`` 400 if the model can't have any."""
     choice = body.tool_choice or "auto"
+    _check_names(body)
     if not body.tools or choice == "none":
         return None
     if form is None:
@@ -77,17 +78,32 @@ def tool_use(body: ToolFields, form: ToolFormat | None) -> ToolUse | None:
     return use
 
 
+def _check_names(body: ToolFields) -> None:
+    """Raises ``ApiError`` 400 for names that are there twice, or chosen and not there."""
+    names = [tool.function.name for tool in body.tools or ()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise invalid(f"Invalid 'tools': two functions have the name {twice!r}.", "tools")
+    unknown = next((name for name in _chosen(body.tool_choice) if name not in names), None)
+    if unknown is not None:
+        reason = f"it names {unknown!r}, which is not in tools"
+        raise invalid(f"Invalid 'tool_choice': {reason}.", "tool_choice")
+    if body.tool_choice == "required" and not names:
+        raise invalid("'tool_choice' can't be required without tools.", "tool_choice")
+
+
+def _chosen(choice: object) -> list[str]:
+    if isinstance(choice, NamedChoice):
+        return [choice.function.name]
+    if isinstance(choice, AllowedChoice):
+        return [one.function.name for one in choice.allowed_tools.tools]
+    return []
+
+
 def _requires(choice: object) -> bool:
     return isinstance(choice, AllowedChoice) and choice.allowed_tools.mode == "required"
 
 
 def _offered(tools: Sequence[Tool], choice: object) -> list[Tool]:
-    if isinstance(choice, NamedChoice):
-        return _only(tools, {choice.function.name})
-    if isinstance(choice, AllowedChoice):
-        return _only(tools, {one.function.name for one in choice.allowed_tools.tools})
-    return list(tools)
-
-
-def _only(tools: Sequence[Tool], names: Collection[str]) -> list[Tool]:
-    return [tool for tool in tools if tool.function.name in names]
+    chosen = _chosen(choice)
+    return [tool for tool in tools if not chosen or tool.function.name in chosen]
