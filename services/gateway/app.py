@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from fastapi import APIRouter, FastAPI
@@ -12,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from precast import __version__
 from precast.access.api_keys import KeyRing
 from precast.config.settings import GatewaySettings
 from precast.fleet.leases import Registry
@@ -24,15 +26,23 @@ from services.gateway.metrics import Metrics
 from services.gateway.middleware import Admission, Leniency, PrivatePort
 from services.gateway.openai import errors, responses
 from services.gateway.openai.bodies import named, parse_naming_unknown
-from services.gateway.openai.prepare import Parsers, Plan, Planner
+from services.gateway.openai.errors import ApiError
+from services.gateway.openai.plan import Plan
+from services.gateway.openai.prepare import Parsers, Planner
+from services.gateway.openai.responses_api.convert import as_written, chat_of
+from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
+from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeRequest, Version
 from services.gateway.operations import health_routes, private_app, reference_routes
 from services.gateway.request_id import HEADER as REQUEST_ID
 from services.gateway.request_id import RequestIds
 from services.gateway.routing.pool import WorkerPool
 
-_POSTS: Final = ("/v1/completions", "/v1/chat/completions")
+_POSTS: Final = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
+    *("/tokenize", "/detokenize"),
+)
 _FREE: Final = ("/health", "/ready")
 """What load balancers ask, who have no key."""
 IGNORED: Final = "x-precast-ignored-fields"
@@ -82,6 +92,7 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
     )
     planner = Planner(pool, TokenizerStore(settings.models_dir), parsers)
     app.include_router(_generation_routes(planner, pool, metrics, settings))
+    app.include_router(_token_routes(planner, metrics, settings))
     app.include_router(_model_routes(pool))
     app.include_router(health_routes(pool))
     app.include_router(reference_routes())
@@ -124,42 +135,82 @@ def _watch_workers(metrics: Metrics, pool: WorkerPool) -> None:
     )
 
 
+class _Bodies:
+    """Reads the bodies of requests."""
+
+    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+        self._reader = BodyReader(settings.max_body_bytes)
+        self._typed = bool(settings.cors_origins)
+        self._strict = settings.strict_fields
+        self._metrics = metrics
+
+    async def read(self, kind: type[_B], request: Request) -> tuple[_B, dict[str, str]]:
+        """The body, and what the answer's headers say of it. Raises ``ApiError``."""
+        check_content_type(request, required=self._typed)
+        content = await self._reader.read(request)
+        body, unknown = parse_naming_unknown(kind, content, strict=self._strict)
+        self._metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
+        return body, {IGNORED: named(unknown)} if unknown else {}
+
+
 def _generation_routes(
     planner: Planner, pool: WorkerPool, metrics: Metrics, settings: GatewaySettings
 ) -> APIRouter:
     router = APIRouter(prefix="/v1")
-    reader = BodyReader(settings.max_body_bytes)
-    typed = bool(settings.cors_origins)
-
-    async def read(kind: type[_B], request: Request) -> tuple[_B, dict[str, str]]:
-        """The body, and what the answer's headers say of it."""
-        check_content_type(request, required=typed)
-        content = await reader.read(request)
-        body, unknown = parse_naming_unknown(kind, content, strict=settings.strict_fields)
-        metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
-        return body, {IGNORED: named(unknown)} if unknown else {}
+    bodies = _Bodies(settings, metrics)
 
     def answer(plan: Plan, started: float, headers: dict[str, str]) -> Response:
+        timeout_s = settings.request_timeout_s
         return GenerationResponse(
-            plan,
-            pool,
-            metrics,
-            started=started,
-            timeout_s=settings.request_timeout_s,
-            headers=headers,
+            plan, pool, metrics, started=started, timeout_s=timeout_s, headers=headers
         )
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        body, headers = await read(CompletionRequest, request)
+        body, headers = await bodies.read(CompletionRequest, request)
         started = time.monotonic()
         return answer(await planner.completion(body), started, headers)
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body, headers = await read(ChatRequest, request)
+        body, headers = await bodies.read(ChatRequest, request)
         started = time.monotonic()
         return answer(await planner.chat(body), started, headers)
+
+    @router.post("/responses")
+    async def make_response(request: Request) -> Response:
+        body, headers = await bodies.read(ResponsesRequest, request)
+        started = time.monotonic()
+        try:
+            plan = await planner.chat(chat_of(body))
+        except ApiError as error:
+            raise as_written(error) from None
+        return answer(replace(plan, endpoint="responses", origin=body), started, headers)
+
+    return router
+
+
+def _token_routes(planner: Planner, metrics: Metrics, settings: GatewaySettings) -> APIRouter:
+    router = APIRouter()
+    bodies = _Bodies(settings, metrics)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body, headers = await bodies.read(TokenizeRequest, request)
+        return _json(await planner.tokenize(body), headers)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body, headers = await bodies.read(DetokenizeRequest, request)
+        return _json(await planner.detokenize(body), headers)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> Response:
+        return _json(await planner.tokenizer_info(model))
+
+    @router.get("/version")
+    async def version() -> Response:
+        return _json(Version(version=__version__))
 
     return router
 
@@ -186,5 +237,5 @@ def _model_routes(pool: WorkerPool) -> APIRouter:
     return router
 
 
-def _json(body: Struct) -> Response:
-    return Response(responses.encode(body), media_type="application/json")
+def _json(body: Struct, headers: dict[str, str] | None = None) -> Response:
+    return Response(responses.encode(body), media_type="application/json", headers=headers)

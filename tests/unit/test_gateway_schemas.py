@@ -5,9 +5,11 @@ import re
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from services.gateway.openai.bodies import named, parse_body, parse_naming_unknown
 from services.gateway.openai.errors import ApiError, invalid
+from services.gateway.openai.examples import EXAMPLES
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.structured.constraint import constraint_of
 from services.gateway.openai.tools.formats import FORMATS
@@ -376,6 +378,15 @@ def test_structured_outputs_has_one_of_its_fields(outputs: dict[str, Any]) -> No
     with pytest.raises(ApiError, match="exactly one of") as caught:
         constraint_of(ChatRequest.model_validate({**CHAT, "structured_outputs": outputs}))
     assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_examples_of_the_reference_are_right(kind: type[BaseModel]) -> None:
+    for example in EXAMPLES[kind].values():
+        _, unknown = parse_naming_unknown(
+            kind, bytearray(json.dumps(example["value"]).encode()), strict=True
+        )
+        assert unknown == []
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5])

@@ -17,7 +17,7 @@ from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.logprobs import chat_logprobs
 from services.gateway.openai.message import message_of
 from services.gateway.openai.parts import CallBegun, Content, Part, Reasoning
-from services.gateway.openai.prepare import Plan
+from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta
 
 

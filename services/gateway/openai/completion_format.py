@@ -18,7 +18,7 @@ from services.gateway.openai.logprobs import (
     joined,
     prompt_logprobs,
 )
-from services.gateway.openai.prepare import Plan
+from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta
 
 

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
-from services.gateway.openai.prepare import Plan
+from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta
 
 
@@ -51,7 +51,7 @@ class Format(Protocol):
     def failure(self, body: Mapping[str, Any]) -> bytes:
         """The event of an error that ends the stream."""
 
-    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
+    def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct | dict[str, Any]:
         """The answer to a request that doesn't stream."""
 
 

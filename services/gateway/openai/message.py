@@ -6,7 +6,7 @@ from services.gateway.openai import responses as api
 from services.gateway.openai.call_ids import new_call_id
 from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.parts import CallArguments, CallBegun, Content, Part, Reasoning
-from services.gateway.openai.prepare import Plan
+from services.gateway.openai.plan import Plan
 
 
 def message_of(text: str, plan: Plan) -> api.ChatMessage:

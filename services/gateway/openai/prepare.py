@@ -6,22 +6,31 @@ the name of the field.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
+
+from msgspec import UNSET
 
 from precast.errors import PrecastError
 from precast.log import get_logger
-from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.openai.chat_constraint import chat_constraint, special_ids
 from services.gateway.openai.errors import internal, invalid
 from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.fingerprint import fingerprint
-from services.gateway.openai.interpret import PLAIN, Reading, thinking_of
+from services.gateway.openai.interpret import Reading, thinking_of
 from services.gateway.openai.lengths import LimitedTokenizer, make_gate
+from services.gateway.openai.plan import Plan
 from services.gateway.openai.prompts import chat_prompt, check_ids, completion_prompts, truncated
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.starts import Wanted, fitting, start_of, stops_of, what_is_left
 from services.gateway.openai.structured.constraint import constraint_of
+from services.gateway.openai.tokenizing import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    TokenizerInfo,
+)
 from services.gateway.openai.tools.formats import format_of
 from services.gateway.openai.tools.use import tool_use
 from services.gateway.routing.pool import WorkerPool
@@ -30,44 +39,6 @@ log = get_logger(__name__)
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's default of ``max_tokens`` for completions; a chat's is what the context has left."""
-
-Endpoint = Literal["completions", "chat"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One HTTP request, ready to run."""
-
-    endpoint: Endpoint
-    model: str
-    starts: tuple[pb.StartGeneration, ...]
-    """One for each choice, prompt after prompt."""
-    echoes: tuple[str, ...]
-    """Text to put before each choice; empty strings without ``echo``."""
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    """Every chunk of a stream carries the usage up to it."""
-    prompt_tokens: int
-    """Of all prompts, each counted once."""
-    choices_per_prompt: int
-    """That are generated."""
-    shown_per_prompt: int
-    """The likeliest of them, which the answer has."""
-    shows_logprobs: bool = False
-    echoes_logprobs: bool = False
-    """The prompts' tokens are shown with their probabilities."""
-    shows_token_ids: bool = False
-    reading: Reading = PLAIN
-    """How answers are read."""
-    short_call_ids: bool = False
-    fingerprint: str
-    """Of model and build."""
-    open_ended: bool = False
-    """No number of tokens was asked for: a worker that can hold the prompts gives what its context
-    has left."""
-    tokenizer_digest: str = ""
-    """Of the tokenizer that made the prompts; empty: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +139,61 @@ class Planner:
             open_ended=body.asked_tokens is None,
             tokenizer_digest=tokenizer.digest,
         )
+
+    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
+        """Raises as the requests do whose prompt it is."""
+        model = self._sole(body.model)
+        limit = self._pool.max_context_length(model)
+        tokenizer = await self._tokenizer(model)
+        limited = LimitedTokenizer(tokenizer, limit, self._gate)
+        if body.prompt is not None:
+            [ids] = await completion_prompts(body.completion(model), tokenizer, limited)
+        else:
+            chat = body.chat(model)
+            use = tool_use(chat, format_of(tokenizer.chat_template.source, self._parsers.tools))
+            allow = self._parsers.allow_control_tokens
+            prompt = await chat_prompt(chat, tokenizer, limited, use, allow_control_tokens=allow)
+            ids = prompt.ids
+        names = [tokenizer.tokenizer.id_to_token(token) or "" for token in ids]
+        return Tokenized(
+            count=len(ids),
+            max_model_len=limit,
+            tokens=ids,
+            token_strs=names if body.return_token_strs else UNSET,
+        )
+
+    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
+        model = self._sole(body.model)
+        self._pool.max_context_length(model)  # raises for an unknown model
+        tokenizer = await self._tokenizer(model)
+        check_ids("tokens", body.tokens, tokenizer)
+        return Detokenized(prompt=tokenizer.decode(body.tokens))
+
+    async def tokenizer_info(self, name: str | None) -> TokenizerInfo:
+        model = self._sole(name)
+        limit = self._pool.max_context_length(model)
+        tokenizer = await self._tokenizer(model)
+        tokens = tokenizer.chat_template.variables
+        return TokenizerInfo(
+            model=model,
+            max_model_len=limit,
+            vocab_size=tokenizer.vocab_size,
+            chat_template=tokenizer.chat_template.source or None,
+            bos_token=tokens.get("bos_token"),
+            eos_token=tokens.get("eos_token"),
+            pad_token=tokens.get("pad_token"),
+            unk_token=tokens.get("unk_token"),
+        )
+
+    def _sole(self, model: str | None) -> str:
+        """The model, or the only one that is served."""
+        if model is not None:
+            return model
+        served = list(self._pool.models)
+        if len(served) != 1:
+            reason = f"{len(served)} models are served"
+            raise invalid(f"Missing required parameter: 'model' ({reason}).", "model")
+        return served[0]
 
     async def _tokenizer(self, model: str) -> ModelTokenizer:
         """The one that the model's workers have: of its folder, or of the folder that was there

@@ -4,6 +4,7 @@ Schemas of requests come from their models, those of answers from their structs.
 written here, because the framework would promise answers that are never sent.
 """
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -12,7 +13,17 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from services.gateway.openai import responses as api
+from services.gateway.openai.examples import EXAMPLES
+from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.tokenizing import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    TokenizerInfo,
+    Version,
+)
 
 _Json = dict[str, Any]
 _PREFIX: Final = "#/components/schemas/"
@@ -51,6 +62,36 @@ _READY: Final[_Json] = {
         "models": {"type": "array", "items": {"type": "string"}},
     },
 }
+_RESPONSE: Final[_Json] = {
+    "type": "object",
+    "required": ["id", "object", "created_at", "status", "model", "output", "usage"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "response"},
+        "created_at": {"type": "integer"},
+        "status": {"enum": ["completed", "incomplete"]},
+        "model": {"type": "string"},
+        "output": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["id", "type", "status"],
+                "properties": {"type": {"enum": ["message", "reasoning", "function_call"]}},
+            },
+        },
+        "usage": {"type": "object", "required": ["input_tokens", "output_tokens", "total_tokens"]},
+    },
+}
+_IGNORED: Final[_Json] = {
+    "X-Precast-Ignored-Fields": {
+        "description": "Fields of the request that are not known, if there are any",
+        "schema": {"type": "string"},
+    }
+}
+_REQUESTS: Final = (
+    *(CompletionRequest, ChatRequest, ResponsesRequest),
+    *(TokenizeRequest, DetokenizeRequest),
+)
 _GENERATION_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
@@ -71,6 +112,16 @@ def _paths() -> _Json:
         "/v1/chat/completions": _generation(
             "Answer a chat", ChatRequest, api.ChatCompletion, api.ChatChunk
         ),
+        "/v1/responses": _responses(),
+        "/tokenize": _posting(
+            "Count and show the tokens of a text or a chat", TokenizeRequest, Tokenized
+        ),
+        "/detokenize": _posting("Turn tokens into text", DetokenizeRequest, Detokenized),
+        "/tokenizer_info": {
+            "parameters": [{"name": "model", "in": "query", "schema": {"type": "string"}}],
+            **_reading("Describe a model's tokenizer", _ref("TokenizerInfo"), 400, 404, 500, 503),
+        },
+        "/version": _reading("The version of the server", _ref("Version")),
         "/v1/models": _reading("List the models that are served", _ref("ModelList")),
         "/v1/models/{model}": {
             "parameters": [name],
@@ -85,19 +136,44 @@ def _generation(
     summary: str, request: type[BaseModel], whole: type, chunk: type | None = None
 ) -> _Json:
     data = {"type": "string", "description": f"JSON: {(chunk or whole).__name__}; last: [DONE]"}
-    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
-    content = {
-        "application/json": {"schema": _ref(whole.__name__)},
-        "text/event-stream": {"schema": event},
+    answer = _ref(whole.__name__)
+    return _post(summary, request, answer, _GENERATION_ERRORS, data)
+
+
+def _responses() -> _Json:
+    data = {
+        "type": "string",
+        "description": "JSON, with its kind as type; last: response.completed",
     }
-    body = {"application/json": {"schema": _ref(request.__name__)}}
+    return _post("Answer, in items", ResponsesRequest, _RESPONSE, _GENERATION_ERRORS, data)
+
+
+def _posting(summary: str, request: type[BaseModel], answer: type) -> _Json:
+    return _post(summary, request, _ref(answer.__name__), _GENERATION_ERRORS)
+
+
+def _post(
+    summary: str,
+    request: type[BaseModel],
+    answer: _Json,
+    errors: Sequence[int],
+    data: _Json | None = None,
+) -> _Json:
+    """``data``: of the events, where the answer may be a stream."""
+    content: _Json = {"application/json": {"schema": answer}}
+    if data is not None:
+        event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+        content["text/event-stream"] = {"schema": event}
+    body: _Json = {"application/json": {"schema": _ref(request.__name__)}}
+    if request in EXAMPLES:
+        body["application/json"]["examples"] = EXAMPLES[request]
     return {
         "post": {
             "summary": summary,
             "requestBody": {"required": True, "content": body},
             "responses": {
-                "200": {"description": "The answer", "content": content},
-                **_errors(*_GENERATION_ERRORS),
+                "200": {"description": "The answer", "content": content, "headers": _IGNORED},
+                **_errors(*errors),
             },
         }
     }
@@ -130,9 +206,12 @@ def _ref(name: str) -> _Json:
 
 def _schemas() -> _Json:
     _, requests = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+        [(request, "validation") for request in _REQUESTS],
         ref_template=f"{_PREFIX}{{model}}",
     )
-    answers = (api.Completion, api.ChatCompletion, api.ChatChunk, api.ModelList)
+    answers = (
+        *(api.Completion, api.ChatCompletion, api.ChatChunk, api.ModelList),
+        *(Tokenized, Detokenized, TokenizerInfo, Version),
+    )
     _, structs = msgspec.json.schema_components(answers, ref_template=f"{_PREFIX}{{name}}")
     return {"Error": _ERROR, **requests["$defs"], **structs}

@@ -1,6 +1,6 @@
 """Bodies of answers. ``msgspec`` structs, because one is encoded for every token."""
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -8,7 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 _encoder: Final = msgspec.json.Encoder()
 
 
-def encode(body: Struct) -> bytes:
+def encode(body: Struct | dict[str, Any]) -> bytes:
     """JSON as UTF-8."""
     return _encoder.encode(body)
 

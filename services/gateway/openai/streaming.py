@@ -26,7 +26,7 @@ from services.gateway.openai.endpoints import make_format
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import WAITING
 from services.gateway.openai.formats import Choice, Format, total_usage
-from services.gateway.openai.prepare import Plan
+from services.gateway.openai.plan import Plan
 from services.gateway.openai.responses import Usage, encode
 from services.gateway.request_id import request_id
 from services.gateway.routing.event_queue import Delta, Event

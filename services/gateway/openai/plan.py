@@ -1,0 +1,47 @@
+"""One HTTP request, ready to run: what the workers are asked for, and how it is answered."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.openai.interpret import PLAIN, Reading
+
+Endpoint = Literal["completions", "chat", "responses", "messages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One HTTP request, ready to run."""
+
+    endpoint: Endpoint
+    model: str
+    starts: tuple[pb.StartGeneration, ...]
+    """One for each choice, prompt after prompt."""
+    echoes: tuple[str, ...]
+    """Text to put before each choice; empty strings without ``echo``."""
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    """Every chunk of a stream carries the usage up to it."""
+    prompt_tokens: int
+    """Of all prompts, each counted once."""
+    choices_per_prompt: int
+    """That are generated."""
+    shown_per_prompt: int
+    """The likeliest of them, which the answer has."""
+    shows_logprobs: bool = False
+    echoes_logprobs: bool = False
+    """The prompts' tokens are shown with their probabilities."""
+    shows_token_ids: bool = False
+    reading: Reading = PLAIN
+    """How answers are read."""
+    short_call_ids: bool = False
+    fingerprint: str
+    """Of model and build."""
+    origin: object = None
+    """The body as the client wrote it, for endpoints that show it."""
+    open_ended: bool = False
+    """No number of tokens was asked for: a worker that can hold the prompts gives what its context
+    has left."""
+    tokenizer_digest: str = ""
+    """Of the tokenizer that made the prompts; empty: not known."""

@@ -1,0 +1,196 @@
+"""Bodies of ``/v1/responses``."""
+
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from services.gateway.openai.known_fields import LABELS
+from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
+from services.gateway.openai.structured.fields import JsonObjectFormat, Schema, TextFormat
+from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
+
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "prompt": (),
+    "truncation": ("disabled",),
+    "max_tool_calls": (),
+    "moderation": (),
+    "context_management": ([],),
+}
+"""Known fields that aren't supported, and the values (beside null) that ask for nothing."""
+_LABELS: Final = LABELS | {"include", "stream_options", "top_logprobs"}
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+
+class InputText(_Lenient):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class InputRefusal(_Lenient):
+    type: Literal["refusal"]
+    refusal: str
+
+
+InputPart = Annotated[InputText | InputRefusal, Field(discriminator="type")]
+_Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
+
+
+def _form(value: Any) -> str:
+    return "text" if isinstance(value, str) else "parts"
+
+
+Text = Annotated[
+    Annotated[str, Tag("text")] | Annotated[_Parts, Tag("parts")], Discriminator(_form)
+]
+
+
+class InputMessage(_Lenient):
+    """A turn of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text
+
+
+class InputCall(_Lenient):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str
+
+
+class InputOutput(_Lenient):
+    """What a call led to."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Text
+
+
+class _ReasoningText(_Lenient):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(_Lenient):
+    """What the model thought before."""
+
+    type: Literal["reasoning"]
+    content: list[_ReasoningText] | None = Field(default=None, max_length=MAX_PARTS)
+
+
+def _kind(value: Any) -> str:
+    found = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "")
+    return found if isinstance(found, str) else ""
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(_kind),
+]
+_Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+Input = Annotated[
+    Annotated[str, Field(min_length=1), Tag("text")] | Annotated[_Items, Tag("parts")],
+    Discriminator(_form),
+]
+
+
+class FunctionTool(_Lenient):
+    type: Literal["function"]
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChosenFunction(_Lenient):
+    type: Literal["function"]
+    name: str
+
+
+def _choice(value: Any) -> str:
+    if value is None:
+        return "none"
+    return "word" if isinstance(value, str) else "named"
+
+
+Choice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("word")]
+    | Annotated[ChosenFunction, Tag("named")]
+    | Annotated[None, Tag("none")],
+    Discriminator(_choice),
+]
+
+
+class SchemaFormat(_Lenient):
+    type: Literal["json_schema"]
+    name: str = Field(min_length=1, max_length=256)
+    schema_: Schema = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(_Lenient):
+    format: Annotated[
+        TextFormat | JsonObjectFormat | SchemaFormat | None, Field(discriminator="type")
+    ] = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(_Lenient):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: str | None = None
+    """Ignored: reasoning is returned as it is."""
+
+
+def _complete(schema: dict[str, Any]) -> None:
+    """Add to a reference what the model's fields don't say."""
+    for name, values in _NEUTRAL.items():
+        shown = {"enum": [None, *values], "description": "Not supported."}
+        schema["properties"][name] = shown
+    for name in sorted(_LABELS):
+        schema["properties"][name] = {"description": "Ignored."}
+
+
+class ResponsesRequest(_Lenient):
+    """``POST /v1/responses``."""
+
+    model_config = ConfigDict(json_schema_extra=_complete)
+    accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
+    """Fields that it knows beside its own."""
+
+    model: str = Field(min_length=1, max_length=256)
+    input: Input
+    instructions: str | None = None
+    tools: list[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stream: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_or_refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, neutral in _NEUTRAL.items():
+            if data.get(name) is not None and data[name] not in neutral:
+                raise UnsupportedField(name)
+        return {name: value for name, value in data.items() if name not in cls.accepted}

@@ -1,0 +1,108 @@
+"""Agent frameworks: openai-agents over both interfaces, and pydantic-ai. The worker calls the tool
+that it is told to call, and then says what the tool's result told it to say."""
+
+import json
+
+import pytest
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
+from conftest import MODEL, say
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+from pydantic_ai import Agent as PydanticAgent
+from pydantic_ai import NativeOutput
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+ANSWER = "It is sunny in Paris."
+
+
+pytestmark = pytest.mark.anyio
+
+
+class Place(BaseModel):
+    city: str
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def asked() -> list[str]:
+    return []
+
+
+@pytest.mark.parametrize("kind", [OpenAIChatCompletionsModel, OpenAIResponsesModel])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_openai_agents(base: str, kind: type, stream: bool, asked: list[str]) -> None:
+    set_tracing_disabled(True)
+
+    @function_tool
+    def weather(city: str) -> str:
+        asked.append(city)
+        return say(ANSWER)
+
+    model = kind(MODEL, AsyncOpenAI(base_url=base, api_key="none"))
+    agent = Agent(name="a", instructions="Be kind.", tools=[weather], model=model)
+    if stream:
+        running = Runner.run_streamed(agent, say(CALL), max_turns=2)
+        kinds = [event.type async for event in running.stream_events()]
+        assert "raw_response_event" in kinds
+    else:
+        running = await Runner.run(agent, say(CALL), max_turns=2)
+    assert asked == ["Paris"]
+    assert running.final_output is not None
+
+
+@pytest.mark.parametrize("kind", [OpenAIChatCompletionsModel, OpenAIResponsesModel])
+async def test_openai_agents_with_a_type(base: str, kind: type) -> None:
+    model = kind(MODEL, AsyncOpenAI(base_url=base, api_key="none"))
+    settings = ModelSettings(temperature=0.0, max_tokens=100)
+    agent = Agent(name="a", output_type=Place, model=model, model_settings=settings)
+    done = await Runner.run(agent, say('{"city": "Paris"}'))
+    assert done.final_output == Place(city="Paris")
+
+
+def pydantic_model(base: str) -> OpenAIChatModel:
+    return OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=base, api_key="none"))
+
+
+async def test_pydantic_ai(base: str, asked: list[str]) -> None:
+    agent = PydanticAgent(pydantic_model(base), instructions="Be kind.")
+
+    @agent.tool_plain
+    def weather(city: str) -> str:
+        asked.append(city)
+        return "sunny"
+
+    with pytest.raises(Exception, match="request_limit"):  # the worker calls again and again
+        from pydantic_ai.usage import UsageLimits
+
+        await agent.run(say(CALL), usage_limits=UsageLimits(request_limit=2))
+    assert asked[:1] == ["Paris"]
+
+
+async def test_pydantic_ai_with_a_type(base: str) -> None:
+    """By a tool, and by a schema of the answer."""
+    place = json.dumps({"city": "Paris"})
+    call = json.dumps([{"name": "final_result", "arguments": json.loads(place)}])
+    agent = PydanticAgent(pydantic_model(base), output_type=Place)
+    assert (await agent.run(say(call))).output == Place(city="Paris")
+    native = PydanticAgent(pydantic_model(base), output_type=NativeOutput(Place))
+    assert (await native.run(say(place))).output == Place(city="Paris")
+
+
+async def test_pydantic_ai_streams(base: str) -> None:
+    agent = PydanticAgent(pydantic_model(base))
+    async with agent.run_stream(say("Hello there.")) as answer:
+        assert await answer.get_output() == "Hello there."

@@ -1,0 +1,188 @@
+"""``/v1/responses``, ``/tokenize`` and the like, through the ``openai`` package and raw HTTP."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from precast import __version__
+from precast.system.redis_server import start_redis
+from tests.support.gateway_stack import Gateway, make_model_folder, running_stack
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}\n{% endfor %}{% endfor %}"
+    "{% if false %}<think>{% endif %}{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}"
+)
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS: Any = [{"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": False}]
+ARGUMENTS = '{"city": "Paris"}'
+ALL = (
+    f'<think>hm</think>Look.<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
+)
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("responses")
+    with start_redis(folder / "redis") as redis, running_stack(redis.url, folder) as stack:
+        make_model_folder(folder / "models", "thinker", template=THINKING)
+        stack.worker(max_context_length=4096, model="thinker")
+        yield stack.gateway()
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    with gateway.client() as client:
+        yield client
+
+
+def test_a_response(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model="thinker", input="!say Hello. !end")
+    assert answer.output_text == "Hello."
+    assert answer.status == "completed"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+
+
+def test_a_response_that_is_cut(client: openai.OpenAI) -> None:
+    answer = client.responses.create(
+        model="thinker", instructions="Be kind.", input="hi", max_output_tokens=20
+    )
+    assert answer.status == "incomplete"
+    assert answer.incomplete_details is not None
+    assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.output_text.startswith("system: Be kind.")
+
+
+def test_items_of_a_response(client: openai.OpenAI) -> None:
+    answer: Any = client.responses.create(model="thinker", input=f"!say {ALL} !end", tools=TOOLS)
+    thought, message, call = answer.output
+    assert thought.content[0].text == "hm"
+    assert message.content[0].text == "Look."
+    assert (call.name, call.arguments) == ("weather", ARGUMENTS)
+
+
+def test_a_streamed_response(client: openai.OpenAI) -> None:
+    stream = client.responses.create(
+        model="thinker", input=f"!say {ALL} !end", tools=TOOLS, stream=True
+    )
+    events: Any = list(stream)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.completed"
+    assert kinds.count("response.output_item.added") == 3
+    assert kinds.count("response.output_item.done") == 3
+    told: dict[str, str] = {}
+    for event in events:
+        if event.type.endswith(".delta"):
+            told[event.type] = told.get(event.type, "") + event.delta
+    assert told == {
+        "response.reasoning_text.delta": "hm",
+        "response.output_text.delta": "Look.",
+        "response.function_call_arguments.delta": ARGUMENTS,
+    }
+    final = events[-1].response
+    assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+    assert final.usage.output_tokens > 0
+
+
+class Place(BaseModel):
+    city: str
+
+
+def test_a_parsed_response(client: openai.OpenAI) -> None:
+    said = client.responses.parse(
+        model="thinker", input=f"!say {ARGUMENTS} !end", text_format=Place
+    )
+    assert said.output_parsed == Place(city="Paris")
+
+
+def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
+    first: Any = client.responses.create(model="thinker", input=f"!say {ALL} !end", tools=TOOLS)
+    call = first.output[-1]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    turns: Any = [{"role": "user", "content": "go"}, *first.output, result]
+    answer = client.responses.create(model="thinker", input=turns, max_output_tokens=250)
+    assert "user: go\nassistant: Look.\n" in answer.output_text
+    assert '"name": "weather", "arguments": {"city": "Paris"}' in answer.output_text
+    assert "tool: sunny" in answer.output_text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": "x" * 50_000}, "input"),
+        ({"max_output_tokens": 5000}, "input"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
+    ],
+)
+def test_errors_name_what_the_client_wrote(gateway: Gateway, fields: Any, param: str) -> None:
+    answer = gateway.post("/v1/responses", json={"model": "thinker", "input": "x", **fields})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_an_error_within_a_streamed_response(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIError, match="told to fail"):
+        list(client.responses.create(model="thinker", input="!later", stream=True))
+
+
+# --- tokens ---
+
+
+def test_tokens_and_back(gateway: Gateway) -> None:
+    body = {"model": "thinker", "prompt": "the 🦊", "return_token_strs": True}
+    found = gateway.post("/tokenize", json=body).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert found["max_model_len"] == 4096
+    back = gateway.post("/detokenize", json={"model": "thinker", "tokens": found["tokens"]})
+    assert back.json() == {"prompt": "the 🦊"}
+
+
+def test_tokens_of_a_chat(gateway: Gateway) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"model": "thinker", "messages": messages}
+    found = gateway.post("/tokenize", json=body).json()
+    chat = gateway.post("/v1/chat/completions", json={**body, "max_tokens": 1}).json()
+    assert found["count"] == chat["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": []}, 400, "messages"),
+        ("/tokenize", {"prompt": "x", "model": "none"}, 404, "model"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
+        ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
+    ],
+)
+def test_wrong_questions_about_tokens(
+    gateway: Gateway, path: str, body: Any, status: int, param: str
+) -> None:
+    answer = gateway.post(path, json={"model": "thinker", **body})
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_what_a_tokenizer_is(gateway: Gateway) -> None:
+    found = gateway.get("/tokenizer_info").json()
+    assert (found["model"], found["eos_token"]) == ("thinker", "<end>")
+    assert "<think>" in found["chat_template"]
+    assert gateway.get("/tokenizer_info?model=none").status_code == 404
+    sole = gateway.post("/tokenize", json={"prompt": "the"})
+    assert sole.status_code == 200
+
+
+def test_the_version(gateway: Gateway) -> None:
+    assert gateway.get("/version").json() == {"version": __version__}
