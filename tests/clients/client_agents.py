@@ -61,15 +61,16 @@ async def test_openai_agents(base: str, kind: type, stream: bool, asked: list[st
     else:
         running = await Runner.run(agent, say(CALL), max_turns=2)
     assert asked == ["Paris"]
-    assert running.final_output is not None
+    assert running.final_output == ANSWER
 
 
 @pytest.mark.parametrize("kind", [OpenAIChatCompletionsModel, OpenAIResponsesModel])
 async def test_openai_agents_with_a_type(base: str, kind: type) -> None:
-    model = kind(MODEL, AsyncOpenAI(base_url=base, api_key="none"))
     settings = ModelSettings(temperature=0.0, max_tokens=100)
-    agent = Agent(name="a", output_type=Place, model=model, model_settings=settings)
-    done = await Runner.run(agent, say('{"city": "Paris"}'))
+    async with AsyncOpenAI(base_url=base, api_key="none") as client:
+        model = kind(MODEL, client)
+        agent = Agent(name="a", output_type=Place, model=model, model_settings=settings)
+        done = await Runner.run(agent, say('{"city": "Paris"}'))
     assert done.final_output == Place(city="Paris")
 
 
@@ -83,13 +84,10 @@ async def test_pydantic_ai(base: str, asked: list[str]) -> None:
     @agent.tool_plain
     def weather(city: str) -> str:
         asked.append(city)
-        return "sunny"
+        return say(ANSWER)
 
-    with pytest.raises(Exception, match="request_limit"):  # the worker calls again and again
-        from pydantic_ai.usage import UsageLimits
-
-        await agent.run(say(CALL), usage_limits=UsageLimits(request_limit=2))
-    assert asked[:1] == ["Paris"]
+    assert (await agent.run(say(CALL))).output == ANSWER
+    assert asked == ["Paris"]
 
 
 async def test_pydantic_ai_with_a_type(base: str) -> None:

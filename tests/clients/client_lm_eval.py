@@ -32,7 +32,7 @@ metric_list:
 """
 GENERATE = """\
 generation_kwargs:
-  until: ["fox"]
+  until: [" fox"]
   max_gen_toks: 30
 metric_list:
   - metric: exact_match

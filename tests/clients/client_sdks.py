@@ -145,7 +145,7 @@ def test_instructor(base: str, mode: Any) -> None:
         max_retries=1,
         messages=[{"role": "user", "content": say(text)}],
     )
-    assert found == Place(city="Paris")
+    assert found.city == "Paris"
 
 
 # --- llm ---

@@ -12,7 +12,8 @@ from precast.system.redis_server import start_redis
 from tests.support.gateway_stack import Gateway, make_model_folder, running_stack
 
 THINKING = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+    "{% for m in messages %}{% if m.content != '!later' %}{{ m.role }}: {% endif %}"
+    "{{ m.content }}\n"
     "{% for call in m.tool_calls or [] %}{{ call | tojson }}\n{% endfor %}{% endfor %}"
     "{% if false %}<think>{% endif %}{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}"
 )

@@ -289,10 +289,10 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         out.end(Ending(recipient=recipient, end=finished))
 
     def _words(self, said: str, start: pb.StartGeneration) -> list[int]:
-        found = _SAY.search(said)
-        if found is None and ASK not in said:
+        found = _SAY.findall(said)
+        if not found and ASK not in said:
             return []
-        text = found[1] if found else _asked(start)
+        text = found[-1] if found else _asked(start)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _cached(self, start: pb.StartGeneration) -> int:

@@ -110,7 +110,10 @@ def _location(failure: Mapping[str, Any]) -> tuple[int | str, ...]:
     """Where the failure is; of an object of no known kind, its field that names the kind."""
     location: tuple[int | str, ...] = failure["loc"]
     kind = failure.get("ctx", {}).get("discriminator")
-    return (*location, kind.strip("'")) if kind else location
+    if not kind:
+        return location
+    # Where a function tells the kinds apart, it is the field's usual name that it looks at.
+    return (*location, "type" if kind.endswith("()") else kind.strip("'"))
 
 
 def _reason(failure: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from services.gateway.openai.fields import MAX_CHOICES, LogitBias, Stop, whole
-from services.gateway.openai.known_fields import LABELS, NEUTRAL, asks_for_nothing
+from services.gateway.openai.known_fields import LABELS, NEUTRAL, asks_for_nothing, described
 from services.gateway.openai.messages import FieldError, UnsupportedField
 from services.gateway.openai.structured.fields import StructureFields
 
@@ -33,12 +33,7 @@ def _either(field: str, value: Any, other: str, value_of_other: Any) -> dict[str
 
 def _complete(schema: dict[str, Any]) -> None:
     """Add to a reference what the model's fields don't say."""
-    for name, values in NEUTRAL.items():
-        if name not in schema["properties"]:
-            shown = {"enum": [None, *values], "description": "Not supported."}
-            schema["properties"][name] = shown
-    for name in sorted(LABELS):
-        schema["properties"][name] = {"description": "Ignored."}
+    schema["description"] = described(NEUTRAL.keys() - schema["properties"].keys(), LABELS)
     rules = [_either("stream", True, "stream_options", None)]
     if "top_logprobs" in schema["properties"]:
         rules.append(_either("logprobs", True, "top_logprobs", None))

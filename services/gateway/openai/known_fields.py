@@ -4,6 +4,7 @@ A field that would change the result is refused by name unless it has its neutra
 only labels a request is accepted. All others are unknown: they are ignored, and the answer says so.
 """
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -52,6 +53,12 @@ LABELS: Final = frozenset(
     }
 )
 """Fields that don't change a result."""
+
+
+def described(unserved: Iterable[str], labels: Iterable[str]) -> str:
+    """For a reference: what else a body may have."""
+    neutral = "Only null, or a value that asks for nothing, is accepted for: "
+    return f"{neutral}{', '.join(sorted(unserved))}. Ignored: {', '.join(sorted(labels))}."
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from services.gateway.openai.known_fields import LABELS
+from services.gateway.openai.known_fields import LABELS, described
 from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
 from services.gateway.openai.structured.fields import JsonObjectFormat, Schema, TextFormat
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
@@ -158,11 +158,7 @@ class ReasoningOptions(_Lenient):
 
 def _complete(schema: dict[str, Any]) -> None:
     """Add to a reference what the model's fields don't say."""
-    for name, values in _NEUTRAL.items():
-        shown = {"enum": [None, *values], "description": "Not supported."}
-        schema["properties"][name] = shown
-    for name in sorted(_LABELS):
-        schema["properties"][name] = {"description": "Ignored."}
+    schema["description"] = described(_NEUTRAL, _LABELS)
 
 
 class ResponsesRequest(_Lenient):
