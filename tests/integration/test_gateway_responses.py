@@ -1,5 +1,6 @@
 """``/v1/responses``, ``/tokenize`` and the like, through the ``openai`` package and raw HTTP."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,6 +137,47 @@ def test_errors_name_what_the_client_wrote(gateway: Gateway, fields: Any, param:
 def test_an_error_within_a_streamed_response(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIError, match="told to fail"):
         list(client.responses.create(model="thinker", input="!later", stream=True))
+
+
+# --- messages ---
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message(gateway: Gateway, stream: bool) -> None:
+    tools = [{"name": "weather", "input_schema": PARAMETERS}]
+    messages = [{"role": "user", "content": f"!say {ALL} !end"}]
+    body = {"model": "thinker", "max_tokens": 500, "messages": messages, "tools": tools}
+    answer = gateway.post("/v1/messages", json={**body, "stream": stream})
+    assert answer.status_code == 200, answer.text
+    if not stream:
+        found = answer.json()
+        thought, text, call = found["content"]
+        assert (thought["thinking"], text["text"]) == ("hm", "Look.")
+        assert (call["name"], call["input"]) == ("weather", {"city": "Paris"})
+        assert found["stop_reason"] == "tool_use"
+        return
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:6] == "data: "]
+    kinds = [event["type"] for event in events]
+    assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 3
+    told = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(one.get("partial_json", "") for one in told) == ARGUMENTS
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+def test_turns_of_a_conversation_of_messages(gateway: Gateway) -> None:
+    call = {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Paris"}}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": "sunny"}
+    messages = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Look."}, call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "So?"}]},
+    ]
+    body = {"model": "thinker", "max_tokens": 260, "system": "Be kind.", "messages": messages}
+    said = gateway.post("/v1/messages", json=body).json()["content"][0]["text"]
+    assert said.startswith("system: Be kind.\nuser: go\nassistant: Look.\n")
+    assert '"name": "weather", "arguments": {"city": "Paris"}' in said
+    assert "tool: sunny\nuser: So?" in said
 
 
 # --- tokens ---

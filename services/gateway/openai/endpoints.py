@@ -6,6 +6,7 @@ from typing import Final
 from services.gateway.openai.chat_format import ChatFormat
 from services.gateway.openai.completion_format import CompletionFormat
 from services.gateway.openai.formats import Format
+from services.gateway.openai.messages_api.format import MessagesFormat
 from services.gateway.openai.plan import Endpoint, Plan
 from services.gateway.openai.responses_api.format import ResponsesFormat
 
@@ -13,6 +14,7 @@ _FORMATS: Final[Mapping[Endpoint, Callable[[Plan], Format]]] = {
     "completions": CompletionFormat,
     "chat": ChatFormat,
     "responses": ResponsesFormat,
+    "messages": MessagesFormat,
 }
 
 

@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from services.gateway.openai import responses as api
 from services.gateway.openai.examples import EXAMPLES
+from services.gateway.openai.messages_api.fields import MessagesRequest
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.tokenizing import (
@@ -82,6 +83,24 @@ _RESPONSE: Final[_Json] = {
         "usage": {"type": "object", "required": ["input_tokens", "output_tokens", "total_tokens"]},
     },
 }
+_MESSAGE: Final[_Json] = {
+    "type": "object",
+    "required": ["id", "type", "role", "model", "content", "stop_reason", "usage"],
+    "properties": {
+        "type": {"const": "message"},
+        "role": {"const": "assistant"},
+        "content": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["type"],
+                "properties": {"type": {"enum": ["text", "thinking", "tool_use"]}},
+            },
+        },
+        "stop_reason": {"enum": ["end_turn", "max_tokens", "tool_use"]},
+        "usage": {"type": "object", "required": ["input_tokens", "output_tokens"]},
+    },
+}
 _IGNORED: Final[_Json] = {
     "X-Precast-Ignored-Fields": {
         "description": "Fields of the request that are not known, if there are any",
@@ -89,7 +108,7 @@ _IGNORED: Final[_Json] = {
     }
 }
 _REQUESTS: Final = (
-    *(CompletionRequest, ChatRequest, ResponsesRequest),
+    *(CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest),
     *(TokenizeRequest, DetokenizeRequest),
 )
 _GENERATION_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503, 504)
@@ -113,6 +132,7 @@ def _paths() -> _Json:
             "Answer a chat", ChatRequest, api.ChatCompletion, api.ChatChunk
         ),
         "/v1/responses": _responses(),
+        "/v1/messages": _messages(),
         "/tokenize": _posting(
             "Count and show the tokens of a text or a chat", TokenizeRequest, Tokenized
         ),
@@ -146,6 +166,12 @@ def _responses() -> _Json:
         "description": "JSON, with its kind as type; last: response.completed",
     }
     return _post("Answer, in items", ResponsesRequest, _RESPONSE, _GENERATION_ERRORS, data)
+
+
+def _messages() -> _Json:
+    data = {"type": "string", "description": "JSON, with its kind as type; last: message_stop"}
+    summary = "Answer a chat, in Anthropic's format; errors have OpenAI's"
+    return _post(summary, MessagesRequest, _MESSAGE, _GENERATION_ERRORS, data)
 
 
 def _posting(summary: str, request: type[BaseModel], answer: type) -> _Json:

@@ -1,0 +1,95 @@
+"""A body of ``/v1/messages`` as the chat that it stands for."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from services.gateway.openai.messages_api.fields import (
+    Block,
+    MessagesRequest,
+    TextBlock,
+    ThinkingBlock,
+    ToolChoice,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+)
+from services.gateway.openai.schemas import ChatRequest
+
+_Json = dict[str, Any]
+
+
+def chat_of(body: MessagesRequest) -> ChatRequest:
+    """The same request as a chat."""
+    choice = body.tool_choice
+    parallel = None if choice is None else not choice.disable_parallel_tool_use
+    fields = {
+        "model": body.model,
+        "messages": list(_messages(body)),
+        "tools": [_tool(one.model_dump()) for one in body.tools or ()] or None,
+        "tool_choice": _choice(choice),
+        "parallel_tool_calls": parallel,
+        "max_tokens": body.max_tokens,
+        "stop": body.stop_sequences,
+        "temperature": body.temperature,
+        "top_k": body.top_k,
+        "top_p": body.top_p,
+        "reasoning_effort": "none" if body.thinking and body.thinking.type == "disabled" else None,
+        "stream": body.stream,
+    }
+    return ChatRequest.model_validate(fields)
+
+
+def _messages(body: MessagesRequest) -> Iterator[_Json]:
+    if body.system:
+        yield {"role": "system", "content": _text(body.system)}
+    for turn in body.messages:
+        yield from _turn(turn)
+
+
+def _turn(turn: Turn) -> Iterator[_Json]:
+    if isinstance(turn.content, str):
+        yield {"role": turn.role, "content": turn.content}
+        return
+    for block in turn.content:
+        if isinstance(block, ToolResultBlock):
+            result = {"tool_call_id": block.tool_use_id, "content": _text(block.content)}
+            yield {"role": "tool", **result}
+    said = _said(turn.content)
+    if said["content"] is not None or "tool_calls" in said:
+        yield {"role": turn.role, **said}
+
+
+def _said(blocks: Sequence[Block]) -> _Json:
+    """Text, reasoning and calls of a turn."""
+    texts = [block.text for block in blocks if isinstance(block, TextBlock)]
+    thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
+    calls = [_call(block) for block in blocks if isinstance(block, ToolUseBlock)]
+    said: _Json = {"content": "".join(texts) if texts else None}
+    if thoughts:
+        said["reasoning_content"] = "".join(thoughts)
+    if calls:
+        said["tool_calls"] = calls
+    return said
+
+
+def _call(block: ToolUseBlock) -> _Json:
+    function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
+    return {"id": block.id, "type": "function", "function": function}
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "".join(block.text for block in content)
+
+
+def _tool(tool: _Json) -> _Json:
+    function = {name: tool[name] for name in ("name", "description", "strict")}
+    return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+
+
+def _choice(choice: ToolChoice | None) -> Any:
+    if choice is None or choice.type in ("auto", "none"):
+        return None if choice is None else choice.type
+    if choice.type == "any":
+        return "required"
+    return {"type": "function", "function": {"name": choice.name or ""}}

@@ -1,0 +1,130 @@
+"""Bodies of ``/v1/messages``."""
+
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from services.gateway.openai.known_fields import described
+from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
+from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
+
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "context_management": (),
+}
+_LABELS: Final = frozenset({"metadata", "service_tier", "betas"})
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+
+class TextBlock(_Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(_Lenient):
+    type: Literal["thinking"]
+    thinking: str
+
+
+class ToolUseBlock(_Lenient):
+    """A call that the model made."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str = Field(min_length=1, max_length=256)
+    input: dict[str, Any]
+
+
+def _form(value: Any) -> str:
+    return "text" if isinstance(value, str) else "blocks"
+
+
+_Texts = Annotated[list[TextBlock], Field(max_length=MAX_PARTS)]
+Text = Annotated[
+    Annotated[str, Tag("text")] | Annotated[_Texts, Tag("blocks")], Discriminator(_form)
+]
+
+
+class ToolResultBlock(_Lenient):
+    """What a call led to."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Text = ""
+
+
+Block = Annotated[
+    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
+_Blocks = Annotated[list[Block], Field(max_length=MAX_PARTS)]
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[_Blocks, Tag("blocks")], Discriminator(_form)
+]
+
+
+class Turn(_Lenient):
+    role: Literal["user", "assistant"]
+    content: Content
+
+
+class MessagesTool(_Lenient):
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    input_schema: dict[str, Any]
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+
+
+class ToolChoice(_Lenient):
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+    """With type tool."""
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(_Lenient):
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+def _complete(schema: dict[str, Any]) -> None:
+    schema["description"] = described(_NEUTRAL, _LABELS)
+
+
+class MessagesRequest(_Lenient):
+    """``POST /v1/messages``."""
+
+    model_config = ConfigDict(json_schema_extra=_complete)
+    accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
+    """Fields that it knows beside its own."""
+
+    model: str = Field(min_length=1, max_length=256)
+    messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int = Field(ge=1, lt=2**31)
+    system: Text | None = None
+    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, max_length=64
+    )
+    temperature: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    tools: list[MessagesTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    """disabled: without reasoning, where the chat template can do that."""
+    stream: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_or_refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, neutral in _NEUTRAL.items():
+            if data.get(name) is not None and data[name] not in neutral:
+                raise UnsupportedField(name)
+        return {name: value for name, value in data.items() if name not in cls.accepted}
