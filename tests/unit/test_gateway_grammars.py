@@ -1,12 +1,13 @@
 """Grammars that requests lead to, and reasoning in the text of answers."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.openai.interpret import thinking_of
+from services.gateway.openai.interpret import Reading, ThoughtCounter, thinking_of
 from services.gateway.openai.parts import Content, Reasoning
 from services.gateway.openai.reasoning import ReasoningReader
 from services.gateway.openai.structured.gbnf import GbnfError, is_gbnf, lark_of
@@ -147,6 +148,25 @@ def test_reasoning(text: str, opened: bool, expected: tuple[str, str]) -> None:
 def test_any_split_gives_the_same_reasoning(pieces: list[str], opened: bool) -> None:
     text = "".join(pieces)
     assert read(*pieces, opened=opened) == read(text, opened=opened) == read(*text, opened=opened)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "ids", "count"),
+    [
+        ("maybe", [7, 1, 2, 8, 3], 4),
+        ("maybe", [1, 7, 8], 0),
+        ("opened", [1, 8, 3], 2),
+        ("opened", [1, 2], 2),
+        ("none", [7, 8], 0),
+    ],
+)
+def test_tokens_of_reasoning(thinking: Any, ids: list[int], count: int) -> None:
+    whole = ThoughtCounter(Reading(thinking=thinking, marks_of_thought=(7, 8)))
+    whole.add(ids)
+    single = ThoughtCounter(Reading(thinking=thinking, marks_of_thought=(7, 8)))
+    for token in ids:
+        single.add([token])
+    assert whole.count == single.count == count
 
 
 def test_whether_an_answer_begins_with_reasoning() -> None:

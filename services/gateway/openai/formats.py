@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
@@ -69,14 +69,20 @@ def usage_of(
     )
 
 
-def total_usage(plan: Plan, ends: Sequence[pb.GenerationFinished]) -> api.Usage:
+def total_usage(
+    plan: Plan, ends: Sequence[pb.GenerationFinished], reasoning_tokens: int | None = None
+) -> api.Usage:
     """``ends``: of all choices. The first of a prompt's choices to be computed is what the others
     find in the cache; what it found itself counts."""
     each = plan.choices_per_prompt
     groups = (ends[start : start + each] for start in range(0, len(ends), each))
     cached = sum(min(end.cached_tokens for end in group) for group in groups)
     completion_tokens = sum(end.completion_tokens for end in ends)
-    return usage_of(plan, completion_tokens, api.PromptTokensDetails(cached_tokens=cached))
+    usage = usage_of(plan, completion_tokens, api.PromptTokensDetails(cached_tokens=cached))
+    if reasoning_tokens is None:
+        return usage
+    details = api.CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
+    return structs.replace(usage, completion_tokens_details=details)
 
 
 class ChunkUsage:

@@ -1,5 +1,6 @@
 """How an answer is read: its reasoning, its content and its calls of tools."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -18,6 +19,8 @@ class Reading:
 
     thinking: Thinking = "none"
     show_reasoning: bool = True
+    marks_of_thought: tuple[int | None, int | None] = (None, None)
+    """Ids of the tokens that begin and end reasoning, where each is one token."""
     tools: ToolUse | None = None
 
     @property
@@ -45,6 +48,28 @@ def thinking_of(template: str, prompt: str, parser: str) -> Thinking:
     if end.endswith(OPEN):
         return "opened"
     return "none" if end.endswith(CLOSE) else "maybe"
+
+
+class ThoughtCounter:
+    """Counts the tokens of one answer's reasoning, its marks included."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.count = 0
+        self._begin, self._end = reading.marks_of_thought
+        self._over = reading.thinking == "none" or self._end is None
+        self._begun = reading.thinking == "opened"
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """The answer's next tokens."""
+        if self._over or not token_ids:
+            return
+        if not self._begun and token_ids[0] != self._begin:
+            self._over = True
+            return
+        self._begun = True
+        self._over = self._end in token_ids
+        thought = token_ids.index(self._end) + 1 if self._end in token_ids else len(token_ids)
+        self.count += thought
 
 
 class AnswerReader:

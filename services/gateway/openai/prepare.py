@@ -21,6 +21,7 @@ from services.gateway.openai.interpret import Reading, thinking_of
 from services.gateway.openai.lengths import LimitedTokenizer, make_gate
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.prompts import chat_prompt, check_ids, completion_prompts, truncated
+from services.gateway.openai.reasoning import CLOSE, OPEN
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.starts import Wanted, fitting, start_of, stops_of, what_is_left
 from services.gateway.openai.structured.constraint import constraint_of
@@ -109,6 +110,7 @@ class Planner:
         reading = Reading(
             thinking=thinking_of(template, prompt.text, self._parsers.reasoning),
             show_reasoning=body.include_reasoning is not False,
+            marks_of_thought=_marks_of_thought(tokenizer),
             tools=use,
         )
         count = body.choices_per_prompt
@@ -213,6 +215,11 @@ class Planner:
             # A worker serves the model, so the folder is the operator's problem, not the client's.
             log.error("tokenizer not loaded", model=model, reason=str(error))
             raise internal(f"The gateway can't read the tokenizer of {model!r}.") from error
+
+
+def _marks_of_thought(tokenizer: ModelTokenizer) -> tuple[int | None, int | None]:
+    first, last = (tokenizer.tokenizer.token_to_id(mark) for mark in (OPEN, CLOSE))
+    return first, last
 
 
 def _check_choices(body: CompletionRequest) -> None:

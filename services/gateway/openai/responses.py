@@ -25,7 +25,8 @@ class PromptTokensDetails(Struct, frozen=True, kw_only=True):
 
 class CompletionTokensDetails(Struct, frozen=True, kw_only=True):
     reasoning_tokens: int
-    """Of the answers' tokens: those of the model's reasoning, about."""
+    """Of the answers' tokens: those of the model's reasoning, its marks included; 0 where these are
+    no tokens of their own."""
 
 
 class Usage(Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from services.gateway.openai.events import WAITING
 from services.gateway.openai.formats import Choice, Format, total_usage
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.responses import Usage, encode
+from services.gateway.openai.token_watch import TokenWatch
 from services.gateway.request_id import request_id
 from services.gateway.routing.event_queue import Delta, Event
 from services.gateway.routing.pool import WorkerPool
@@ -75,7 +76,7 @@ class GenerationResponse(Response):
         self._metrics = metrics
         self._started = started
         self._timeout_s = timeout_s
-        self._watch = _TokenWatch(plan, metrics, started)
+        self._watch = TokenWatch(plan, metrics, started)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send)
@@ -145,7 +146,7 @@ class GenerationResponse(Response):
                     watch.see(index, event)
                     running -= isinstance(event, pb.GenerationFinished)
                 await answer.show(events)
-        await answer.end(total_usage(plan, watch.ends))
+        await answer.end(total_usage(plan, watch.ends, watch.reasoning_tokens))
 
     def _generation(self) -> Generation:
         plan = self._plan
@@ -225,47 +226,6 @@ class _Stream:
         if not self._sender.started:
             await self._sender.start(200, [*_SSE_HEADERS, *self._extra])
         await self._sender.body(data, more=True)
-
-
-class _TokenWatch:
-    """Measures a stream's times to and between tokens, and counts tokens."""
-
-    def __init__(self, plan: Plan, metrics: Metrics, started: float) -> None:
-        self.used = plan.prompt_tokens
-        """Tokens of the prompts, and of the answers as far as they have come."""
-        self._started = started
-        self._last: dict[int, float] = {}
-        self._seen: dict[int, int] = {}
-        self._timed = plan.stream
-        self._ends: dict[int, pb.GenerationFinished] = {}
-        self._first_token = metrics.first_token_seconds.of(plan.model)
-        self._inter_token = metrics.inter_token_seconds.of(plan.model)
-        self._counter = metrics.completion_tokens.labels(plan.model)
-        metrics.prompt_tokens.labels(plan.model).inc(plan.prompt_tokens)
-
-    @property
-    def ends(self) -> list[pb.GenerationFinished]:
-        """Of the choices that have finished, in their order."""
-        return [self._ends[index] for index in sorted(self._ends)]
-
-    def see(self, index: int, event: Event) -> None:
-        if isinstance(event, pb.GenerationFinished):
-            self._ends[index] = event
-            self.used += event.completion_tokens - self._seen.pop(index, 0)
-            self._counter.inc(event.completion_tokens)
-        elif self._timed:
-            self._seen[index] = self._seen.get(index, 0) + event.tokens
-            self.used += event.tokens
-            self._time(index, event.tokens)
-
-    def _time(self, index: int, tokens: int) -> None:
-        now = time.monotonic()
-        last = self._last.get(index)
-        if last is not None and tokens:
-            self._inter_token.observe((now - last) / tokens, tokens)
-        elif not self._last:
-            self._first_token.observe(now - self._started)
-        self._last[index] = now
 
 
 class _Sender:

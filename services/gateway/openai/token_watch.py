@@ -1,0 +1,60 @@
+"""What the tokens of a request are measured by, as they come."""
+
+import time
+
+from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.metrics import Metrics
+from services.gateway.openai.interpret import ThoughtCounter
+from services.gateway.openai.plan import Plan
+from services.gateway.routing.event_queue import Event
+
+
+class TokenWatch:
+    """Measures a stream's times to and between tokens, and counts tokens."""
+
+    def __init__(self, plan: Plan, metrics: Metrics, started: float) -> None:
+        self.used = plan.prompt_tokens
+        """Tokens of the prompts, and of the answers as far as they have come."""
+        self._started = started
+        self._last: dict[int, float] = {}
+        self._seen: dict[int, int] = {}
+        self._timed = plan.stream
+        self._ends: dict[int, pb.GenerationFinished] = {}
+        self._first_token = metrics.first_token_seconds.of(plan.model)
+        self._inter_token = metrics.inter_token_seconds.of(plan.model)
+        self._counter = metrics.completion_tokens.labels(plan.model)
+        self._thoughts = [ThoughtCounter(plan.reading) for _ in plan.starts]
+        self._reasons = plan.reading.thinking != "none"
+        metrics.prompt_tokens.labels(plan.model).inc(plan.prompt_tokens)
+
+    @property
+    def ends(self) -> list[pb.GenerationFinished]:
+        """Of the choices that have finished, in their order."""
+        return [self._ends[index] for index in sorted(self._ends)]
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Of all answers; None of a model that doesn't reason."""
+        return sum(one.count for one in self._thoughts) if self._reasons else None
+
+    def see(self, index: int, event: Event) -> None:
+        if isinstance(event, pb.GenerationFinished):
+            self._ends[index] = event
+            self.used += event.completion_tokens - self._seen.pop(index, 0)
+            self._counter.inc(event.completion_tokens)
+            return
+        if self._reasons:
+            self._thoughts[index].add(event.token_ids)
+        if self._timed:
+            self._seen[index] = self._seen.get(index, 0) + event.tokens
+            self.used += event.tokens
+            self._time(index, event.tokens)
+
+    def _time(self, index: int, tokens: int) -> None:
+        now = time.monotonic()
+        last = self._last.get(index)
+        if last is not None and tokens:
+            self._inter_token.observe((now - last) / tokens, tokens)
+        elif not self._last:
+            self._first_token.observe(now - self._started)
+        self._last[index] = now
