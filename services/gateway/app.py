@@ -31,7 +31,7 @@ from services.gateway.openai.messages_api import convert as messages_api
 from services.gateway.openai.messages_api.fields import MessagesRequest
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.prepare import Parsers, Planner
-from services.gateway.openai.responses_api.convert import as_written, chat_of
+from services.gateway.openai.responses_api.convert import as_written, chat_of, path_as_written
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
@@ -187,7 +187,9 @@ def _generation_routes(
             plan = await planner.chat(chat_of(body))
         except ApiError as error:
             raise as_written(error) from None
-        return answer(replace(plan, endpoint="responses", origin=body), started, headers)
+        field = plan.constrained_by and path_as_written(plan.constrained_by)
+        plan = replace(plan, endpoint="responses", origin=body, constrained_by=field)
+        return answer(plan, started, headers)
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:

@@ -25,6 +25,9 @@ ALL = (
     f'<think>hm</think>Look.<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
 )
 
+UNIQUE = {"type": "json_schema", "name": "x", "schema": {"uniqueItems": True}}
+"""What the parrot can't hold an answer to."""
+
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
@@ -124,6 +127,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
         ({"max_output_tokens": 5000}, "input"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": UNIQUE}}, "text.format"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
     ],

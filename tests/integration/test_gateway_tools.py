@@ -286,6 +286,27 @@ def test_wrong_forms_are_refused(gateway: Gateway, fields: Any, param: str | Non
     assert answer.json()["error"]["param"] == (param or "response_format.json_schema.name")
 
 
+def test_a_grammar_that_workers_refuse_names_the_field(gateway: Gateway) -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    for path, fields, param in (
+        ("completions", {"prompt": "x", "guided_json": schema}, "guided_json"),
+        (
+            "chat/completions",
+            {
+                "messages": say("x"),
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
+    ):
+        answer = gateway.post(f"/v1/{path}", json={"model": "tiny", **fields})
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert error["message"] == f"Invalid '{param}': json_schema: not supported: uniqueItems."
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

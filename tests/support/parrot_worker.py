@@ -41,6 +41,8 @@ FAULTS: Final = {
     "!internal": pb.ERROR_CODE_INTERNAL,
 }
 """The error quotes the prompt, and what logs call the request."""
+REFUSED: Final = "uniqueItems"
+"""A keyword of schemas that it can't hold an answer to."""
 FAIL_AFTER_TWO: Final = "!later"
 """Two tokens, then INTERNAL."""
 SLOW: Final = "!slow"
@@ -245,6 +247,10 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             return
         if said.startswith(SILENT):
             await asyncio.Event().wait()
+        if REFUSED in str(start.constraint):
+            refusal = f"constraint: json_schema: not supported: {REFUSED}"
+            out.end(_error(recipient, pb.ERROR_CODE_INVALID_ARGUMENT, refusal))
+            return
         speech = self._speech(recipient, start)
         if await self._say(recipient, speech, out, said):
             self._finish(recipient, speech, out)

@@ -33,6 +33,8 @@ class Plan:
     echoes_logprobs: bool = False
     """The prompts' tokens are shown with their probabilities."""
     shows_token_ids: bool = False
+    constrained_by: str | None = None
+    """The field that a grammar for the answer came from."""
     reading: Reading = PLAIN
     """How answers are read."""
     short_call_ids: bool = False

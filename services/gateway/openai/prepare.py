@@ -24,7 +24,7 @@ from services.gateway.openai.prompts import chat_prompt, check_ids, completion_p
 from services.gateway.openai.reasoning import CLOSE, OPEN
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.starts import Wanted, fitting, start_of, stops_of, what_is_left
-from services.gateway.openai.structured.constraint import constraint_of
+from services.gateway.openai.structured.constraint import constraining_field, constraint_of
 from services.gateway.openai.tokenizing import (
     Detokenized,
     DetokenizeRequest,
@@ -92,6 +92,7 @@ class Planner:
             shows_logprobs=body.logprobs is not None,
             echoes_logprobs=bool(body.echo) and body.logprobs is not None,
             shows_token_ids=bool(body.return_token_ids),
+            constrained_by=constraining_field(body),
             fingerprint=fingerprint(self._pool, body.model),
             open_ended=body.max_tokens is None,
             tokenizer_digest=tokenizer.digest,
@@ -135,6 +136,7 @@ class Planner:
             shown_per_prompt=count,
             shows_logprobs=bool(body.logprobs),
             shows_token_ids=bool(body.return_token_ids),
+            constrained_by="tools" if use is not None else constraining_field(body),
             reading=reading,
             short_call_ids=use is not None and use.form.short_ids,
             fingerprint=fingerprint(self._pool, body.model),

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from precast.errors import PrecastError
+from precast.errors import InvalidRequest, PrecastError
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.metrics import Metrics
@@ -47,6 +47,8 @@ _SSE_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 _Header = tuple[bytes, bytes]
+_CONSTRAINT: Final = "constraint: "
+"""What workers begin the refusal of a grammar with."""
 _T = TypeVar("_T")
 
 
@@ -106,7 +108,7 @@ class GenerationResponse(Response):
 
     async def _fail(self, sender: "_Sender", error: Exception) -> None:
         """Tell the client: with a status if nothing was sent yet, else as the last event."""
-        answer = errors.from_any(error)
+        answer = errors.from_any(_named(error, self._plan.constrained_by))
         if answer.status >= 500:
             unexpected = not isinstance(error, ApiError | PrecastError)
             log.warning(
@@ -157,6 +159,14 @@ class GenerationResponse(Response):
             open_ended=plan.open_ended,
             tokenizer_digest=plan.tokenizer_digest,
         )
+
+
+def _named(error: Exception, field: str | None) -> Exception:
+    """A worker's refusal of a grammar, with the client's field that the grammar came from."""
+    text = str(error)
+    if field is None or not isinstance(error, InvalidRequest) or not text.startswith(_CONSTRAINT):
+        return error
+    return errors.invalid(f"Invalid '{field}': {text.removeprefix(_CONSTRAINT)}.", field)
 
 
 class _Answer(Protocol):

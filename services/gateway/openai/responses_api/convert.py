@@ -50,19 +50,25 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
 
 def as_written(error: ApiError) -> ApiError:
     """An error about the chat, with the names of the client's own fields."""
+    if error.param is None:
+        return error
+    param = path_as_written(error.param)
+    return ApiError(
+        error.status,
+        error.message.replace(f"'{error.param}'", f"'{param}'"),
+        kind=error.kind,
+        param=param,
+        code=error.code,
+        headers=error.headers,
+    )
+
+
+def path_as_written(path: str) -> str:
+    """A field of the chat, as the client has called it."""
     for pattern, name in _NAMES:
-        if error.param is not None and pattern.search(error.param):
-            written = pattern.sub(name, error.param)
-            message = error.message.replace(f"'{error.param}'", f"'{written}'")
-            return ApiError(
-                error.status,
-                message,
-                kind=error.kind,
-                param=written,
-                code=error.code,
-                headers=error.headers,
-            )
-    return error
+        if pattern.search(path):
+            return pattern.sub(name, path)
+    return path
 
 
 def _messages(body: ResponsesRequest) -> Iterator[_Json]:

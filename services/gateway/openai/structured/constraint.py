@@ -34,6 +34,11 @@ def constraint_of(body: StructureFields) -> pb.OutputConstraint | None:
     return found[0][1] if found else None
 
 
+def constraining_field(body: StructureFields) -> str | None:
+    """The field that says what the answer must be."""
+    return next((field for field, _ in _asked(body)), None)
+
+
 def schema_constraint(schema: Any, field: str) -> pb.OutputConstraint:
     """Raises ``ApiError`` 400 if it is too large."""
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
