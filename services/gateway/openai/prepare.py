@@ -14,7 +14,7 @@ from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.openai.chat_constraint import chat_constraint, special_ids
-from services.gateway.openai.errors import internal, invalid, unavailable
+from services.gateway.openai.errors import ApiError, internal, invalid
 from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.fingerprint import fingerprint
 from services.gateway.openai.interpret import Reading, thinking_of
@@ -195,7 +195,7 @@ class Planner:
             return model
         served = list(self._pool.models)
         if not served:
-            raise unavailable("No model is served.", "not_ready")
+            raise ApiError(404, "No model is served.", param="model", code="model_not_found")
         if len(served) > 1:
             reason = f"{len(served)} models are served"
             raise invalid(f"Missing required parameter: 'model' ({reason}).", "model")
