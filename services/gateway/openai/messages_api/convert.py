@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from services.gateway.openai.errors import invalid
 from services.gateway.openai.messages_api.fields import (
     Block,
     MessagesRequest,
@@ -20,7 +23,7 @@ _Json = dict[str, Any]
 
 
 def chat_of(body: MessagesRequest) -> ChatRequest:
-    """The same request as a chat."""
+    """The same request as a chat. Raises ``ApiError`` 400."""
     choice = body.tool_choice
     parallel = None if choice is None else not choice.disable_parallel_tool_use
     fields = {
@@ -37,7 +40,10 @@ def chat_of(body: MessagesRequest) -> ChatRequest:
         "reasoning_effort": "none" if body.thinking and body.thinking.type == "disabled" else None,
         "stream": body.stream,
     }
-    return ChatRequest.model_validate(fields)
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError:
+        raise invalid("Invalid 'messages': there are too many of them.", "messages") from None
 
 
 def _messages(body: MessagesRequest) -> Iterator[_Json]:
@@ -55,12 +61,15 @@ def _turn(turn: Turn) -> Iterator[_Json]:
         if isinstance(block, ToolResultBlock):
             result = {"tool_call_id": block.tool_use_id, "content": _text(block.content)}
             yield {"role": "tool", **result}
-    said = _said(turn.content)
-    if said["content"] is not None or "tool_calls" in said:
+    said = _said(turn.content, turn.role)
+    results = any(isinstance(block, ToolResultBlock) for block in turn.content)
+    if said["content"] is None and "tool_calls" not in said:
+        said["content"] = ""
+    if said["content"] or "tool_calls" in said or not results:
         yield {"role": turn.role, **said}
 
 
-def _said(blocks: Sequence[Block]) -> _Json:
+def _said(blocks: Sequence[Block], role: str) -> _Json:
     """Text, reasoning and calls of a turn."""
     texts = [block.text for block in blocks if isinstance(block, TextBlock)]
     thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
@@ -68,7 +77,7 @@ def _said(blocks: Sequence[Block]) -> _Json:
     said: _Json = {"content": "".join(texts) if texts else None}
     if thoughts:
         said["reasoning_content"] = "".join(thoughts)
-    if calls:
+    if calls and role == "assistant":
         said["tool_calls"] = calls
     return said
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from services.gateway.openai.fields import whole
 from services.gateway.openai.known_fields import described
 from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
@@ -127,4 +128,4 @@ class MessagesRequest(_Lenient):
         for name, neutral in _NEUTRAL.items():
             if data.get(name) is not None and data[name] not in neutral:
                 raise UnsupportedField(name)
-        return {name: value for name, value in data.items() if name not in cls.accepted}
+        return {name: whole(value) for name, value in data.items() if name not in cls.accepted}

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from services.gateway.openai.errors import ApiError
+from pydantic import ValidationError
+
+from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.responses_api.fields import (
     ChosenFunction,
     InputCall,
@@ -31,10 +33,10 @@ _NAMES: Final = (
 
 
 def chat_of(body: ResponsesRequest) -> ChatRequest:
-    """The same request as a chat. Raises ``pydantic.ValidationError`` where that can't be."""
+    """The same request as a chat. Raises ``ApiError`` 400."""
     fields = {
         "model": body.model,
-        "messages": list(_messages(body)),
+        "messages": list(_messages(body)) or [{"role": "user", "content": ""}],
         "tools": [_tool(one.model_dump(exclude={"type"})) for one in body.tools or ()] or None,
         "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
@@ -45,7 +47,10 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
         "top_p": body.top_p,
         "stream": body.stream,
     }
-    return ChatRequest.model_validate(fields)
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError:
+        raise invalid("Invalid 'input': it has too many items.", "input") from None
 
 
 def as_written(error: ApiError) -> ApiError:
