@@ -192,7 +192,7 @@ def test_strict_tools_have_a_grammar(gateway: Gateway) -> None:
     assert '"$ref":"#/$defs/name"' in lark
     assert "constraint" not in asked(gateway, tools=TOOLS)
     both = asked(gateway, tools=TOOLS, response_format={"type": "json_object"})
-    assert 'answer: %json {"type":"object"}' in both["constraint"]["lark"]
+    assert 'answer: %json {"type":"object","x-guidance"' in both["constraint"]["lark"]
 
 
 # --- reasoning ---

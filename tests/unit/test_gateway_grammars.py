@@ -13,7 +13,7 @@ from services.gateway.openai.reasoning import ReasoningReader
 from services.gateway.openai.structured.gbnf import GbnfError, is_gbnf, lark_of
 from services.gateway.openai.tools.fields import Tool
 from services.gateway.openai.tools.formats import FORMATS, format_of
-from services.gateway.openai.tools.grammar import forced_schema, strict_lark
+from services.gateway.openai.tools.grammar import forced_schema, json_in_lark, strict_lark
 
 # --- GBNF ---
 
@@ -84,7 +84,14 @@ def test_only_strict_tools_have_strict_arguments() -> None:
     [first, second] = [line for line in lark.splitlines() if line.startswith("body_")]
     assert json.dumps('\n{"name": "a", "arguments": ') in first
     assert '"$ref":"#/$defs/y"' in first
-    assert '%json {"type":"object"}' in second
+    assert '%json {"type":"object","x-guidance":{' in second
+
+
+def test_a_schema_in_a_grammar_can_not_choose_to_be_read_leniently() -> None:
+    lark = json_in_lark({"type": "object", "x-guidance": {"lenient": True}})
+    assert '"lenient":false' in lark
+    assert "true" not in lark
+    assert json_in_lark(True) == "%json true"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from services.gateway.openai.interpret import Thinking
 from services.gateway.openai.reasoning import CLOSE, OPEN
 from services.gateway.openai.structured.constraint import constraint_of, schema_constraint
 from services.gateway.openai.structured.fields import StructureFields
-from services.gateway.openai.tools.grammar import strict_lark
+from services.gateway.openai.tools.grammar import json_in_lark, strict_lark
 from services.gateway.openai.tools.use import ToolUse
 
 _START: Final = re.compile(r"^(\s*)start(\s*):", re.MULTILINE)
@@ -81,7 +81,7 @@ def _behind_reasoning(constraint: pb.OutputConstraint, thinking: Thinking) -> pb
 def _rule(constraint: pb.OutputConstraint) -> str:
     """The rule ``answer``, and those that it needs."""
     if constraint.HasField("json_schema"):
-        return f"answer: %json {constraint.json_schema}"
+        return f"answer: {json_in_lark(json.loads(constraint.json_schema))}"
     if constraint.HasField("regex"):
         return f"answer: /{_SLASH.sub(_escaped, constraint.regex)}/"
     lark = constraint.lark.removeprefix("%llguidance {}\n")

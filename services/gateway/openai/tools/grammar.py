@@ -8,6 +8,13 @@ from services.gateway.openai.tools.fields import Tool
 from services.gateway.openai.tools.format import ToolFormat
 
 _Schema = dict[str, Any]
+_OPTIONS: Final[_Schema] = {
+    "whitespace_pattern": r"[ ]|\n[ ]{0,40}",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+"""As workers read schemas that come alone: no endless blanks, and nothing left out in silence,
+whatever the schema's own options say."""
 _TEXT: Final = r"/(.|\n)*/"
 
 
@@ -17,6 +24,12 @@ def forced_schema(tools: Sequence[Tool], *, several: bool) -> _Schema:
     one: _Schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     whole: _Schema = {"type": "array", "minItems": 1, "items": one} if several else one
     return {"$defs": definitions(tools), **whole}
+
+
+def json_in_lark(schema: Any) -> str:
+    """A schema within a grammar."""
+    whole = {**schema, "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
+    return f"%json {json.dumps(whole, ensure_ascii=False, separators=(',', ':'))}"
 
 
 def definitions(tools: Sequence[Tool]) -> _Schema:
@@ -72,7 +85,7 @@ def _head(at: int, mark: str) -> str:
 def _instead_of(marks: Sequence[str], content: str, *, several: bool) -> list[str]:
     return [
         f"start: answer | call{'+' if several else ''}",
-        f"answer: %json {content}",
+        f"answer: {json_in_lark(json.loads(content))}",
         f"call: ({' | '.join(marks)}) body",
     ]
 
@@ -84,13 +97,13 @@ def _bare_or(content: str, tools: Sequence[Tool]) -> str:
     shared = {**definitions(tools), **{_def(at): schema for at, schema in free.items()}}
     answer = _moved(json.loads(content), "#/$defs/answer")
     schema = {"$defs": {**shared, "answer": answer}, "anyOf": [*calls, {"$ref": "#/$defs/answer"}]}
-    return f"%llguidance {{}}\nstart: %json {_compact(schema)}\n"
+    return f"%llguidance {{}}\nstart: {json_in_lark(schema)}\n"
 
 
 def _body(form: ToolFormat, tool: Tool) -> str:
     head = form.strict_head.format(name=json.dumps(tool.function.name))
     schema = tool.function.schema_of_arguments if tool.function.strict else {"type": "object"}
-    return f"{json.dumps(head)} %json {_compact(schema)} {json.dumps(form.strict_tail)}"
+    return f"{json.dumps(head)} {json_in_lark(schema)} {json.dumps(form.strict_tail)}"
 
 
 def _call(tool: Tool, arguments: str) -> _Schema:
@@ -119,7 +132,3 @@ def _moved_value(key: str, value: Any, to: str) -> Any:
     if key == "$ref" and isinstance(value, str) and value.startswith("#"):
         return to + value[1:]
     return _moved(value, to)
-
-
-def _compact(schema: _Schema) -> str:
-    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
