@@ -168,6 +168,11 @@ def test_a_chat_stays_where_its_history_is(stack: Stack, gateway: Gateway) -> No
             prompt += [*prompt[:4], 9, turn]  # a parrot's answer, and the next question
         assert len(homes) == 1
     assert [worker.served() for worker in workers] == [8, 8]
+    for key in ("one", "other"):  # what they have in common is no whole block
+        before = workers[0].served()
+        for _ in range(4):
+            assert complete(gateway, prompt_cache_key=key).status_code == 200
+        assert workers[0].served() - before in (0, 4)
 
 
 def test_a_worker_that_is_killed_and_comes_back_costs_no_request(

@@ -82,6 +82,9 @@ class GenerationFields(StructureFields):
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     """Extension: what is cached of a prompt is shared only by requests of the same salt, so that
     nobody can tell from a first token's time what others have sent."""
+    prompt_cache_key: str | None = Field(default=None, max_length=256)
+    """Requests of the same key go to the same worker, as long as it isn't much busier than others:
+    what their prompts have in common is in its cache."""
     priority: int | None = Field(default=None, gt=-(2**31), lt=2**31)
     """Extension, as vLLM has it: of requests that wait, lower ones go first; 0 is usual."""
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, lt=_MAX_TOKENS)

@@ -43,7 +43,6 @@ LABELS: Final = frozenset(
         "store",
         "service_tier",
         "safety_identifier",
-        "prompt_cache_key",
         "prompt_cache_retention",
         "guided_decoding_backend",
         "cache_prompt",

@@ -47,3 +47,5 @@ class Plan:
     has left."""
     tokenizer_digest: str = ""
     """Of the tokenizer that made the prompts; empty: not known."""
+    session: str = ""
+    """Requests of the same one go to the same worker; empty: of none."""

@@ -96,6 +96,7 @@ class Planner:
             fingerprint=fingerprint(self._pool, body.model),
             open_ended=body.max_tokens is None,
             tokenizer_digest=tokenizer.digest,
+            session=body.prompt_cache_key or "",
         )
 
     async def chat(self, body: ChatRequest) -> Plan:
@@ -142,6 +143,7 @@ class Planner:
             fingerprint=fingerprint(self._pool, body.model),
             open_ended=body.asked_tokens is None,
             tokenizer_digest=tokenizer.digest,
+            session=body.prompt_cache_key or "",
         )
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:

@@ -158,6 +158,7 @@ class GenerationResponse(Response):
             plan.starts,
             open_ended=plan.open_ended,
             tokenizer_digest=plan.tokenizer_digest,
+            session=plan.session and f"{plan.model}/{plan.session}",
         )
 
 

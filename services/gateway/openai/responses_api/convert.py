@@ -46,6 +46,7 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
         "temperature": body.temperature,
         "top_p": body.top_p,
         "stream": body.stream,
+        "prompt_cache_key": body.prompt_cache_key,
     }
     try:
         return ChatRequest.model_validate(fields)

@@ -181,6 +181,8 @@ class ResponsesRequest(_Lenient):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     stream: bool | None = None
+    prompt_cache_key: str | None = Field(default=None, max_length=256)
+    """Requests of the same key go to the same worker, as long as it isn't much busier."""
 
     @model_validator(mode="before")
     @classmethod
