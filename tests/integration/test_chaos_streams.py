@@ -9,7 +9,7 @@ from precast.system.redis_server import start_redis
 from tests.support.chaos_streams import Fleet, again_and_again, answers, bodies, fleet
 from tests.support.decode_worker import eventually
 
-STREAMS = 14
+STREAMS = 16
 TOKENS = 200
 
 

@@ -44,6 +44,7 @@ KINDS: Final[tuple[dict[str, Any], ...]] = (
     {"temperature": 0.8, "seed": 5, "logprobs": 1},
     {"temperature": 1.0, "seed": 6, "stream": False},
     {"temperature": 1.5, "seed": 7, "ignore_eos": False, "top_k": 50},
+    {"temperature": 1.0, "seed": 8, "guided_regex": "([a-f]{3,9} )+[0-9]{9}"},
 )
 
 
