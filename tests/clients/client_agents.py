@@ -2,6 +2,7 @@
 that it is told to call, and then says what the tool's result told it to say."""
 
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 from agents import (
@@ -32,9 +33,16 @@ class Place(BaseModel):
     city: str
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def client(base: str) -> AsyncIterator[AsyncOpenAI]:
+    """One for the module, and so one event loop, which its connections are bound to."""
+    async with AsyncOpenAI(base_url=base, api_key="none") as client:
+        yield client
 
 
 @pytest.fixture
@@ -44,7 +52,9 @@ def asked() -> list[str]:
 
 @pytest.mark.parametrize("kind", [OpenAIChatCompletionsModel, OpenAIResponsesModel])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_openai_agents(base: str, kind: type, stream: bool, asked: list[str]) -> None:
+async def test_openai_agents(
+    client: AsyncOpenAI, kind: type, stream: bool, asked: list[str]
+) -> None:
     set_tracing_disabled(True)
 
     @function_tool
@@ -52,7 +62,7 @@ async def test_openai_agents(base: str, kind: type, stream: bool, asked: list[st
         asked.append(city)
         return say(ANSWER)
 
-    model = kind(MODEL, AsyncOpenAI(base_url=base, api_key="none"))
+    model = kind(MODEL, client)
     agent = Agent(name="a", instructions="Be kind.", tools=[weather], model=model)
     if stream:
         running = Runner.run_streamed(agent, say(CALL), max_turns=2)
@@ -65,21 +75,20 @@ async def test_openai_agents(base: str, kind: type, stream: bool, asked: list[st
 
 
 @pytest.mark.parametrize("kind", [OpenAIChatCompletionsModel, OpenAIResponsesModel])
-async def test_openai_agents_with_a_type(base: str, kind: type) -> None:
+async def test_openai_agents_with_a_type(client: AsyncOpenAI, kind: type) -> None:
     settings = ModelSettings(temperature=0.0, max_tokens=100)
-    async with AsyncOpenAI(base_url=base, api_key="none") as client:
-        model = kind(MODEL, client)
-        agent = Agent(name="a", output_type=Place, model=model, model_settings=settings)
-        done = await Runner.run(agent, say('{"city": "Paris"}'))
+    model = kind(MODEL, client)
+    agent = Agent(name="a", output_type=Place, model=model, model_settings=settings)
+    done = await Runner.run(agent, say('{"city": "Paris"}'))
     assert done.final_output == Place(city="Paris")
 
 
-def pydantic_model(base: str) -> OpenAIChatModel:
-    return OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=base, api_key="none"))
+def pydantic_model(client: AsyncOpenAI) -> OpenAIChatModel:
+    return OpenAIChatModel(MODEL, provider=OpenAIProvider(openai_client=client))
 
 
-async def test_pydantic_ai(base: str, asked: list[str]) -> None:
-    agent = PydanticAgent(pydantic_model(base), instructions="Be kind.")
+async def test_pydantic_ai(client: AsyncOpenAI, asked: list[str]) -> None:
+    agent = PydanticAgent(pydantic_model(client), instructions="Be kind.")
 
     @agent.tool_plain
     def weather(city: str) -> str:
@@ -90,17 +99,17 @@ async def test_pydantic_ai(base: str, asked: list[str]) -> None:
     assert asked == ["Paris"]
 
 
-async def test_pydantic_ai_with_a_type(base: str) -> None:
+async def test_pydantic_ai_with_a_type(client: AsyncOpenAI) -> None:
     """By a tool, and by a schema of the answer."""
     place = json.dumps({"city": "Paris"})
     call = json.dumps([{"name": "final_result", "arguments": json.loads(place)}])
-    agent = PydanticAgent(pydantic_model(base), output_type=Place)
+    agent = PydanticAgent(pydantic_model(client), output_type=Place)
     assert (await agent.run(say(call))).output == Place(city="Paris")
-    native = PydanticAgent(pydantic_model(base), output_type=NativeOutput(Place))
+    native = PydanticAgent(pydantic_model(client), output_type=NativeOutput(Place))
     assert (await native.run(say(place))).output == Place(city="Paris")
 
 
-async def test_pydantic_ai_streams(base: str) -> None:
-    agent = PydanticAgent(pydantic_model(base))
+async def test_pydantic_ai_streams(client: AsyncOpenAI) -> None:
+    agent = PydanticAgent(pydantic_model(client))
     async with agent.run_stream(say("Hello there.")) as answer:
         assert await answer.get_output() == "Hello there."
