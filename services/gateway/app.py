@@ -92,9 +92,10 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
         reasoning=settings.reasoning_parser,
         allow_control_tokens=settings.allow_control_tokens,
     )
+    bodies = _Bodies(settings, metrics, keys)
     planner = Planner(pool, TokenizerStore(settings.models_dir), parsers)
-    app.include_router(_generation_routes(planner, pool, metrics, settings))
-    app.include_router(_token_routes(planner, metrics, settings))
+    app.include_router(_generation_routes(planner, pool, metrics, settings, bodies))
+    app.include_router(_token_routes(planner, bodies))
     app.include_router(_model_routes(pool))
     app.include_router(health_routes(pool))
     app.include_router(reference_routes())
@@ -140,15 +141,17 @@ def _watch_workers(metrics: Metrics, pool: WorkerPool) -> None:
 class _Bodies:
     """Reads the bodies of requests."""
 
-    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, keys: KeyRing) -> None:
         self._reader = BodyReader(settings.max_body_bytes)
-        self._typed = bool(settings.cors_origins)
+        self._open_to_pages = bool(settings.cors_origins)
+        self._keys = keys
         self._strict = settings.strict_fields
         self._metrics = metrics
 
     async def read(self, kind: type[_B], request: Request) -> tuple[_B, dict[str, str]]:
         """The body, and what the answer's headers say of it. Raises ``ApiError``."""
-        check_content_type(request, required=self._typed)
+        typed = self._open_to_pages or not self._keys.open
+        check_content_type(request, required=typed)
         content = await self._reader.read(request)
         body, unknown = parse_naming_unknown(kind, content, strict=self._strict)
         self._metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
@@ -156,10 +159,13 @@ class _Bodies:
 
 
 def _generation_routes(
-    planner: Planner, pool: WorkerPool, metrics: Metrics, settings: GatewaySettings
+    planner: Planner,
+    pool: WorkerPool,
+    metrics: Metrics,
+    settings: GatewaySettings,
+    bodies: _Bodies,
 ) -> APIRouter:
     router = APIRouter(prefix="/v1")
-    bodies = _Bodies(settings, metrics)
 
     def answer(plan: Plan, started: float, headers: dict[str, str]) -> Response:
         timeout_s = settings.request_timeout_s
@@ -201,9 +207,8 @@ def _generation_routes(
     return router
 
 
-def _token_routes(planner: Planner, metrics: Metrics, settings: GatewaySettings) -> APIRouter:
+def _token_routes(planner: Planner, bodies: _Bodies) -> APIRouter:
     router = APIRouter()
-    bodies = _Bodies(settings, metrics)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

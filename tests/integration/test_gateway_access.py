@@ -65,6 +65,12 @@ def test_closed_without_a_key_and_to_a_wrong_one(house: House, method: str, path
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
+def test_a_body_without_a_type_is_no_json_where_keys_are_asked_for(house: House) -> None:
+    headers = {"authorization": f"Bearer {house.key('typed')}"}
+    answer = house.doors[0].post("/v1/chat/completions", content=b"{}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
 def test_load_balancers_need_no_key(house: House) -> None:
     assert [house.doors[0].get(path).status_code for path in ("/health", "/ready")] == [200, 200]
 
