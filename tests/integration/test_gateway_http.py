@@ -126,7 +126,9 @@ def test_head_is_get_without_a_body(gateway: Gateway, path: str) -> None:
     for method in ("GET", "HEAD", "GET"):
         connection.request(method, path)
         answer = connection.getresponse()
-        headers = {name: value for name, value in answer.getheaders() if name != "date"}
+        headers = dict(answer.getheaders())
+        for of_this_one in ("date", "x-request-id"):
+            del headers[of_this_one]
         answers.append((answer.status, headers, answer.read()))
     connection.close()
     assert answers[0] == answers[2]

@@ -1,8 +1,11 @@
 """Grammars from clients: tried in a process of their own, within bounds, and remembered."""
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -104,13 +107,28 @@ async def test_what_is_too_much_ends_in_time_and_hurts_nobody(
     assert allowed(await compiler.compile(Grammar(kind="regex", text="[0-9]")))
 
 
-def test_a_grammar_has_so_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def hunger(memory_bytes: int) -> list[str]:
+    """Why a grammar that takes much memory is refused, and one that takes little."""
+    checker.MEMORY_BYTES = memory_bytes  # type: ignore[misc]
     known = Vocabulary(SETUP.tokenizer, SETUP.vocab_size, SETUP.eos_token_ids)
     hungry = Grammar(kind="regex", text=r"\w+\s*" * 10_000)
-    assert checker.checked(known, hungry) == ""
-    monkeypatch.setattr(checker, "MEMORY_BYTES", 4 << 20)
-    assert checker.checked(known, hungry) == "constraint: regex: takes too much memory"
-    assert checker.checked(known, WORDS) == ""
+    return [checker.checked(known, grammar) for grammar in (hungry, WORDS)]
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "refused"),
+    [(384 << 20, ""), (4 << 20, "constraint: regex: takes too much memory")],
+)
+def test_a_grammar_has_so_much_memory(memory_bytes: int, refused: str) -> None:
+    """In a fresh process: one that has run tests has memory left that a fork can use."""
+    program = (
+        "import json; from tests.unit.test_constraint_compiler import hunger;"
+        f"print(json.dumps(hunger({memory_bytes})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout) == [refused, ""]
 
 
 async def test_the_text_has_a_bound() -> None:

@@ -32,7 +32,8 @@ bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 const Kernels& choose() {
   const char* wanted = std::getenv("PRECAST_NATIVE_ISA");
   if (wanted == nullptr || *wanted == 0) {
-    if (runs_amx()) return kernels_amx();
+    // Not AMX: a token has the same bits in prefill and decode, and decode pays for them there.
+    // Long prompts take half the time, steps of 16 sequences 1.2 times (docs/decisions.md).
     if (runs_avx512()) return kernels_avx512();
     return runs_avx2() ? kernels_avx2() : kernels_scalar();
   }
