@@ -16,7 +16,7 @@ from precast.errors import InvalidRequest, Overloaded, Unavailable
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.constraints import checker
 from services.decode_worker.constraints import compiler as constraint_compiler
-from services.decode_worker.constraints.checker import CHECK_S, Setup
+from services.decode_worker.constraints.checker import Setup
 from services.decode_worker.constraints.compiler import ConstraintCompiler
 from services.decode_worker.constraints.grammar import MAX_BYTES, Grammar, grammar_of
 from services.decode_worker.constraints.matcher import Vocabulary
@@ -83,7 +83,7 @@ async def test_refusals_are_one_line_and_remembered(
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
-        (ENDLESS, f"takes more than {CHECK_S:g} s"),
+        (ENDLESS, ": takes "),  # too long, or too much memory where the machine is quick
         (Grammar(kind="lark", text=f'start: r0\n{DEEP}\nr6000: "a"\nr6001: "b"\n'), "too deeply"),
         (Grammar(kind="regex", text="((((a{100}){100}){100}){100}){100}"), ""),
     ],
