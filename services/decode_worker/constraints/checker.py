@@ -6,6 +6,7 @@ and the same limits.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import os
 import resource
@@ -138,7 +139,8 @@ def main() -> None:
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides when it ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve(connection)
+    with contextlib.suppress(ConnectionError):  # the worker is gone
+        serve(connection)
 
 
 if __name__ == "__main__":
