@@ -9,7 +9,6 @@ not, the API is closed to all who have none.
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import time
@@ -20,6 +19,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from precast.access.files import write_whole
 from precast.errors import ConfigError
 from precast.log import get_logger
 
@@ -172,13 +172,9 @@ def _read(path: Path) -> ApiKey | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """A file for the owner alone, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
+    """A file for the owner alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text + "\n")
-        temporary.rename(path)
+        write_whole(path, f"{text}\n".encode(), 0o600)
     except OSError as error:
         raise ConfigError(f"api_keys_dir {error.filename}: {error.strerror}") from None

@@ -2,7 +2,6 @@
 
 import datetime
 import ipaddress
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from precast.access.files import write_whole
 from precast.errors import ConfigError
 from precast.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, NAME, Role
 
@@ -76,8 +76,8 @@ def _make_authority(folder: Path) -> _Authority:
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(folder / CA_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
-    _write(folder / AUTHORITY_KEY, _pem(key), 0o600)
+    write_whole(folder / CA_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    write_whole(folder / AUTHORITY_KEY, _pem(key), 0o600)
     return _Authority(certificate=certificate, key=key)
 
 
@@ -103,9 +103,9 @@ def _make_role(folder: Path, authority: _Authority, role: Role) -> None:
         .sign(authority.key, hashes.SHA256())
     )
     folder.mkdir(exist_ok=True, mode=0o700)
-    _write(folder / CA_FILE, authority.certificate.public_bytes(Encoding.PEM), 0o644)
-    _write(folder / CERTIFICATE_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
-    _write(folder / KEY_FILE, _pem(key), 0o600)
+    write_whole(folder / CA_FILE, authority.certificate.public_bytes(Encoding.PEM), 0o644)
+    write_whole(folder / CERTIFICATE_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    write_whole(folder / KEY_FILE, _pem(key), 0o600)
 
 
 def _builder(
@@ -129,13 +129,3 @@ def _name(text: str) -> x509.Name:
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Whole or not at all, and never readable by more than ``mode`` says."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    temporary.rename(path)

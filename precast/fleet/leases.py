@@ -142,7 +142,7 @@ Lease = DecodeLease | CompileLease
 _L = TypeVar("_L", DecodeLease, CompileLease)
 
 
-def connect_redis(url: str) -> redis.asyncio.Redis:
+def connect_redis(url: str, *, timeout_s: float = _SOCKET_TIMEOUT_S) -> redis.asyncio.Redis:
     """A client of which no call hangs: short socket timeouts and one retry for a stale connection.
 
     Connects on first use. Raises ``ConfigError`` if ``url`` is not a Redis URL.
@@ -150,8 +150,8 @@ def connect_redis(url: str) -> redis.asyncio.Redis:
     try:
         return redis.asyncio.Redis.from_url(
             url,
-            socket_timeout=_SOCKET_TIMEOUT_S,
-            socket_connect_timeout=_SOCKET_TIMEOUT_S,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 1),
             decode_responses=False,
         )

@@ -119,11 +119,9 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         tokenizer_digest=digest_of_tokenizer(settings),
     )
     registry = Registry.connect(settings.redis_url)
+    tls = Tls.load(settings.tls_dir, Role.DECODE_WORKER)
     server = await start_server(
-        settings.listen,
-        [grpc_server.service(worker)],
-        serving=False,
-        tls=Tls.load(settings.tls_dir, Role.DECODE_WORKER),
+        settings.listen, [grpc_server.service(worker)], serving=False, tls=tls
     )
     if settings.metrics_port:
         metrics.serve(settings.metrics_host, settings.metrics_port)
@@ -138,7 +136,9 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
             await run_until_stopped(
                 [
                     running,
-                    asyncio.create_task(_get_graphs(worker_id, settings, engine, graphs, registry)),
+                    asyncio.create_task(
+                        _get_graphs(worker_id, settings, engine, graphs, registry, tls)
+                    ),
                     asyncio.create_task(_follow_changes(changed, heartbeat)),
                     asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
                     asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
@@ -163,6 +163,7 @@ async def _get_graphs(
     engine: Engine,
     graphs: GraphManager,
     registry: Registry,
+    tls: Tls | None,
 ) -> None:
     await engine.started.wait()
     trusted = TrustFolder(
@@ -184,7 +185,7 @@ async def _get_graphs(
         trusted=trusted,
         registry=registry,
         compile_address=settings.compile_address,
-        tls=Tls.load(settings.tls_dir, Role.DECODE_WORKER),
+        tls=tls,
     )
     await client.run()
 

@@ -23,7 +23,7 @@ from services.gateway.access.guard import Guard
 from services.gateway.access.quota import Quota
 from services.gateway.http.body import BodyReader, check_content_type
 from services.gateway.metrics import Metrics
-from services.gateway.middleware import Admission, Leniency, PrivatePort
+from services.gateway.middleware import Admission, Leniency, PrivatePort, RequestIds
 from services.gateway.openai import errors, responses
 from services.gateway.openai.bodies import named, parse_naming_unknown
 from services.gateway.openai.errors import ApiError
@@ -38,7 +38,6 @@ from services.gateway.openai.streaming import GenerationResponse
 from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeRequest, Version
 from services.gateway.operations import health_routes, private_app, reference_routes
 from services.gateway.request_id import HEADER as REQUEST_ID
-from services.gateway.request_id import RequestIds
 from services.gateway.routing.pool import WorkerPool
 
 _POSTS: Final = (

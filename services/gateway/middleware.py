@@ -3,12 +3,19 @@
 Plain ASGI, so that streaming and disconnects go through untouched.
 """
 
+import time
 from collections.abc import Collection
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
+from precast.log import get_logger
+from services.gateway import request_id
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
+
+log = get_logger(__name__)
 
 
 class PrivatePort:
@@ -43,6 +50,47 @@ def _without_slashes(scope: Scope) -> str:
     path, raw = str(scope["path"]), scope.get("raw_path") or b""
     slashes = len(raw) - len(raw.rstrip(b"/"))
     return path[: len(path) - slashes] or "/"
+
+
+class RequestIds:
+    """Names requests. The outermost of what a request passes, so that refusals have a name too.
+    With ``access_log`` there is a line in the log for each."""
+
+    def __init__(self, app: ASGIApp, *, access_log: bool = False) -> None:
+        self._app = app
+        self._access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name = request_id.name_for(Headers(scope=scope).get(request_id.HEADER, ""))
+        started = time.monotonic()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[request_id.HEADER] = name
+            await send(message)
+
+        watched = _StatusWatch(named)
+        with bound_contextvars(request_id=name):
+            try:
+                await self._app(request_id.named_scope(scope, name), receive, watched)
+            finally:
+                if self._access_log:
+                    _log_access(scope, watched.status, time.monotonic() - started)
+
+
+def _log_access(scope: Scope, status: int, seconds: float) -> None:
+    client = scope.get("client")
+    log.info(
+        "request",
+        method=scope["method"],
+        path=scope["path"],
+        status=status,
+        ms=round(seconds * 1000, 1),
+        client=client[0] if client else "",
+    )
 
 
 class Admission:

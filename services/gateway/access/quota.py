@@ -10,10 +10,10 @@ import uuid
 from dataclasses import dataclass
 from typing import Final
 
-import redis.asyncio
 from redis.exceptions import RedisError
 
 from precast.access.api_keys import ApiKey
+from precast.fleet.leases import connect_redis
 from precast.log import get_logger
 
 log = get_logger(__name__)
@@ -58,9 +58,7 @@ class Quota:
 
     def __init__(self, redis_url: str, *, longest_s: float) -> None:
         """``longest_s``: how long a request may run."""
-        self._redis = redis.asyncio.Redis.from_url(
-            redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-        )
+        self._redis = connect_redis(redis_url, timeout_s=_TIMEOUT_S)
         self._admit = self._redis.register_script(_ADMIT)
         self._longest_s = longest_s
 

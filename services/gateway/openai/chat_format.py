@@ -1,6 +1,5 @@
 """``/v1/chat/completions``: its events and its whole answer."""
 
-import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from msgspec import UNSET, Struct, UnsetType
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
 from services.gateway.openai.call_ids import new_call_id
-from services.gateway.openai.events import DONE, MARK, TextEvents, event
+from services.gateway.openai.events import DONE, MARK, TextEvents, error_event, event
 from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason
 from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.logprobs import chat_logprobs
@@ -69,7 +68,7 @@ class ChatFormat:
         return totals + DONE
 
     def failure(self, body: Mapping[str, Any]) -> bytes:
-        return b"data: %b\n\n" % json.dumps(body).encode()
+        return error_event(body)
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
         return api.ChatCompletion(

@@ -1,6 +1,5 @@
 """``/v1/completions``: its events and its whole answer."""
 
-import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
-from services.gateway.openai.events import DONE, MARK, TextEvents, event
+from services.gateway.openai.events import DONE, MARK, TextEvents, error_event, event
 from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason
 from services.gateway.openai.logprobs import (
     TextOffsets,
@@ -66,7 +65,7 @@ class CompletionFormat:
         return totals + DONE
 
     def failure(self, body: Mapping[str, Any]) -> bytes:
-        return b"data: %b\n\n" % json.dumps(body).encode()
+        return error_event(body)
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
         kept = [at for group in self._groups() for at in self._likeliest(group, choices)]

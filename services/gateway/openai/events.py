@@ -1,6 +1,8 @@
 """Server-sent events. One that only brings text is joined from pieces that were made before."""
 
-from typing import Final
+import json
+from collections.abc import Mapping
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -15,6 +17,11 @@ MARK: Final = "mark"
 
 def event(chunk: Struct) -> bytes:
     return b"data: %b\n\n" % encode(chunk)
+
+
+def error_event(body: Mapping[str, Any]) -> bytes:
+    """Of OpenAI's error object."""
+    return b"data: %b\n\n" % json.dumps(body).encode()
 
 
 class TextEvents:

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from services.gateway.openai.fields import whole
 from services.gateway.openai.known_fields import described
+from services.gateway.openai.lenient import Lenient
 from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
 
@@ -17,23 +18,17 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 _LABELS: Final = frozenset({"metadata", "service_tier", "betas"})
 
 
-class _Lenient(BaseModel):
-    model_config = ConfigDict(
-        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
-    )
-
-
-class TextBlock(_Lenient):
+class TextBlock(Lenient):
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(_Lenient):
+class ThinkingBlock(Lenient):
     type: Literal["thinking"]
     thinking: str
 
 
-class ToolUseBlock(_Lenient):
+class ToolUseBlock(Lenient):
     """A call that the model made."""
 
     type: Literal["tool_use"]
@@ -52,7 +47,7 @@ Text = Annotated[
 ]
 
 
-class ToolResultBlock(_Lenient):
+class ToolResultBlock(Lenient):
     """What a call led to."""
 
     type: Literal["tool_result"]
@@ -69,12 +64,12 @@ Content = Annotated[
 ]
 
 
-class Turn(_Lenient):
+class Turn(Lenient):
     role: Literal["user", "assistant"]
     content: Content
 
 
-class MessagesTool(_Lenient):
+class MessagesTool(Lenient):
     name: str = Field(pattern=NAME)
     description: str | None = None
     input_schema: dict[str, Any]
@@ -82,14 +77,14 @@ class MessagesTool(_Lenient):
     strict: bool | None = None
 
 
-class ToolChoice(_Lenient):
+class ToolChoice(Lenient):
     type: Literal["auto", "any", "none", "tool"]
     name: str | None = None
     """With type tool."""
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(_Lenient):
+class Thinking(Lenient):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
@@ -97,7 +92,7 @@ def _complete(schema: dict[str, Any]) -> None:
     schema["description"] = described(_NEUTRAL, _LABELS)
 
 
-class MessagesRequest(_Lenient):
+class MessagesRequest(Lenient):
     """``POST /v1/messages``."""
 
     model_config = ConfigDict(json_schema_extra=_complete)

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from services.gateway.openai.fields import whole
 from services.gateway.openai.known_fields import LABELS, described
+from services.gateway.openai.lenient import Lenient
 from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
 from services.gateway.openai.structured.fields import JsonObjectFormat, Schema, TextFormat
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
@@ -24,18 +25,12 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 _LABELS: Final = LABELS | {"include", "stream_options", "top_logprobs"}
 
 
-class _Lenient(BaseModel):
-    model_config = ConfigDict(
-        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
-    )
-
-
-class InputText(_Lenient):
+class InputText(Lenient):
     type: Literal["input_text", "output_text", "text"]
     text: str
 
 
-class InputRefusal(_Lenient):
+class InputRefusal(Lenient):
     type: Literal["refusal"]
     refusal: str
 
@@ -53,7 +48,7 @@ Text = Annotated[
 ]
 
 
-class InputMessage(_Lenient):
+class InputMessage(Lenient):
     """A turn of the conversation."""
 
     type: Literal["message"] = "message"
@@ -61,7 +56,7 @@ class InputMessage(_Lenient):
     content: Text
 
 
-class InputCall(_Lenient):
+class InputCall(Lenient):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -70,7 +65,7 @@ class InputCall(_Lenient):
     arguments: str
 
 
-class InputOutput(_Lenient):
+class InputOutput(Lenient):
     """What a call led to."""
 
     type: Literal["function_call_output"]
@@ -78,12 +73,12 @@ class InputOutput(_Lenient):
     output: Text
 
 
-class _ReasoningText(_Lenient):
+class _ReasoningText(Lenient):
     type: Literal["reasoning_text"]
     text: str
 
 
-class InputReasoning(_Lenient):
+class InputReasoning(Lenient):
     """What the model thought before."""
 
     type: Literal["reasoning"]
@@ -109,7 +104,7 @@ Input = Annotated[
 ]
 
 
-class FunctionTool(_Lenient):
+class FunctionTool(Lenient):
     type: Literal["function"]
     name: str = Field(pattern=NAME)
     description: str | None = None
@@ -117,7 +112,7 @@ class FunctionTool(_Lenient):
     strict: bool | None = None
 
 
-class ChosenFunction(_Lenient):
+class ChosenFunction(Lenient):
     type: Literal["function"]
     name: str
 
@@ -136,7 +131,7 @@ Choice = Annotated[
 ]
 
 
-class SchemaFormat(_Lenient):
+class SchemaFormat(Lenient):
     type: Literal["json_schema"]
     name: str = Field(min_length=1, max_length=256)
     schema_: Schema = Field(alias="schema")
@@ -144,14 +139,14 @@ class SchemaFormat(_Lenient):
     strict: bool | None = None
 
 
-class TextOptions(_Lenient):
+class TextOptions(Lenient):
     format: Annotated[
         TextFormat | JsonObjectFormat | SchemaFormat | None, Field(discriminator="type")
     ] = None
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningOptions(_Lenient):
+class ReasoningOptions(Lenient):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: str | None = None
     """Ignored: reasoning is returned as it is."""
@@ -162,7 +157,7 @@ def _complete(schema: dict[str, Any]) -> None:
     schema["description"] = described(_NEUTRAL, _LABELS)
 
 
-class ResponsesRequest(_Lenient):
+class ResponsesRequest(Lenient):
     """``POST /v1/responses``."""
 
     model_config = ConfigDict(json_schema_extra=_complete)

@@ -2,29 +2,25 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from services.gateway.openai.lenient import Lenient
 
 Schema = dict[str, Any] | bool
 """A JSON schema."""
 
 
-class _Lenient(BaseModel):
-    model_config = ConfigDict(
-        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
-    )
-
-
-class TextFormat(_Lenient):
+class TextFormat(Lenient):
     type: Literal["text"]
 
 
-class JsonObjectFormat(_Lenient):
+class JsonObjectFormat(Lenient):
     type: Literal["json_object"]
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     """Extension, as llama-server has it."""
 
 
-class NamedSchema(_Lenient):
+class NamedSchema(Lenient):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     schema_: Schema | None = Field(default=None, alias="schema")
@@ -33,7 +29,7 @@ class NamedSchema(_Lenient):
     """The answer follows the schema either way."""
 
 
-class JsonSchemaFormat(_Lenient):
+class JsonSchemaFormat(Lenient):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
@@ -43,7 +39,7 @@ ResponseFormat = Annotated[
 ]
 
 
-class StructuredOutputs(_Lenient):
+class StructuredOutputs(Lenient):
     """vLLM's field: exactly one of these."""
 
     json_: str | Schema | None = Field(default=None, alias="json")

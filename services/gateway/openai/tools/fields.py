@@ -4,11 +4,12 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
 )
+
+from services.gateway.openai.lenient import Lenient
 
 MAX_TOOLS: Final = 512
 NAME: Final = r"^[a-zA-Z0-9_.:-]{1,128}$"
@@ -19,13 +20,7 @@ NO_PARAMETERS: Final[dict[str, Any]] = {
 }
 
 
-class _Lenient(BaseModel):
-    model_config = ConfigDict(
-        strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
-    )
-
-
-class Function(_Lenient):
+class Function(Lenient):
     name: str = Field(pattern=NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -38,7 +33,7 @@ class Function(_Lenient):
         return NO_PARAMETERS if self.parameters is None else self.parameters
 
 
-class Tool(_Lenient):
+class Tool(Lenient):
     type: Literal["function"]
     function: Function
 
@@ -51,23 +46,23 @@ class Tool(_Lenient):
         return {"type": "function", "function": function}
 
 
-class FunctionName(_Lenient):
+class FunctionName(Lenient):
     name: str
 
 
-class NamedChoice(_Lenient):
+class NamedChoice(Lenient):
     """The function to call."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(_Lenient):
+class AllowedTools(Lenient):
     mode: Literal["auto", "required"]
     tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
-class AllowedChoice(_Lenient):
+class AllowedChoice(Lenient):
     """Some of the tools."""
 
     type: Literal["allowed_tools"]
