@@ -23,11 +23,10 @@ def start() -> Iterator[Start]:
     running: list[subprocess.Popen[str]] = []
 
     def program(code: str) -> int:
-        command = [sys.executable, "-Sc", f"print(flush=True); {code}"]
+        command = [sys.executable, "-Sc", f"print('runs', flush=True)\n{code}"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
         running.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "runs\n"
         return process.pid
 
     yield program
@@ -48,6 +47,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 SLEEPS, WORKS = "import time; time.sleep(60)", "while True: pass"
+
+
+def wait_for(pid: int, status: str) -> None:
+    deadline = time.monotonic() + 30
+    while psutil.Process(pid).status() != status:
+        assert time.monotonic() < deadline, f"{psutil.Process(pid).status()}, not {status}"
+        time.sleep(0.01)
 
 
 def seconds_to_hang(watched: Watch, forward: Callable[[float], None], limit: int = 20) -> float:
@@ -71,15 +77,14 @@ def test_a_stopped_process_has_hung_though_another_works(
 
 def test_processes_of_which_one_works_get_on(start: Start, clock: Callable[[float], None]) -> None:
     pids = [start(SLEEPS), start(WORKS)]
-    while psutil.Process(pids[1]).status() != psutil.STATUS_RUNNING:
-        time.sleep(0.01)
+    wait_for(pids[1], psutil.STATUS_RUNNING)
     assert seconds_to_hang(Watch(pids), clock) == float("inf")
 
 
 def test_processes_that_all_sleep_have_hung(start: Start, clock: Callable[[float], None]) -> None:
     pids = [start(SLEEPS), start(SLEEPS)]
-    while any(psutil.Process(pid).status() != psutil.STATUS_SLEEPING for pid in pids):
-        time.sleep(0.01)
+    for pid in pids:
+        wait_for(pid, psutil.STATUS_SLEEPING)
     watched = Watch(pids)
     assert seconds_to_hang(watched, clock) == pytest.approx(HUNG_S, abs=1)
 
@@ -89,8 +94,7 @@ def test_who_was_kept_from_looking_blames_nobody(
 ) -> None:
     """As after a host was frozen, the looker with it."""
     pid = start(SLEEPS)
-    while psutil.Process(pid).status() != psutil.STATUS_SLEEPING:
-        time.sleep(0.01)
+    wait_for(pid, psutil.STATUS_SLEEPING)
     watched = Watch([pid])
     clock(1.0)
     watched.hung()
