@@ -1,17 +1,20 @@
 """Trees of ``/sys`` and ``/proc`` as Linux writes them, for machines that the tests don't run on.
 
-They are built file by file, in the kernel's own form.
+They are built file by file, in the kernel's own form. ``RECORDED`` are real machines': what hwloc's
+and util-linux's test suites hold of them, reduced to the files that are read here.
 """
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 from precast.system.cgroup import NO_LIMITS, Limits
 from precast.system.placement import Machine
-from precast.system.topology import Topology, cpu_list, read_topology
+from precast.system.topology import Topology, cpu_list, parse_cpu_list, read_topology
 
 Files = Mapping[str, str]
 """Contents by path below the root."""
@@ -52,6 +55,25 @@ def server_files(server: Server) -> Files:
     for node in range(nodes):
         cpus = _group(server, node, server.cores // nodes)
         files[f"sys/devices/system/node/node{node}/cpulist"] = _list(cpus)
+    return files
+
+
+RECORDED: Final[Mapping[str, Mapping[str, Any]]] = json.loads(
+    (Path(__file__).parents[1] / "data/topologies.json").read_text()
+)
+"""By name: the source's name, CPUs that are on, CPUs of each node, and of each file of a CPU which
+CPUs have which contents."""
+
+
+def recorded_files(name: str) -> Files:
+    found = RECORDED[name]
+    files = {"sys/devices/system/cpu/online": f"{found['online']}\n"}
+    for node, cpus in found["nodes"].items():
+        files[f"sys/devices/system/node/{node}/cpulist"] = f"{cpus}\n"
+    for path, contents in found["cpus"].items():
+        for text, cpus in contents.items():
+            for cpu in parse_cpu_list(cpus):
+                files[f"sys/devices/system/cpu/cpu{cpu}/{path}"] = f"{text}\n"
     return files
 
 

@@ -96,7 +96,7 @@ class StepsUnderWay:
         expected = self._pace.expected_s(step.decode_tokens, step.prompt_tokens)
         sent = _Sent(step=step, graph_size=message.graph_size, expected_s=expected or 0.0)
         self._sent.append(sent)
-        group.send_step(message, step.sampling, timeout_s=_limit_s(step, expected))
+        group.send_step(message, step.sampling, timeout_s=limit_s(step.tokens, expected))
 
     def finish(self, done: StepDone) -> None:
         """The ranks have answered the oldest one."""
@@ -121,8 +121,8 @@ class StepsUnderWay:
         return running
 
 
-def _limit_s(step: ScheduledStep, expected_s: float | None) -> float:
-    """How long the ranks may take for a step."""
+def limit_s(tokens: int, expected_s: float | None) -> float:
+    """How long the ranks may take for a step of so many tokens."""
     if expected_s is None:
-        return UNKNOWN_STEP_TIMEOUT_S + UNKNOWN_TOKEN_TIMEOUT_S * step.tokens
+        return UNKNOWN_STEP_TIMEOUT_S + UNKNOWN_TOKEN_TIMEOUT_S * tokens
     return max(STEP_TIMEOUT_S, STEP_TIMEOUT_FACTOR * expected_s)
