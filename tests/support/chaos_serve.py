@@ -4,7 +4,7 @@
 refuse writes, empties it, fills the disk, and damages graphs and weights on disk, while clients
 ask. Each request must end once, with the right text or with an error of OpenAI's shape; where only
 Redis or the disk is at fault, none may fail. Prints, as JSON, seconds from each fault to the end of
-the first request that was sent after it and succeeded.
+the first request that was sent after it and succeeded; ends with 1 where that was too long.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import redis
 
 from precast.models.importing.importer import import_model
 from tests.support.http_load import check_outcomes
-from tests.support.recovery import KINDS, SIGNALS, away, settle
+from tests.support.recovery import KINDS, SIGNALS, away, settle, too_slow
 from tests.support.serve_stack import MODEL, Serve, serving
 
 NAMESPACE = "PRECAST_CHAOS_NAMESPACE"
@@ -100,7 +100,7 @@ def empty_redis(stack: Serve) -> float:
 def fill_disk(stack: Serve) -> float:
     filler = stack.home / "filler"
     try:
-        _write_until_full(filler)
+        write_until_full(filler)
         begun = time.monotonic()
         while time.monotonic() < begun + FAULT_S:
             seconds = _until_answered(stack, time.monotonic())
@@ -109,7 +109,7 @@ def fill_disk(stack: Serve) -> float:
         filler.unlink()
 
 
-def _write_until_full(path: Path) -> None:
+def write_until_full(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         for size in (1 << 24, 1 << 12, 1):
             with contextlib.suppress(OSError):
@@ -217,8 +217,10 @@ def main() -> int:
         return in_namespace(sys.argv[1:])
     with small_disk() as home:
         import_model(arguments.model, home / "models", report=lambda _stage: None)
-        print(json.dumps(run(home, arguments.rounds, arguments.only), indent=1))
-    return 0
+        found = run(home, arguments.rounds, arguments.only)
+    print(json.dumps(found, indent=1))
+    print("\n".join(late := too_slow(found)), file=sys.stderr)
+    return 1 if late else 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 ``python -m tests.support.recovery [--runs 3] [--model-home HOME]`` prints seconds as JSON: from the
 signal to the end of the first request that was sent after it and succeeded; ``noticed``: until the
-process was gone.
+process was gone. Ends with 1 where one took longer than ``LIMITS_S`` allows.
 """
 
 import argparse
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,11 @@ from tests.support.serve_stack import MODEL, Serve, alive, serving
 
 KINDS = ("rank", "decode-worker", "gateway", "compile-worker", "redis-server")
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+LIMITS_S = {"rank": 3.0, "decode-worker": 5.0, "gateway": 2.0}
+"""For killed processes."""
+OTHERS_LIMIT_S = 2.0
+"""No request needs them."""
+HUNG_LIMIT_S = 15.0
 DEADLINE_S = 60.0
 POLL_S = 0.05
 
@@ -79,7 +85,19 @@ def measure(home: Path, runs: int) -> dict[str, list[float]]:
     return found
 
 
-def main() -> None:
+def too_slow(found: dict[str, list[float]]) -> list[str]:
+    """A line for each fault that took longer than it may, on a machine that does nothing else."""
+    lines = []
+    for kind in KINDS:
+        limits = {"killed": LIMITS_S.get(kind, OTHERS_LIMIT_S), "stopped": HUNG_LIMIT_S}
+        for name, limit in limits.items():
+            worst = max(found.get(f"{kind} {name}", [0.0]))
+            if worst > limit:
+                lines.append(f"{kind} {name}: {worst:g} s, {limit:g} allowed")
+    return lines
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.support.recovery")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--model", default=MODEL, help="a folder, or the name of a built-in model")
@@ -88,8 +106,11 @@ def main() -> None:
         prefix="precast-recovery-", ignore_cleanup_errors=True
     ) as home:
         import_model(arguments.model, Path(home) / "models", report=lambda _stage: None)
-        print(json.dumps(measure(Path(home), arguments.runs), indent=1))
+        found = measure(Path(home), arguments.runs)
+    print(json.dumps(found, indent=1))
+    print("\n".join(late := too_slow(found)), file=sys.stderr)
+    return 1 if late else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

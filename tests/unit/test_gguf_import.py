@@ -33,8 +33,8 @@ from tests.support.gguf_files import (
 )
 
 COUNT = len(byte_level()["tokenizer.ggml.tokens"])
-SECONDS = 5.0
-"""For what takes one on a machine that does nothing else."""
+SECONDS = 1.0
+"""Of processor time, which other programs don't take from us."""
 
 
 def run(path: Path, home: Path) -> Result:
@@ -305,9 +305,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_is_wrong_is_one_line(tmp_path: Path, case: str) -> None:
     changes, said = REFUSED[case]
     source = write_gguf(tmp_path / "tiny.gguf", **changes)
-    started = time.monotonic()
+    started = time.process_time()
     done = run(source, tmp_path)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     refused(done, tmp_path, said)
 
 
