@@ -19,6 +19,7 @@ from services.compile_worker.sandbox import capture as capturing
 from services.compile_worker.sandbox.capture import CaptureLimits, run_capture
 from services.compile_worker.sandbox.client import ForkServer
 from tests.support.compile_worker import FACTORS, ROOT, program, starts, wait_until
+from tests.support.processes import words
 
 LIMITS = CaptureLimits(timeout_s=20, memory_bytes=1 << 30)
 
@@ -71,14 +72,11 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
 
 def running(tmp_path: Path) -> list[psutil.Process]:
     """Processes that work for this test: their command line names its folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and str(tmp_path) in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.pid != os.getpid() and str(tmp_path) in " ".join(words(process.pid))
+    ]
 
 
 def is_over(process: psutil.Process) -> bool:

@@ -30,6 +30,7 @@ from services.decode_worker.ranks.protocol import Init
 from tests.support.artifacts import at_path
 from tests.support.faulty_rank import DAMAGED, POISON
 from tests.support.models import write_model
+from tests.support.processes import words
 
 pytestmark = pytest.mark.timeout(60)
 STEP_MS = 100
@@ -168,8 +169,7 @@ async def rig(
 
 def rank_pids() -> list[int]:
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    named = ((int(pid), Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in children)
-    return [pid for pid, command in named if b"faulty_rank" in command]
+    return [pid for pid in map(int, children) if "tests.support.faulty_rank" in words(pid)]
 
 
 async def test_a_request_that_ends_before_its_ranks_die_is_told(rig: Rig) -> None:

@@ -385,29 +385,28 @@ def test_a_worker_without_heartbeats_is_served_through(stack: Stack, gateway: Ga
     assert (answer.status_code, worker.served()) == (200, 1)
 
 
+@pytest.mark.parametrize("local", [1, 0])
 def test_a_worker_of_this_host_is_served_past_grpc_and_another_over_it(
-    stack: Stack, gateway: Gateway
+    stack: Stack, gateway: Gateway, local: int
 ) -> None:
-    def linked(worker_id: str) -> int:
+    def linked() -> int:
         """Sockets of this name: one listens, and each connection has one."""
-        names = Path("/proc/net/unix").read_text().split()
-        return names.count(f"@precast-{worker_id}")
+        return Path("/proc/net/unix").read_text().split().count(f"@precast-{name}")
 
-    for local in (1, 0):
-        name = f"w{os.getpid()}-{local}"
-        worker = stack.worker(worker_id=name, local=local, step_ms=5)
-        eventually(lambda: gateway.workers() == 1)
-        assert linked(name) == (2 if local else 0)
-        answers = [complete(gateway, max_tokens=30, stream=stream) for stream in (True, False)]
-        events = re.findall(r'"text":"([^"]*)"', answers[0].text)
-        assert "".join(events) == answers[1].json()["choices"][0]["text"]
-        stream = stream_with_tokens(gateway, worker, max_tokens=20)
-        worker.kill()
-        eventually(lambda: gateway.workers() == 0)
-        other = stack.worker(worker_id=f"{name}-other", local=local)
-        assert text_of(stream.wait(10)[0]) == said(20)
-        other.kill()
-        eventually(lambda: gateway.workers() == 0)
+    name = f"w{os.getpid()}-{local}"
+    worker = stack.worker(worker_id=name, local=local, step_ms=5)
+    eventually(lambda: gateway.workers() == 1)
+    if local:
+        eventually(lambda: linked() == 2)
+    assert linked() == (2 if local else 0)
+    answers = [complete(gateway, max_tokens=30, stream=stream) for stream in (True, False)]
+    events = re.findall(r'"text":"([^"]*)"', answers[0].text)
+    assert "".join(events) == answers[1].json()["choices"][0]["text"]
+    stream = stream_with_tokens(gateway, worker, max_tokens=20)
+    worker.kill()
+    eventually(lambda: gateway.workers() == 0)
+    stack.worker(worker_id=f"{name}-other", local=local)
+    assert text_of(stream.wait(10)[0]) == said(20)
 
 
 def test_a_worker_without_columns_is_served_through(stack: Stack, gateway: Gateway) -> None:

@@ -10,6 +10,7 @@ import psutil
 from precast.system.process import available_cpus
 from tests.support.decode_worker import DecodeWorker, decode_worker
 from tests.support.limits import limited
+from tests.support.processes import words
 
 PERIOD_US = 100_000
 
@@ -24,7 +25,7 @@ def placed(worker: DecodeWorker) -> list[str]:
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
     """Below a start, with replicas or without: by the titles that they give themselves."""
     below = process.children(recursive=True)
-    return [one for one in below if " ".join(one.cmdline()).startswith("precast rank ")]
+    return [one for one in below if words(one.pid)[:2] == ["precast", "rank"]]
 
 
 def test_two_workers_under_one_quota_share_it(tiny_home: Path, tiny_redis: str) -> None:

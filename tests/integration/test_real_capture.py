@@ -27,6 +27,7 @@ from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from services.compile_worker.sandbox import server as fork_server
 from tests.support.capture import BUILD_DIR, run_capture
 from tests.support.compile_worker import WorkerProcess, compile_worker, connect
+from tests.support.processes import words
 
 SHAPE = ModelShape(
     architecture="llama",
@@ -115,7 +116,7 @@ def test_graph_of_a_tiny_model(captured: Captured, tmp_path: Path) -> None:
 
 def fork_server_of(worker: WorkerProcess) -> psutil.Process:
     children = psutil.Process(worker.process.pid).children()
-    return next(child for child in children if fork_server.__name__ in child.cmdline())
+    return next(child for child in children if fork_server.__name__ in words(child.pid))
 
 
 def leaves_no_files_behind(package: Path, folder: Path) -> None:

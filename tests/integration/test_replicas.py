@@ -16,6 +16,7 @@ from services.decode_worker.replicas import replica
 from tests.support.command import precast
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
 from tests.support.ports import free_ports
+from tests.support.processes import words
 from tests.support.serve_stack import alive
 
 MODEL = "tiny"
@@ -51,8 +52,7 @@ def answer(worker: DecodeWorker) -> list[int]:
 
 def ranks(leader: psutil.Process) -> list[psutil.Process]:
     """Without the process that they are forked from."""
-    living = [c for c in leader.children() if c.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in living if "rank" in child.cmdline()]
+    return [child for child in leader.children() if "rank" in words(child.pid)]
 
 
 def leaders(workers: list[DecodeWorker]) -> list[psutil.Process]:

@@ -30,6 +30,7 @@ from tests.support.decode_worker import DecodeWorker, decode_worker
 from tests.support.gateway_stack import Gateway, Stack
 from tests.support.models import write_model
 from tests.support.ports import free_ports
+from tests.support.processes import words
 
 MODEL: Final = "tiny"
 WORKERS: Final = 3
@@ -123,7 +124,7 @@ class Fleet:
         raise ProcessLookupError(f"nobody listens on {port}")
 
     def rank(self, index: int) -> psutil.Process:
-        return next(c for c in self.leader(index).children() if "rank" in c.cmdline())
+        return next(c for c in self.leader(index).children() if "rank" in words(c.pid))
 
     def ready(self) -> bool:
         return all(map(_is_ready, self.workers))

@@ -21,6 +21,7 @@ from precast.rpc.tls import NAME, Tls
 from tests.support import forked
 from tests.support.command import PROGRAM
 from tests.support.ports import free_port
+from tests.support.processes import words
 
 ROOT = Path(__file__).parents[2]
 PRECAST = (str(Path(sys.executable).with_name("precast")),)
@@ -132,7 +133,7 @@ class DecodeWorker:
         return [
             int(pid)
             for pid in children.split()
-            if b"decode_worker.ranks.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if any("decode_worker.ranks.process" in word for word in words(int(pid)))
         ]
 
     def kill(self) -> None:
