@@ -5,7 +5,7 @@ replays; SmolLM2's nine query heads are dealt five and four, and both ranks hold
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,14 +39,14 @@ PROMPTS = [
     "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
     "My favourite season is autumn because",
 ]
-FEW = 3
-"""Prompts that are enough for most numbers of requests: bits don't depend on that."""
 TOKENS = 48
-GRAPH_SIZES = (1, 3, 8)
-"""Requests at once. Graphs exist for 1 and 8, so that 3 is padded."""
-EAGER_SIZES = {1: (3, 8), 2: (8,)}
-"""For each number of ranks. The kernels' steps of one row are the graphs' of size 1 too, and what
-ranks add to a step does not depend on the requests in it."""
+FEW = 8
+"""Prompts that are enough where only what all have in common can differ: eager steps from graphs,
+two ranks from one, a padded step from a full one."""
+GRAPHS = {1: "1,8", 2: "8"}
+"""For each number of ranks. What ranks add to a step does not depend on the requests in it."""
+AT_ONCE = {1: (1, 3, 8), 2: (3, 8)}
+"""Requests; 3 are padded to 8."""
 Continuation = Callable[[tuple[int, ...], tuple[int, ...]], list[int]]
 
 
@@ -103,22 +103,20 @@ def generate(
     return [answer.token_ids for answer in answers]
 
 
-def check_sizes(
-    sizes: Sequence[int],
+def check(
+    at_once: int,
     worker: DecodeWorker,
     prompts: list[list[int]],
     greedy_continuation: Continuation,
 ) -> None:
     client = worker.client()
-    for size in sizes:
-        asked = prompts if size == max(sizes) else prompts[:FEW]
-        outputs = []
-        for first in range(0, len(asked), size):
-            outputs += generate(client, worker, asked[first : first + size])
-        assert all(len(output) == TOKENS for output in outputs)
-        for text, prompt, output in zip(PROMPTS, asked, outputs, strict=False):
-            wanted = greedy_continuation(tuple(prompt), tuple(output))
-            assert output == wanted, f"{size} at once: {text!r}"
+    outputs = []
+    for first in range(0, len(prompts), at_once):
+        outputs += generate(client, worker, prompts[first : first + at_once])
+    assert all(len(output) == TOKENS for output in outputs)
+    for text, prompt, output in zip(PROMPTS, prompts, outputs, strict=False):
+        wanted = greedy_continuation(tuple(prompt), tuple(output))
+        assert output == wanted, f"{at_once} at once: {text!r}"
     client.close()
 
 
@@ -135,17 +133,20 @@ def test_eager_then_graphs(
         "home": home,
         "redis_url": redis_url,
         "model": "smollm2-135m-instruct",
-        "batch_sizes": "1,8",
+        "batch_sizes": GRAPHS[tp],
         "tp": tp,
         "max_context_length": 256,
     }
+    sizes = [int(size) for size in GRAPHS[tp].split(",")]
     with decode_worker(**settings) as worker:
-        check_sizes(EAGER_SIZES[tp], worker, prompts, greedy_continuation)
+        check(8, worker, prompts[:FEW], greedy_continuation)
         eager = worker.status()
         assert (eager.graph_steps, eager.eager_steps > 0) == (0, True)
         with compile_worker(home, redis_url, capture_timeout_s=400, parallel_captures=2):
-            eventually(lambda: len(worker.status().graphs) == 2, 400)
-        check_sizes(GRAPH_SIZES, worker, prompts, greedy_continuation)
+            eventually(lambda: len(worker.status().graphs) == len(sizes), 400)
+        for at_once in AT_ONCE[tp]:
+            asked = prompts if (tp, at_once) == (1, 8) else prompts[: min(FEW, 3 * at_once)]
+            check(at_once, worker, asked, greedy_continuation)
         status = worker.status()
         assert (status.eager_steps, status.graph_steps > 0) == (eager.eager_steps, True)
-        assert [graph.num_tokens for graph in status.graphs] == [1, 8]
+        assert [graph.num_tokens for graph in status.graphs] == sizes
