@@ -12,24 +12,30 @@ from safetensors.numpy import save_file
 
 from precast.ops.native import native_isa
 from precast.system.cpu import narrowed, this_cpu
+from tests.support import command
 from tests.support.models import tensors, write_model
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "tests.support.tensor_parallel_program"
 WITHOUT_UPSTREAM = {"embedding", "fused_experts", "gelu_tanh_and_mul", "route", "soft_cap"}
 
 
 def generate(
-    model: Path, *arguments: str, python_path: str = str(ROOT), **environment: str
+    model: Path, *arguments: str, python_path: str | None = None, **environment: str
 ) -> dict[str, Any]:
     """What each group size answered, step by step; and by "kernels", who served each operator."""
-    program = subprocess.run(
-        [sys.executable, "-m", "tests.support.tensor_parallel_program", str(model), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": python_path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
+    if python_path is None:
+        program = command.run(f"{PROGRAM}:main", model, *arguments, environment=environment)
+    else:
+        environment = {**os.environ, "PYTHONPATH": python_path, **environment}
+        program = subprocess.run(
+            [sys.executable, "-m", PROGRAM, str(model), *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=110,
+        )
     assert program.returncode == 0, program.stderr[-2000:]
     answers: dict[str, Any] = json.loads(program.stdout.splitlines()[-1])  # logs come first
     return answers

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -217,12 +217,12 @@ CASES = {
 }
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--size", type=int, default=2)
     parser.add_argument("--count", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     with torch.inference_mode():
         result = CASES[arguments.case](arguments.size, arguments.count)
     print(json.dumps(result))

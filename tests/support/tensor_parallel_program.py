@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -153,7 +153,7 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
     return kernels, answers
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir")
     parser.add_argument("--tp", default="1,2")
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--weight-dtype", default="fp32")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--kv-dtype", default="fp32")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     precision = Precision(
         weight_dtype=given.weight_dtype,
         quantization=given.quantization,

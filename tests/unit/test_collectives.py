@@ -11,25 +11,15 @@ import pytest
 
 from precast.ops import native
 from precast.system.shared_memory import FOLDER, new_segment_name
+from tests.support import command
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "tests.support.collective_program:main"
 
 
 def run(case: str, size: int, count: int = 1, timeout_s: float = 60.0) -> dict[str, Any]:
-    program = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.support.collective_program",
-            case,
-            f"--size={size}",
-            f"--count={count}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    arguments = (case, f"--size={size}", f"--count={count}")
+    program = command.run(PROGRAM, *arguments, timeout_s=timeout_s)
     assert program.returncode == 0, program.stderr[-2000:]
     result: dict[str, Any] = json.loads(program.stdout)
     return result

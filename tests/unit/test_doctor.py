@@ -13,6 +13,7 @@ from precast.config.settings import DecodeWorkerSettings, load_settings
 from precast.models.importing.catalog import list_models
 from precast.system.cpu import this_cpu
 from precast.system.free_memory import FreeMemory
+from tests.support.command import precast
 from tests.support.machines import XEON_2X28, machine, topology_of
 from tests.support.models import write_model
 
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
+    if not prefix:
+        return precast("doctor", *arguments)
     command = [*prefix, sys.executable, "-m", "precast", "doctor", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
 
