@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from precast.config.secrets import masked
 from precast.config.settings import DecodeWorkerSettings
@@ -26,6 +26,9 @@ from precast.system.placement import Machine, compute_threads, described, plan, 
 from precast.system.process import available_cpus
 from precast.system.shared_memory import FOLDER
 from precast.system.topology import cpu_list
+
+if TYPE_CHECKING:
+    from precast.models.config import ModelConfig
 
 State = Literal["ok", "warning", "problem"]
 _GROUP_BYTES_A_RANK: Final = 2 << 20
@@ -229,13 +232,15 @@ def _providers(settings: DecodeWorkerSettings) -> Iterator[Finding]:
     from precast.ops import providers
     from precast.ops.packing import Format
 
-    formats = (settings.quantization, settings.head_quantization)
+    config = _config(settings)
+    precision = settings.precision(config.own_quantization if config else None)
+    formats = (precision.quantization, precision.head_quantization)
     plain = settings.weight_dtype
     needs = providers.Needs(
         weight_dtype=plain,
         formats=frozenset(Format[(plain if f == "none" else f).upper()] for f in formats),
         kv_dtype=settings.kv_dtype,
-        head_dim=_head_dim(settings),
+        head_dim=config.head_dim if config else 64,  # most models'
     )
     selection = providers.select(settings.kernel_provider, needs)
     for name, text in providers.described(selection).items():
@@ -244,13 +249,14 @@ def _providers(settings: DecodeWorkerSettings) -> Iterator[Finding]:
     yield _finding("operator collectives", "ok", "native")
 
 
-def _head_dim(settings: DecodeWorkerSettings) -> int:
+def _config(settings: DecodeWorkerSettings) -> "ModelConfig | None":
+    """Of the model that is set, if it is there."""
     from precast.models.config import load_config
 
     try:
-        return load_config(settings.model_dir).head_dim
+        return load_config(settings.model_dir)
     except PrecastError:
-        return 64  # most models'
+        return None
 
 
 def _finding(name: str, state: State, detail: str) -> Finding:

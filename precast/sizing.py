@@ -46,7 +46,8 @@ def size(settings: DecodeWorkerSettings, folder: Path, free: FreeMemory) -> Sizi
     config = load_config(folder)
     context = _context(settings, config)
     block = _block_bytes(settings, config)
-    weights = weight_bytes(folder, config, settings.precision, tp=settings.tp, positions=context)
+    precision = settings.precision(config.own_quantization)
+    weights = weight_bytes(config, precision, tp=settings.tp, positions=context)
     fixed = weights + (settings.tp + 1) * PROCESS_BYTES
     mine = free.nbytes // settings.replicas
     blocks = _blocks(settings, context, min(int(mine * KV_MEMORY_SHARE), mine - fixed) // block)

@@ -40,7 +40,9 @@ from precast.models.precision import (
     KvDtype,
     Precision,
     Quantization,
+    QuantizationSetting,
     WeightDtype,
+    chosen_quantization,
     default_head_quantization,
     default_kv_dtype,
 )
@@ -217,9 +219,10 @@ class DecodeWorkerSettings(CommonSettings):
     """Name of a folder in ``models_dir``."""
     weight_dtype: WeightDtype = "fp32"
     """Of the embedding table, and of linears that are not quantised."""
-    quantization: Quantization = "none"
-    """Of the layers' linears: int8 (a scale for each channel), or GGUF's q8_0, q4_0 and q4_1."""
-    head_quantization: Quantization = Field(
+    quantization: QuantizationSetting = "none"
+    """Of the layers' linears: int8 (a scale for each channel), or GGUF's q8_0, q4_0 and q4_1; auto:
+    the format that a quantised checkpoint comes in, and q4_1 for others."""
+    head_quantization: QuantizationSetting = Field(
         default_factory=lambda data: default_head_quantization(data["quantization"])
     )
     """Of the output projection; as the layers', but q8_0 where they have 4 bits."""
@@ -307,12 +310,17 @@ class DecodeWorkerSettings(CommonSettings):
         """Tokens of a step to have graphs for."""
         return tuple(sorted({*self.batch_sizes, *self.prefill_buckets}))
 
-    @property
-    def precision(self) -> Precision:
+    def precision(self, own: Quantization | None) -> Precision:
+        """``own``: the format that the checkpoint comes in, if it is quantised."""
+        layers = chosen_quantization(self.quantization, own)
+        if self.head_quantization == "auto":
+            head = default_head_quantization(layers)
+        else:
+            head = self.head_quantization
         return Precision(
             weight_dtype=self.weight_dtype,
-            quantization=self.quantization,
-            head_quantization=self.head_quantization,
+            quantization=layers,
+            head_quantization=head,
             kv_dtype=self.kv_dtype,
         )
 
@@ -338,9 +346,9 @@ class ServeSettings(CommonSettings):
     """As of the decode worker."""
     weight_dtype: WeightDtype = "fp32"
     """As of the decode worker."""
-    quantization: Quantization = "q4_1"
+    quantization: QuantizationSetting = "auto"
     """As of the decode worker."""
-    head_quantization: Quantization = Field(
+    head_quantization: QuantizationSetting = Field(
         default_factory=lambda data: default_head_quantization(data["quantization"])
     )
     """As of the decode worker."""

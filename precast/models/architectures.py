@@ -4,7 +4,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from precast.models import gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from precast.models import (
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import (
     EmbedWeights,
@@ -51,10 +65,15 @@ class Architecture(Protocol):
 
 _MODULES: dict[str, Architecture] = {
     "gemma3": gemma3,
+    "gpt_oss": gpt_oss,
+    "granite": granite,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
+    "olmo2": olmo2,
     "phi3": phi3,
     "qwen2": qwen2,
+    "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,

@@ -4,26 +4,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SkipValidation,
+    ValidationError,
+    model_validator,
+)
 
 from precast.errors import ModelCorrupt, ModelNotFound, UnsupportedArchitecture
 from precast.models.end_tokens import end_tokens
 from precast.models.json_file import read_object
-from precast.models.options import LayerPlan, Options, Qwen3MoeOptions, read_options
+from precast.models.options import ExpertOptions, LayerPlan, Options, read_options
+from precast.models.precision import Quantization
+from precast.models.quantized.recognise import scheme_of
+from precast.models.quantized.scheme import Scheme
 from precast.models.rope import RopeConfig
 
 ARCHITECTURES = {
     "Gemma3ForCausalLM": "gemma3",
+    "GptOssForCausalLM": "gpt_oss",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Olmo2ForCausalLM": "olmo2",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "SmolLM3ForCausalLM": "smollm3",
 }
 """Hugging Face class names and the module in ``precast.models`` that implements each."""
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "gpt_oss": {"head_dim": 64},
     "gemma3": {"head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     "qwen3": {"head_dim": 128},
     "smollm3": {"tie_word_embeddings": True},
@@ -34,8 +50,6 @@ _MAX_SIZE: Final = 1 << 24
 """Of a matrix' side, and of positions: what is beyond is a mistake, and would take for ever."""
 _COUNTS: Final = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 """Entries that are calculated with before pydantic sees them."""
-_QUANTIZED: Final = ("quantization_config", "compression_config", "quantization")
-"""Entries that say that the weights are not what their tensors hold."""
 
 
 class ModelConfig(BaseModel):
@@ -55,6 +69,8 @@ class ModelConfig(BaseModel):
     """Columns of a dense MLP."""
     expert_size: int = Field(default=0, ge=0, le=_MAX_SIZE)
     """Columns of an expert; 0: the model has none."""
+    shared_size: int = Field(default=0, ge=0, le=_MAX_SIZE)
+    """Columns of an expert that all tokens go through; 0: the model has none."""
     vocab_size: int = Field(gt=0, le=_MAX_SIZE)
     rms_norm_eps: float = Field(gt=0)
     ropes: tuple[RopeConfig, ...]
@@ -63,6 +79,13 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: bool
     max_position_embeddings: int = Field(gt=0, le=_MAX_SIZE)
     eos_token_ids: tuple[int, ...]
+    scheme: SkipValidation[Scheme | None] = None
+    """How linears are quantised that don't come as floats."""
+
+    @property
+    def own_quantization(self) -> Quantization | None:
+        """The format in which quantised linears keep what they have; None: there are none."""
+        return self.scheme.quantization if self.scheme is not None else None
 
     @property
     def num_layers(self) -> int:
@@ -98,13 +121,14 @@ def load_config(folder: Path) -> ModelConfig:
         raise ModelNotFound(f"no model at {folder}: config.json is missing")
     raw = read_object(path)
     name = _class_name(path, raw)
-    _refuse_quantized(path, raw)
+    scheme = scheme_of(folder, raw)
     try:
-        return _parse(ARCHITECTURES[name], raw, folder)
+        config = _parse(ARCHITECTURES[name], raw, folder)
     except UnsupportedArchitecture as error:
         raise UnsupportedArchitecture(f"{path}: {name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelCorrupt(f"{path}: {_one_line(error)}") from error
+    return config.model_copy(update={"scheme": scheme})
 
 
 def _class_name(path: Path, raw: Mapping[str, Any]) -> str:
@@ -115,17 +139,6 @@ def _class_name(path: Path, raw: Mapping[str, Any]) -> str:
         shown = ascii(name)[:80].strip("'")
         raise UnsupportedArchitecture(f"{path}: architecture {shown} is not one of: {known}")
     return name
-
-
-def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
-    for entry in _QUANTIZED:
-        if not (found := raw.get(entry)):
-            continue
-        method = found.get("quant_method") if isinstance(found, dict) else None
-        raise UnsupportedArchitecture(
-            f"{path}: {entry} ({ascii(method or 'no quant_method')[:80]}): quantised weights are "
-            "not supported; import the model's float weights, or a GGUF file"
-        )
 
 
 def _parse(architecture: str, raw: dict[str, Any], folder: Path) -> ModelConfig:
@@ -142,7 +155,8 @@ def _parse(architecture: str, raw: dict[str, Any], folder: Path) -> ModelConfig:
         kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         intermediate_size=raw["intermediate_size"],
-        expert_size=options.expert_size if isinstance(options, Qwen3MoeOptions) else 0,
+        expert_size=options.expert_size if isinstance(options, ExpertOptions) else 0,
+        shared_size=getattr(options, "shared_size", 0),
         vocab_size=raw["vocab_size"],
         rms_norm_eps=raw["rms_norm_eps"],
         ropes=ropes,

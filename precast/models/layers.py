@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from precast.models.kv_cache import LayerCache
+from precast.models.options import ExpertOptions
 from precast.models.shape import ModelShape
 from precast.ops.packing import Format
 
@@ -38,7 +39,10 @@ class AttentionWeights(NamedTuple):
     qkv: Linear
     output: Linear
     qk_norms: list[Tensor]
-    """[D] each, of queries and of keys; empty where they are not normed."""
+    """[D] each, of queries and of keys, or of all heads together; empty where they are not
+    normed."""
+    sinks: tuple[Tensor, ...] = ()
+    """[query heads]: scores that take part in a head's softmax and add nothing; empty: none."""
 
 
 class MlpWeights(NamedTuple):
@@ -52,6 +56,8 @@ class ExpertWeights(NamedTuple):
     gate_up: Tensor
     """uint8 [experts, panels, bytes]: each expert's packed linear."""
     down: Tensor
+    biases: tuple[Tensor, ...] = ()
+    """float32 [experts, outputs] of both; empty: none."""
 
 
 class DecoderWeights(NamedTuple):
@@ -114,13 +120,15 @@ def attention(
     *,
     qkv_bias: bool = False,
     output_bias: bool = False,
+    norm_all: bool = False,
     window: int = 0,
     softcap: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
     """Writes this step's keys and values and attends: [T, H] to [T, H].
 
-    ``window``: tokens that a token sees, itself included; 0: all. ``softcap``: scores become
+    ``norm_all``: a token's queries are normed together, and so are its keys. ``window``: tokens
+    that a token sees, itself included; 0: all. ``softcap``: scores become
     softcap * tanh(score / softcap); 0: not. ``scale``: of scores; None: 1 / sqrt(D).
     """
     if shape.q_heads == 0:  # none are left for this rank
@@ -128,12 +136,12 @@ def attention(
     dim = shape.head_dim
     q_size, kv_size = shape.q_heads * dim, shape.kv_heads * dim
     qkv = linear(shape.linear_format, x, weights.qkv, q_size + 2 * kv_size, qkv_bias)
-    q, k, v = (
-        part.view(part.shape[0], -1, dim) for part in qkv.split([q_size, kv_size, kv_size], -1)
-    )
-    if weights.qk_norms:
-        q = rms_norm(q, weights.qk_norms[0], shape.rms_norm_eps)
-        k = rms_norm(k, weights.qk_norms[1], shape.rms_norm_eps)
+    q, k, v = qkv.split([q_size, kv_size, kv_size], -1)
+    if norm_all:
+        q, k = _normed(shape, q, k, weights.qk_norms)
+    q, k, v = (part.view(part.shape[0], -1, dim) for part in (q, k, v))
+    if weights.qk_norms and not norm_all:
+        q, k = _normed(shape, q, k, weights.qk_norms)
     out = torch.ops.precast.paged_attention(
         rotate(q, rope),
         rotate(k, rope),
@@ -145,11 +153,17 @@ def attention(
         window,
         softcap,
         list(shape.query_groups),
+        *weights.sinks,
     )
     out = out.view(-1, q_size)
     return reduce(
         shape, linear(shape.linear_format, out, weights.output, shape.hidden_size, output_bias)
     )
+
+
+def _normed(shape: Shape, q: Tensor, k: Tensor, norms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    eps = shape.rms_norm_eps
+    return rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
 
 
 def gated_mlp(
@@ -159,9 +173,12 @@ def gated_mlp(
     *,
     bias: bool = False,
     activate: Activation | None = None,
+    size: int | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]; ``activate``: None is silu's."""
-    gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * shape.intermediate_size, bias)
+    """down(activation(gate(x)) * up(x)): [T, H] to [T, H]; ``activate``: None is silu's; ``size``:
+    columns on this rank, if they are not the model's ``intermediate_size``."""
+    columns = shape.intermediate_size if size is None else size
+    gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * columns, bias)
     x = (activate or silu_and_mul)(gate_up)
     return reduce(shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, bias))
 
@@ -170,24 +187,30 @@ def expert_mlp(
     shape: Shape,
     x: Tensor,
     weights: ExpertWeights,
+    options: ExpertOptions,
     *,
-    experts: int,
-    per_token: int,
-    expert_size: int,
-    normalize: bool,
+    router_bias: bool = False,
+    limit: float = 0.0,
 ) -> Tensor:
     """Gated MLPs of the experts that a token's router likes best, by its weights: [T, H] to [T, H].
 
-    ``normalize``: whether the weights of a token's experts sum to one.
+    ``limit``: gate and up are kept within it, and an expert is gate * sigmoid(1.702 gate) *
+    (up + 1); 0: not.
     """
-    scores = linear(shape.format_of("none"), x, weights.router, experts, False)
-    chosen, likes = torch.ops.precast.route(scores, per_token, normalize)
-    return reduce(
-        shape,
-        torch.ops.precast.fused_experts(
-            x, chosen, likes, weights.gate_up, weights.down, expert_size, int(shape.linear_format)
-        ),
+    scores = linear(shape.format_of("none"), x, weights.router, options.experts, router_bias)
+    chosen, likes = torch.ops.precast.route(scores, options.experts_per_token, options.normalize)
+    out = torch.ops.precast.fused_experts(
+        x,
+        chosen,
+        likes,
+        weights.gate_up,
+        weights.down,
+        options.expert_size,
+        int(shape.linear_format),
+        *(weights.biases or (None, None)),
+        limit,
     )
+    return reduce(shape, out)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -197,6 +220,12 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     y: Tensor = torch.ops.precast.gelu_tanh_and_mul(gate_up)
+    return y
+
+
+def sigmoid_and_mul(gate: Tensor, x: Tensor) -> Tensor:
+    """sigmoid(gate) * x: [T, 1] and [T, N] to [T, N]."""
+    y: Tensor = torch.ops.precast.sigmoid_and_mul(gate, x)
     return y
 
 

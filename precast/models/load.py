@@ -15,10 +15,20 @@ from precast.models.architectures import architecture_of
 from precast.models.config import ModelConfig
 from precast.models.layers import EmbedWeights, HeadWeights, Shape
 from precast.models.options import Kind, LayerPlan
+from precast.models.quantized.source import QuantizedCheckpoint
 from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
 from precast.models.weights.checkpoint import Checkpoint
-from precast.models.weights.loader import Cut, Loader, Packer, Part, cut_of, pack_in, pack_table
+from precast.models.weights.loader import (
+    Cut,
+    Loader,
+    Packer,
+    Part,
+    Source,
+    cut_of,
+    pack_in,
+    pack_table,
+)
 from precast.models.weights.packed_files import (
     Keep,
     PackedFolder,
@@ -27,6 +37,7 @@ from precast.models.weights.packed_files import (
 )
 from precast.ops import providers
 from precast.ops.packing import Format, packed_size
+from precast.ops.scaled import Weight
 from precast.system.memory import Arena
 
 _T = TypeVar("_T")
@@ -113,7 +124,8 @@ def _read(
 ) -> Weights:
     """``packed``: where linears are that were packed before; ``keep`` gets those of each other
     layer."""
-    base = Loader(source=Checkpoint(folder), shape=shape, cut=cut_of(config, shard), arena=Arena())
+    source = _source(folder, config)
+    base = Loader(source=source, shape=shape, cut=cut_of(config, shard), arena=Arena())
 
     def load(name: str, part: Callable[[Loader[Any]], _T]) -> _T:
         before = packed.read(name) if packed is not None else {}
@@ -138,6 +150,13 @@ def _read(
     )
 
 
+def _source(folder: Path, config: ModelConfig) -> Source:
+    files = Checkpoint(folder)
+    if config.scheme is None:
+        return files
+    return QuantizedCheckpoint(files=files, scheme=config.scheme)
+
+
 def _vocabulary(load: Loader[Any], config: ModelConfig, shard: Shard) -> tuple[Tensor, Tensor]:
     """The packed embedding table, and this rank's rows of the output projection: one tensor where
     they are the same."""
@@ -146,7 +165,7 @@ def _vocabulary(load: Loader[Any], config: ModelConfig, shard: Shard) -> tuple[T
     fmt = load.shape.head_format
 
     def linear(name: str, part: slice, pack: Packer = pack_in) -> Tensor:
-        def weight() -> Tensor:
+        def weight() -> Weight:
             return load.source.get(f"{name.removesuffix('.rows')}.weight", size)[part]
 
         return load.linear(name, weight, fmt=fmt, pack=pack)[0]
@@ -162,7 +181,7 @@ def _vocabulary(load: Loader[Any], config: ModelConfig, shard: Shard) -> tuple[T
 def _rotary(ropes: Sequence[RopeConfig], dim: int, positions: int) -> list[Tensor]:
     tables = []
     for rope in ropes:
-        frequencies = torch.tensor(rope.inverse_frequencies(dim))
+        frequencies = torch.tensor(rope.inverse_frequencies(dim, positions))
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
         tables += [angles.cos() * rope.amplitude(), angles.sin() * rope.amplitude()]
     return tables
@@ -179,6 +198,10 @@ class _Random:
         if len(shape) > 1:
             return values.div_(shape[-1] ** 0.5)
         return values.mul_(0.1).add_(1 if name.endswith("norm.weight") else 0)
+
+    def expert(self, name: str, index: int, shape: tuple[int, int, int]) -> Tensor:
+        del index
+        return self.get(name, shape[:0:-1])
 
 
 def random_weights(
@@ -240,4 +263,5 @@ def _whole(shape: Shape) -> Cut:
         whole(shape.kv_heads),
         whole(shape.intermediate_size),
         whole(getattr(shape.options, "expert_size", 0)),
+        whole(getattr(shape.options, "shared_size", 0)),
     )

@@ -29,9 +29,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rotary_dim: int = 0
     """Features of a head that are rotated, the first ones; 0: all."""
 
-    def on_rank(self, expert_size: int) -> Self:
+    def on_rank(self, expert_size: int, shared_size: int) -> Self:
         """Options of a rank's shard."""
-        del expert_size
+        del expert_size, shared_size
         return self
 
 
@@ -64,10 +64,22 @@ class Gemma3Options(WindowOptions, frozen=True, kw_only=True, omit_defaults=True
     logit_softcap: float = 0.0
 
 
-class Qwen3MoeOptions(Options, frozen=True, kw_only=True, omit_defaults=True):
+class GraniteOptions(LlamaOptions, frozen=True, kw_only=True, omit_defaults=True):
+    query_scale: float
+    """Scores are multiplied by it."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What attention and MLP add is multiplied by it."""
+    logit_divisor: float = 1.0
+
+
+class Olmo2Options(Options, frozen=True, kw_only=True, omit_defaults=True):
     attention_bias: bool = False
-    window: int = 0
-    """Of all layers; 0: none."""
+
+
+class ExpertOptions(WindowOptions, frozen=True, kw_only=True, omit_defaults=True):
+    """Mixtral, and what others have in common with it."""
+
     experts: int
     experts_per_token: int
     expert_size: int
@@ -75,8 +87,28 @@ class Qwen3MoeOptions(Options, frozen=True, kw_only=True, omit_defaults=True):
     normalize: bool = False
     """Whether the weights of a token's experts are made to sum to one."""
 
-    def on_rank(self, expert_size: int) -> Self:
+    def on_rank(self, expert_size: int, shared_size: int) -> Self:
+        del shared_size
         return msgspec.structs.replace(self, expert_size=expert_size)
+
+
+class Qwen2MoeOptions(ExpertOptions, frozen=True, kw_only=True, omit_defaults=True):
+    qkv_bias: bool = True
+    shared_size: int
+    """Columns of the expert that all tokens go through, on this rank."""
+
+    def on_rank(self, expert_size: int, shared_size: int) -> Self:
+        return msgspec.structs.replace(self, expert_size=expert_size, shared_size=shared_size)
+
+
+class GptOssOptions(ExpertOptions, frozen=True, kw_only=True, omit_defaults=True):
+    attention_bias: bool = True
+    limit: float
+    """Of what experts' gates and ups are."""
+
+
+class Qwen3MoeOptions(ExpertOptions, frozen=True, kw_only=True, omit_defaults=True):
+    attention_bias: bool = False
 
 
 class LayerPlan(NamedTuple):
@@ -124,6 +156,7 @@ def read_options(architecture: str, raw: Mapping[str, Any]) -> Reading:
 
 
 _O = TypeVar("_O", bound=Options)
+_E = TypeVar("_E", bound=ExpertOptions)
 
 
 def _reading(options: _O, ropes: tuple[RopeConfig, ...], layers: list[LayerPlan]) -> Reading:
@@ -179,6 +212,27 @@ def _llama(raw: Mapping[str, Any]) -> Reading:
     return _reading(options, (_plain_rope(raw),), [LayerPlan("full")] * raw["num_hidden_layers"])
 
 
+def _granite(raw: Mapping[str, Any]) -> Reading:
+    _require(raw, "hidden_act", "silu")
+    options = GraniteOptions(
+        attention_bias=raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
+        query_scale=float(raw.get("attention_multiplier", 1.0)),
+        embedding_scale=float(raw.get("embedding_multiplier", 1.0)),
+        residual_scale=float(raw.get("residual_multiplier", 1.0)),
+        logit_divisor=float(raw.get("logits_scaling", 1.0)),
+    )
+    if not options.logit_divisor > 0:
+        raise ValueError(f"logits_scaling is {options.logit_divisor}")
+    return _reading(options, (_plain_rope(raw),), [LayerPlan("full")] * raw["num_hidden_layers"])
+
+
+def _olmo2(raw: Mapping[str, Any]) -> Reading:
+    _require(raw, "hidden_act", "silu")
+    options = Olmo2Options(attention_bias=raw.get("attention_bias", False))
+    return _reading(options, (_plain_rope(raw),), [LayerPlan("full")] * raw["num_hidden_layers"])
+
+
 def _mistral(raw: Mapping[str, Any]) -> Reading:
     _require(raw, "hidden_act", "silu")
     window = raw.get("sliding_window") or 0
@@ -188,14 +242,34 @@ def _mistral(raw: Mapping[str, Any]) -> Reading:
 
 
 def _phi3(raw: Mapping[str, Any]) -> Reading:
+    settings = _phi3_rope(raw)
+    reading = _mistral({**raw, "rope_parameters": settings})
+    return _partly_rotated(reading, raw, settings)
+
+
+def _phi3_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Phi's early names of longrope are "su" and "yarn"; the context that the model began with is
+    an entry of its own."""
     settings = rope_settings(raw)
-    # Phi-3's "su" and "yarn" are early names of longrope.
     name = settings.get("rope_type", settings.get("type", "default"))
-    if name != "default":
-        raise UnsupportedArchitecture(f"rope_type={name} of Phi-3 (longrope) is not supported")
-    reading = _mistral(raw)
-    head_dim = raw["hidden_size"] // raw["num_attention_heads"]
-    part = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if name in ("su", "yarn") and "long_factor" in settings:
+        settings["rope_type"] = name = "longrope"
+    if name == "longrope" and settings.get("factor") is None:
+        first = raw.get("original_max_position_embeddings")
+        first = settings.get("original_max_position_embeddings") or first
+        if not first:
+            raise ValueError("longrope needs original_max_position_embeddings")
+        settings["original_max_position_embeddings"] = first
+        settings["factor"] = raw["max_position_embeddings"] / first
+    return settings
+
+
+def _partly_rotated(
+    reading: Reading, raw: Mapping[str, Any], settings: Mapping[str, Any], default: float = 1.0
+) -> Reading:
+    """With only the first of a head's features rotated, as ``partial_rotary_factor`` says."""
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    part = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", default))
     rotary_dim = int(head_dim * part)
     if rotary_dim == head_dim:
         return reading
@@ -281,44 +355,113 @@ def _gemma3_ropes(raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     )
 
 
-def _qwen3_moe(raw: Mapping[str, Any]) -> Reading:
+def _mixtral(raw: Mapping[str, Any]) -> Reading:
     _require(raw, "hidden_act", "silu")
+    options = ExpertOptions(
+        window=raw.get("sliding_window") or 0,
+        experts=raw["num_local_experts"],
+        experts_per_token=raw["num_experts_per_tok"],
+        expert_size=raw["intermediate_size"],
+        normalize=True,
+    )
+    _check_experts(options)
+    return _reading(
+        options, (_plain_rope(raw, 1e6),), [LayerPlan("moe")] * raw["num_hidden_layers"]
+    )
+
+
+def _check_experts(options: ExpertOptions) -> None:
+    if not 0 < options.experts_per_token <= options.experts:
+        raise ValueError(
+            f"num_experts_per_tok={options.experts_per_token} of {options.experts} experts"
+        )
+
+
+def _gpt_oss(raw: Mapping[str, Any]) -> Reading:
+    _require(raw, "hidden_act", "silu")
+    _require(raw, "swiglu_alpha", 1.702)
+    kinds = _layer_kinds(raw, lambda index: index % 2 == 0)
+    options = GptOssOptions(
+        window=(raw.get("sliding_window") or 0) if "sliding" in kinds else 0,
+        experts=raw["num_local_experts"],
+        experts_per_token=raw.get("num_experts_per_tok") or raw["experts_per_token"],
+        expert_size=raw["intermediate_size"],
+        normalize=True,
+        attention_bias=raw.get("attention_bias", True),
+        limit=float(raw.get("swiglu_limit", 7.0)),
+    )
+    _check_experts(options)
+    if not options.limit > 0:
+        raise ValueError(f"swiglu_limit is {options.limit}")
+    rope = _plain_rope(raw, 150000.0)
+    return _reading(options, (rope,), [LayerPlan(kind) for kind in kinds])
+
+
+def _qwen_experts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What Qwen's mixtures have in common."""
+    return {
+        "window": (raw.get("sliding_window") or 0) if raw.get("use_sliding_window") else 0,
+        # transformers 5 writes num_local_experts.
+        "experts": raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"],
+        "experts_per_token": raw["num_experts_per_tok"],
+        "expert_size": raw["moe_intermediate_size"],
+        "normalize": raw.get("norm_topk_prob", False),
+    }
+
+
+def _qwen_mixture(raw: Mapping[str, Any], options: _E) -> Reading:
+    _require(raw, "hidden_act", "silu")
+    _check_experts(options)
     step, plain = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
-    # transformers 5 writes num_local_experts.
-    experts = raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"]
     layers = [
         LayerPlan("moe" if index not in plain and (index + 1) % step == 0 else "dense")
         for index in range(raw["num_hidden_layers"])
     ]
-    options = Qwen3MoeOptions(
-        window=(raw.get("sliding_window") or 0) if raw.get("use_sliding_window") else 0,
-        attention_bias=raw.get("attention_bias", False),
-        experts=experts,
-        experts_per_token=raw["num_experts_per_tok"],
-        expert_size=raw["moe_intermediate_size"],
-        normalize=raw.get("norm_topk_prob", False),
-    )
-    if not 0 < options.experts_per_token <= experts:
-        raise ValueError(f"num_experts_per_tok={options.experts_per_token} of {experts} experts")
     return _reading(options, (_plain_rope(raw),), layers)
+
+
+def _qwen2_moe(raw: Mapping[str, Any]) -> Reading:
+    if raw.get("use_sliding_window"):
+        raise UnsupportedArchitecture("use_sliding_window=true is not supported")
+    options = Qwen2MoeOptions(
+        **_qwen_experts(raw),
+        qkv_bias=raw.get("qkv_bias", True),
+        shared_size=raw["shared_expert_intermediate_size"],
+    )
+    return _qwen_mixture(raw, options)
+
+
+def _qwen3_moe(raw: Mapping[str, Any]) -> Reading:
+    options = Qwen3MoeOptions(**_qwen_experts(raw), attention_bias=raw.get("attention_bias", False))
+    return _qwen_mixture(raw, options)
 
 
 OPTIONS: Final[Mapping[str, type[Options]]] = {
     "gemma3": Gemma3Options,
+    "gpt_oss": GptOssOptions,
+    "granite": GraniteOptions,
     "llama": LlamaOptions,
     "mistral": WindowOptions,
+    "mixtral": ExpertOptions,
+    "olmo2": Olmo2Options,
     "phi3": WindowOptions,
     "qwen2": WindowOptions,
+    "qwen2_moe": Qwen2MoeOptions,
     "qwen3": Qwen3Options,
     "qwen3_moe": Qwen3MoeOptions,
     "smollm3": SmolLM3Options,
 }
 _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Reading]]] = {
     "gemma3": _gemma3,
+    "gpt_oss": _gpt_oss,
+    "granite": _granite,
     "llama": _llama,
     "mistral": _mistral,
+    "mixtral": _mixtral,
+    "olmo2": _olmo2,
     "phi3": _phi3,
     "qwen2": _qwen2,
+    "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "smollm3": _smollm3,

@@ -1,10 +1,12 @@
 """Types of weights and cache, by the names that settings and graph factors use."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Quantization = Literal["none", "int8", "q8_0", "q4_0", "q4_1"]
+QuantizationSetting = Literal["auto", "none", "int8", "q8_0", "q4_0", "q4_1"]
+"""auto: a quantised checkpoint's own format, and q4_1 for one of floats."""
 KvDtype = Literal["fp32", "bf16", "int8"]
 
 
@@ -22,13 +24,22 @@ class Precision:
     """Of keys and values in the cache."""
 
 
-def default_head_quantization(quantization: Quantization) -> Quantization:
+_Q = TypeVar("_Q", Quantization, QuantizationSetting)
+
+
+def chosen_quantization(setting: QuantizationSetting, own: Quantization | None) -> Quantization:
+    """What a setting means for a checkpoint; ``own``: the format that it comes in, if it is
+    quantised."""
+    return (own or "q4_1") if setting == "auto" else setting
+
+
+def default_head_quantization(quantization: _Q) -> _Q:
     """What llama.cpp ships: 8 bits where the layers have 4, because the head costs most
     accuracy."""
     return "q8_0" if quantization in ("q4_0", "q4_1") else quantization
 
 
-def default_kv_dtype(weight_dtype: WeightDtype, quantization: Quantization) -> KvDtype:
+def default_kv_dtype(weight_dtype: WeightDtype, quantization: QuantizationSetting) -> KvDtype:
     """fp32 where the weights are fp32, so that results are exact; else bf16, which costs no
     accuracy that shows (docs/fidelity.md), half of the memory and half of attention's reads."""
     return "fp32" if weight_dtype == "fp32" and quantization == "none" else "bf16"

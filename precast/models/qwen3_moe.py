@@ -59,15 +59,7 @@ def layer(
     normed = rms_norm(hidden, weights.mlp_norm, shape.rms_norm_eps)
     if isinstance(weights.mlp, MlpWeights):
         return hidden + gated_mlp(shape, normed, weights.mlp)
-    return hidden + expert_mlp(
-        shape,
-        normed,
-        weights.mlp,
-        experts=options.experts,
-        per_token=options.experts_per_token,
-        expert_size=options.expert_size,
-        normalize=options.normalize,
-    )
+    return hidden + expert_mlp(shape, normed, weights.mlp, options)
 
 
 def load_layer(load: Loader[Qwen3MoeOptions], kind: Kind, prefix: str) -> LayerWeights:

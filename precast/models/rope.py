@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from precast.errors import UnsupportedArchitecture
 
-ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 class RopeConfig(BaseModel):
@@ -29,11 +29,17 @@ class RopeConfig(BaseModel):
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    short_factor: tuple[float, ...] = ()
+    """longrope: what each frequency is divided by in contexts of up to
+    ``original_max_position_embeddings``, and ``long_factor`` in longer ones."""
+    long_factor: tuple[float, ...] = ()
 
-    def inverse_frequencies(self, dim: int) -> list[float]:
+    def inverse_frequencies(self, dim: int, positions: int = 0) -> list[float]:
         """[dim / 2] angles a position, as transformers' ``ROPE_INIT_FUNCTIONS`` give them.
 
-        All are 0 for "none": such a rotation changes nothing.
+        All are 0 for "none": such a rotation changes nothing. ``positions``: the longest context,
+        which longrope's choice hangs on: keys that are cached stay rotated as they were, so all
+        sequences have the same.
         """
         plain = [self.rope_theta ** -(i / dim) for i in range(0, dim, 2)]
         if self.rope_type == "none":
@@ -44,12 +50,22 @@ class RopeConfig(BaseModel):
             return [self._llama3(f) for f in plain]
         if self.rope_type == "yarn":
             return self._yarn(plain, dim)
+        if self.rope_type == "longrope":
+            factors = self.long_factor if self._is_long(positions) else self.short_factor
+            return [f / factor for f, factor in zip(plain, factors, strict=True)]
         return plain
+
+    def _is_long(self, positions: int) -> bool:
+        return positions > self.original_max_position_embeddings
 
     def check(self, dim: int) -> None:
         """Raises ValueError if its constants give no angles."""
+        if self.rope_type == "longrope":
+            counts = (len(self.short_factor), len(self.long_factor))
+            if counts != (dim // 2, dim // 2):
+                raise ValueError(f"short_factor and long_factor: {counts} numbers, not {dim // 2}")
         try:
-            values = [*self.inverse_frequencies(dim), self.amplitude()]
+            values = [*self.inverse_frequencies(dim), *self._long(dim), self.amplitude()]
         except ArithmeticError:
             values = [math.nan]
         if not all(map(math.isfinite, values)):
@@ -57,13 +73,24 @@ class RopeConfig(BaseModel):
 
     def amplitude(self) -> float:
         """What cosines and sines are multiplied by."""
-        if self.rope_type != "yarn":
+        if self.rope_type not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.rope_type == "longrope":
+            return self._longrope_amplitude()
         if self.mscale and self.mscale_all_dim:
             return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
         return self._temperature(1.0)
+
+    def _long(self, dim: int) -> list[float]:
+        return self.inverse_frequencies(dim, self.original_max_position_embeddings + 1)
+
+    def _longrope_amplitude(self) -> float:
+        if self.factor <= 1:
+            return 1.0
+        longer = math.log(self.factor) / math.log(self.original_max_position_embeddings)
+        return math.sqrt(1 + longer)
 
     def _temperature(self, scale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0

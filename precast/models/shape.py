@@ -76,6 +76,6 @@ def shape_of(config: ModelConfig, shard: Shard, precision: Precision) -> ModelSh
         vocab_widths=shard.vocab_widths,
         vocab_size=len(shard.vocab),
         rms_norm_eps=config.rms_norm_eps,
-        options=config.options.on_rank(len(shard.experts)),
+        options=config.options.on_rank(len(shard.experts), len(shard.shared)),
         **asdict(precision),
     )

@@ -12,10 +12,14 @@ shards").
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Final
 
 from precast.errors import ConfigError
 from precast.models.config import ModelConfig
-from precast.ops.layout import PANEL
+from precast.ops.layout import GROUP, PANEL
+
+_WHOLE: Final = ("olmo2",)
+"""Architectures that norm queries over all heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,8 @@ class Shard:
     mlp: range
     experts: range
     """Columns of each expert; empty without experts."""
+    shared: range
+    """Columns of the expert that all tokens go through, likewise."""
     vocab: range
     vocab_widths: tuple[int, ...]
     """Vocabulary rows of each rank, for the gather of logits."""
@@ -39,12 +45,19 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
     """The share of ``rank`` among ``tp`` ranks. Raises ConfigError if there are too few columns."""
     if not 0 <= rank < tp:
         raise ConfigError(f"tp={tp}: a rank {rank} does not exist")
+    if tp > 1 and config.architecture in _WHOLE:
+        raise ConfigError(f"tp={tp}: a model of {config.architecture} has to be on one rank")
     group = config.q_heads // config.kv_heads
     queries = _deal_queries(config.q_heads, config.kv_heads, tp)[rank]
     kv_heads = _held(queries, group)
-    columns = _deal(config.intermediate_size, tp, PANEL)
+    # Groups of a quantised checkpoint's inputs stay whole.
+    unit = PANEL if config.scheme is None else GROUP
+    columns = _deal(config.intermediate_size, tp, unit)
     vocab = _deal(config.vocab_size, tp, PANEL)
-    experts = _deal(config.expert_size, tp, PANEL) if config.expert_size else [0] * tp
+    experts, shared = (
+        _deal(size, tp, unit) if size else [0] * tp
+        for size in (config.expert_size, config.shared_size)
+    )
     return Shard(
         kv_heads=kv_heads,
         q_heads=queries,
@@ -54,6 +67,7 @@ def shard(config: ModelConfig, rank: int, tp: int) -> Shard:
         ),
         mlp=_range(columns, rank),
         experts=_range(experts, rank),
+        shared=_range(shared, rank),
         vocab=_range(vocab, rank),
         vocab_widths=tuple(vocab),
     )

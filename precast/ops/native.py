@@ -15,7 +15,7 @@ from precast.errors import ConfigError
 from precast.system import numa
 
 LIBRARY = Path(__file__).parent / "_native.so"
-ABI_VERSION = 5
+ABI_VERSION = 6
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
 PACKING_VERSION = 3
 MAX_QUERY_GROUP = 64
@@ -58,6 +58,7 @@ def _paged_attention(
     window: int,
     softcap: float,
     groups: Sequence[int] = (),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -80,6 +81,11 @@ def _silu_and_mul(gate_up: Tensor) -> Tensor:
 @torch.library.register_fake("precast::gelu_tanh_and_mul")
 def _gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+@torch.library.register_fake("precast::sigmoid_and_mul")
+def _sigmoid_and_mul(gate: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("precast::soft_cap")
@@ -132,6 +138,9 @@ def _fused_experts(
     down: Tensor,
     expert_size: int,
     fmt: int,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float = 0.0,
 ) -> Tensor:
     return x.new_empty(x.shape)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from precast.ops import native as native  # registers the operators
 from precast.ops.grids import affine_grid, inverse, symmetric_scale
 from precast.ops.layout import GROUP, PANEL
+from precast.ops.scaled import ScaledWeight, Weight, floats
 from precast.system.process import pin
 
 _CHUNK_VALUES: Final = 1 << 20
@@ -43,6 +44,7 @@ _FLOATS: Final = {
     Format.BF16: torch.bfloat16,
     Format.FP16: torch.float16,
 }
+_BITS: Final = {Format.Q8_0: 8, Format.Q4_0: 4, Format.Q4_1: 4}
 
 
 def packed_size(n: int, k: int, fmt: Format) -> tuple[int, int]:
@@ -59,9 +61,9 @@ def pack(weight: Tensor, fmt: Format) -> Tensor:
     )
 
 
-def pack_into(out: Tensor, weight: Tensor, fmt: Format) -> Tensor:
+def pack_into(out: Tensor, weight: Weight, fmt: Format) -> Tensor:
     """Like ``pack``, into memory of the caller's; ``weight`` is read a few rows at a time, on as
-    many threads as compute."""
+    many threads as compute. What comes quantised stays as it is where the format holds it."""
     n, k = weight.shape
     cores = native.thread_cores()
     each = -(-n // len(cores) // PANEL) * PANEL
@@ -102,22 +104,22 @@ def _spread(cores: Sequence[int]) -> None:
         pin(cores)
 
 
-def _pack_rows(weight: Tensor, fmt: Format) -> Tensor:
+def _pack_rows(weight: Weight, fmt: Format) -> Tensor:
     """[panels * 16, K] to uint8 [panels, bytes]."""
     panels = weight.shape[0] // PANEL
     if fmt in _FLOATS:
-        values = weight.to(_FLOATS[fmt]).view(panels, PANEL, -1).transpose(1, 2).contiguous()
-        return values.view(panels, -1).view(torch.uint8)
+        values = floats(weight).to(_FLOATS[fmt]).view(panels, PANEL, -1)
+        return values.transpose(1, 2).reshape(panels, -1).view(torch.uint8)
     if fmt == Format.INT8:
-        quantized, scales = quantize_int8(weight)
+        quantized, scales = _own_channels(weight) or quantize_int8(floats(weight))
         quantized = torch.nn.functional.pad(quantized, (0, -quantized.shape[1] % 4))
         steps = quantized.view(panels, PANEL, -1, 4).transpose(1, 2).reshape(panels, -1)
         return torch.cat((steps.view(torch.uint8), scales.view(panels, -1).view(torch.uint8)), 1)
     return _pack_grouped(weight, fmt)
 
 
-def _pack_grouped(weight: Tensor, fmt: Format) -> Tensor:
-    quantized, scales = quantize_groups(weight, fmt)
+def _pack_grouped(weight: Weight, fmt: Format) -> Tensor:
+    quantized, scales = _own_groups(weight, fmt) or quantize_groups(floats(weight), fmt)
     panels = weight.shape[0] // PANEL
     blocks = quantized.shape[1] // 2
     if fmt == Format.Q8_0:
@@ -132,6 +134,30 @@ def _pack_grouped(weight: Tensor, fmt: Format) -> Tensor:
         for scale in scales
     ]
     return torch.cat([values, *(row.view(torch.uint8) for row in rows)], dim=2).view(panels, -1)
+
+
+def _own_channels(weight: Weight) -> tuple[Tensor, Tensor] | None:
+    """What ``quantize_int8`` gives, of a weight that comes so."""
+    if not isinstance(weight, ScaledWeight) or weight.minima is not None or not weight.bits:
+        return None
+    one_scale = weight.group is None or weight.scales.shape[1] == 1
+    return (weight.values, weight.scales[:, 0].contiguous()) if one_scale else None
+
+
+def _own_groups(weight: Weight, fmt: Format) -> tuple[Tensor, list[Tensor]] | None:
+    """What ``quantize_groups`` gives, of a weight that comes so. Scales are rounded to fp16, which
+    is what most checkpoints have; minima too, by 2^-11 of them."""
+    if not isinstance(weight, ScaledWeight) or not weight.has_groups(_BITS[fmt]):
+        return None
+    if weight.minima is not None and fmt != Format.Q4_1:
+        return None
+    values, scales, minima = weight.by_group()
+    if fmt == Format.Q8_0:
+        return values, [scales.half()]
+    if minima is None:  # signed
+        values, minima = values + 8, -8 * scales
+    parameters = [scales, minima] if fmt == Format.Q4_1 else [scales]
+    return values.to(torch.uint8), [parameter.half() for parameter in parameters]
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,5 +230,8 @@ def _unpack_grouped(packed: Tensor, n: int, k: int, fmt: Format) -> Tensor:
     return result.view(panels * PANEL, -1)[:n, :k]
 
 
-def _pad_rows(weight: Tensor) -> Tensor:
-    return torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+def _pad_rows(weight: Weight) -> Weight:
+    missing = -weight.shape[0] % PANEL
+    if isinstance(weight, ScaledWeight):
+        return weight.padded(missing) if missing else weight
+    return torch.nn.functional.pad(weight, (0, 0, 0, missing))

@@ -71,6 +71,7 @@ class Worker:
         self._worker_id = worker_id
         self._settings = settings
         self._config = config
+        self._quantization = settings.precision(config.own_quantization).quantization
         self._tokens = TokenTable(tokenizer)
         self._scheduler = scheduler
         self._engine = engine
@@ -226,7 +227,7 @@ class Worker:
             tensor_parallel_size=self._settings.tp,
             isa=self._graphs.isa,
             weight_dtype=self._settings.weight_dtype,
-            quantization=self._settings.quantization,
+            quantization=self._quantization,
             tokenizer_digest=self._tokenizer_digest,
             graphs=self._graphs.records(),
             captures_wanted=self._graphs.missing,

@@ -28,7 +28,7 @@ def capture(model: Loaded, out: Path) -> Path:
     [
         ("llama_biases", ("full",)),
         ("gemma3", ("full", "sliding")),
-        ("qwen3_moe_window", ("moe",)),
+        ("gpt_oss", ("full", "sliding")),
     ],
 )
 def test_graphs_replay_a_checkpoint(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:

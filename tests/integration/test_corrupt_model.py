@@ -41,8 +41,8 @@ def configure(folder: Path, **changes: Any) -> None:
         (lambda folder: configure(folder, rope_theta=float("nan")), "rope_theta"),
         (lambda folder: configure(folder, num_hidden_layers=10**9), "num_hidden_layers"),
         (
-            lambda folder: configure(folder, quantization_config={"quant_method": "fp8"}),
-            "quantization_config ('fp8')",
+            lambda folder: configure(folder, quantization_config={"quant_method": "hqq"}),
+            "quantization_config ('hqq')",
         ),
         (
             lambda folder: (folder / "model.safetensors").write_text(

@@ -17,7 +17,14 @@ from tests.support.models import tensors, write_model
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.support.tensor_parallel_program"
-WITHOUT_UPSTREAM = {"embedding", "fused_experts", "gelu_tanh_and_mul", "route", "soft_cap"}
+WITHOUT_UPSTREAM = {
+    "embedding",
+    "fused_experts",
+    "gelu_tanh_and_mul",
+    "route",
+    "sigmoid_and_mul",
+    "soft_cap",
+}
 
 
 def generate(

@@ -31,6 +31,7 @@ BLOCK_SIZE = 16
 BLOCKS = POSITIONS // BLOCK_SIZE
 """Of a sequence."""
 WINDOW = 12
+FP32 = Precision()
 Step = Callable[[Tensor, Tensor, Paging], Tensor]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -63,6 +64,18 @@ def _config(name: str, **changes: Any) -> Any:
     return getattr(transformers, f"{name}Config")(**SIZES | {"rope_parameters": ROPE} | changes)
 
 
+def _longrope(original: int) -> Any:
+    """Phi-4-mini's: a part of each head is rotated."""
+    factors = {"short_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0], "long_factor": [3.0] * 3 + [9.0] * 3}
+    scaled = {**ROPE, "rope_type": "longrope", "partial_rotary_factor": 0.75, **factors}
+    return _config(
+        "Phi3",
+        original_max_position_embeddings=original,
+        rope_parameters={**scaled, "original_max_position_embeddings": original},
+        tie_word_embeddings=True,
+    )
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _config("Llama", tie_word_embeddings=True),
     "llama_biases": lambda: _config(
@@ -91,11 +104,45 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "original_max_position_embeddings": 32,
         },
     ),
+    "granite": lambda: _config(
+        "Granite",
+        attention_bias=True,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.4,
+        residual_multiplier=0.3,
+        logits_scaling=5.0,
+    ),
+    "olmo2": lambda: _config("Olmo2"),
     "mistral": lambda: _config("Mistral", sliding_window=None),
     "mistral_window": lambda: _config("Mistral", sliding_window=WINDOW),
+    "mixtral": lambda: _config("Mixtral", num_local_experts=5, num_experts_per_tok=2),
+    "gpt_oss": lambda: _config(
+        "GptOss",
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        intermediate_size=64,
+        sliding_window=WINDOW,
+        swiglu_limit=1.5,
+        rope_parameters={
+            **ROPE,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "qwen2": lambda: _config("Qwen2"),
     "qwen2_window": lambda: _config(
         "Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen2_moe": lambda: _config(
+        "Qwen2Moe",
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        decoder_sparse_step=1,
+        mlp_only_layers=[1],
     ),
     "qwen3": lambda: _config("Qwen3", head_dim=32),
     "qwen3_biases": lambda: _config("Qwen3", attention_bias=True, tie_word_embeddings=True),
@@ -131,6 +178,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "phi3": lambda: _config("Phi3", sliding_window=WINDOW),
     "phi3_partial": lambda: _config("Phi3", rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
+    "phi3_long": lambda: _longrope(2),
+    "phi3_short": lambda: _longrope(POSITIONS),
     "smollm3": lambda: _config("SmolLM3", no_rope_layers=[1, 0, 1], tie_word_embeddings=True),
 }
 """By name: the architecture, or that and what is special."""
@@ -184,10 +233,10 @@ class Loaded:
         return gathered(self.shape, logits(self.shape, self.weights, hidden))
 
 
-def load(folder: Path, rank: int = 0, tp: int = 1) -> Loaded:
+def load(folder: Path, rank: int = 0, tp: int = 1, *, precision: Precision = FP32) -> Loaded:
     config = load_config(folder)
     part = shard(config, rank, tp)
-    shape = shape_of(config, part, Precision())
+    shape = shape_of(config, part, precision)
     cache = {
         "blocks": BLOCKS * len(SEQUENCES),
         "kv_heads": shape.kv_heads,

@@ -14,7 +14,16 @@ from precast.system.shared_memory import new_segment_name
 from tests.support.architectures import CONFIGS, SEQUENCES, forward, load, reference, write_model
 
 BOUND = 1e-4
-SHARDED = ("llama", "llama_biases", "qwen3", "gemma3", "phi3", "qwen3_moe")
+SHARDED = (
+    "llama",
+    "llama_biases",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

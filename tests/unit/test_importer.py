@@ -246,8 +246,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 9
         ("config.json", json.dumps(config(eos_token_id="12")), "eos_token_id: '12'"),
         (
             "config.json",
-            json.dumps(config(quantization_config={"quant_method": "fp8"})),
-            "quantization_config ('fp8')",
+            json.dumps(config(quantization_config={"quant_method": "hqq"})),
+            "quantization_config ('hqq')",
         ),
         ("model.safetensors", POINTER, "a Git LFS pointer"),
     ],

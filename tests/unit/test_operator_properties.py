@@ -81,7 +81,10 @@ def test_fused_experts(
     )
     chosen = torch.rand(tokens, experts).topk(per_token).indices
     weights = torch.rand(tokens, per_token) / per_token
-    arguments = (torch.randn(tokens, hidden), chosen, weights, gate_up, down, size, int(fmt))
+    more: tuple[Tensor | float | None, ...] = ()
+    if data.draw(st.booleans()):
+        more = (torch.randn(experts, 2 * size), torch.randn(experts, hidden), 0.7)
+    arguments = (torch.randn(tokens, hidden), chosen, weights, gate_up, down, size, int(fmt), *more)
     actual, expected = (f(*arguments) for f in (ops.fused_experts, reference.fused_experts))
     # The inner activations are rounded too, each by up to a step of its group.
     assert_within_a_step(actual, expected, 0.1 if fmt >= Format.INT8 else 0.0)
@@ -182,12 +185,21 @@ class Attention:
     paging: tuple[Tensor, Tensor, Tensor]
     options: tuple[float, int, float]
     groups: list[int]
+    sinks: Tensor | None
 
     def run(self, kernel: Callable[..., Tensor]) -> Tensor:
         # Nothing is written: a value halfway between two steps of a cache may go either way.
         nowhere = torch.full((len(self.q),), -1, dtype=torch.int32)
         return kernel(
-            self.q, self.k, self.v, *self.cache, nowhere, *self.paging, *self.options, self.groups
+            self.q,
+            self.k,
+            self.v,
+            *self.cache,
+            nowhere,
+            *self.paging,
+            *self.options,
+            self.groups,
+            self.sinks,
         )
 
 
@@ -224,6 +236,7 @@ def attentions(draw: st.DrawFn) -> Attention:
         paging=paging,
         options=(dim**-0.5, window, draw(st.sampled_from([0.0, 0.0, 5.0]))),
         groups=groups,
+        sinks=torch.randn(sum(groups)) * size if (size := draw(st.integers(0, 50))) else None,
     )
 
 

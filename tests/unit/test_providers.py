@@ -45,13 +45,14 @@ def small_arguments(name: str) -> tuple[Tensor | float, ...]:
         "rotary": (torch.randn(5, 3, 40), torch.rand(5, 20), torch.rand(5, 20)),
         "silu_and_mul": (torch.randn(5, 2 * 37) * 20,),
         "gelu_tanh_and_mul": (torch.randn(5, 2 * 37) * 20,),
+        "sigmoid_and_mul": (torch.randn(5, 1) * 4, torch.randn(5, 37)),
         "soft_cap": (torch.randn(5, 37) * 20, 30.0),
         "route": (torch.randn(5, 11) * 3, 4, True),
     }[name]
 
 
 SERVED_UPSTREAM = ["rms_norm", "rotary", "silu_and_mul"]
-SMALL = [*SERVED_UPSTREAM, "gelu_tanh_and_mul", "soft_cap", "route"]
+SMALL = [*SERVED_UPSTREAM, "gelu_tanh_and_mul", "sigmoid_and_mul", "soft_cap", "route"]
 
 
 def paging(dim: int, heads: int = 6, kv_heads: int = 2) -> dict[str, Any]:
@@ -221,6 +222,7 @@ def test_all_operators_are_served_where_everything_is_there(upstream: None) -> N
         "fused_experts",
         "gelu_tanh_and_mul",
         "route",
+        "sigmoid_and_mul",
         "soft_cap",
     }
     assert {c.provider for c in selection.choices.values() if c != none} == {"sgl_kernel"}
@@ -260,6 +262,7 @@ def test_another_schema_is_the_reason(upstream: None, monkeypatch: pytest.Monkey
         ({"kv_dtype": "int8"}, {"paged_attention"}, "kv_dtype is int8: it takes bf16"),
         ({"head_dim": 40}, {"paged_attention"}, "head_dim is 40"),
         ({"uneven_groups": True}, {"paged_attention"}, "this rank's KV heads have different"),
+        ({"sinks": True}, {"paged_attention"}, "this model's attention has sinks"),
         ({"formats": frozenset({Format.Q4_0, Format.INT8})}, {"linear"}, "weights are q4_0"),
         (
             {"weight_dtype": "fp32"},

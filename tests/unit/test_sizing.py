@@ -143,5 +143,5 @@ def test_weights_are_as_large_as_they_turn_out(
         weights = load_weights(folder, config, part, shape_of(config, part, precision), 64)
         leaves = tree_leaves((weights.embed, weights.layers, weights.head))
         held += sum({leaf.data_ptr(): leaf.nbytes for leaf in leaves}.values())
-    told = weight_bytes(folder, config, precision, tp=tp, positions=64)
+    told = weight_bytes(config, precision, tp=tp, positions=64)
     assert told == pytest.approx(held, rel=0.03)

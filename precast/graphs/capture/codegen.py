@@ -138,16 +138,18 @@ def _direct_calls() -> dict[str, Any]:
         ops.paged_attention.default: shim(
             "paged_attention",
             paged + ", double scale, int64_t window, double softcap, "
-            "const int64_t* groups, int64_t groups_len",
+            "const int64_t* groups, int64_t groups_len, AtenTensorHandle* sinks",
         ),
         ops.fused_experts.default: shim(
             "fused_experts",
-            tensors("x experts weights gate_up down") + ", int64_t expert_size, int64_t format",
+            tensors("x experts weights gate_up down") + ", int64_t expert_size, int64_t format, "
+            "AtenTensorHandle* gate_up_bias, AtenTensorHandle* down_bias, double limit",
         ),
         ops.rms_norm.default: shim("rms_norm", tensors("x weight") + ", double eps"),
         ops.rotary.default: shim("rotary", tensors("x cos sin")),
         ops.silu_and_mul.default: shim("silu_and_mul", tensors("gate_up")),
         ops.gelu_tanh_and_mul.default: shim("gelu_tanh_and_mul", tensors("gate_up")),
+        ops.sigmoid_and_mul.default: shim("sigmoid_and_mul", tensors("gate x")),
         ops.soft_cap.default: shim("soft_cap", tensors("x") + ", double cap"),
         ops.route.default: [
             "AOTITorchError aoti_torch_cpu_route(AtenTensorHandle scores, int64_t per_token, "

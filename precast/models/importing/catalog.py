@@ -5,6 +5,7 @@ Only headers are read: neither torch nor the weights are loaded.
 
 import math
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,12 +21,12 @@ from precast.errors import (
     UnsupportedArchitecture,
 )
 from precast.models.config import ModelConfig, load_config
+from precast.models.quantized.scheme import Stored, expected_files
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.expected import expected_tensors
 from precast.system.pointer import refuse_pointer
 from precast.tokenizer.load import load_tokenizer
 
-_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 _COMPUTED: Final = (".rotary_emb.inv_freq",)
 """Tensors of old checkpoints that are calculated anew."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -99,24 +100,53 @@ def check_model(folder: Path) -> ModelInfo:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, out of the headers. Raises ``ModelCorrupt`` if one is missing or of
-    another shape, or ``UnsupportedArchitecture`` for a type or a tensor that nothing reads."""
-    shapes = _read_shapes(folder)
+    """Shapes of the model's tensors, out of the headers, as they are once nothing is quantised.
+    Raises ``ModelCorrupt`` if one is missing or of another shape, or ``UnsupportedArchitecture``
+    for a type or a tensor that nothing reads."""
+    found = _read_headers(folder)
     expected = expected_tensors(config)
-    for name, shape in expected.items():
-        if name not in shapes:
+    files = _expected_files(folder, config, expected, found)
+    for name, wanted in files.items():
+        if name not in found:
             raise ModelCorrupt(f"{folder}: tensor {name} is missing")
-        if shapes[name] != shape:
+        shape, dtype = found[name]
+        if shape != wanted.shape:
             raise ModelCorrupt(
-                f"{folder}: tensor {name} has shape {shapes[name]}, not {shape} as by config.json"
+                f"{folder}: tensor {name} has shape {shape}, not {wanted.shape} as by config.json"
             )
+        if dtype not in wanted.dtypes:
+            raise UnsupportedArchitecture(
+                f"{folder}: tensor {name} has type {dtype}, which is not one of: "
+                f"{', '.join(wanted.dtypes)}"
+            )
+    _refuse_others(folder, config, set(found) - set(files))
+    return dict(expected)
+
+
+def _expected_files(
+    folder: Path,
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+    names: Collection[str],
+) -> dict[str, Stored]:
+    if config.scheme is None:
+        return {name: Stored(shape) for name, shape in expected.items()}
+    if not any(config.scheme.is_stored(name.removesuffix(".weight"), names) for name in expected):
+        raise ModelCorrupt(
+            f"{folder}: config.json says that weights are quantised, but no tensor of such is there"
+        )
+    return dict(expected_files(config.scheme, expected, names))
+
+
+def _refuse_others(folder: Path, config: ModelConfig, names: Collection[str]) -> None:
+    """Raises ``UnsupportedArchitecture`` for a layer's tensor that nothing reads."""
     layers = tuple(f"model.layers.{index}." for index in range(config.num_layers))
-    for name in sorted(set(shapes) - set(expected)):
-        if name.startswith(layers) and not name.endswith(_COMPUTED):
+    for name in sorted(names):
+        extra = config.scheme is not None and config.scheme.is_extra(name)
+        if name.startswith(layers) and not name.endswith(_COMPUTED) and not extra:
             raise UnsupportedArchitecture(
                 f"{folder}: tensor {name} is none of a {config.architecture} model's"
             )
-    return shapes
 
 
 def check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -138,9 +168,9 @@ def _inspect(folder: Path) -> ModelInfo | BrokenModel:
     return BrokenModel(name=folder.name, path=folder, problem=" ".join(problem.split())[:500])
 
 
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor, by name."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in weight_files(folder):
         refuse_pointer(path)
         try:
@@ -148,15 +178,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
                     part = file.get_slice(name)
-                    _check_dtype(path, name, part.get_dtype())
-                    shapes[name] = tuple(part.get_shape())
+                    found[name] = (tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ModelCorrupt(f"{path}: weights can't be read: {error}") from None
-    return shapes
-
-
-def _check_dtype(path: Path, name: str, dtype: str) -> None:
-    if dtype not in _DTYPES:
-        raise UnsupportedArchitecture(
-            f"{path}: tensor {name} has type {dtype}, which is not one of: {', '.join(_DTYPES)}"
-        )
+    return found

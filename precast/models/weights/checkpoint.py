@@ -1,6 +1,7 @@
 """A checkpoint's tensors: which files a folder has, and each tensor by its name."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +46,10 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 self._files.update(dict.fromkeys(file.keys(), path))
 
+    @property
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
     def get(self, name: str, shape: tuple[int, ...]) -> "Tensor":
         if name not in self._files:
             raise ModelCorrupt(f"{self._folder}: tensor {name} is missing")
@@ -55,3 +60,7 @@ class Checkpoint:
                 f"{self._folder}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}"
             )
         return tensor
+
+    def expert(self, name: str, index: int, shape: tuple[int, int, int]) -> "Tensor":
+        """One of the linears in a tensor [experts, inputs, outputs], as [outputs, inputs]."""
+        return self.get(name, shape)[index].T

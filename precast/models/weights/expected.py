@@ -8,13 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from precast.models.config import ModelConfig
-from precast.models.options import Kind, Qwen3MoeOptions
+from precast.models.options import ExpertOptions, GptOssOptions, Kind
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 _NORMS: Final = ("input_layernorm", "post_attention_layernorm")
 _GEMMA_NORMS: Final = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_OLMO_NORMS: Final = ("post_attention_layernorm", "post_feedforward_layernorm")
+_LAYER_NORMS: Final = {"gemma3": _GEMMA_NORMS, "olmo2": _OLMO_NORMS}
 _WITH_QK_NORMS: Final = ("gemma3", "qwen3", "qwen3_moe")
+_FUSED: Final = ("phi3",)
+"""Architectures whose queries, keys and values are one tensor, and gate and up another."""
 
 
 def expected_tensors(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -34,11 +38,14 @@ def _all(config: ModelConfig) -> Shapes:
 
 
 def _layer(config: ModelConfig, kind: Kind) -> Shapes:
-    for norm in _GEMMA_NORMS if config.architecture == "gemma3" else _NORMS:
+    for norm in _LAYER_NORMS.get(config.architecture, _NORMS):
         yield f"{norm}.weight", (config.hidden_size,)
     yield from _attention(config)
-    if isinstance(config.options, Qwen3MoeOptions) and kind == "moe":
-        yield from _experts(config, config.options.experts)
+    options = config.options
+    if isinstance(options, GptOssOptions):
+        yield from _gpt_oss(config, options.experts)
+    elif isinstance(options, ExpertOptions) and kind == "moe":
+        yield from _mixture(config, options)
     else:
         bias = bool(getattr(config.options, "mlp_bias", False))
         yield from _mlp(config, "mlp.", config.intermediate_size, bias)
@@ -47,29 +54,62 @@ def _layer(config: ModelConfig, kind: Kind) -> Shapes:
 def _attention(config: ModelConfig) -> Shapes:
     q, kv = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
     bias = bool(getattr(config.options, "attention_bias", False))
-    qkv_bias = bias or config.architecture == "qwen2"
-    fused = config.architecture == "phi3"
-    rows = {"qkv": q + 2 * kv} if fused else {"q": q, "k": kv, "v": kv}
+    qkv_bias = bias or getattr(config.options, "qkv_bias", config.architecture == "qwen2")
+    rows = {"q": q, "k": kv, "v": kv}
+    if config.architecture in _FUSED:
+        rows = {"qkv": q + 2 * kv}
     for name, size in rows.items():
         yield from _linear(f"self_attn.{name}_proj", size, config.hidden_size, qkv_bias)
     yield from _linear("self_attn.o_proj", config.hidden_size, q, bias)
+    yield from _qk_norms(config, q, kv)
+
+
+def _qk_norms(config: ModelConfig, q: int, kv: int) -> Shapes:
     if config.architecture in _WITH_QK_NORMS:
-        for name in ("q_norm", "k_norm"):
-            yield f"self_attn.{name}.weight", (config.head_dim,)
+        q = kv = config.head_dim
+    elif config.architecture != "olmo2":
+        return
+    yield "self_attn.q_norm.weight", (q,)
+    yield "self_attn.k_norm.weight", (kv,)
 
 
 def _mlp(config: ModelConfig, prefix: str, size: int, bias: bool = False) -> Shapes:
-    fused = config.architecture == "phi3"
-    rows = {"gate_up": 2 * size} if fused else {"gate": size, "up": size}
+    rows = {"gate": size, "up": size}
+    if config.architecture in _FUSED:
+        rows = {"gate_up": 2 * size}
     for name, count in rows.items():
         yield from _linear(f"{prefix}{name}_proj", count, config.hidden_size, bias)
     yield from _linear(f"{prefix}down_proj", config.hidden_size, size, bias)
 
 
-def _experts(config: ModelConfig, count: int) -> Shapes:
-    yield "mlp.gate.weight", (count, config.hidden_size)
-    for expert in range(count):
+def _mixture(config: ModelConfig, options: ExpertOptions) -> Shapes:
+    if config.architecture == "mixtral":
+        yield from _mixtral(config, options.experts)
+        return
+    yield "mlp.gate.weight", (options.experts, config.hidden_size)
+    for expert in range(options.experts):
         yield from _mlp(config, f"mlp.experts.{expert}.", config.expert_size)
+    if config.shared_size:
+        yield from _mlp(config, "mlp.shared_expert.", config.shared_size)
+        yield "mlp.shared_expert_gate.weight", (1, config.hidden_size)
+
+
+def _gpt_oss(config: ModelConfig, count: int) -> Shapes:
+    size, hidden = config.expert_size, config.hidden_size
+    yield "self_attn.sinks", (config.q_heads,)
+    yield from _linear("mlp.router", count, hidden, True)
+    yield "mlp.experts.gate_up_proj", (count, hidden, 2 * size)
+    yield "mlp.experts.gate_up_proj_bias", (count, 2 * size)
+    yield "mlp.experts.down_proj", (count, size, hidden)
+    yield "mlp.experts.down_proj_bias", (count, hidden)
+
+
+def _mixtral(config: ModelConfig, count: int) -> Shapes:
+    prefix, rows = "block_sparse_moe.", (config.expert_size, config.hidden_size)
+    yield f"{prefix}gate.weight", (count, config.hidden_size)
+    for expert in range(count):
+        for name, shape in (("w1", rows), ("w3", rows), ("w2", rows[::-1])):
+            yield f"{prefix}experts.{expert}.{name}.weight", shape
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:

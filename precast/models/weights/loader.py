@@ -23,14 +23,19 @@ from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
 from precast.ops import providers
 from precast.ops.packing import Format, pack_into, packed_size
+from precast.ops.scaled import Weight, below, floats
 from precast.system.memory import Arena
 
 
 class Source(Protocol):
     """Where tensors come from."""
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The whole tensor. Raises ModelCorrupt if it is missing or of another shape."""
+    def get(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """The whole tensor, quantised if that is how it comes. Raises ModelCorrupt if it is missing
+        or of another shape."""
+
+    def expert(self, name: str, index: int, shape: tuple[int, int, int]) -> Weight:
+        """One of the linears in a tensor [experts, inputs, outputs], as [outputs, inputs]."""
 
 
 class Part(NamedTuple):
@@ -52,6 +57,7 @@ class Cut(NamedTuple):
     kv_heads: Part
     mlp: Part
     experts: Part
+    shared: Part
 
 
 def cut_of(config: ModelConfig, shard: Shard) -> Cut:
@@ -63,6 +69,7 @@ def cut_of(config: ModelConfig, shard: Shard) -> Cut:
         part(shard.kv_heads, config.kv_heads),
         part(shard.mlp, config.intermediate_size),
         part(shard.experts, config.expert_size),
+        part(shard.shared, config.shared_size),
     )
 
 
@@ -91,7 +98,7 @@ class Loader(Generic[O_co]):
         """float32 [size], by default [H]; a copy, as everything is that serves: a checkpoint that
         is cut while it is mapped would end the rank with SIGBUS."""
         weight = self.source.get(f"{name}.weight", (size or self.shape.hidden_size,))
-        return self.arena.copy(weight.float())
+        return self.arena.copy(floats(weight).float())
 
     def decoder(
         self,
@@ -136,43 +143,52 @@ class Loader(Generic[O_co]):
             qk_norms=[self.norm(name, dim) for name in names],
         )
 
-    def mlp(self, prefix: str, *, bias: bool = False) -> MlpWeights:
-        """``gate_proj``, ``up_proj`` and ``down_proj``."""
-        gate_up = [Rows(f"{prefix}{name}_proj", *self.cut.mlp) for name in ("gate", "up")]
+    def mlp(self, prefix: str, *, bias: bool = False, part: Part | None = None) -> MlpWeights:
+        """``gate_proj``, ``up_proj`` and ``down_proj``; ``part``: of their columns, if they are not
+        as many as the model's ``intermediate_size``."""
+        cut = self.cut.mlp if part is None else part
+        gate_up = [Rows(f"{prefix}{name}_proj", *cut) for name in ("gate", "up")]
         return MlpWeights(
             gate_up=self.rows(gate_up, bias),
-            down=self.columns(f"{prefix}down_proj", self.cut.mlp, bias),
+            down=self.columns(f"{prefix}down_proj", cut, bias),
         )
 
-    def experts(self, prefix: str, count: int) -> ExpertWeights:
+    def experts(
+        self,
+        prefix: str,
+        count: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> ExpertWeights:
         """The router ``gate`` and, for each expert, what ``mlp`` reads."""
         hidden, cut = self.shape.hidden_size, self.cut.experts
 
-        def share(expert: int, name: str) -> Tensor:
-            weight = self.source.get(
-                f"{prefix}experts.{expert}.{name}_proj.weight", (cut.total, hidden)
-            )
+        def share(expert: int, name: str) -> Weight:
+            weight = self.source.get(f"{prefix}experts.{expert}.{name}.weight", (cut.total, hidden))
             return weight[cut.start : cut.stop]
 
-        def down(expert: int) -> Tensor:
-            name = f"{prefix}experts.{expert}.down_proj.weight"
+        def down(expert: int) -> Weight:
+            name = f"{prefix}experts.{expert}.{names[2]}.weight"
             return self.source.get(name, (hidden, cut.total))[:, cut.start : cut.stop]
 
-        def gate_up(expert: int) -> Tensor:
-            return torch.cat([share(expert, "gate"), share(expert, "up")])
+        def gate_up(expert: int) -> Weight:
+            return below([share(expert, name) for name in names[:2]])
 
-        router = f"{prefix}gate"
         return ExpertWeights(
-            router=self.linear(
-                router,
-                lambda: self.source.get(f"{router}.weight", (count, hidden)),
-                fmt=self.shape.format_of("none"),
-            ),
-            gate_up=self._stack(f"{prefix}experts.gate_up", count, gate_up),
-            down=self._stack(f"{prefix}experts.down", count, down),
+            router=self.plain(f"{prefix}gate", count),
+            gate_up=self.stack(f"{prefix}experts.gate_up", count, gate_up),
+            down=self.stack(f"{prefix}experts.down", count, down),
         )
 
-    def _stack(self, name: str, count: int, weight: Callable[[int], Tensor]) -> Tensor:
+    def plain(self, name: str, rows: int, bias: bool = False) -> Linear:
+        """A linear [rows, H] that is not quantised, whole on every rank."""
+        return self.linear(
+            name,
+            lambda: self.source.get(f"{name}.weight", (rows, self.shape.hidden_size)),
+            self._bias(name, rows) if bias else None,
+            fmt=self.shape.format_of("none"),
+        )
+
+    def stack(self, name: str, count: int, weight: Callable[[int], Weight]) -> Tensor:
         """``count`` packed linears in one tensor, packed now unless they are kept."""
         if name in self.kept:
             packed = self.arena.copy(self.kept[name])
@@ -190,17 +206,18 @@ class Loader(Generic[O_co]):
         """One linear of rows of several matrices, one below the other."""
         hidden = self.shape.hidden_size
 
-        def weight() -> Tensor:
-            shares = [
-                self.source.get(f"{part.name}.weight", (part.total, hidden))[part.start : part.stop]
-                for part in parts
-            ]
-            return shares[0] if len(shares) == 1 else torch.cat(shares)
+        def weight() -> Weight:
+            return below(
+                [
+                    self.source.get(f"{part.name}.weight", (part.total, hidden))[
+                        part.start : part.stop
+                    ]
+                    for part in parts
+                ]
+            )
 
         added = [
-            self.source.get(f"{part.name}.bias", (part.total,))[part.start : part.stop]
-            for part in parts
-            if bias
+            self._bias(part.name, part.total)[part.start : part.stop] for part in parts if bias
         ]
         return self.linear(parts[0].name, weight, torch.cat(added) if added else None)
 
@@ -208,19 +225,22 @@ class Loader(Generic[O_co]):
         """A linear of this rank's columns. Ranks' results are summed: the first adds the bias."""
         hidden = self.shape.hidden_size
 
-        def weight() -> Tensor:
+        def weight() -> Weight:
             whole = self.source.get(f"{name}.weight", (hidden, part.total))
             return whole[:, part.start : part.stop]
 
-        added = self.source.get(f"{name}.bias", (hidden,)) if bias else None
+        added = self._bias(name, hidden) if bias else None
         if added is not None and part.start > 0:
             added = torch.zeros_like(added)
         return self.linear(name, weight, added)
 
+    def _bias(self, name: str, size: int) -> Tensor:
+        return floats(self.source.get(f"{name}.bias", (size,)))
+
     def linear(
         self,
         name: str,
-        weight: Callable[[], Tensor],
+        weight: Callable[[], Weight],
         bias: Tensor | None = None,
         fmt: Format | None = None,
         pack: "Packer | None" = None,
@@ -240,15 +260,15 @@ def head_norm(load: Loader[O_co]) -> Tensor:
     return load.norm("model.norm")
 
 
-Packer = Callable[[Arena, Tensor, Format], Tensor]
+Packer = Callable[[Arena, Weight, Format], Tensor]
 
 
-def pack_in(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
+def pack_in(arena: Arena, weight: Weight, fmt: Format) -> Tensor:
     """A linear's [N, K] weights packed in the arena's memory, as the kernel provider wants them."""
     custom = providers.active().pack
-    return arena.copy(custom(weight, fmt)) if custom else pack_table(arena, weight, fmt)
+    return arena.copy(custom(floats(weight), fmt)) if custom else pack_table(arena, weight, fmt)
 
 
-def pack_table(arena: Arena, weight: Tensor, fmt: Format) -> Tensor:
+def pack_table(arena: Arena, weight: Weight, fmt: Format) -> Tensor:
     """An embedding table [V, H] packed in the arena's memory."""
     return pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)

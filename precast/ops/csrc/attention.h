@@ -156,9 +156,9 @@ void write_output(const AttentionArgs& a, const AttentionTile& tile, int rows, R
   for (int r = 0; r < rows; ++r) {
     float* at = states + r / tiles.rows * state_size(tiles.rows, width);
     const State state = state_at(at, tiles.rows, width);
-    finish_row(state, r % tiles.rows, width, dim,
-               out + ((tile.first_token + r / group) * a.q_heads + a.first_query[tile.kv_head] +
-                      r % group) * dim);
+    const int64_t head = a.first_query[tile.kv_head] + r % group;
+    finish_row(state, r % tiles.rows, width, dim, a.sinks ? a.sinks + head : nullptr,
+               out + ((tile.first_token + r / group) * a.q_heads + head) * dim);
   }
 }
 

@@ -23,6 +23,7 @@ struct AttentionArgs {
   float scale;
   float softcap;   // scores become softcap * tanh(score / softcap); 0: none
   int64_t window;  // a token attends to this many, itself included; 0: all
+  const float* sinks;  // [q_heads] scores that only add to a softmax' sum, in powers of two; null: none
 
   // Query heads of a KV head.
   int group(int kv_head) const {

@@ -124,6 +124,18 @@ AttentionArgs attention_args(const at::Tensor& q, const at::Tensor& k, const at:
   return args;
 }
 
+// Sinks as the kernels have scores: in powers of two.
+std::vector<float> sinks_of(const std::optional<at::Tensor>& sinks, const AttentionArgs& args) {
+  if (!sinks) return {};
+  TORCH_CHECK(sinks->scalar_type() == at::kFloat && sinks->is_contiguous() &&
+                  sinks->numel() == args.q_heads,
+              "paged_attention: sinks must be a contiguous float32 for each query head");
+  std::vector<float> scaled;
+  const float* values = sinks->const_data_ptr<float>();
+  for (int h = 0; h < args.q_heads; ++h) scaled.push_back(values[h] * 1.4426950408889634f);
+  return scaled;
+}
+
 void write_cache(const AttentionArgs& args, const at::Tensor& k, const at::Tensor& v,
                  const int32_t* slots) {
   const auto write = [&](int64_t begin, int64_t end) {
@@ -195,7 +207,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                            const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& slots, const at::Tensor& query_starts,
                            const at::Tensor& context_lens, const at::Tensor& block_tables,
-                           double scale, int64_t window, double softcap, at::IntArrayRef groups) {
+                           double scale, int64_t window, double softcap, at::IntArrayRef groups,
+                           const std::optional<at::Tensor>& sinks) {
   check_heads(q, "q");
   check_heads(k, "k");
   check_heads(v, "v");
@@ -209,8 +222,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                   block_tables.size(0) == sequences,
               "paged_attention: shapes do not agree");
   const std::vector<int64_t> first_query = first_queries(groups, q.size(1), k.size(1));
-  const AttentionArgs args =
-      attention_args(q, k, k_cache, v_cache, scale, window, softcap, first_query);
+  AttentionArgs args = attention_args(q, k, k_cache, v_cache, scale, window, softcap, first_query);
+  const std::vector<float> scaled_sinks = sinks_of(sinks, args);
+  if (sinks) args.sinks = scaled_sinks.data();
   check_paging(context_lens, query_starts, block_tables, slots, tokens, k_cache.size(0),
                args.block_size);
   write_cache(args, k, v, slots.const_data_ptr<int32_t>());
@@ -233,7 +247,7 @@ TORCH_LIBRARY_FRAGMENT(precast, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale, "
-      "int window, float softcap, int[] groups=[]) -> Tensor");
+      "int window, float softcap, int[] groups=[], Tensor? sinks=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) { m.impl("paged_attention", paged_attention); }
@@ -246,9 +260,10 @@ PRECAST_SHIM aoti_torch_cpu_paged_attention(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache,
     AtenTensorHandle v_cache, AtenTensorHandle slots, AtenTensorHandle query_starts,
     AtenTensorHandle context_lens, AtenTensorHandle block_tables, double scale, int64_t window,
-    double softcap, const int64_t* groups, int64_t groups_len, AtenTensorHandle* ret) {
+    double softcap, const int64_t* groups, int64_t groups_len, AtenTensorHandle* sinks,
+    AtenTensorHandle* ret) {
   PRECAST_RETURN(precast::paged_attention(
       tensor(q), tensor(k), tensor(v), tensor(k_cache), tensor(v_cache), tensor(slots),
       tensor(query_starts), tensor(context_lens), tensor(block_tables), scale, window, softcap,
-      at::IntArrayRef(groups, static_cast<size_t>(groups_len))));
+      at::IntArrayRef(groups, static_cast<size_t>(groups_len)), precast::optional_tensor(sinks)));
 }

@@ -210,9 +210,17 @@ inline void fold_state(const State& state, const State& block, int rows, int wid
   }
 }
 
-// A row's output; zeros if it saw nothing.
-inline void finish_row(const State& state, int row, int width, int dim, float* y) {
-  const float total = reduce_add(load(state.totals + row * kLanes));
+// What a sink adds to a row's weights, which are relative to its largest score. A sink that is far above
+// that leaves nothing of the row.
+inline float sink_weight(float sink, float largest) {
+  const float above = sink - largest;
+  return above <= 0 ? exp2_negative(splat(above))[0] : 1.0f / exp2_negative(splat(-above))[0];
+}
+
+// A row's output; zeros if it saw nothing. `sink`: null or its head's.
+inline void finish_row(const State& state, int row, int width, int dim, const float* sink, float* y) {
+  float total = reduce_add(load(state.totals + row * kLanes));
+  if (sink && total > 0) total += sink_weight(*sink, state.maxima[row]);
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   const float* x = state.out + row * width;
   int d = 0;

@@ -114,6 +114,27 @@ at::Tensor soft_cap(const at::Tensor& x_in, double cap) {
   return y;
 }
 
+// sigmoid(gate) x: a row's gate [T, 1] is the first of a softmax over it and 0.
+at::Tensor sigmoid_and_mul(const at::Tensor& gate_in, const at::Tensor& x_in) {
+  check_float(gate_in, "sigmoid_and_mul: gate");
+  check_float(x_in, "sigmoid_and_mul: x");
+  TORCH_CHECK(x_in.dim() == 2 && gate_in.dim() == 2 && gate_in.size(0) == x_in.size(0) &&
+                  gate_in.size(1) == 1,
+              "sigmoid_and_mul: expected gate [T, 1] and x [T, N]");
+  const at::Tensor x = x_in.contiguous(), gate = gate_in.contiguous();
+  at::Tensor y = at::empty_like(x);
+  const int64_t n = x.size(1);
+  const float *from = x.const_data_ptr<float>(), *gates = gate.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  for_rows(x.size(0), n, [&](int64_t row) {
+    const float scores[2] = {gates[row], 0};
+    float shares[2];
+    kernels().softmax(scores, shares, 2);
+    for (int64_t i = row * n; i < (row + 1) * n; ++i) to[i] = from[i] * shares[0];
+  });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(precast, m) {
@@ -121,6 +142,7 @@ TORCH_LIBRARY_FRAGMENT(precast, m) {
   m.def("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");
   m.def("gelu_tanh_and_mul(Tensor gate_up) -> Tensor");
+  m.def("sigmoid_and_mul(Tensor gate, Tensor x) -> Tensor");
   m.def("soft_cap(Tensor x, float cap) -> Tensor");
 }
 
@@ -129,6 +151,7 @@ TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("rotary", rotary);
   m.impl("silu_and_mul", silu_and_mul);
   m.impl("gelu_tanh_and_mul", gelu_tanh_and_mul);
+  m.impl("sigmoid_and_mul", sigmoid_and_mul);
   m.impl("soft_cap", soft_cap);
 }
 
@@ -152,6 +175,11 @@ PRECAST_SHIM aoti_torch_cpu_silu_and_mul(AtenTensorHandle gate_up, AtenTensorHan
 
 PRECAST_SHIM aoti_torch_cpu_gelu_tanh_and_mul(AtenTensorHandle gate_up, AtenTensorHandle* ret) {
   PRECAST_RETURN(precast::gelu_tanh_and_mul(tensor(gate_up)));
+}
+
+PRECAST_SHIM aoti_torch_cpu_sigmoid_and_mul(AtenTensorHandle gate, AtenTensorHandle x,
+                                            AtenTensorHandle* ret) {
+  PRECAST_RETURN(precast::sigmoid_and_mul(tensor(gate), tensor(x)));
 }
 
 PRECAST_SHIM aoti_torch_cpu_soft_cap(AtenTensorHandle x, double cap, AtenTensorHandle* ret) {

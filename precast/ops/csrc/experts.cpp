@@ -59,10 +59,41 @@ std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& scores_in, int64_t k,
   return {chosen, weights};
 }
 
+// What an expert makes of gate and up side by side: silu(gate) up, or with a limit gate sigmoid(1.702 gate)
+// (up + 1) of values within it.
+at::Tensor activated(const at::Tensor& both, float limit) {
+  if (limit <= 0) return silu_and_mul(both);
+  constexpr float kSteepness = 1.702f;
+  at::Tensor x = at::empty_like(both);
+  const int64_t size = both.size(1) / 2;
+  const float* from = both.const_data_ptr<float>();
+  float* to = x.mutable_data_ptr<float>();
+  for (int64_t row = 0; row < both.size(0); ++row, from += 2 * size, to += 2 * size) {
+    for (int64_t i = 0; i < size; ++i) {
+      const float gate = from[i] > limit ? limit : from[i], up = from[size + i];
+      to[i] = kSteepness * gate;
+      to[size + i] = ((up > limit ? limit : up < -limit ? -limit : up) + 1) / kSteepness;
+    }
+  }
+  return silu_and_mul(x);
+}
+
+void check_biases(const std::optional<at::Tensor>& biases, int64_t experts, int64_t outputs) {
+  TORCH_CHECK(!biases || (biases->dim() == 2 && biases->size(0) == experts &&
+                          biases->size(1) == outputs && biases->is_contiguous()),
+              "fused_experts: biases must be contiguous [", experts, ", ", outputs, "]");
+}
+
+std::optional<at::Tensor> bias_of(const std::optional<at::Tensor>& biases, int64_t expert) {
+  return biases ? std::optional<at::Tensor>(biases->select(0, expert)) : std::nullopt;
+}
+
 // Sums a token's experts in their order, so that what else is in the batch makes no difference.
 at::Tensor fused_experts(const at::Tensor& x_in, const at::Tensor& chosen_in,
                          const at::Tensor& weights_in, const at::Tensor& gate_up,
-                         const at::Tensor& down, int64_t expert_size, int64_t format) {
+                         const at::Tensor& down, int64_t expert_size, int64_t format,
+                         const std::optional<at::Tensor>& gate_up_bias,
+                         const std::optional<at::Tensor>& down_bias, double limit) {
   TORCH_CHECK(x_in.dim() == 2 && x_in.scalar_type() == at::kFloat,
               "fused_experts: x must be float32 [T, H]");
   TORCH_CHECK(chosen_in.dim() == 2 && chosen_in.scalar_type() == at::kLong &&
@@ -71,6 +102,8 @@ at::Tensor fused_experts(const at::Tensor& x_in, const at::Tensor& chosen_in,
               "fused_experts: experts must be int64 and weights float32, [T, k] both");
   TORCH_CHECK(gate_up.dim() == 3 && down.dim() == 3 && gate_up.size(0) == down.size(0),
               "fused_experts: packed weights must be [experts, panels, bytes]");
+  check_biases(gate_up_bias, gate_up.size(0), 2 * expert_size);
+  check_biases(down_bias, down.size(0), x_in.size(1));
   const at::Tensor x = x_in.contiguous(), chosen = chosen_in.contiguous();
   const at::Tensor weights = weights_in.contiguous();
   const int64_t hidden = x.size(1), per_token = chosen.size(1);
@@ -88,9 +121,9 @@ at::Tensor fused_experts(const at::Tensor& x_in, const at::Tensor& chosen_in,
       std::copy(row, row + hidden, gathered.mutable_data_ptr<float>() + r * hidden);
     }
     const at::Tensor both =
-        linear(gathered, gate_up.select(0, e), std::nullopt, 2 * expert_size, format);
-    const at::Tensor y =
-        linear(silu_and_mul(both), down.select(0, e), std::nullopt, hidden, format);
+        linear(gathered, gate_up.select(0, e), bias_of(gate_up_bias, e), 2 * expert_size, format);
+    const at::Tensor y = linear(activated(both, static_cast<float>(limit)), down.select(0, e),
+                                bias_of(down_bias, e), hidden, format);
     const float* values = y.const_data_ptr<float>();
     for (int64_t r = 0; r < rows; ++r) {
       float* sum = sums + entries[e][r] / per_token * hidden;
@@ -106,7 +139,8 @@ TORCH_LIBRARY_FRAGMENT(precast, m) {
   m.def("route(Tensor scores, int per_token, bool normalize) -> (Tensor, Tensor)");
   m.def(
       "fused_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, "
-      "int expert_size, int format) -> Tensor");
+      "int expert_size, int format, Tensor? gate_up_bias=None, Tensor? down_bias=None, "
+      "float limit=0.0) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
@@ -129,8 +163,12 @@ PRECAST_SHIM aoti_torch_cpu_route(AtenTensorHandle scores, int64_t per_token, in
 PRECAST_SHIM aoti_torch_cpu_fused_experts(AtenTensorHandle x, AtenTensorHandle experts,
                                           AtenTensorHandle weights, AtenTensorHandle gate_up,
                                           AtenTensorHandle down, int64_t expert_size, int64_t format,
-                                          AtenTensorHandle* ret) {
+                                          AtenTensorHandle* gate_up_bias, AtenTensorHandle* down_bias,
+                                          double limit, AtenTensorHandle* ret) {
+  using precast::optional_tensor;
   using precast::tensor;
   PRECAST_RETURN(precast::fused_experts(tensor(x), tensor(experts), tensor(weights),
-                                        tensor(gate_up), tensor(down), expert_size, format));
+                                        tensor(gate_up), tensor(down), expert_size, format,
+                                        optional_tensor(gate_up_bias), optional_tensor(down_bias),
+                                        limit));
 }

@@ -102,18 +102,22 @@ inline void group_dots_of_halves(const uint8_t* w, const int8_t* x, const int32_
   }
 }
 
-// |x| and |w| are at most 127: the 16-bit sums of pairs (127 * 127 * 2 < 32768) can't saturate.
+// |x| is at most 127 and |w| at most 128, which some checkpoints' own weights have: as a byte without
+// sign it is what it should be, and the 16-bit sums of pairs (127 * 128 * 2 < 32768) can't saturate.
 template <int MR, typename Use>
 inline void group_dots_of_bytes(const uint8_t* w, int steps, const int8_t* x, Use&& use) {
   __m256i dots[MR][kVectors];
   clear(dots);
   const auto step = [&](int s) {
-    __m256i weights[kVectors];
-    for (int v = 0; v < kVectors; ++v) weights[v] = load_as<__m256i>(w + s * kStepBytes + v * 32);
+    __m256i weights[kVectors], sizes[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      weights[v] = load_as<__m256i>(w + s * kStepBytes + v * 32);
+      sizes[v] = _mm256_abs_epi8(weights[v]);
+    }
     for (int r = 0; r < MR; ++r) {
-      const __m256i four = load_inputs(x + r * kGroup + s * 4), size = _mm256_abs_epi8(four);
+      const __m256i four = load_inputs(x + r * kGroup + s * 4);
       for (int v = 0; v < kVectors; ++v) {
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weights[v], four));
+        const __m256i pairs = _mm256_maddubs_epi16(sizes[v], _mm256_sign_epi8(four, weights[v]));
         dots[r][v] = _mm256_add_epi32(dots[r][v], add_pairs(pairs));
         settle(dots[r][v]);
       }

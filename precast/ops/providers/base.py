@@ -18,6 +18,7 @@ OPERATORS: Final = (
     "rms_norm",
     "rotary",
     "route",
+    "sigmoid_and_mul",
     "silu_and_mul",
     "soft_cap",
 )
@@ -39,6 +40,8 @@ class Needs:
     head_dim: int
     uneven_groups: bool = False
     """Whether KV heads differ in how many query heads attend to them."""
+    sinks: bool = False
+    """Whether attention has sinks."""
 
 
 @dataclass(frozen=True, kw_only=True)

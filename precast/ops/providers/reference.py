@@ -24,6 +24,7 @@ def select() -> Selection:
         "rms_norm": rms_norm,
         "rotary": rotary,
         "route": route,
+        "sigmoid_and_mul": sigmoid_and_mul,
         "silu_and_mul": silu_and_mul,
         "soft_cap": soft_cap,
     }
@@ -52,6 +53,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def sigmoid_and_mul(gate: Tensor, x: Tensor) -> Tensor:
+    return torch.sigmoid(gate) * x
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -88,14 +93,25 @@ def fused_experts(
     down: Tensor,
     expert_size: int,
     format: int,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float = 0.0,
 ) -> Tensor:
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         rows, choices = torch.where(experts == expert)
-        both = linear(x[rows], gate_up[expert], None, 2 * expert_size, format)
-        y = linear(silu_and_mul(both), down[expert], None, x.shape[1], format)
+        bias, out_bias = (b if b is None else b[expert] for b in (gate_up_bias, down_bias))
+        both = linear(x[rows], gate_up[expert], bias, 2 * expert_size, format)
+        inner = _clamped(both, limit) if limit else silu_and_mul(both)
+        y = linear(inner, down[expert], out_bias, x.shape[1], format)
         out.index_add_(0, rows, y * weights[rows, choices, None])
     return out
+
+
+def _clamped(gate_up: Tensor, limit: float) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-limit, limit) + 1)
 
 
 def _rounded(x: Tensor, group: int) -> Tensor:
@@ -121,6 +137,7 @@ def paged_attention(
     window: int,
     softcap: float,
     groups: Sequence[int] = (),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     sizes = torch.tensor(groups or [q.shape[1] // k.shape[1]] * k.shape[1])
     live = slots >= 0
@@ -133,12 +150,18 @@ def paged_attention(
         if context and rows.start < rows.stop:
             keys, values = _load(k_cache, v_cache, block_tables[index].long(), q.shape[2], context)
             keys, values = (t.repeat_interleave(sizes, dim=1) for t in (keys, values))
-            out[rows] = _attend(q[rows], keys, values, scale, window, softcap)
+            out[rows] = _attend(q[rows], keys, values, scale, window, softcap, sinks)
     return out
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, softcap: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The last tokens of a sequence, q [T, heads, D], and its keys and values [C, heads, D]."""
     scores = torch.einsum("thd,chd->htc", q, keys) * scale
@@ -148,6 +171,10 @@ def _attend(
     seen = torch.arange(context)[None] - torch.arange(context - q.shape[0], context)[:, None]
     hidden = (seen > 0) | (seen <= -window) if window else seen > 0
     scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks[:, None, None].expand(-1, scores.shape[1], 1)
+        shares = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+        return torch.einsum("htc,chd->thd", shares, values)
     return torch.einsum("htc,chd->thd", scores.softmax(-1), values)
 
 

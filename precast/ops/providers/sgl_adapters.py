@@ -109,11 +109,13 @@ def paged_attention(
     window: int,
     softcap: float,
     groups: Sequence[int] = (),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Caches are token-major in memory (``kv_cache.new_cache``), so that upstream's
     [tokens, kv_heads, D] is a view of them. Prompts go through the extend kernel where AMX is
     there, else token by token through the decode kernel: causality is in the lengths."""
     assert len(set(groups)) <= 1, "upstream divides query heads evenly"
+    assert sinks is None, "models with sinks are not for it"
     keys, values = _token_major(k_cache, v_cache)
     live = slots >= 0
     rounded = [t[live].to(keys.dtype).contiguous() for t in (k, v)]

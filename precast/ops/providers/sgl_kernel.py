@@ -125,6 +125,8 @@ def _unserved(operator: str, needs: Needs) -> str:
             return f"kv_dtype is {needs.kv_dtype}: it takes bf16"
         if needs.uneven_groups:
             return "this rank's KV heads have different numbers of query heads"
+        if needs.sinks:
+            return "this model's attention has sinks"
         # Its vectors hold 32 values, and heads are not padded.
         return (
             "" if needs.head_dim % 32 == 0 else f"head_dim is {needs.head_dim}: not 32's multiple"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from precast.config.settings import DecodeWorkerSettings
 from precast.log import get_logger
+from precast.models.config import load_config
 from precast.sizing import Sizing, size
 from precast.system.free_memory import free_memory, gib
 from precast.system.placement import Placement, RankPlacement, described, plan, this_machine
@@ -40,12 +41,13 @@ def shares(settings: DecodeWorkerSettings) -> list[Share]:
 
 def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
     """The first command of each rank of a new group."""
-    group_id = new_segment_name()
+    group_id, folder = new_segment_name(), model_folder(settings)
+    precision = settings.precision(load_config(folder).own_quantization)
     return [
         Init(
-            model_dir=str(model_folder(settings)),
+            model_dir=str(folder),
             packed_dir=str(settings.packed_dir),
-            precision=settings.precision,
+            precision=precision,
             tp_rank=number,
             tp_size=settings.tp,
             cores=rank.threads,

@@ -1,0 +1,89 @@
+"""FP8 (e4m3): 8-bit floats with a scale for the tensor, a row, or a block of rows and inputs.
+
+No kernel takes them. By default they are rounded to q8_0, 8 bits with a scale for each 32 inputs:
+that is off by 1/254 of the largest of these, where FP8 itself has rounded each value by up to 2^-4
+of it. bf16 (``quantization = none``) rounds by 2^-9 of each value and reads twice as much.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from precast.errors import UnsupportedArchitecture
+from precast.models.precision import Quantization
+from precast.models.quantized.scheme import SCALES, Files, Scheme, Stored, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from precast.ops.scaled import ScaledWeight
+
+_EXTRAS: Final = ("input_scale", "activation_scale", "k_scale", "v_scale", "output_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8:
+    block: tuple[int, int] | None
+    """Rows and inputs that share a scale; None: see ``per_row``."""
+    per_row: bool
+    """A scale for each row; else one for all."""
+    scale: str
+    """What the tensor of scales is called."""
+    extras: tuple[str, ...] = _EXTRAS
+    quantization: Quantization = "q8_0"
+    loss: str = "FP8: rounded to 8 bits for each 32 inputs"
+
+    def is_stored(self, module: str, names: Collection[str]) -> bool:
+        return f"{module}.{self.scale}" in names
+
+    def tensors(
+        self, module: str, shape: tuple[int, ...], names: Collection[str]
+    ) -> Mapping[str, Stored]:
+        del names
+        return {
+            f"{module}.weight": Stored(shape, ("F8_E4M3",)),
+            f"{module}.{self.scale}": Stored(self._scales(shape), SCALES),
+        }
+
+    def is_extra(self, name: str) -> bool:
+        return name.rpartition(".")[2] in self.extras
+
+    def read(self, files: Files, module: str, shape: tuple[int, int]) -> "ScaledWeight":
+        from precast.models.quantized.words import finite
+        from precast.ops.scaled import ScaledWeight
+
+        name = f"{module}.{self.scale}"
+        scales = self._by_row(finite(files.get(name, self._scales(shape)), name), shape[0])
+        return ScaledWeight(
+            values=files.get(f"{module}.weight", shape),
+            scales=scales,
+            group=None if self.block is None else self.block[1],
+            bits=0,
+        )
+
+    def _scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.block is not None:
+            rows, inputs = self.block
+            return (-(-shape[0] // rows), -(-shape[1] // inputs))
+        return (shape[0], 1) if self.per_row else (1,)
+
+    def _by_row(self, scales: "Tensor", rows: int) -> "Tensor":
+        if self.block is not None:
+            return scales.repeat_interleave(self.block[0], dim=0)[:rows]
+        return scales.reshape(-1, 1).expand(rows, -1)
+
+
+def read(settings: Mapping[str, Any]) -> Scheme:
+    """Out of a ``quantization_config``. Raises UnsupportedArchitecture."""
+    one_of(settings, "fmt", "e4m3", "e4m3", "float8_e4m3fn")
+    one_of(settings, "scale_fmt", None, None, "float")
+    block = settings.get("weight_block_size")
+    if block is None:
+        return Fp8(block=None, per_row=False, scale="weight_scale")
+    if not (isinstance(block, list) and len(block) == 2 and all(map(_is_side, block))):
+        raise UnsupportedArchitecture("weight_block_size: expected two positive numbers")
+    return Fp8(block=(block[0], block[1]), per_row=False, scale="weight_scale_inv")
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
