@@ -91,6 +91,7 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         "elementwise_ops",
         "comm_ops",
         "sampling_ops",
+        "sampling_split",
         "step_runner",
     )
     units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in torch_units]

@@ -7,6 +7,7 @@ through the operators. Importing this module loads the library; nothing is compi
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,14 @@ def _sample(
         ints.new_empty((rows, top), dtype=torch.int32),
         logits.new_empty((rows, top)),
     )
+
+
+@torch.library.register_fake("precast::sample_split")
+def _sample_split(
+    logits: Tensor, reals: Tensor, ints: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    top: int = others[-2]
+    return _sample(logits, reals, ints, *(None,) * 8, top)
 
 
 @torch.library.register_fake("precast::fused_experts")

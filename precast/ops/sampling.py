@@ -23,6 +23,7 @@ the instruction set. A row whose logits hold NaN or +inf, or in which nothing is
 and no token; the others are drawn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,11 +90,28 @@ class Drawings:
     """float32 [S, top]."""
 
 
-def sample(logits: Tensor, columns: Columns, top: int = 0) -> Drawings:
+def sample(
+    logits: Tensor, columns: Columns, top: int = 0, *, widths: Sequence[int] = ()
+) -> Drawings:
     """float32 [S, V] logits to tokens; changes the logits in place. ``top`` bounds the rows' own
-    number of reported tokens. Raises RuntimeError for columns of the wrong kind."""
+    number of reported tokens. Raises RuntimeError for columns of the wrong kind.
+
+    ``widths``: how many logits each rank of this process's group has, where these are only this
+    rank's. All of them call it with the same columns, which are of the whole vocabulary, and all
+    get the same drawings; none gathers the others' logits. A draw may then differ from that of one
+    rank where a share is within roundings of a bound.
+    """
+    if len(widths) > 1:
+        outputs = torch.ops.precast.sample_split(*_arguments(logits, columns, top), list(widths))
+    else:
+        outputs = torch.ops.precast.sample(*_arguments(logits, columns, top))
+    names = ("tokens", "status", "logprobs", "top_ids", "top_logprobs")
+    return Drawings(**dict(zip(names, outputs, strict=True)))
+
+
+def _arguments(logits: Tensor, columns: Columns, top: int) -> tuple[Tensor | int | None, ...]:
     seen, bias = columns.seen, columns.bias
-    outputs = torch.ops.precast.sample(
+    return (
         logits,
         columns.reals,
         columns.ints,
@@ -103,5 +121,3 @@ def sample(logits: Tensor, columns: Columns, top: int = 0) -> Drawings:
         columns.mask_rows,
         top,
     )
-    names = ("tokens", "status", "logprobs", "top_ids", "top_logprobs")
-    return Drawings(**dict(zip(names, outputs, strict=True)))

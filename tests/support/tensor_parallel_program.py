@@ -128,12 +128,12 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
         assert isinstance(loaded, Loaded), loaded
     for connection in connections:
         connection.sendall(frame(Join()))
+    ready = [reply(connection) for connection in connections]
+    assert isinstance(ready[0], Ready), ready
+    kernels = ready[0].kernels
+    ways = b"".join(map(frame, WAYS))
     for connection in connections:
-        ready = reply(connection)
-        assert isinstance(ready, Ready), ready
-        kernels = ready.kernels
-    for way in WAYS:
-        connections[0].sendall(frame(way))
+        connection.sendall(ways)
     answers: list[dict[str, object]] = []
     contexts, new = [0] * len(PROMPTS), [list(prompt) for prompt in PROMPTS]
     for index in range(1 + DECODE_STEPS):

@@ -365,3 +365,11 @@ def test_it_traces() -> None:
     arguments = (torch.randn(2, 70), made.reals, made.ints, *entries, *biases, None, None, 2)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.precast.sample, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_parts_of_the_vocabulary_draw_what_one_draws(ranks: int) -> None:
+    """None of them has the others' logits."""
+    command = [sys.executable, "-m", "tests.support.split_sampling_program", f"--ranks={ranks}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]

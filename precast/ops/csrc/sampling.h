@@ -91,6 +91,7 @@ struct DrawRow {
   float* plain;   // [blocks] at temperature 1, where log probabilities are wanted; may be `masses`
   float maximum;
   DrawStatus status;
+  int64_t first, whole;  // the logits' place in a vocabulary of which this rank has a part
 };
 
 struct Drawn {
@@ -105,7 +106,7 @@ bool needs_masses(const DrawParams& p, int64_t n);
 // What logits are multiplied by: 1 / temperature, kept finite.
 float inverse_of(double temperature);
 
-// Penalties, then bias, in place. Sets status where an id is outside of the vocabulary.
+// Penalties, then bias, in place. Sets status where an id is outside of the whole vocabulary.
 void adjust_row(DrawRow& row, const DrawParams& p, const TokenCounts& seen, const TokenBiases& bias);
 // Behind the scan: the row's largest logit, and status where there is none.
 void finish_scan(DrawRow& row, bool not_finite);

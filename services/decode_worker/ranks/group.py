@@ -139,16 +139,16 @@ class RankGroup:
 
         Doesn't raise: a group that has failed says so to whoever waits for the answer.
         """
-        for message in sampling:
-            self._ranks[0].send(frame(message))
-        data = frame(step)
+        data = b"".join(frame(message) for message in (*sampling, step))
         for rank in self._ranks:
             rank.send(data)
         self.sent_steps.add(timeout_s)
 
     def send_masks(self, masks: Masks) -> None:
-        """Of the oldest step under way, to who draws. Doesn't raise, as ``send_step``."""
-        self._ranks[0].send(frame(masks))
+        """Of the oldest step under way. Doesn't raise, as ``send_step``."""
+        data = frame(masks)
+        for rank in self._ranks:
+            rank.send(data)
 
     async def step_done(self) -> StepDone:
         """Rank 0's answer to the oldest step under way. What it answered before the group failed is

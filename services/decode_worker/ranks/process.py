@@ -21,7 +21,7 @@ from torch import Tensor
 
 from precast import log as logging
 from precast.errors import PrecastError
-from precast.models.forward import gathered, likeliest
+from precast.models.forward import likeliest
 from precast.ops import native
 from precast.ops.draw_status import DrawStatus
 from precast.system.process import die_with_parent, pin
@@ -119,7 +119,11 @@ def serve(connection: socket.socket) -> None:
     _send(connection, Loaded(tp_rank=init.tp_rank))
     rank = _Rank(
         model=model,
-        sampler=Sampler(slots=init.max_batch_size),
+        sampler=Sampler(
+            slots=init.max_batch_size,
+            widths=model.shape.vocab_widths,
+            reports=init.tp_rank == 0,
+        ),
         last=np.zeros(init.max_batch_size, dtype=np.int32),
         receive=partial(receive, connection),
     )
@@ -133,7 +137,6 @@ def serve(connection: socket.socket) -> None:
 class _Rank:
     model: RankModel
     sampler: Sampler
-    """Of the first rank; the others' has no sequences."""
     last: Ints
     """[slots] the token that was drawn last for each."""
     receive: Callable[[], Command]
@@ -188,7 +191,7 @@ def _load_graph(init: Init, model: RankModel, command: LoadGraph) -> GraphLoaded
 def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
     started = time.perf_counter()
     prepared = _prepared(init, rank, step)
-    batch, draws, greedy = prepared
+    batch, draws, _ = prepared
     shadow, scores = None, list[Logprobs | None]()
     if isinstance(step, Step) and step.scored is not None:
         hidden = rank.model.hidden(batch)
@@ -204,8 +207,8 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
         logits, shadow = rank.model.shadow(batch, draws.rows, step.graph_size)
     else:
         logits = rank.model.step(batch, draws.rows, step.graph_size)
-    drawn = _draw(init, rank, step, prepared, logits)
-    _keep(init, rank.last, draws.slots, drawn.tokens, greedy=greedy)
+    drawn = _draw(rank, step, prepared, logits)
+    rank.last[draws.slots] = np.maximum(drawn.tokens, 0)  # of one without a token any will do
     if init.tp_rank != 0:
         return None
     return StepDone(
@@ -230,20 +233,15 @@ def _prepared(init: Init, rank: _Rank, step: Step | DecodeOn) -> Prepared:
     return prepared
 
 
-def _draw(
-    init: Init, rank: _Rank, step: Step | DecodeOn, prepared: Prepared, logits: Tensor
-) -> Drawn:
-    """What is drawn in this step; of ranks but the first, only their part in the collectives.
-    ``logits`` has a row for each."""
-    draws, nothing = prepared.draws, Drawn(tokens=[], logprobs=[], failed={})
+def _draw(rank: _Rank, step: Step | DecodeOn, prepared: Prepared, logits: Tensor) -> Drawn:
+    """What is drawn in this step: every rank knows it, for it goes on from there. ``logits`` has a
+    row for each draw."""
+    draws = prepared.draws
     if len(draws.rows) == 0:
-        return nothing
+        return Drawn(tokens=[], logprobs=[], failed={})
     if prepared.greedy:
         return _greedy(likeliest(rank.model.shape, logits))
-    whole = gathered(rank.model.shape, logits)
-    if init.tp_rank != 0:
-        return nothing
-    return rank.sampler.draw(whole, draws.slots, draws.drawn, _masks(rank, step, len(draws.rows)))
+    return rank.sampler.draw(logits, draws.slots, draws.drawn, _masks(rank, step, len(draws.rows)))
 
 
 def _masks(rank: _Rank, step: Step | DecodeOn, draws: int) -> DrawMasks | None:
@@ -266,16 +264,6 @@ def _greedy(tokens: list[int]) -> Drawn:
         logprobs=[None] * len(tokens),
         failed=dict.fromkeys(lost, int(DrawStatus.NOT_FINITE)),
     )
-
-
-def _keep(init: Init, last: Ints, slots: Ints, tokens: list[int], *, greedy: bool) -> None:
-    """Notes what was drawn: every rank goes on from it in the next step. One that could not be
-    drawn is replaced by any, for its sequence has ended."""
-    if len(slots) == 0:
-        return
-    last[slots] = np.maximum(tokens, 0) if tokens else 0
-    if init.tp_size > 1 and not greedy:  # only the first rank has drawn
-        last[slots] = torch.ops.precast.broadcast(torch.from_numpy(last[slots]), 0).numpy()
 
 
 def _send(connection: socket.socket, message: Reply) -> None:

@@ -1,11 +1,11 @@
 """Messages between a decode worker's leader and its rank processes.
 
 Each rank is a process with one Unix stream socket to the leader. A frame is a 4-byte little-endian
-length and a msgpack body. The leader sends every command to every rank in the same order, but
-``StartSampling`` and ``Masks`` only to rank 0, which draws; ranks work in lock step. Only rank 0
-answers ``Step``; every rank answers ``Init``, ``Join``, ``LoadGraph`` and ``Ping``, and says
-meanwhile how far it has come with an ``Init``. A rank that can't go on sends ``RankFailed`` and
-exits; a rank that dies closes its socket.
+length and a msgpack body. The leader sends every command to every rank in the same order; ranks
+work in lock step, and draw the same tokens. Only rank 0 answers ``Step``; every rank answers
+``Init``, ``Join``, ``LoadGraph`` and ``Ping``, and says meanwhile how far it has come with an
+``Init``. A rank that can't go on sends ``RankFailed`` and exits; a rank that dies closes its
+socket.
 """
 
 import struct
@@ -201,7 +201,7 @@ class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Masks(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Tokens that masked draws of a step may give. Only to rank 0, not answered."""
+    """Tokens that masked draws of a step may give. Not answered."""
 
     step_id: int
     rows: bytes

@@ -60,6 +60,10 @@ class Sampler:
     """State of ``slots`` sequences."""
 
     slots: int
+    widths: tuple[int, ...] = ()
+    """Of each rank's part of the vocabulary, where this is one of several."""
+    reports: bool = True
+    """Whether this one has to report log-probabilities."""
     _reals: NDArray[np.float64] = field(init=False)
     _ints: NDArray[np.int64] = field(init=False)
     _counts: dict[int, TokenCounts] = field(default_factory=dict, init=False)
@@ -91,8 +95,9 @@ class Sampler:
     def draw(
         self, logits: Tensor, slots: Ints, drawn: Ints, masks: DrawMasks | None = None
     ) -> Drawn:
-        """float32 [S, V] logits, which are changed, to tokens. ``slots`` [S] are the rows', and
-        ``drawn`` [S] how many tokens each sequence has drawn before."""
+        """float32 [S, V] logits of this rank's part of the vocabulary, which are changed, to
+        tokens. ``slots`` [S] are the rows', and ``drawn`` [S] how many tokens each sequence has
+        drawn before. All ranks take part, and draw the same tokens."""
         ints = self._ints[slots]
         ints[:, _STEP] = drawn
         rows = slots.tolist()
@@ -105,12 +110,11 @@ class Sampler:
             mask_rows=masks.rows if masks else None,
         )
         wanted: list[int] = ints[:, _LOGPROBS].tolist()
-        result = sample(logits, columns, max(0, *wanted))
+        result = sample(logits, columns, max(0, *wanted), widths=self.widths)
         tokens: list[int] = result.tokens.tolist()
         self._count(rows, tokens)
-        return Drawn(
-            tokens=tokens, logprobs=reports(result, tokens, wanted), failed=_failed(result)
-        )
+        found = reports(result, tokens, wanted) if self.reports else []
+        return Drawn(tokens=tokens, logprobs=found, failed=_failed(result))
 
     def _count(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         if not self._counts:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from precast.models.forward import gathered, logits
+from precast.models.forward import logits
 from precast.models.layers import Shape
 from precast.models.load import Weights
 from precast.ops.sampling import INTS, REALS, Columns, sample
@@ -32,9 +32,9 @@ def score(
     rows = torch.from_numpy(np.frombuffer(wanted.rows, dtype=np.int32).astype(np.int64))
     found: list[Logprobs | None] = []
     for piece in _pieces(len(rows)):
-        whole = gathered(shape, logits(shape, weights, hidden[rows[piece]]))
-        if reports_here:
-            found += _reports(whole, *_columns(wanted, piece))
+        part = logits(shape, weights, hidden[rows[piece]])
+        reported = _reports(part, shape.vocab_widths, *_columns(wanted, piece))
+        found += reported if reports_here else []
     return found
 
 
@@ -49,14 +49,14 @@ def _columns(wanted: ScoredRows, piece: slice) -> tuple[NDArray[np.int32], NDArr
 
 
 def _reports(
-    whole: Tensor, tokens: NDArray[np.int32], tops: NDArray[np.int32]
+    part: Tensor, widths: tuple[int, ...], tokens: NDArray[np.int32], tops: NDArray[np.int32]
 ) -> list[Logprobs | None]:
-    """Of float32 [R, V] logits, which are changed."""
+    """Of this rank's part of float32 [R, V] logits, which is changed."""
     reals = np.tile([_PLAIN.get(name, 0.0) for name in REALS], (len(tokens), 1))
     ints = np.zeros((len(tokens), len(INTS)), dtype=np.int64)
     ints[:, INTS.index("logprobs")] = tops
     ints[:, INTS.index("given")] = tokens
     columns = Columns(reals=torch.from_numpy(reals), ints=torch.from_numpy(ints))
     wanted: list[int] = tops.tolist()
-    result = sample(whole, columns, max(wanted))
+    result = sample(part, columns, max(wanted), widths=widths)
     return reports(result, result.tokens.tolist(), wanted)
