@@ -27,6 +27,7 @@ from precast.ops import native
 from precast.system.process import available_cpus
 from precast.system.shared_memory import new_segment_name
 from services.decode_worker.ranks.group import RankGroup
+from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init, LoadGraph, Step
 
@@ -139,6 +140,7 @@ async def measure(arguments: argparse.Namespace, folder: Path, scratch: Path, ta
             group = await RankGroup.start(
                 inits(layout, folder, scratch / "packed", quantization, max(widths)),
                 RankLauncher(),
+                KvMemory(len(layout)),
             )
             groups.append(group)
             graphs = arguments.graphs or scratch / "graphs"

@@ -6,6 +6,7 @@ features.
 """
 
 import math
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from precast.system.memory import mapped_zeros
 
 KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 SCALE_BYTES: Final = 4
+Memory = Callable[[int], Tensor]
+"""At least so many bytes, as uint8."""
 
 
 class LayerCache(NamedTuple):
@@ -34,27 +37,28 @@ def new_cache(
     block_size: int,
     head_dim: int,
     token_major: bool = False,
+    memory: Memory = mapped_zeros,
 ) -> LayerCache:
-    """A cache of zeros near the compute threads, on huge pages. They are mapped lazily: a page
-    costs memory when it is first written.
+    """A cache near the compute threads. It is mapped lazily: a page costs memory when it is first
+    written.
 
     ``token_major``: the same shapes over memory in which a token's heads lie side by side, for
-    kernel providers that want it.
+    kernel providers that want it. ``memory``: where it lies, and what is in it.
     """
     dtype = KV_DTYPES[kv_dtype]
     width = head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
     if token_major:
-        k, v = (_zeros((blocks, block_size, kv_heads, width), dtype) for _ in "kv")
+        k, v = (_mapped(memory, (blocks, block_size, kv_heads, width), dtype) for _ in "kv")
         return LayerCache(k.permute(0, 2, 3, 1), v.transpose(1, 2))
     return LayerCache(
-        _zeros((blocks, kv_heads, width, block_size), dtype),
-        _zeros((blocks, kv_heads, block_size, width), dtype),
+        _mapped(memory, (blocks, kv_heads, width, block_size), dtype),
+        _mapped(memory, (blocks, kv_heads, block_size, width), dtype),
     )
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _mapped(memory: Memory, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
-    return mapped_zeros(size)[:size].view(dtype).view(shape)
+    return memory(size)[:size].view(dtype).view(shape)
 
 
 def fill_cache(cache: LayerCache, k: Tensor, v: Tensor) -> None:

@@ -7,6 +7,7 @@ miss is a walk through two tables. See docs/decisions.md for what huge pages gai
 
 import math
 import mmap
+import os
 from typing import Final
 
 import torch
@@ -38,6 +39,28 @@ class Arena:
     def copy(self, tensor: Tensor) -> Tensor:
         """The same values, shape and dtype, in the arena's memory; contiguous."""
         return self.empty((tensor.nbytes,)).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+class MappedFile:
+    """Parts of a file in memory, one behind the other, each beginning on a huge page. The file
+    grows as it has to; what is in it is kept."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._end = 0
+
+    def next(self, size: int) -> Tensor:
+        """uint8 tensor of at least ``size`` bytes, the same ones whenever the same sizes are asked
+        for in the same order. A page costs memory when it is first written."""
+        rounded = max(1, -(-size // HUGE_PAGE)) * HUGE_PAGE
+        begin, self._end = self._end, self._end + rounded
+        if os.fstat(self._file).st_size < self._end:
+            os.ftruncate(self._file, self._end)
+        mapping = mmap.mmap(self._file, rounded, mmap.MAP_SHARED, offset=begin)
+        mapping.madvise(mmap.MADV_HUGEPAGE)  # where the kernel has them for files in memory
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        numa.place(memory)
+        return memory
 
 
 def mapped_zeros(size: int) -> Tensor:

@@ -225,6 +225,41 @@ def test_a_lost_cache_puts_what_ran_back_in_front_of_the_queue() -> None:
     assert {name: len(out) for name, out in run(scheduler).items()} == dict.fromkeys("abc", 4)
 
 
+def test_lost_steps_are_computed_again_and_nothing_else() -> None:
+    scheduler = make(prefill_chunk=64)
+    scheduler.add(sequence("a", prompt=6, max_tokens=6))
+    first = scheduler.schedule(0)
+    assert first is not None
+    scheduler.apply(first, [50])
+    second, third = scheduler.schedule(1), scheduler.schedule(2)  # sent ahead
+    assert second is not None and third is not None
+    assert scheduler.lose_steps(second) == []
+    assert (scheduler.running, scheduler.waiting) == (1, 0)
+    again = scheduler.schedule(3)
+    assert again is not None
+    assert isinstance(again.message, Step)
+    assert (again.prompt_tokens, again.counts) == (0, (1,))
+    assert ints(again.message.token_ids) == [50]
+    assert ints(again.message.positions) == [6]
+    assert ints(again.message.drawn) == [1]
+    assert len(again.sampling) == 1  # the next ranks don't know yet how it draws
+    scheduler.apply(again, [51])
+    assert {name: output[:2] for name, output in run(scheduler).items()} == {"a": [50, 51]}
+
+
+def test_a_chunk_of_a_prompt_that_is_lost_is_shared_with_nobody() -> None:
+    scheduler = make(prefill_chunk=8, blocks=32)
+    scheduler.add(sequence("a", prompt=14, max_tokens=1))
+    step = scheduler.schedule(0)
+    assert step is not None
+    scheduler.lose_steps(step)
+    scheduler.add(sequence("b", prompt=14, max_tokens=1))
+    step = scheduler.schedule(1)
+    assert step is not None
+    assert [one.request_id for one in step.sequences] == ["a"]  # b waits for what a computes
+    assert ints(step.message.positions) == list(range(8))
+
+
 def test_a_sequence_that_was_there_at_each_loss_is_given_up() -> None:
     scheduler = make(max_batch_size=1)
     scheduler.add(sequence("suspect"))
@@ -456,8 +491,9 @@ class Traffic(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.cache: dict[int, tuple[int, ...]] = {}
         """By slot: the tokens that its keys and values depend on."""
-        self.under_way: list[tuple[ScheduledStep, list[int]]] = []
-        """Scheduled, and computed in the simulated cache, with draws that nobody knows yet."""
+        self.under_way: list[tuple[ScheduledStep, list[int], list[int]]] = []
+        """Scheduled, and computed in the simulated cache, with draws that nobody knows yet and the
+        cache's slots that they write."""
         self.last: dict[int, tuple[int, ...]] = {}
         """By sampling slot: all tokens of its sequence with the one drawn last."""
         self.told: dict[int, int] = {}
@@ -510,7 +546,7 @@ class Traffic(RuleBasedStateMachine):
         assert step.prompt_tokens <= 5
         message = self.ranks.full(step.message)
         self.tell(step, message)
-        self.under_way.append((step, self.compute(step, message)))
+        self.under_way.append((step, self.compute(step, message), ints(message.slots)))
 
     def tell(self, step: ScheduledStep, message: Step) -> None:
         """What the first rank knows of how to draw: each slot is its sequence's."""
@@ -548,7 +584,7 @@ class Traffic(RuleBasedStateMachine):
     def apply(self, seconds: float) -> None:
         if not self.under_way:
             return
-        step, tokens = self.under_way.pop(0)
+        step, tokens, _ = self.under_way.pop(0)
         self.pace.observe(step.decode_tokens, step.prompt_tokens, seconds)
         for done, _, reason, _ in self.scheduler.apply(step, tokens):
             whole = (*done.prompt, *done.output)
@@ -561,12 +597,28 @@ class Traffic(RuleBasedStateMachine):
 
     @rule()
     def fail(self) -> None:
-        first = self.under_way[0][0] if self.under_way else None
-        for lost in self.scheduler.lose_cache(first):
+        self.lose_ranks(self.scheduler.lose_cache(self.running_step()))
+        self.cache.clear()
+
+    @rule()
+    def fail_and_come_back(self) -> None:
+        """To a cache in which nobody knows what the steps under way have written."""
+        unsure = [slot for _, _, slots in self.under_way for slot in slots]
+        running = [one for one in self.live.values() if one.blocks]
+        prompts = [one.written for one in running]
+        self.lose_ranks(self.scheduler.lose_steps(self.running_step()))
+        self.cache |= dict.fromkeys(unsure, ())
+        for one, written in zip(running, prompts, strict=True):
+            assert one.computed == written or one.losses >= 2, "it is computed again"
+
+    def running_step(self) -> ScheduledStep | None:
+        return self.under_way[0][0] if self.under_way else None
+
+    def lose_ranks(self, given_up: list[Sequence]) -> None:
+        for lost in given_up:
             assert lost.losses == MAX_LOSSES or lost.losses_in_all == MAX_LOSSES_IN_ALL
             self.end(lost.request_id)
         self.under_way.clear()
-        self.cache.clear()
         self.told.clear()
         self.last.clear()
 

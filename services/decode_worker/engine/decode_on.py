@@ -35,6 +35,7 @@ def decode_on(
     grown = _grow(batch, short, blocks) if short else b""
     for one in batch.chosen:
         one.sequence.computed += 1
+        one.sequence.computing += 1
         one.sequence.drawing += 1
     return ScheduledStep(batch=batch, message=DecodeOn(step_id=step_id, blocks=grown))
 

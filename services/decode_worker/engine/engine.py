@@ -1,13 +1,16 @@
 """A worker's engine: it keeps a group of ranks running that computes steps (``step_loop.py``).
 
-When the group fails, another is started and running requests go on where they were: a prompt is
-computed again with what followed it, and draws depend on nothing else. Every request ends exactly
-once, whatever fails between two steps.
+When the group fails, another is started and running requests go on where they were: what was in
+the KV cache is there still, for its memory is the leader's (``ranks/kv_memory.py``), and draws
+depend on nothing else. After a crash of native code, which may have written anywhere, prompts are
+computed again with what followed them. Every request ends exactly once, whatever fails between two
+steps.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 from typing import Final
 
 from precast.errors import Unavailable
@@ -17,11 +20,13 @@ from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.scheduler import Scheduler
+from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.engine.step_counts import StepCounts
 from services.decode_worker.engine.step_loop import StepLoop
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import GroupFailed, RankGroup, RankRefused
+from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init, Ready
 
@@ -39,7 +44,7 @@ class Engine:
         *,
         scheduler: Scheduler,
         graphs: GraphManager,
-        inits: Callable[[], Sequence[Init]],
+        inits: Callable[[], Many[Init]],
         launcher: RankLauncher,
         metrics: Metrics,
         pace: Pace,
@@ -58,6 +63,7 @@ class Engine:
             metrics=metrics,
             pace=pace,
         )
+        self._memory: KvMemory | None = None
         self._failed_starts = 0
         self.up = False
         """Whether a group of ranks is running."""
@@ -107,6 +113,8 @@ class Engine:
         finally:
             self._delivery.tell()
             self._delivery.fail_all("the worker has stopped")
+            if self._memory is not None:
+                self._memory.close()
 
     async def _keep_group(self) -> None:
         failures = 0
@@ -129,7 +137,9 @@ class Engine:
     async def _run_group(self) -> None:
         self._crashed = {}
         self._failed_starts += 1
-        group = await RankGroup.start(self._inits(), self._launcher)
+        inits = self._inits()
+        self._memory = self._memory or KvMemory(len(inits))
+        group = await RankGroup.start(inits, self._launcher, self._memory)
         self._failed_starts = 0
         try:
             self.ready = group.ready
@@ -150,16 +160,17 @@ class Engine:
             self._crashed = group.crashed()
 
     def _lose_group(self, reason: str) -> None:
-        """Tells requests what they have got, and puts them back in the queue for the next group."""
+        """Tells requests what they have got, and has them go on with the next group."""
         self._delivery.tell()
         self.restarts += 1
         self._metrics.restarts.inc()
         self._graphs.group_failed(self._crashed)
-        lost = self._scheduler.lose_cache(self._steps.lose_steps())
+        lost = self._lose_steps()
         log.error(
             "ranks failed; restarting them",
             reason=reason,
             crashed=[f"rank {rank}: {name}" for rank, name in self._crashed.items()],
+            running_requests=self._scheduler.running,
             waiting_requests=self._scheduler.waiting,
             lost_requests=len(lost),
         )
@@ -167,6 +178,15 @@ class Engine:
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._delivery.fail_all(message)
         self._delivery.fail_lost(message)
+
+    def _lose_steps(self) -> list[Sequence]:
+        """Puts sequences back to what is left of them; gives those that are given up."""
+        running = self._steps.lose_steps()
+        if not self._crashed:
+            return self._scheduler.lose_steps(running)
+        if self._memory is not None:
+            self._memory.clear()
+        return self._scheduler.lose_cache(running)
 
 
 def _reason(error: Exception) -> str:

@@ -40,17 +40,25 @@ def _reserved(prompts: Many[Sequence], budget: int) -> int:
 
 
 def unfinished_prompts(running: Iterable[Sequence], block_size: int) -> list[Sequence]:
-    """Those to be prefilled, in their order, without those whose next block another one among them
-    is about to compute."""
+    """Those to be prefilled, in their order, without those whose next block another sequence
+    computes, or is about to."""
     found: list[Sequence] = []
     underway: set[bytes] = set()
     for sequence in running:
-        if sequence.to_prefill == 0:
-            continue
-        whole = range(sequence.computed // block_size, sequence.length // block_size)
-        keys = [sequence.block_key(index, block_size) for index in whole]
-        if may_adopt(sequence, block_size) and keys[0] in underway:
-            continue
+        keys = _keys_to_come(sequence, block_size)
+        if sequence.to_prefill:
+            if may_adopt(sequence, block_size) and _next_key(sequence, block_size) in underway:
+                continue
+            found.append(sequence)
         underway.update(keys)
-        found.append(sequence)
     return found
+
+
+def _keys_to_come(sequence: Sequence, block_size: int) -> list[bytes]:
+    """Of blocks, all of whose tokens are known, that are not written yet."""
+    whole = range(sequence.written // block_size, sequence.known // block_size)
+    return [sequence.block_key(index, block_size) for index in whole]
+
+
+def _next_key(sequence: Sequence, block_size: int) -> bytes:
+    return sequence.block_key(sequence.computed // block_size, block_size)

@@ -121,24 +121,42 @@ class Scheduler:
 
     finish = abort
 
-    def lose_cache(self, step: ScheduledStep | None) -> list[Sequence]:
-        """Puts everything that had a slot back in front of the queue, oldest first.
+    def lose_steps(self, step: ScheduledStep | None) -> list[Sequence]:
+        """The ranks were lost with all steps under way, but what was written to the cache before
+        is there: sequences decode on with the next ranks.
 
-        It is prefilled again with what it had generated; what steps under way draw is lost. A
-        sequence that seems to be what ends the ranks is dropped, and returned (``suspects.py``);
-        ``step`` is the one that was running now.
+        What the lost steps draw is drawn again. A suspect (``suspects.py``) is prefilled anew, for
+        what it has in the cache may be what ends the ranks. One that seems to be it is dropped, and
+        returned; ``step`` is the one that was running now.
         """
-        for sequence in step.sequences if step is not None else ():
-            suspects.note_loss(sequence)
+        self._same = None
+        self._note_losses(step)
+        for sequence in self._running[::-1]:
+            if suspects.is_suspect(sequence):
+                self._preempt(sequence)
+            else:
+                sequence.rewind()
+        return self._drop_given_up()
+
+    def lose_cache(self, step: ScheduledStep | None) -> list[Sequence]:
+        """``lose_steps`` where the cache is lost too: everything that had a slot is put back in
+        front of the queue, oldest first, and prefilled again with what it had generated."""
+        self._note_losses(step)
         for sequence in self._running[::-1]:
             self._preempt(sequence)
-        for sequence in self._waiting:
-            sequence.drawing = sequence.drafted = 0
         self.blocks.lose()
-        lost = [s for s in self._waiting if suspects.is_given_up(s)]
+        return self._drop_given_up()
+
+    def _note_losses(self, step: ScheduledStep | None) -> None:
+        for sequence in step.sequences if step is not None else ():
+            suspects.note_loss(sequence)
+
+    def _drop_given_up(self) -> list[Sequence]:
+        for sequence in self._waiting:
+            sequence.computing = sequence.drawing = sequence.drafted = 0
+        lost = [s for s in (*self._running, *self._waiting) if suspects.is_given_up(s)]
         for sequence in lost:
-            self._waiting.remove(sequence)
-            self._retire(sequence)
+            self._drop(sequence)
         return lost
 
     def schedule(self, step_id: int) -> ScheduledStep | None:
@@ -176,9 +194,9 @@ class Scheduler:
         step = make_step(step_id, chosen, decoding=decoding, block_size=size)
         for one, draws in zip(step.chosen, step.draws, strict=True):
             one.sequence.computed += one.tokens
+            one.sequence.computing += one.tokens
             one.sequence.drawing += draws
             one.sequence.drafted = len(one.draft)
-            publish(self.blocks, one.sequence)
         if step.batch.is_plain and len(chosen) == len(self._running):
             self._same = step.batch
         return step
@@ -201,11 +219,14 @@ class Scheduler:
             raise ValueError(f"{len(token_ids)} tokens for {step.batch.all_draws} draws")
         outcomes, place = list[Outcome](), 0
         for one, draws in zip(step.chosen, step.draws, strict=True):
+            one.sequence.computing -= one.tokens
             if not one.sequence.alive:
                 pass  # it has ended meanwhile
+            elif draws == 0:
+                publish(self.blocks, one.sequence)
             elif draws == 1:
                 outcomes.append(self._take_one(one.sequence, place, token_ids[place]))
-            elif draws:
+            else:
                 outcomes += self._take(one, place, token_ids[place : place + draws])
             place += draws
         return outcomes
@@ -258,7 +279,7 @@ class Scheduler:
         """Gives slots and blocks to those that have waited longest."""
         while self._waiting and len(self._running) < self._max_batch_size:
             sequence = self._waiting.first
-            if sequence.drawing:
+            if sequence.computing:
                 return  # it was preempted in the step under way, whose token it is prefilled with
             found = shared(self.blocks, sequence)
             fresh = self.blocks.blocks_for(sequence.length) - len(found)

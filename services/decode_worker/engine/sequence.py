@@ -68,6 +68,9 @@ class Sequence:
     """Tokens that steps under way draw: they follow the output, and are not known yet."""
     computed: int = 0
     """Tokens whose keys and values are in the cache, or will be when steps under way are over."""
+    computing: int = 0
+    """Tokens that steps under way compute, those of drafts too. It is as many when the sequence is
+    preempted meanwhile."""
     matcher: Matcher | None = None
     """Where its output stands in the grammar that it has to follow."""
     prompt_logprobs: int = -1
@@ -110,6 +113,17 @@ class Sequence:
     def length(self) -> int:
         """With those that are being drawn."""
         return self.known + self.drawing
+
+    @property
+    def written(self) -> int:
+        """Tokens whose keys and values are in the cache, whatever becomes of steps under way."""
+        return self.computed - self.computing
+
+    def rewind(self) -> None:
+        """Steps under way are lost, and how it draws; its blocks hold what was written before."""
+        self.computed = self.written
+        self.computing = self.drawing = self.drafted = 0
+        self.sampling_sent = False
 
     @property
     def to_prefill(self) -> int:

@@ -5,9 +5,10 @@ from services.decode_worker.engine.sequence import Sequence
 
 
 def publish(blocks: BlockPool, sequence: Sequence) -> None:
-    """Blocks that are full of computed tokens, all of them known, may be shared."""
+    """Blocks that are full of written tokens, all of them known, may be shared: they hold what
+    their key says even if the ranks are lost in the step that runs."""
     size = blocks.block_size
-    full = min(sequence.computed, sequence.known) // size
+    full = min(sequence.written, sequence.known) // size
     for index in range(sequence.published, full):
         blocks.publish(sequence.blocks[index], sequence.block_key(index, size))
     sequence.published = max(sequence.published, full)
@@ -29,7 +30,8 @@ def shared(blocks: BlockPool, sequence: Sequence) -> list[int]:
 def adopt(blocks: BlockPool, sequence: Sequence) -> None:
     """Takes blocks that another sequence has computed meanwhile in place of its own."""
     size = blocks.block_size
-    while may_adopt(sequence, size):
+    # Steps under way write before its own next block: what is behind that would not count.
+    while not sequence.computing and may_adopt(sequence, size):
         index = sequence.computed // size
         block = blocks.find(sequence.block_key(index, size))
         if block is None:

@@ -33,10 +33,10 @@ def is_given_up(sequence: Sequence) -> bool:
 
 
 def first_suspect(sequences: Iterable[Sequence]) -> Sequence | None:
-    return next((one for one in sequences if _is_suspect(one)), None)
+    return next((one for one in sequences if is_suspect(one)), None)
 
 
-def _is_suspect(sequence: Sequence) -> bool:
+def is_suspect(sequence: Sequence) -> bool:
     proven = len(sequence.output) > sequence.output_at_loss
     return sequence.losses >= _SUSPECT_FROM and not proven
 

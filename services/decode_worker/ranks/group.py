@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from precast.graphs.artifacts.versions import CRASH_SIGNALS
 from precast.log import get_logger
 from precast.system.shared_memory import remove_segment
+from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import ChildProcess, RankLauncher
 from services.decode_worker.ranks.protocol import (
     Command,
@@ -83,9 +84,11 @@ class RankGroup:
         self.sent_steps = SentSteps(self._pids, self.fail)
 
     @classmethod
-    async def start(cls, inits: Sequence[Init], launcher: RankLauncher) -> "RankGroup":
+    async def start(
+        cls, inits: Sequence[Init], launcher: RankLauncher, memory: KvMemory
+    ) -> "RankGroup":
         """Takes one process for each Init and waits until all have loaded their shard, however long
-        that takes."""
+        that takes. Their KV caches lie in ``memory``, and have what it has."""
         group = cls()
         group._group_id = inits[0].group_id
         group._model_dir = Path(inits[0].model_dir)
@@ -93,8 +96,8 @@ class RankGroup:
         try:
             for index in range(len(inits)):
                 await group._connect(index, launcher)
-            for rank, init in zip(group._ranks, inits, strict=True):
-                rank.send(frame(init))
+            for rank, init, file in zip(group._ranks, inits, memory.files, strict=True):
+                rank.send_with(frame(init), file)
             await group._answers(Loaded, math.inf, silence_s=SILENCE_S)
             group._broadcast(Join())
             group.ready = tuple(await group._answers(Ready, JOIN_TIMEOUT_S))

@@ -21,6 +21,7 @@ from precast.models.load import Report, Weights, load_weights
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.ops import providers
+from precast.system.memory import MappedFile, mapped_zeros
 from services.decode_worker.ranks.protocol import MAX_DIFFERENCE, Init, Shadow
 
 Ints = NDArray[np.int32]
@@ -107,8 +108,9 @@ class RankModel:
         return (time.perf_counter() - started) * 1e3
 
 
-def load(init: Init, report: Report) -> RankModel:
-    """Loads the rank's shard and allocates its KV cache. Raises PrecastError with one line."""
+def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
+    """Loads the rank's shard, and maps its KV cache: ``kv_file``, or memory of its own. Raises
+    PrecastError with one line."""
     started = time.perf_counter()
     folder = Path(init.model_dir)
     config = load_config(folder)
@@ -124,6 +126,7 @@ def load(init: Init, report: Report) -> RankModel:
     weights = load_weights(
         folder, config, part, shape, init.max_context_length, Path(init.packed_dir), report
     )
+    memory = mapped_zeros if kv_file is None else MappedFile(kv_file).next
     return RankModel(
         shape=shape,
         weights=weights,
@@ -135,6 +138,7 @@ def load(init: Init, report: Report) -> RankModel:
                 block_size=init.block_size,
                 head_dim=shape.head_dim,
                 token_major=selection.token_major_cache,
+                memory=memory,
             )
             for _ in range(config.num_layers)
         ],

@@ -77,6 +77,17 @@ def receive(connection: socket.socket) -> Command:
     return Shutdown() if body is None else decode_command(body)
 
 
+def receive_init(connection: socket.socket) -> tuple[Command, int | None]:
+    """The first command, and the file that came with it."""
+    first, files, _, _ = socket.recv_fds(connection, 1, 1)
+    rest = _read(connection, FRAME_HEADER.size - 1) if first else None
+    if rest is None:
+        return Shutdown(), None
+    (size,) = FRAME_HEADER.unpack(first + rest)
+    body = _read(connection, size)
+    return (Shutdown() if body is None else decode_command(body)), next(iter(files), None)
+
+
 def _watch(connection: socket.socket) -> None:
     """Looks for bytes until there are some, for WATCH_S at the most; others may have the core."""
     until = time.perf_counter() + WATCH_S
@@ -102,7 +113,7 @@ def _read(connection: socket.socket, size: int) -> bytes | None:
 
 def serve(connection: socket.socket) -> None:
     """Runs commands until Shutdown. Raises PrecastError or RuntimeError when it can't go on."""
-    init = receive(connection)
+    init, kv_file = receive_init(connection)
     if isinstance(init, Shutdown):
         return
     if not isinstance(init, Init):
@@ -115,7 +126,7 @@ def serve(connection: socket.socket) -> None:
     def report(done: int, total: int) -> None:
         _send(connection, Loading(tp_rank=init.tp_rank, done=done, total=total))
 
-    model = rank_model.load(init, report)
+    model = rank_model.load(init, report, kv_file)
     _send(connection, Loaded(tp_rank=init.tp_rank))
     rank = _Rank(
         model=model,

@@ -5,7 +5,7 @@ length and a msgpack body. The leader sends every command to every rank in the s
 work in lock step, and draw the same tokens. Only rank 0 answers ``Step``; every rank answers
 ``Init``, ``Join``, ``LoadGraph`` and ``Ping``, and says meanwhile how far it has come with an
 ``Init``. A rank that can't go on sends ``RankFailed`` and exits; a rank that dies closes its
-socket.
+socket. With ``Init`` comes the descriptor of the file in which the rank has its KV cache.
 """
 
 import struct

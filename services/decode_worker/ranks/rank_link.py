@@ -70,6 +70,15 @@ class RankLink(asyncio.Protocol):
         if sent < len(data):
             self.transport.write(data[sent:])
 
+    def send_with(self, data: bytes, descriptor: int) -> None:
+        """``send``, and a descriptor of this process with it; the first of all messages."""
+        assert self.transport is not None
+        sent = 0
+        with suppress(OSError):  # it is broken: the transport finds out
+            sent = socket.send_fds(self._connection, [data], [descriptor])
+        if sent < len(data):
+            self.transport.write(data[sent:])
+
     def close(self) -> None:
         if self.transport is not None:
             self.transport.close()
