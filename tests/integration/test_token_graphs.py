@@ -69,6 +69,7 @@ def test_prompts_and_mixed_steps_replay_graphs(
         assert traffic.live_tokens >= 2 * len(PROMPTS) * (TOKENS - 1)
         assert traffic.padding_tokens > 0
         repeats_itself(worker)
+        drafts_change_no_token(worker)
 
 
 def repeats_itself(worker: DecodeWorker) -> None:
@@ -79,6 +80,29 @@ def repeats_itself(worker: DecodeWorker) -> None:
     assert client.finish("again").token_ids == [7] * 60
     client.close()
     assert worker.status().graph_steps - before < 30
+
+
+def drafts_change_no_token(worker: DecodeWorker) -> None:
+    """Drawn by chance from few tokens, so that some drafts are right: each is the one that a
+    request gives which ends with it, and for which nothing can be drafted."""
+    client = worker.client()
+    sampling = {"temperature": 1.0, "seed": 3, "logit_bias": dict.fromkeys((5, 6, 7), 60)}
+    options = {"sampling": sampling, "logprobs": 2, "stop": {"ignore_eos": True}}
+
+    def said(name: str, count: int, resumed: list[int]) -> list[tuple[int, float]]:
+        start = worker.request([5, 6, 7, 5, 6], count, resumed_token_ids=resumed, **options)
+        client.start(name, start)
+        found = list[tuple[int, float]]()
+        while (response := client.next(name)).WhichOneof("event") == "delta":
+            found += [(one.token_id, one.logprob) for one in response.delta.logprobs]
+        assert response.WhichOneof("event") == "finished", response
+        return found
+
+    whole = said("whole", 40, [])
+    ids = [token for token, _ in whole]
+    one_by_one = [said(f"to {count}", count + 1, ids[:count]) for count in range(40)]
+    assert [part[0] for part in one_by_one] == whole
+    client.close()
 
 
 def test_a_size_that_traffic_needs_is_captured_and_used(

@@ -7,6 +7,7 @@ from services.decode_worker.engine.speculation import (
     LOW_RATE,
     MOST,
     PAUSE,
+    PLACES,
     Drafting,
     PromptLookup,
     lengths,
@@ -36,7 +37,13 @@ def test_a_text_that_goes_round_goes_on_so() -> None:
     assert lookup_of(1, 2, 1, 2, 1).draft(4) == [2, 1, 2, 1]
 
 
-def test_the_latest_of_several_places_counts() -> None:
+def test_the_place_counts_before_which_most_is_the_same() -> None:
+    """Code repeats its idioms: what an edit goes on with stands behind the longer match."""
+    assert lookup_of(9, 8, 1, 2, 3, 4, 7, 7, 1, 2, 3, 5, 9, 8, 1, 2, 3).draft(1) == [4]
+    assert lookup_of(*[1, 2, 3, 4] * (PLACES + 2), 5, 1, 2, 3).draft(2) == [4, 5]
+
+
+def test_the_latest_of_several_places_that_are_alike_counts() -> None:
     assert lookup_of(1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3).draft(1) == [5]
 
 

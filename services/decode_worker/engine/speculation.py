@@ -16,6 +16,10 @@ from typing import Final
 
 NGRAM: Final = 3
 """Last tokens that are looked for."""
+PLACES: Final = 16
+"""Places that are compared."""
+ALIKE: Final = 32
+"""Tokens before them by which they are."""
 MOST: Final = 15
 """Tokens of a draft: with the last one they fill a graph of 16."""
 FIRST_RATE: Final = 0.6
@@ -33,12 +37,14 @@ Sizes = Callable[[], Collection[int]]
 
 
 class PromptLookup:
-    """The tokens of one sequence, and where each ``NGRAM`` of them was last."""
+    """The tokens of one sequence, and where each ``NGRAM`` of them was lately."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._followed: dict[tuple[int, ...], int] = {}
-        """Where what follows begins."""
+        self._followed: dict[tuple[int, ...], list[int]] = {}
+        """Where what follows begins: of each the ``PLACES`` last ones."""
+        self._found: tuple[int, int | None] = (-1, None)
+        """The length for which it was looked up last, and what was found."""
 
     @property
     def length(self) -> int:
@@ -47,17 +53,33 @@ class PromptLookup:
     def extend(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             if len(self._tokens) >= NGRAM:
-                self._followed[tuple(self._tokens[-NGRAM:])] = len(self._tokens)
+                places = self._followed.setdefault(tuple(self._tokens[-NGRAM:]), [])
+                places.append(len(self._tokens))
+                if len(places) > PLACES:
+                    del places[0]
             self._tokens.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """What followed the last tokens before, as if that went round for ever; empty if they
-        weren't there."""
-        start = self._followed.get(tuple(self._tokens[-NGRAM:]))
+        """What followed the last tokens where most before it was the same too, as if that went
+        round for ever; empty if they weren't there."""
+        if self._found[0] != len(self._tokens):
+            self._found = len(self._tokens), self._place()
+        start = self._found[1]
         if start is None or most < 1:
             return []
         followed = self._tokens[start : start + most]
         return (followed * -(-most // len(followed)))[:most]
+
+    def _place(self) -> int | None:
+        places = self._followed.get(tuple(self._tokens[-NGRAM:]), ())
+        return max(places, key=lambda place: (self._alike(place), place), default=None)
+
+    def _alike(self, place: int) -> int:
+        """How many tokens before the place are the last ones; as far as that matters."""
+        tokens, end, count = self._tokens, len(self._tokens), NGRAM
+        while count < min(ALIKE, place) and tokens[place - 1 - count] == tokens[end - 1 - count]:
+            count += 1
+        return count
 
 
 @dataclass(kw_only=True)
