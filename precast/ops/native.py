@@ -7,7 +7,6 @@ through the operators. Importing this module loads the library; nothing is compi
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +104,9 @@ def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1], dtype=torch.int64)
 
 
+Drawings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.register_fake("precast::sample")
 def _sample(
     logits: Tensor,
@@ -119,7 +121,20 @@ def _sample(
     masks: Tensor | None,
     mask_rows: Tensor | None,
     top: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Drawings:
+    return _drawings(logits, ints, top)
+
+
+@torch.library.register_fake("precast::sample_split")
+def _sample_split(
+    logits: Tensor, reals: Tensor, ints: Tensor, *others: Tensor | Sequence[int] | int | None
+) -> Drawings:
+    top = others[-2]
+    assert isinstance(top, int)
+    return _drawings(logits, ints, top)
+
+
+def _drawings(logits: Tensor, ints: Tensor, top: int) -> Drawings:
     rows = logits.shape[0]
     return (
         ints.new_empty((rows,)),
@@ -128,14 +143,6 @@ def _sample(
         ints.new_empty((rows, top), dtype=torch.int32),
         logits.new_empty((rows, top)),
     )
-
-
-@torch.library.register_fake("precast::sample_split")
-def _sample_split(
-    logits: Tensor, reals: Tensor, ints: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    top: int = others[-2]
-    return _sample(logits, reals, ints, *(None,) * 8, top)
 
 
 @torch.library.register_fake("precast::fused_experts")

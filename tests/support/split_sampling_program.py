@@ -7,6 +7,7 @@ all of them. Prints what differs.
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -83,11 +84,11 @@ def check(rank: int, ranks: int, batches: int) -> None:
             raise AssertionError(f"batch {number}, widths {widths}: {wrong}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batches", type=int, default=200)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     pids = start(given.ranks, lambda rank, ranks: check(rank, ranks, given.batches))
     return int(any(wait(pids)))
 

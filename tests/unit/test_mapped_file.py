@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from precast.models.kv_cache import LayerCache, fill_cache, new_cache, read_cache
+from precast.ops import native
 from precast.system.memory import HUGE_PAGE, MappedFile
 from services.decode_worker.ranks.kv_memory import KvMemory
 
@@ -49,6 +50,7 @@ def test_a_cache_is_what_the_one_before_it_was(memory: KvMemory, kv_dtype: str) 
             kv_dtype, blocks=3, kv_heads=2, block_size=16, head_dim=16, memory=memory_of
         )
 
+    native.start_threads((-1, -1))
     tokens = torch.randn(3 * 16, 2, 16)
     cache = mapped()
     fill_cache(cache, tokens, -tokens)

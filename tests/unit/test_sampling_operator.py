@@ -19,6 +19,7 @@ from torch import Tensor
 from precast.ops import native
 from precast.ops.draw_status import DrawStatus
 from precast.ops.sampling import Drawings, sample
+from tests.support import command
 from tests.support.sampling_reference import (
     Floats,
     Row,
@@ -370,6 +371,7 @@ def test_it_traces() -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_parts_of_the_vocabulary_draw_what_one_draws(ranks: int) -> None:
     """None of them has the others' logits."""
-    command = [sys.executable, "-m", "tests.support.split_sampling_program", f"--ranks={ranks}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = command.run(
+        "tests.support.split_sampling_program:main", f"--ranks={ranks}", "--batches=80"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
