@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import redis
 
 from precast.models.importing.importer import import_model
@@ -67,16 +68,10 @@ def _until_answered(stack: Serve, begun: float) -> float:
 
 
 def _redis(stack: Serve) -> "redis.Redis":
-    [command] = [p.cmdline() for p in stack.descendants() if "redis-server" in p.name()]
-    port = int(command[0].rpartition(":")[2].split()[0]) if len(command) == 1 else _port(command)
+    """By the port that it listens on: its command line changes while it starts."""
+    [server] = [p for p in stack.descendants() if "redis-server" in p.name()]
+    [port] = {c.laddr.port for c in server.net_connections() if c.status == psutil.CONN_LISTEN}
     return redis.Redis(port=port)
-
-
-def _port(command: list[str]) -> int:
-    """Of a Redis by its command line: ``--port N``, or ``redis-server 127.0.0.1:N``."""
-    if "--port" in command:
-        return int(command[command.index("--port") + 1])
-    return int(next(part for part in command if part.startswith("127.0.0.1:")).split(":")[1])
 
 
 def refuse_writes(stack: Serve) -> float:
