@@ -13,6 +13,7 @@ from services.decode_worker.engine.under_way import limit_s
 from services.decode_worker.ranks import group as rank_group
 from services.decode_worker.ranks import sent_steps
 from services.decode_worker.ranks.group import GroupFailed, RankGroup
+from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init
 from services.decode_worker.ranks.sent_steps import SentSteps
@@ -47,7 +48,7 @@ async def start(init: Init, started: Path) -> RankGroup:
     async with asyncio.timeout(60):
         while not started.exists():
             await asyncio.sleep(0.01)
-        return await RankGroup.start((init,), launcher)
+        return await RankGroup.start((init,), launcher, KvMemory(1))
 
 
 async def test_a_rank_that_says_how_far_it_is_may_take_longer(
