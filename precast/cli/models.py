@@ -12,6 +12,7 @@ from rich.table import Table
 
 from precast.cli.failures import reported
 from precast.config.settings import CommonSettings, load_settings
+from precast.errors import ConfigError
 
 app = typer.Typer(help="Import models and list them.", no_args_is_help=True)
 
@@ -51,6 +52,40 @@ def import_(
             replace=replace,
             must_be_new=source not in BUILT_IN or name not in (None, source),
             report=report,
+        )
+    typer.echo(f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}")
+
+
+@app.command("pull")
+@reported
+def pull(
+    source: Annotated[
+        str, typer.Argument(help="org/name on a Hugging Face hub, or org/name/file.gguf.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name to serve it under.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Fetch it again if there.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Fetch a model from a hub into the home folder; a pull that was interrupted goes on.
+
+    HF_ENDPOINT names another hub, HF_TOKEN is who you are there.
+    """
+    from precast.models.importing.hub import hub_name
+    from precast.models.importing.pull import pull_model
+
+    if (found := hub_name(source)) is None:
+        raise ConfigError(f"{ascii(source)[:80]}: expected org/name, or org/name/file.gguf")
+    console = Console(stderr=True)
+    with console.status(f"pulling {source}") as status:
+
+        def report(stage: str) -> None:
+            status.update(f"pulling {source}: {stage}")
+            if not console.is_terminal and not stage.endswith("%"):
+                console.print(f"pulling {source}: {stage}", highlight=False)
+
+        info = pull_model(
+            found, _models_dir(home), name=name, revision=revision, replace=replace, report=report
         )
     typer.echo(f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}")
 
