@@ -5,7 +5,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from precast.models import (
+    exaone4,
     gemma3,
+    glm4,
     gpt_oss,
     granite,
     llama,
@@ -64,7 +66,9 @@ class Architecture(Protocol):
 
 
 _MODULES: dict[str, Architecture] = {
+    "exaone4": exaone4,
     "gemma3": gemma3,
+    "glm4": glm4,
     "gpt_oss": gpt_oss,
     "granite": granite,
     "llama": llama,

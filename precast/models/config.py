@@ -23,7 +23,10 @@ from precast.models.quantized.scheme import Scheme
 from precast.models.rope import RopeConfig
 
 ARCHITECTURES = {
+    "Exaone4ForCausalLM": "exaone4",
     "Gemma3ForCausalLM": "gemma3",
+    "Glm4ForCausalLM": "glm4",
+    "GlmForCausalLM": "glm4",
     "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
@@ -39,6 +42,7 @@ ARCHITECTURES = {
 }
 """Hugging Face class names and the module in ``precast.models`` that implements each."""
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "glm4": {"head_dim": 128},
     "gpt_oss": {"head_dim": 64},
     "gemma3": {"head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     "qwen3": {"head_dim": 128},

@@ -14,10 +14,9 @@ from precast.models.layers import (
     gated_mlp,
     rms_norm,
 )
-from precast.models.llama import load_layer
 from precast.models.options import GraniteOptions, Kind
 from precast.models.shape import ModelShape
-from precast.models.weights.loader import head_norm
+from precast.models.weights.loader import Loader, head_norm
 
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 
@@ -57,6 +56,13 @@ def layer(
     normed = rms_norm(hidden, weights.mlp_norm, shape.rms_norm_eps)
     out = gated_mlp(shape, normed, weights.mlp, bias=options.mlp_bias)
     return hidden + out * options.residual_scale
+
+
+def load_layer(load: Loader[GraniteOptions], kind: Kind, prefix: str) -> DecoderWeights:
+    del kind
+    options = load.shape.options
+    bias = options.attention_bias
+    return load.decoder(prefix, qkv_bias=bias, output_bias=bias, mlp_bias=options.mlp_bias)
 
 
 def head(shape: ModelShape[GraniteOptions], hidden: Tensor, weights: HeadWeights) -> Tensor:

@@ -69,6 +69,15 @@ class DecoderWeights(NamedTuple):
     mlp: MlpWeights
 
 
+class PostNormWeights(NamedTuple):
+    """Of a layer that norms what comes out of attention and out of its MLP, and nothing else."""
+
+    attention: AttentionWeights
+    attention_out_norm: Tensor
+    mlp: MlpWeights
+    mlp_out_norm: Tensor
+
+
 class HeadWeights(NamedTuple):
     norm: Tensor
     vocab: Linear

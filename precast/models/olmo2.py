@@ -1,15 +1,12 @@
 """OLMo 2: norms behind attention and MLP instead of before them, and on all queries and on all keys
 of a token together. These are over all heads, so a model is on one rank."""
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import (
-    AttentionWeights,
-    MlpWeights,
     Paging,
+    PostNormWeights,
     Rope,
     attention,
     embed,
@@ -24,13 +21,6 @@ from precast.models.weights.loader import Loader, head_norm
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 
 
-class LayerWeights(NamedTuple):
-    attention: AttentionWeights
-    attention_out_norm: Tensor
-    mlp: MlpWeights
-    mlp_out_norm: Tensor
-
-
 def layer(
     shape: ModelShape[Olmo2Options],
     kind: Kind,
@@ -38,7 +28,7 @@ def layer(
     rope: Rope,
     paging: Paging,
     cache: LayerCache,
-    weights: LayerWeights,
+    weights: PostNormWeights,
 ) -> Tensor:
     """One decoder layer: hidden states [T, H] to [T, H]."""
     del kind
@@ -58,7 +48,7 @@ def layer(
     return hidden + rms_norm(gated_mlp(shape, hidden, weights.mlp), weights.mlp_out_norm, eps)
 
 
-def load_layer(load: Loader[Olmo2Options], kind: Kind, prefix: str) -> LayerWeights:
+def load_layer(load: Loader[Olmo2Options], kind: Kind, prefix: str) -> PostNormWeights:
     del kind
     bias, dim, cut = load.shape.options.attention_bias, load.shape.head_dim, load.cut
     heads = load.attention(f"{prefix}self_attn.", qkv_bias=bias, output_bias=bias)
@@ -66,7 +56,7 @@ def load_layer(load: Loader[Olmo2Options], kind: Kind, prefix: str) -> LayerWeig
         load.norm(f"{prefix}self_attn.{name}_norm", part.total * dim)
         for name, part in (("q", cut.q_heads), ("k", cut.kv_heads))
     ]
-    return LayerWeights(
+    return PostNormWeights(
         attention=heads._replace(qk_norms=norms),
         attention_out_norm=load.norm(f"{prefix}post_attention_layernorm"),
         mlp=load.mlp(f"{prefix}mlp."),

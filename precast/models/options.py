@@ -73,6 +73,12 @@ class GraniteOptions(LlamaOptions, frozen=True, kw_only=True, omit_defaults=True
     logit_divisor: float = 1.0
 
 
+class Glm4Options(Options, frozen=True, kw_only=True, omit_defaults=True):
+    qkv_bias: bool = False
+    out_norms: bool = False
+    """Whether what comes out of attention and MLP is normed."""
+
+
 class Olmo2Options(Options, frozen=True, kw_only=True, omit_defaults=True):
     attention_bias: bool = False
 
@@ -210,6 +216,30 @@ def _llama(raw: Mapping[str, Any]) -> Reading:
         attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False)
     )
     return _reading(options, (_plain_rope(raw),), [LayerPlan("full")] * raw["num_hidden_layers"])
+
+
+def _exaone4(raw: Mapping[str, Any]) -> Reading:
+    _require(raw, "hidden_act", "silu")
+    window, pattern = raw.get("sliding_window") or 0, raw.get("sliding_window_pattern", 4)
+    every = len(pattern) if isinstance(pattern, str) else pattern or 1
+    kinds = _layer_kinds(raw, lambda index: bool(window) and (index + 1) % every != 0)
+    hybrid = bool(window) and "sliding" in kinds
+    layers = [LayerPlan(kind, int(hybrid and kind == "full")) for kind in kinds]
+    ropes = (_plain_rope(raw), NO_ROPE) if hybrid else (_plain_rope(raw),)
+    return _reading(WindowOptions(window=window if hybrid else 0), ropes, layers)
+
+
+def _glm(raw: Mapping[str, Any], out_norms: bool = False) -> Reading:
+    _require(raw, "hidden_act", "silu")
+    options = Glm4Options(qkv_bias=raw.get("attention_bias", True), out_norms=out_norms)
+    layers = [LayerPlan("full")] * raw["num_hidden_layers"]
+    reading = _reading(options, (_plain_rope(raw),), layers)
+    return _partly_rotated(reading, raw, rope_settings(raw), 0.5)
+
+
+def _glm4(raw: Mapping[str, Any]) -> Reading:
+    """Both of the architectures that are called so."""
+    return _glm(raw, out_norms="Glm4ForCausalLM" in (raw.get("architectures") or ()))
 
 
 def _granite(raw: Mapping[str, Any]) -> Reading:
@@ -437,7 +467,9 @@ def _qwen3_moe(raw: Mapping[str, Any]) -> Reading:
 
 
 OPTIONS: Final[Mapping[str, type[Options]]] = {
+    "exaone4": WindowOptions,
     "gemma3": Gemma3Options,
+    "glm4": Glm4Options,
     "gpt_oss": GptOssOptions,
     "granite": GraniteOptions,
     "llama": LlamaOptions,
@@ -452,7 +484,9 @@ OPTIONS: Final[Mapping[str, type[Options]]] = {
     "smollm3": SmolLM3Options,
 }
 _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Reading]]] = {
+    "exaone4": _exaone4,
     "gemma3": _gemma3,
+    "glm4": _glm4,
     "gpt_oss": _gpt_oss,
     "granite": _granite,
     "llama": _llama,

@@ -113,6 +113,14 @@ def floats(weight: Weight) -> Tensor:
     return weight.floats() if isinstance(weight, ScaledWeight) else weight
 
 
+def in_order(weight: Weight, rows: Tensor) -> Weight:
+    """A weight's rows in another order, int64."""
+    if not isinstance(weight, ScaledWeight):
+        return weight[rows]
+    minima = None if weight.minima is None else weight.minima[rows]
+    return replace(weight, values=weight.values[rows], scales=weight.scales[rows], minima=minima)
+
+
 def below(parts: Sequence[Weight]) -> Weight:
     """The rows of several weights one below the other."""
     if len(parts) == 1:

@@ -61,7 +61,8 @@ SEQUENCES = _sequences()
 def _config(name: str, **changes: Any) -> Any:
     import transformers
 
-    return getattr(transformers, f"{name}Config")(**SIZES | {"rope_parameters": ROPE} | changes)
+    plain = SIZES | {"rope_parameters": dict(ROPE)}  # some write to it
+    return getattr(transformers, f"{name}Config")(**plain | changes)
 
 
 def _longrope(original: int) -> Any:
@@ -113,6 +114,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         logits_scaling=5.0,
     ),
     "olmo2": lambda: _config("Olmo2"),
+    "glm4": lambda: _config("Glm4", partial_rotary_factor=0.5, attention_bias=True),
+    "glm": lambda: _config("Glm", partial_rotary_factor=0.5, attention_bias=True),
+    "exaone4": lambda: _config("Exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
+    "exaone4_window": lambda: _config("Exaone4", sliding_window=WINDOW, sliding_window_pattern=3),
     "mistral": lambda: _config("Mistral", sliding_window=None),
     "mistral_window": lambda: _config("Mistral", sliding_window=WINDOW),
     "mixtral": lambda: _config("Mixtral", num_local_experts=5, num_experts_per_tok=2),

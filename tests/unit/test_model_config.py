@@ -213,7 +213,9 @@ def test_what_is_no_json_object_is_one_line(tmp_path: Path, content: bytes) -> N
 
 @pytest.mark.parametrize("value", [[{}], {}, "Mamba", ["\n"], [None], [["x"]], 5])
 def test_whatever_architectures_holds_is_one_line(tmp_path: Path, value: object) -> None:
-    with pytest.raises(UnsupportedArchitecture, match="is not one of: Gemma3ForCausalLM") as caught:
+    with pytest.raises(
+        UnsupportedArchitecture, match="is not one of: Exaone4ForCausalLM"
+    ) as caught:
         load_config(write(tmp_path, architectures=value))
     assert "\n" not in str(caught.value)
 
@@ -305,5 +307,5 @@ def test_options_have_one_spelling() -> None:
     for other in ('{"window":512,"kinds":["sliding"]}', '{"window":0}', '{"mlp_bias":true}', "[]"):
         with pytest.raises(InvalidRequest, match="options"):
             from_factor("mistral", other)
-    with pytest.raises(InvalidRequest, match="mamba is not one of: gemma3, gpt_oss"):
+    with pytest.raises(InvalidRequest, match="mamba is not one of: exaone4, gemma3"):
         from_factor("mamba", "{}")

@@ -15,10 +15,13 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 _NORMS: Final = ("input_layernorm", "post_attention_layernorm")
 _GEMMA_NORMS: Final = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _OLMO_NORMS: Final = ("post_attention_layernorm", "post_feedforward_layernorm")
-_LAYER_NORMS: Final = {"gemma3": _GEMMA_NORMS, "olmo2": _OLMO_NORMS}
-_WITH_QK_NORMS: Final = ("gemma3", "qwen3", "qwen3_moe")
+_LAYER_NORMS: Final = {"exaone4": _OLMO_NORMS, "gemma3": _GEMMA_NORMS, "olmo2": _OLMO_NORMS}
+_WITH_QK_NORMS: Final = ("exaone4", "gemma3", "qwen3", "qwen3_moe")
+_GLM4_OUT_NORMS: Final = ("post_self_attn_layernorm", "post_mlp_layernorm")
 _FUSED: Final = ("phi3",)
-"""Architectures whose queries, keys and values are one tensor, and gate and up another."""
+"""Architectures whose queries, keys and values are one tensor."""
+_FUSED_MLP: Final = ("glm4", "phi3")
+"""Architectures whose gate and up are."""
 
 
 def expected_tensors(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -38,7 +41,10 @@ def _all(config: ModelConfig) -> Shapes:
 
 
 def _layer(config: ModelConfig, kind: Kind) -> Shapes:
-    for norm in _LAYER_NORMS.get(config.architecture, _NORMS):
+    norms = _LAYER_NORMS.get(config.architecture, _NORMS)
+    if getattr(config.options, "out_norms", False):
+        norms = (*norms, *_GLM4_OUT_NORMS)
+    for norm in norms:
         yield f"{norm}.weight", (config.hidden_size,)
     yield from _attention(config)
     options = config.options
@@ -75,7 +81,7 @@ def _qk_norms(config: ModelConfig, q: int, kv: int) -> Shapes:
 
 def _mlp(config: ModelConfig, prefix: str, size: int, bias: bool = False) -> Shapes:
     rows = {"gate": size, "up": size}
-    if config.architecture in _FUSED:
+    if config.architecture in _FUSED_MLP:
         rows = {"gate_up": 2 * size}
     for name, count in rows.items():
         yield from _linear(f"{prefix}{name}_proj", count, config.hidden_size, bias)

@@ -23,7 +23,7 @@ from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
 from precast.ops import providers
 from precast.ops.packing import Format, pack_into, packed_size
-from precast.ops.scaled import Weight, below, floats
+from precast.ops.scaled import Weight, below, floats, in_order
 from precast.system.memory import Arena
 
 
@@ -129,16 +129,22 @@ class Loader(Generic[O_co]):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norms: bool = False,
+        interleaved: int = 0,
     ) -> AttentionWeights:
-        """``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps ``q_norm`` and ``k_norm``."""
+        """``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps ``q_norm`` and ``k_norm``.
+
+        ``interleaved``: so many features of a head are rotated with their neighbours, and become
+        those that kernels rotate.
+        """
         dim = self.shape.head_dim
         names = (f"{prefix}{name}_norm" for name in ("q", "k")) if qk_norms else ()
         q, kv = self.cut.q_heads * dim, self.cut.kv_heads * dim
         parts = [
             Rows(f"{prefix}{name}_proj", *cut) for name, cut in zip("qkv", (q, kv, kv), strict=True)
         ]
+        order = self._by_halves(interleaved) if interleaved else None
         return AttentionWeights(
-            qkv=self.rows(parts, qkv_bias),
+            qkv=self.rows(parts, qkv_bias, order),
             output=self.columns(f"{prefix}o_proj", q, output_bias),
             qk_norms=[self.norm(name, dim) for name in names],
         )
@@ -202,24 +208,34 @@ class Loader(Generic[O_co]):
         self.packed[name] = packed
         return packed
 
-    def rows(self, parts: Sequence[Rows], bias: bool = False) -> Linear:
-        """One linear of rows of several matrices, one below the other."""
+    def _by_halves(self, rotated: int) -> Tensor:
+        """Order of this rank's rows of queries, keys and values: of each head of queries and keys
+        the even ones of the rotated, the odd ones, and the others."""
+        dim, shape = self.shape.head_dim, self.shape
+        head = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, dim)]
+        heads = torch.arange(shape.q_heads + shape.kv_heads)[:, None] * dim
+        values = torch.arange(shape.kv_heads * dim) + heads.numel() * dim
+        return torch.cat([(heads + torch.tensor(head)).flatten(), values])
+
+    def rows(
+        self, parts: Sequence[Rows], bias: bool = False, order: Tensor | None = None
+    ) -> Linear:
+        """One linear of rows of several matrices, one below the other; ``order``: which of these
+        come where."""
         hidden = self.shape.hidden_size
 
-        def weight() -> Weight:
-            return below(
-                [
-                    self.source.get(f"{part.name}.weight", (part.total, hidden))[
-                        part.start : part.stop
-                    ]
-                    for part in parts
-                ]
-            )
+        def share(part: Rows) -> Weight:
+            whole = self.source.get(f"{part.name}.weight", (part.total, hidden))
+            return whole[part.start : part.stop]
 
-        added = [
-            self._bias(part.name, part.total)[part.start : part.stop] for part in parts if bias
-        ]
-        return self.linear(parts[0].name, weight, torch.cat(added) if added else None)
+        def weight() -> Weight:
+            rows = below([share(part) for part in parts])
+            return rows if order is None else in_order(rows, order)
+
+        if not bias:
+            return self.linear(parts[0].name, weight)
+        added = torch.cat([self._bias(p.name, p.total)[p.start : p.stop] for p in parts])
+        return self.linear(parts[0].name, weight, added if order is None else added[order])
 
     def columns(self, name: str, part: Part, bias: bool = False) -> Linear:
         """A linear of this rank's columns. Ranks' results are summed: the first adds the bias."""
