@@ -120,6 +120,7 @@ def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
             "host": settings.host,
             "port": settings.port,
             "metrics-port": settings.metrics_port,
+            "workers": settings.gateway_workers,
             "cors-origins": _text(settings.cors_origins),
             "drain-timeout-s": GATEWAY_DRAIN_S,
             "expected-models": settings.model,
@@ -158,7 +159,7 @@ def _redis(settings: ServeSettings) -> tuple[str, int | None]:
 def _check_ports(settings: ServeSettings) -> None:
     wanted = (
         ("port", settings.host, settings.port),
-        ("metrics_port", LOOPBACK, settings.metrics_port),
+        *_metrics_ports(settings),
         ("compile_port", LOOPBACK, settings.compile_port),
         ("decode_port", LOOPBACK, settings.decode_port),
     )
@@ -170,6 +171,14 @@ def _check_ports(settings: ServeSettings) -> None:
         if port and _in_use(host, port):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} = {port}: in use; free it or choose another with --{flag}")
+
+
+def _metrics_ports(settings: ServeSettings) -> list[tuple[str, str, int]]:
+    """One for each of the gateway's processes."""
+    if not (first := settings.metrics_port):
+        return []
+    each = range(first, min(first + settings.gateway_workers, 65536))  # it refuses more itself
+    return [("metrics_port", LOOPBACK, port) for port in each]
 
 
 def _in_use(host: str, port: int) -> bool:

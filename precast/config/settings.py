@@ -98,6 +98,9 @@ class GatewaySettings(CommonSettings):
     """Address to listen at; 0.0.0.0: all of this machine."""
     port: Port = 8000
     """HTTP port."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes that share the port, the API keys' limits and `max_in_flight`; one that ends is
+    replaced. The others' metrics are at the ports behind `metrics_port`."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "models")
     """Folder of the models; `models` in `home`."""
     request_timeout_s: Seconds = 600.0
@@ -146,7 +149,16 @@ class GatewaySettings(CommonSettings):
     def _whole(self) -> Self:
         if (self.https_certificate is None) != (self.https_key is None):
             raise ValueError("https_certificate and https_key need each other")
+        if self.port in self.metrics_ports:
+            raise ValueError(f"port = {self.port}: metrics are to be at {self.metrics_ports[0]}")
+        if self.metrics_ports and self.metrics_ports[-1] > 65535:
+            raise ValueError(f"metrics_port = {self.metrics_port}: {self.workers} ports are needed")
         return self
+
+    @property
+    def metrics_ports(self) -> range:
+        """A port for each process, or none."""
+        return range(self.metrics_port, self.metrics_port + self.workers * bool(self.metrics_port))
 
 
 class CompileWorkerSettings(CommonSettings):
@@ -340,6 +352,8 @@ class ServeSettings(CommonSettings):
     """HTTP port."""
     metrics_port: Port = 8001
     """The gateway's metrics and reference of the API, on the loopback interface; 0: none."""
+    gateway_workers: int = Field(default=1, ge=1, le=64)
+    """`workers` of the gateway."""
     cors_origins: Origins = ()
     """Origins of web pages that may use the API; *: all; empty: none."""
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

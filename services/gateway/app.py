@@ -22,6 +22,7 @@ from precast.tokenizer.model_tokenizer import TokenizerStore
 from services.gateway.access.guard import Guard
 from services.gateway.access.quota import Quota
 from services.gateway.http.body import BodyReader, check_content_type
+from services.gateway.in_flight import InFlight
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Admission, Leniency, PrivatePort, RequestIds
 from services.gateway.openai import errors, responses
@@ -51,10 +52,13 @@ IGNORED: Final = "x-precast-ignored-fields"
 _B = TypeVar("_B", bound=BaseModel)
 
 
-def create_app(settings: GatewaySettings, private_port: int | None = None) -> FastAPI:
+def create_app(
+    settings: GatewaySettings, private_port: int | None = None, in_flight: InFlight | None = None
+) -> FastAPI:
     """The gateway. It finds workers from the app's start to its end (ASGI lifespan).
 
     Requests that come in on ``private_port`` get metrics and the reference, and nothing else does.
+    ``in_flight``: what it shares with others on its port.
     """
     metrics = Metrics()
     registry = Registry.connect(settings.redis_url)
@@ -82,7 +86,7 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
     errors.install(app)
     keys = KeyRing(folder=settings.api_keys_dir)
     app.add_middleware(Guard, keys=keys, quota=quota, free=_FREE)
-    _add_middleware(app, settings, metrics)
+    _add_middleware(app, settings, metrics, in_flight or InFlight())
     if private_port is not None:
         private = private_app(metrics, pool)
         app.add_middleware(PrivatePort, private=private, port=private_port)
@@ -101,10 +105,16 @@ def create_app(settings: GatewaySettings, private_port: int | None = None) -> Fa
     return app
 
 
-def _add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) -> None:
+def _add_middleware(
+    app: FastAPI, settings: GatewaySettings, metrics: Metrics, in_flight: InFlight
+) -> None:
     """The last one added sees a request first."""
     app.add_middleware(
-        Admission, metrics=metrics, max_in_flight=settings.max_in_flight, endpoints=_POSTS
+        Admission,
+        metrics=metrics,
+        in_flight=in_flight,
+        max_in_flight=settings.max_in_flight,
+        endpoints=_POSTS,
     )
     if settings.cors_origins:
         app.add_middleware(

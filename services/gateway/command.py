@@ -7,6 +7,10 @@ from precast.config.settings import GatewaySettings
 def run(settings: GatewaySettings) -> int:
     """Serve until told to stop; the exit code. Raises PrecastError."""
     announce("gateway", settings)
+    if settings.workers > 1:
+        from services.gateway import processes
+
+        return processes.run(settings)
     from services.gateway import main
 
     return main.run(settings)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Final
 
@@ -22,6 +23,7 @@ from precast.rpc.address import is_loopback
 from precast.system.alive import keep_beating
 from services.gateway.app import create_app
 from services.gateway.http.protocol import ConnectionLimits, limited
+from services.gateway.in_flight import InFlight
 
 log = get_logger(__name__)
 
@@ -92,22 +94,28 @@ def run(settings: GatewaySettings) -> int:
     Returns the exit code. Raises ``ConfigError`` if an address can't be bound.
     """
     logs.configure("gateway", settings)
-    # The cores belong to the decode workers' ranks: a long prompt may have one, not all of them.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    check_certificate(settings)
     with contextlib.ExitStack() as open_sockets:
         listeners = [open_sockets.enter_context(one) for one in _listeners(settings)]
-        app = create_app(settings, _private_port(listeners))
-        config = _config(app, settings)
-        _load_certificate(config, settings)
-        server = _Server(config, app, settings.drain_timeout_s)
-        log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
-        _warn_if_open(settings)
-        server.run(sockets=listeners)
+        warn_if_open(settings)
+        return serve(settings, listeners, InFlight())
+
+
+def serve(settings: GatewaySettings, listeners: list[socket.socket], in_flight: InFlight) -> int:
+    """As ``run``, on the public socket and, if there is to be one, the private one."""
+    # The cores belong to the decode workers' ranks: a long prompt may have one, not all of them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app = create_app(settings, _private_port(listeners), in_flight)
+    config = _config(app, settings)
+    server = _Server(config, app, settings.drain_timeout_s)
+    log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
+    server.run(sockets=listeners)
     log.info("gateway stopped")
     return 0 if server.started else 1
 
 
-def _warn_if_open(settings: GatewaySettings) -> None:
+def warn_if_open(settings: GatewaySettings) -> None:
+    """If there should be API keys and are none."""
     if KeyRing(folder=settings.api_keys_dir).open and not is_loopback(settings.host):
         log.warning(
             "whoever reaches this port may use it: there are no API keys",
@@ -118,12 +126,10 @@ def _warn_if_open(settings: GatewaySettings) -> None:
 
 def _listeners(settings: GatewaySettings) -> list[socket.socket]:
     """The public socket, then the private one if there is to be one."""
-    if settings.metrics_port and settings.metrics_port == settings.port:
-        raise ConfigError(f"metrics_port = {settings.metrics_port}: the same as port")
-    public = _bind("", settings.host, settings.port)
+    public = bind("", settings.host, settings.port)
     if not settings.metrics_port:
         return [public]
-    return [public, _bind("metrics_", settings.metrics_host, settings.metrics_port)]
+    return [public, bind("metrics_", settings.metrics_host, settings.metrics_port)]
 
 
 def _private_port(listeners: list[socket.socket]) -> int | None:
@@ -147,10 +153,13 @@ def _config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
     )
 
 
-def _load_certificate(config: uvicorn.Config, settings: GatewaySettings) -> None:
+def check_certificate(settings: GatewaySettings) -> None:
     """Raises ``ConfigError``, where the server would end with a traceback."""
+    if settings.https_certificate is None:
+        return
     try:
-        config.load()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.https_certificate, settings.https_key)
     except OSError as error:  # ssl's errors too
         raise ConfigError(
             f"https_certificate {settings.https_certificate}, https_key {settings.https_key}: "
@@ -169,7 +178,7 @@ def _allow_files(connections: int) -> int:
     return max(1, min(connections, wanted - _OTHER_FILES))
 
 
-def _bind(prefix: str, host: str, port: int) -> socket.socket:
+def bind(prefix: str, host: str, port: int) -> socket.socket:
     """A listening socket; an IPv6 address may stand in brackets.
 
     Raises ``ConfigError`` with the reason. ``prefix`` is that of the settings' names.

@@ -12,6 +12,7 @@ from structlog.contextvars import bound_contextvars
 
 from precast.log import get_logger
 from services.gateway import request_id
+from services.gateway.in_flight import InFlight
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
 
@@ -97,17 +98,23 @@ class Admission:
     """Counts requests, and bounds how many with a body run at once."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, max_in_flight: int, endpoints: Collection[str]
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        in_flight: InFlight,
+        max_in_flight: int,
+        endpoints: Collection[str],
     ) -> None:
         self._app = app
         self._metrics = metrics
+        self._in_flight = in_flight
         self._max_in_flight = max_in_flight
         self._endpoints = endpoints
-        self._in_flight = 0
         metrics.watch(
             "gateway_in_flight_requests",
             "Requests for generations that are running",
-            lambda: self._in_flight,
+            lambda: in_flight.mine,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,16 +131,13 @@ class Admission:
             self._metrics.requests.labels(self._endpoint(scope), str(counted.status)).inc()
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._in_flight >= self._max_in_flight:
-            refusal = errors.overloaded(f"{self._in_flight} requests are running already.")
+        if (running := self._in_flight.all) >= self._max_in_flight:
+            refusal = errors.overloaded(f"{running} requests are running already.")
             refusal.headers["connection"] = "close"  # the body is not read
             await refusal.response()(scope, receive, send)
             return
-        self._in_flight += 1
-        try:
+        with self._in_flight.one_more():
             await self._app(scope, receive, send)
-        finally:
-            self._in_flight -= 1
 
     def _endpoint(self, scope: Scope) -> str:
         """The route's path, not the URL's: the number of label values is bounded."""

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from precast.config.settings import GatewaySettings, load_settings
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from services.gateway import processes
 from services.gateway.main import run
 from tests.support import forked
 from tests.support.ports import free_port
@@ -138,7 +139,8 @@ class Gateway(Process):
 
 def serve_gateway(arguments: Sequence[str]) -> int:
     """A gateway, with settings as JSON."""
-    return run(load_settings(GatewaySettings, **json.loads(arguments[0])))
+    settings = load_settings(GatewaySettings, **json.loads(arguments[0]))
+    return (run if settings.workers == 1 else processes.run)(settings)
 
 
 @dataclass(kw_only=True)

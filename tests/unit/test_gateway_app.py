@@ -15,7 +15,7 @@ import pytest
 from precast.config.settings import GatewaySettings, load_settings
 from precast.errors import ConfigError
 from services.gateway.app import create_app
-from services.gateway.main import _bind
+from services.gateway.main import bind
 
 PRIVATE = 9
 BODY = {"model": "m", "prompt": "p"}
@@ -226,13 +226,13 @@ def test_ipv6_addresses_may_stand_in_brackets(host: str) -> None:
     with socket.socket(socket.AF_INET6) as probe:
         if probe.connect_ex(("::1", 9)) not in (0, errno.ECONNREFUSED):
             pytest.skip("this machine has no IPv6")
-    with _bind("", host, 0) as listener:
+    with bind("", host, 0) as listener:
         assert listener.getsockname()[0] == "::1"
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("", "port"), ("metrics_", "metrics_port")])
 def test_a_port_in_use_is_named(prefix: str, name: str) -> None:
-    with _bind("", "127.0.0.1", 0) as taken:
+    with bind("", "127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"{name} {port}: Address already in use"):
-            _bind(prefix, "127.0.0.1", port)
+            bind(prefix, "127.0.0.1", port)
