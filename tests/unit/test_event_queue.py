@@ -113,6 +113,76 @@ async def test_a_generation_without_text_ends_with_its_tokens() -> None:
     assert await queue.take(SOON_S) == [(0, delta(1, "")), (0, FINISHED)]
 
 
+class Reader:
+    """A response that has begun, and follows its queue."""
+
+    def __init__(self) -> None:
+        self.queue = EventQueue(1, never_again)
+        self.takes = True
+        self.fails = False
+        self.followed: list[Delta] = []
+
+    async def begun(self) -> "asyncio.Task[list[tuple[int, Event]]]":
+        """One that waits for more."""
+        self.queue.put(0, delta(0))
+        await self.queue.take(SOON_S)
+        self.queue.follow(self._follow)
+        waiting = asyncio.create_task(self.queue.take(10))
+        await asyncio.sleep(0)
+        return waiting
+
+    def _follow(self, _index: int, delta: Delta) -> bool:
+        if self.fails:
+            raise ZeroDivisionError
+        if self.takes:
+            self.followed.append(delta)
+        return self.takes
+
+
+async def test_a_follower_gets_deltas_at_once_and_take_the_rest() -> None:
+    reader = Reader()
+    waiting = await reader.begun()
+    for token in (1, 2):
+        reader.queue.put(0, delta(token))
+    assert reader.followed == [delta(1), delta(2)]
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    reader.queue.finish(0, FINISHED)
+    assert await waiting == [(0, FINISHED)]
+
+
+async def test_what_a_follower_can_t_take_and_all_behind_it_is_for_take() -> None:
+    reader = Reader()
+    waiting = await reader.begun()
+    reader.takes = False
+    reader.queue.put(0, delta(1))
+    reader.takes = True
+    reader.queue.put(0, delta(2))
+    assert await waiting == [(0, delta(1)), (0, delta(2))]
+    reader.queue.put(0, delta(3))  # while nobody waits
+    assert await reader.queue.take(SOON_S) == [(0, delta(3))]
+    assert reader.followed == []
+
+
+async def test_the_first_of_a_choice_is_not_for_a_follower() -> None:
+    reader = Reader()
+    reader.queue.follow(reader._follow)
+    waiting = asyncio.create_task(reader.queue.take(10))
+    await asyncio.sleep(0)
+    reader.queue.put(0, delta(1))
+    assert await waiting == [(0, delta(1))]
+    assert reader.followed == []
+
+
+async def test_a_follower_that_fails_ends_its_request() -> None:
+    reader = Reader()
+    waiting = await reader.begun()
+    reader.fails = True
+    reader.queue.put(0, delta(1))
+    with pytest.raises(ZeroDivisionError):
+        await waiting
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["put", "take", "lose"]), st.integers(0, 2), st.sampled_from("ab ")),
     max_size=400,

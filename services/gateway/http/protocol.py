@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from services.gateway.body_writer import offer
 from services.gateway.openai.errors import ApiError
 
 _LINGER_S: Final = 10.0
@@ -140,6 +141,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":
             app = _until_the_end(cycle, app)
+        offer(cycle)
         super()._start_asgi_task(cycle, self._closed_in_time(app))
 
     def _closed_in_time(self, app: ASGIApp) -> Any:  # uvicorn's types of messages are its own

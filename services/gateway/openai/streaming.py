@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from precast.errors import InvalidRequest, PrecastError
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.gateway.body_writer import BodyWriter, writer_of
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
 from services.gateway.openai.endpoints import make_format
@@ -81,7 +82,7 @@ class GenerationResponse(Response):
         self._watch = TokenWatch(plan, metrics, started)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = _Sender(send)
+        sender = _Sender(send, writer_of(scope))
         for start in self._plan.starts:
             start.trace_id = request_id(scope)
         try:
@@ -135,13 +136,23 @@ class GenerationResponse(Response):
         await sender.body(self._format.failure(answer.body()), more=False)
 
     async def _answer(self, sender: "_Sender") -> None:
-        """The one loop that every event of the request passes."""
+        """The one loop that every event of the request passes, or passes by: deltas that come while
+        it waits are shown at once."""
         plan = self._plan
         kind = _Stream if plan.stream else _Whole
         answer: _Answer = kind(len(plan.starts), self._format, sender, self._extra)
         watch = self._watch
         running = len(plan.starts)
+
+        def follow(index: int, delta: Delta) -> bool:
+            if not answer.is_open:
+                return False
+            watch.see_delta(index, delta)
+            answer.show_delta(index, delta)
+            return True
+
         async with self._generation() as generation:
+            generation.events.follow(follow)
             while running:
                 events = await generation.events.take(WAITING_S)
                 for index, event in events:
@@ -173,6 +184,13 @@ def _named(error: Exception, field: str | None) -> Exception:
 class _Answer(Protocol):
     """How the events reach the client."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether deltas can be shown at once."""
+
+    def show_delta(self, index: int, delta: Delta) -> None:
+        """While ``is_open``; not the first one of its choice."""
+
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
         """What has come; nothing for a while if it is empty."""
 
@@ -190,6 +208,13 @@ class _Whole:
         self._sender = sender
         self._extra = headers
         self._choices = [Choice() for _ in range(choices)]
+
+    @property
+    def is_open(self) -> bool:
+        return True
+
+    def show_delta(self, index: int, delta: Delta) -> None:
+        self._choices[index].add(delta)
 
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
         for index, event in events:
@@ -215,6 +240,13 @@ class _Stream:
         self._sender = sender
         self._extra = headers
         self._opened: set[int] = set()
+
+    @property
+    def is_open(self) -> bool:
+        return self._sender.is_open
+
+    def show_delta(self, index: int, delta: Delta) -> None:
+        self._sender.write(self._format.delta(index, delta))
 
     async def show(self, events: Sequence[tuple[int, Event]]) -> None:
         data = b"".join([self._event(index, event) for index, event in events])
@@ -242,9 +274,20 @@ class _Stream:
 class _Sender:
     """ASGI's ``send``, remembering whether the answer has begun. Raises ``ClientGone``."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, writer: BodyWriter | None) -> None:
         self._send = send
+        self._writer = writer
         self.started = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``write`` may be called."""
+        return self._writer is not None and self._writer.is_open
+
+    def write(self, piece: bytes) -> None:
+        """A piece of the body, without waiting."""
+        assert self._writer is not None, "asked for before is_open"
+        self._writer.write(piece)
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True

@@ -6,7 +6,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.metrics import Metrics
 from services.gateway.openai.interpret import ThoughtCounter
 from services.gateway.openai.plan import Plan
-from services.gateway.routing.event_queue import Event
+from services.gateway.routing.event_queue import Delta, Event
 
 
 class TokenWatch:
@@ -42,13 +42,16 @@ class TokenWatch:
             self._ends[index] = event
             self.used += event.completion_tokens - self._seen.pop(index, 0)
             self._counter.inc(event.completion_tokens)
-            return
+        else:
+            self.see_delta(index, event)
+
+    def see_delta(self, index: int, delta: Delta) -> None:
         if self._reasons:
-            self._thoughts[index].add(event.token_ids)
+            self._thoughts[index].add(delta.token_ids)
         if self._timed:
-            self._seen[index] = self._seen.get(index, 0) + event.tokens
-            self.used += event.tokens
-            self._time(index, event.tokens)
+            self._seen[index] = self._seen.get(index, 0) + delta.tokens
+            self.used += delta.tokens
+            self._time(index, delta.tokens)
 
     def _time(self, index: int, tokens: int) -> None:
         now = time.monotonic()

@@ -144,7 +144,7 @@ class WorkerConnection:
             raise WorkerUnreachable(f"The worker at {self.address} can't be reached.")
         handle = next(self._handles) & _HANDLE_MASK
         request_id = self._request_id(handle)
-        self._put(pb.GenerateRequest(request_id=request_id, handle=handle, start=start))
+        self._enqueue(pb.GenerateRequest(request_id=request_id, handle=handle, start=start))
         self._places[handle] = place
         return handle
 
@@ -156,7 +156,7 @@ class WorkerConnection:
             request_id=self._request_id(handle), handle=handle, abort=pb.AbortGeneration()
         )
         with suppress(Overloaded):  # it doesn't read at all, and won't be kept for long
-            self._put(abort)
+            self._enqueue(abort)
 
     def hurry(self) -> None:
         """There is news of the worker: connect now if a pause was being made."""
@@ -178,7 +178,7 @@ class WorkerConnection:
             self._on_end(place, how)
         return place
 
-    def _put(self, request: pb.GenerateRequest) -> None:
+    def _enqueue(self, request: pb.GenerateRequest) -> None:
         try:
             self._unsent.put_nowait(request)
         except asyncio.QueueFull:
@@ -276,20 +276,19 @@ class WorkerConnection:
     def _step(self, step: pb.StepOutput) -> None:
         """Hand out what a step has made."""
         for prompt in step.prompt_logprobs:
-            self._put_delta(prompt.handle, Delta(tokens=0, text="", prompt_logprobs=prompt.tokens))
+            self._put(prompt.handle, Delta(tokens=0, text="", prompt_logprobs=prompt.tokens))
         reports = {one.handle: one.tokens for one in step.logprobs} if step.logprobs else {}
         token_ids, taken = step.token_ids, 0
         for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
             ids = token_ids[taken : taken + count]
             taken += count
             logprobs = reports.get(handle, ())
-            self._put_delta(
-                handle, Delta(tokens=count, text=text, token_ids=ids, logprobs=logprobs)
-            )
+            delta = Delta(tokens=count, text=text, token_ids=ids, logprobs=logprobs)
+            self._put(handle, delta)
         for ended in step.ends:
             self._end(ended.handle, ended.finished if ended.HasField("finished") else ended.error)
 
-    def _put_delta(self, handle: int, delta: Delta) -> None:
+    def _put(self, handle: int, delta: Delta) -> None:
         if (place := self._places.get(handle)) is not None:  # None: it was aborted meanwhile
             place.tokens += delta.token_ids
             self._on_done(place.done(delta.tokens))
@@ -299,7 +298,7 @@ class WorkerConnection:
         """An event of one request, of a worker that knows no columns."""
         handle = int(response.request_id.rpartition("-")[2])
         if response.HasField("delta"):
-            self._put_delta(handle, _delta(response.delta))
+            self._put(handle, _delta(response.delta))
         else:
             self._end(handle, response.error if response.HasField("error") else response.finished)
 

@@ -4,11 +4,15 @@ Workers' connections fill it, each shared by many requests, so filling never wai
 merging: once ``MAX_EVENTS`` deltas of a choice wait for a slow client, later ones are added to the
 last. A slow client gets fewer, larger chunks, and costs no more memory than its own output.
 
+While the response has nothing else to do it may ``follow``: deltas then go to it in the turn that
+brings them, and no task is woken for one.
+
 Tokens that are no whole character yet are held back until text comes: a request that fails before
 anything of it was shown has a status of its own.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -43,6 +47,8 @@ class Delta:
 
 
 Event = Delta | GenerationFinished
+Follower = Callable[[int, Delta], bool]
+"""Takes a delta of a choice; false: it can't take it now."""
 
 
 class EventQueue:
@@ -59,21 +65,30 @@ class EventQueue:
         """The deltas in ``_ready``, by choice."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
-        self._until = 0.0
-        """When the reader has waited long enough (loop's clock, s)."""
+        self._follower: Follower | None = None
+        self._wait_s = 0.0
+        self._since = 0.0
+        """When the reader began to wait, or the follower took the last delta (monotonic, s)."""
         self._timer: asyncio.TimerHandle | None = None
 
+    def follow(self, follower: Follower) -> None:
+        """``follower`` gets deltas that come while somebody waits in ``take``, which goes on
+        waiting. Ends, errors, and what it doesn't take are for ``take``."""
+        self._follower = follower
+
     def put(self, index: int, delta: Delta) -> None:
-        if not self._shown[index]:
-            held = self._held[index]
-            if held is not None:
-                held.add(delta)
-                delta = held
-            self._shown[index] = bool(delta.text)
-            self._held[index] = None if delta.text else delta
-            if not delta.text:
-                return
-        self._add(index, delta)
+        if self._shown[index]:
+            if self._follower is None or self._ready or not self._followed(index, delta):
+                self._add(index, delta)
+            return
+        held = self._held[index]
+        if held is not None:
+            held.add(delta)
+            delta = held
+        self._shown[index] = bool(delta.text)
+        self._held[index] = None if delta.text else delta
+        if delta.text:
+            self._add(index, delta)
 
     def finish(self, index: int, finished: GenerationFinished) -> None:
         held = self._held[index]
@@ -111,6 +126,21 @@ class EventQueue:
             raise self._error
         return taken
 
+    def _followed(self, index: int, delta: Delta) -> bool:
+        """Whether the follower has taken it, in front of which nothing waits."""
+        reader = self._reader
+        if reader is None or reader.done():
+            return False
+        assert self._follower is not None
+        try:
+            followed = self._follower(index, delta)
+        except Exception as error:  # the request's fault, and not its worker's
+            self.fail(error)
+            return True
+        if followed:
+            self._since = time.monotonic()
+        return followed
+
     def _add(self, index: int, delta: Delta) -> None:
         waiting = self._waiting[index]
         if len(waiting) >= MAX_EVENTS:
@@ -130,23 +160,21 @@ class EventQueue:
         timer serves many waits: it looks whether the last of them has lasted too long."""
         loop = asyncio.get_running_loop()
         self._reader = loop.create_future()
-        self._until = loop.time() + timeout_s
-        if self._timer is None or self._timer.when() > self._until:
-            self._set_timer(loop)
+        self._since, self._wait_s = time.monotonic(), timeout_s
+        if self._timer is None or self._timer.when() > loop.time() + timeout_s:
+            self.close()
+            self._timer = loop.call_later(timeout_s, self._tick, loop)
         try:
             await self._reader
         finally:
             self._reader = None
 
-    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.close()
-        self._timer = loop.call_at(self._until, self._tick, loop)
-
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        if self._reader is not None and loop.time() < self._until:
-            self._set_timer(loop)
+        left = self._since + self._wait_s - time.monotonic()
+        if self._reader is not None and left > 0:
+            self._timer = loop.call_later(left, self._tick, loop)
         else:
+            self._timer = None
             self._wake()
 
     def _wake(self) -> None:
