@@ -1,32 +1,40 @@
 """What the gateway costs: the same worker over HTTP through it, and over gRPC past it.
 
 ``python -m bench.gateway_overhead`` starts Redis, a worker without a model and a gateway, and takes
-turns between both ways. *Paced*: a token every 10 ms, as from a model; shows the latency that the
-gateway adds and whether it keeps up. *Unpaced*: tokens as fast as the worker gives them; shows
-where the gateway's own limit is. Worker, gateway and client share the machine's cores, so the
-unpaced ratio is that of the whole chain. What a token costs the leader too: ``bench.token_cost``.
+turns between both ways. A token every 10 ms, as from a model, shows how much later the first one
+comes; tokens as fast as the worker gives them, where the limit is; a thousand streams, how long
+tokens are on their way. Worker, gateway and client share the machine's cores, so all is of the
+whole chain. What a token costs the leader too: ``bench.token_cost``.
 """
 
 import argparse
 import asyncio
 import json
-import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from bench import _many_streams, token_cost
+from bench._many_streams import PROMPT
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from precast.rpc.server import open_channel
+from precast.system.cpu import this_cpu
+from precast.system.process import available_cpus
 from precast.system.redis_server import start_redis
-from tests.support.gateway_stack import MODEL, Gateway, Stack, Worker, eventually, running_stack
+from tests.support.gateway_stack import MODEL, Gateway, Stack, Worker, running_stack
 
-PROMPT = list(range(60, 100))
 _DEADLINE_S = 120.0
 
 
@@ -40,6 +48,17 @@ class Round:
     whole_ms: float
     """Median over the requests."""
     gateway_cpu_us: float
+    """Processor time of the gateway, per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A figure beside what was asked for."""
+
+    figure: str
+    measured: str
+    asked: str
+    cpu_us: float
     """Processor time of the gateway, per token."""
 
 
@@ -66,9 +85,8 @@ async def measure(way: Way, gateway: Gateway, *, concurrency: int, tokens: int) 
 
 
 def cpu_s(gateway: Gateway) -> float:
-    """Processor time that the gateway's process has used, in ticks of 10 ms."""
-    stat = Path(f"/proc/{gateway.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+    """Processor time that the gateway's process has used."""
+    return token_cost.cpu_s(gateway.process.pid)
 
 
 class Direct:
@@ -157,48 +175,104 @@ def _median(rounds: list[Round]) -> Round:
     )
 
 
-def report(title: str, found: dict[str, Round]) -> None:
-    direct, gateway = found["direct"], found["gateway"]
-    print(title)
-    for name, each in found.items():
-        print(
-            f"  {name:8} {each.tokens_per_s:8.0f} tokens/s   first token {each.first_token_ms:7.1f}"
-            f" ms   whole {each.whole_ms:8.1f} ms"
-        )
-    print(
-        f"  ratio    {gateway.tokens_per_s / direct.tokens_per_s:8.3f}"
-        f"            added {gateway.first_token_ms - direct.first_token_ms:13.1f} ms"
-        f"         {gateway.whole_ms - direct.whole_ms:8.1f} ms"
-        f"   gateway's CPU {gateway.gateway_cpu_us:.0f} us a token",
-        flush=True,
+def as_they_come(stack: Stack, concurrency: int, options: argparse.Namespace) -> Row:
+    """Tokens as fast as the worker gives them."""
+    found = _both_ways(stack, 0, concurrency, options)
+    direct, through = found["direct"].tokens_per_s, found["gateway"].tokens_per_s
+    return Row(
+        figure=f"{concurrency} streams, as fast as they come: through / past",
+        measured=f"{through:.0f} / {direct:.0f} tokens/s = {100 * through / direct:.0f} %",
+        asked="90 %" if concurrency == 16 else "",
+        cpu_us=found["gateway"].gateway_cpu_us,
     )
 
 
-def run(stack: Stack, step_ms: float, concurrency: int, tokens: int, rounds: int) -> None:
-    """One worker and one gateway of their own for one pace."""
+def first_token(stack: Stack, concurrency: int, options: argparse.Namespace) -> Row:
+    """A token every 10 ms, as from a model."""
+    found = _both_ways(stack, 10, concurrency, options)
+    added = found["gateway"].first_token_ms - found["direct"].first_token_ms
+    return Row(
+        figure=f"{concurrency} streams, a token every 10 ms: first token later by",
+        measured=f"{added:.1f} ms",
+        asked="2 ms" if concurrency == 1 else "",
+        cpu_us=found["gateway"].gateway_cpu_us,
+    )
+
+
+def many(stack: Stack, options: argparse.Namespace) -> Row:
+    """A thousand streams, in groups that step one after the other."""
+    streams, tokens = options.streams, options.many_tokens
+    port = _clocked_worker(stack, options)
+    gateway = stack.gateway(log_level="warning")
+    past = uvloop.run(_many_streams.past(port, MODEL, streams, tokens))
+    used = cpu_s(gateway)
+    through = uvloop.run(_many_streams.through(gateway.port, MODEL, streams, tokens))
+    cpu_us = 1e6 * (cpu_s(gateway) - used) / (streams * tokens)
+    return Row(
+        figure=f"{streams} streams at {through.tokens_per_s:.0f} tokens/s: p99 later by",
+        measured=f"{through.p99_ms - past.p99_ms:.1f} ms ({through.p99_ms:.1f} - {past.p99_ms:.1f};"
+        f" p50 {through.p50_ms:.1f} - {past.p50_ms:.1f})",
+        asked="20 ms at 10000 tokens/s",
+        cpu_us=cpu_us,
+    )
+
+
+def _clocked_worker(stack: Stack, options: argparse.Namespace) -> int:
+    """Its port."""
+    command = [sys.executable, "-m", "bench._clocked_worker", f"--redis-url={stack.redis_url}"]
+    command += [f"--groups={options.groups}", f"--step-ms={options.step_ms}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    stack.started.append(process)
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def _both_ways(
+    stack: Stack, step_ms: float, concurrency: int, options: argparse.Namespace
+) -> dict[str, Round]:
+    """One worker and one gateway."""
     worker = stack.worker(step_ms=step_ms)
     gateway = stack.gateway(log_level="warning")
-    found = asyncio.run(
-        compare(worker, gateway, concurrency=concurrency, tokens=tokens, rounds=rounds)
+    rounds = options.rounds
+    return asyncio.run(
+        compare(worker, gateway, concurrency=concurrency, tokens=options.tokens, rounds=rounds)
     )
-    pace = f"a token every {step_ms:g} ms" if step_ms else "unpaced"
-    report(f"{pace}, {concurrency} at once, {tokens} tokens each", found)
-    gateway.kill()
-    worker.kill()
-    eventually(lambda: worker.process.poll() is not None)
+
+
+def report(rows: Sequence[Row]) -> None:
+    table = Table("what", "measured", "asked", "gateway's processor time a token")
+    for row in rows:
+        table.add_row(row.figure, row.measured, row.asked, f"{row.cpu_us:.0f} us")
+    Console().print(table)
+    print(f"{this_cpu().model}, {len(available_cpus())} threads, all of it on the same cores")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--many-tokens", type=int, default=130)
+    parser.add_argument("--groups", type=int, default=32, help="that step one after the other")
+    parser.add_argument("--step-ms", type=float, default=80.0, help="of each group")
+    parser.add_argument("--only", choices=list(PARTS), action="append")
     options = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for index, (step_ms, concurrency) in enumerate([(10, 1), (10, 16), (0, 1), (0, 16)]):
-            part = folder / str(index)
-            with start_redis(part / "redis") as redis, running_stack(redis.url, part) as stack:
-                run(stack, step_ms, concurrency, options.tokens, options.rounds)
+        for part in options.only or PARTS:
+            folder = Path(name) / part
+            with start_redis(folder / "redis") as redis, running_stack(redis.url, folder) as stack:
+                rows.append(PARTS[part](stack, options))
+    report(rows)
+
+
+PARTS: Final[Mapping[str, Callable[[Stack, argparse.Namespace], Row]]] = {
+    "first": lambda stack, options: first_token(stack, 1, options),
+    "first16": lambda stack, options: first_token(stack, 16, options),
+    "fast": lambda stack, options: as_they_come(stack, 1, options),
+    "fast16": lambda stack, options: as_they_come(stack, 16, options),
+    "many": many,
+}
 
 
 if __name__ == "__main__":
