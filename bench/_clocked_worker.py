@@ -134,7 +134,7 @@ async def _beat(worker: ClockedWorker, outbox: Outbox) -> None:
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    worker = ClockedWorker(options.groups, options.step_ms / 1000)
+    worker = ClockedWorker(options.groups, options.step_ms / 1000)  # type: ignore[abstract]  # as far as it is asked
     service = Service(
         descriptor=pb.DESCRIPTOR.services_by_name["DecodeService"],
         servicer=worker,
