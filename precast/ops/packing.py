@@ -52,13 +52,10 @@ def packed_size(n: int, k: int, fmt: Format) -> tuple[int, int]:
     return -(-n // PANEL), int(torch.ops.precast.panel_bytes(int(fmt), k))
 
 
-def pack(weight: Tensor, fmt: Format) -> Tensor:
-    """Float [N, K] to uint8 ``packed_size``."""
-    return pack_into(
-        weight.new_empty(packed_size(weight.shape[0], weight.shape[1], fmt), dtype=torch.uint8),
-        weight,
-        fmt,
-    )
+def pack(weight: Weight, fmt: Format) -> Tensor:
+    """[N, K] to uint8 ``packed_size``."""
+    size = packed_size(weight.shape[0], weight.shape[1], fmt)
+    return pack_into(torch.empty(size, dtype=torch.uint8), weight, fmt)
 
 
 def pack_into(out: Tensor, weight: Weight, fmt: Format) -> Tensor:

@@ -10,11 +10,13 @@ from queue import Queue
 
 import grpc
 import pytest
+from safetensors.torch import load_file
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.rpc.server import COLUMNS, HEARTBEATS
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
-from tests.support.models import VOCABULARY
+from tests.support.models import VOCABULARY, write_model
+from tests.support.quantized_folders import quantize
 
 MODEL = "tiny"
 
@@ -446,3 +448,15 @@ def test_redis_may_be_away(tiny_home: Path) -> None:
         client = worker.client()
         client.start("a", worker.request([1], 3))
         assert client.finish("a").end.WhichOneof("event") == "finished"
+
+
+def test_a_quantised_folder_is_served_in_its_own_format(tmp_path: Path, tiny_redis: str) -> None:
+    folder = write_model(tmp_path / "models" / "own")
+    quantize(folder, load_file(folder / "model.safetensors"), "w8a8")
+    with decode_worker(
+        tmp_path, tiny_redis, "own", quantization="auto", batch_sizes="1", prefill_buckets=""
+    ) as worker:
+        assert worker.status().quantization == "int8"
+        client = worker.client()
+        client.start("one", worker.request([1, 2, 3], 5, stop=ENDLESS))
+        assert len(client.finish("one").token_ids) == 5

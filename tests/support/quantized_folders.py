@@ -242,22 +242,29 @@ def write_quantized(folder: Path, scheme: str, model: str = "llama") -> Path:
     weights stand for, as transformers can read it."""
     plain = write_model(folder / "floats", model)
     (plain / "model.safetensors.index.json").unlink(missing_ok=True)
-    settings, make = SCHEMES[scheme]
-    stored, floats = Stored(), Stored()
-    for path in sorted(plain.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            module = name.removesuffix(".weight")
-            if module == name or not module.endswith(LINEARS):
-                stored[name] = floats[name] = tensor
-                continue
-            parts, floats[name] = make(tensor.numpy())
-            stored |= {f"{module}.{part}": value for part, value in parts.items()}
-        path.unlink()
-    save_file({name: t.contiguous() for name, t in stored.items()}, folder / "model.safetensors")
-    save_file({name: t.contiguous() for name, t in floats.items()}, plain / "model.safetensors")
     shutil.copyfile(plain / "config.json", folder / "config.json")
-    change_config(folder, quantization_config=settings)
+    floats = Stored()
+    for path in sorted(plain.glob("*.safetensors")):
+        floats |= load_file(path)
+        path.unlink()
+    save_file(quantize(folder, floats, scheme), plain / "model.safetensors")
     return folder
+
+
+def quantize(folder: Path, floats: Stored, scheme: str) -> Stored:
+    """Writes a model's tensors to a folder with its linears quantised; what these stand for."""
+    settings, make = SCHEMES[scheme]
+    stored, whole = Stored(), Stored()
+    for name, tensor in floats.items():
+        module = name.removesuffix(".weight")
+        if module == name or not module.endswith(LINEARS):
+            stored[name] = whole[name] = tensor.contiguous()
+            continue
+        parts, whole[name] = make(tensor.float().numpy())
+        stored |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
+    save_file(stored, folder / "model.safetensors")
+    change_config(folder, quantization_config=settings)
+    return {name: tensor.contiguous() for name, tensor in whole.items()}
 
 
 def change_config(folder: Path, **changes: Any) -> None:
