@@ -12,7 +12,7 @@ from rich.console import Console
 from precast.access.api_keys import KeyRing
 from precast.cli import stack as stacks
 from precast.cli.view import View, open_view, print_settings
-from precast.config.settings import ServeSettings
+from precast.config.settings import GatewaySettings, ServeSettings, load_settings
 from precast.errors import ConfigError, PrecastError
 from precast.rpc.address import is_loopback
 
@@ -29,7 +29,7 @@ def run(settings: ServeSettings) -> None:
     console = Console()
     console.print("settings:")
     print_settings(console, settings)
-    _warn_if_open(console, settings)
+    warn_if_open(console, settings)
     url = f"http://{_shown_host(settings.host)}:{settings.port}"
     if not settings.port:
         raise ConfigError("port = 0: serve needs a port of its own to tell you")
@@ -40,9 +40,12 @@ def run(settings: ServeSettings) -> None:
     console.print("stopped")
 
 
-def _warn_if_open(console: Console, settings: ServeSettings) -> None:
-    keys = settings.home / "keys" / "api"
-    if not is_loopback(settings.host) and KeyRing(folder=keys).open:
+def warn_if_open(console: Console, settings: ServeSettings) -> None:
+    """Where the gateway will ask nobody for a key, and others than this machine reach it."""
+    if is_loopback(settings.host):
+        return
+    gateway = load_settings(GatewaySettings, home=settings.home)  # whose keys may be elsewhere
+    if KeyRing(folder=gateway.api_keys_dir).open:
         console.print(
             f"warning: whoever reaches {settings.host}:{settings.port} may use it, for there are "
             "no API keys: precast keys api create NAME",

@@ -1,5 +1,6 @@
 """The command line: flags are settings, errors are one line, and it starts light."""
 
+import io
 import json
 import os
 import socket
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from precast.cli import stack
 from precast.cli.main import app
 from precast.cli.options import settings_command
+from precast.cli.serve import warn_if_open
 from precast.config.settings import (
     CommonSettings,
     CompileWorkerSettings,
@@ -255,3 +258,22 @@ def test_serve_owns_its_home(tmp_path: Path) -> None:
         pass
     with stack.sole_owner(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_serve_looks_for_api_keys_where_the_gateway_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    keys = tmp_path / ("elsewhere" if elsewhere else "home/keys/api")
+    if elsewhere:
+        monkeypatch.setenv("PRECAST_API_KEYS_DIR", str(keys))
+    settings = load_settings(ServeSettings, host="0.0.0.0")
+
+    def said() -> str:
+        written = io.StringIO()
+        warn_if_open(Console(file=written, width=200), settings)
+        return written.getvalue()
+
+    assert "there are no API keys" in said()
+    keys.mkdir(parents=True)
+    assert said() == ""

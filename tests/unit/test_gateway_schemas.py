@@ -8,8 +8,11 @@ import pytest
 from pydantic import BaseModel
 
 from services.gateway.openai.bodies import named, parse_body, parse_naming_unknown
+from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.examples import EXAMPLES
+from services.gateway.openai.messages_api.fields import MessagesRequest
+from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.structured.constraint import constraint_of
 from services.gateway.openai.tools.formats import FORMATS
@@ -298,6 +301,27 @@ def test_unknown_fields_are_named_or_refused() -> None:
         parse_naming_unknown(CompletionRequest, bytearray(content), strict=True)
     assert caught.value.param == "bogus"
     assert named(["a b", "\ud800x", "y" * 1000]) == f"a%20b, %3Fx, {'y' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "field", "neutral", "wrong"),
+    [
+        (CompletionRequest, COMPLETION, "mirostat", 0, False),
+        (ResponsesRequest, {"model": "m", "input": "p"}, "background", False, 0),
+        (ResponsesRequest, {"model": "m", "input": "p"}, "truncation", "disabled", "auto"),
+        (MessagesRequest, CHAT | {"max_tokens": 1}, "mcp_servers", [], 0),
+        (EmbeddingRequest, {"model": "m", "input": "p"}, "embed_dtype", "float32", ""),
+    ],
+)
+def test_only_what_asks_for_nothing_is_dropped(
+    kind: type[BaseModel], body: Any, field: str, neutral: Any, wrong: Any
+) -> None:
+    """By every path alike: false is not 0, and nothing is not null."""
+    for value in (None, neutral):
+        parse_body(kind, bytearray(json.dumps({**body, field: value}).encode()))
+    with pytest.raises(ApiError, match="not supported") as caught:
+        parse_body(kind, bytearray(json.dumps({**body, field: wrong}).encode()))
+    assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
 
 
 def test_messages_of_errors_are_bounded() -> None:

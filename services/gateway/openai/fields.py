@@ -1,12 +1,15 @@
 """Fields of requests that have several forms: what is accepted, and how a reference shows it."""
 
 import re
+from functools import partial
 from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, PlainValidator, WithJsonSchema
 
 MAX_CHOICES: Final = 128
 """Generations of one HTTP request: prompts times ``n``."""
+MAX_INPUTS: Final = 2048
+"""Texts to embed in one HTTP request."""
 MAX_STOPS: Final = 64
 MAX_PROMPT_IDS: Final = 2**20
 """Token ids of one prompt; more than any context has."""
@@ -19,7 +22,7 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_prompt(value: Any) -> Any:
+def _check_prompt(value: Any, most: int = MAX_CHOICES) -> Any:
     """``str | list[str] | list[int] | list[list[int]]``, none of them empty."""
     if isinstance(value, str) and value:
         return value
@@ -27,8 +30,8 @@ def _check_prompt(value: Any) -> Any:
         raise ValueError("must be a non-empty string or array of strings or token ids")
     if type(value[0]) in (int, float):
         return _token_ids(value)
-    if len(value) > MAX_CHOICES:
-        raise ValueError(f"has {len(value)} prompts; at most {MAX_CHOICES} are allowed")
+    if len(value) > most:
+        raise ValueError(f"has {len(value)} prompts; at most {most} are allowed")
     if all(isinstance(item, str) and item for item in value):
         return value
     if all(isinstance(item, list) and item for item in value):
@@ -77,24 +80,28 @@ _IDS_SCHEMA: Final = {
     "minItems": 1,
     "maxItems": MAX_PROMPT_IDS,
 }
-_PROMPTS_SCHEMA: Final = {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES}
 _TEXT_SCHEMA: Final = {"type": "string", "minLength": 1}
+
+
+def _prompt_schema(most: int) -> WithJsonSchema:
+    several = {"type": "array", "minItems": 1, "maxItems": most}
+    texts, lists = {**several, "items": _TEXT_SCHEMA}, {**several, "items": _IDS_SCHEMA}
+    return WithJsonSchema({"anyOf": [_TEXT_SCHEMA, texts, _IDS_SCHEMA, lists]})
+
 
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     PlainValidator(_check_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                _TEXT_SCHEMA,
-                {**_PROMPTS_SCHEMA, "items": _TEXT_SCHEMA},
-                _IDS_SCHEMA,
-                {**_PROMPTS_SCHEMA, "items": _IDS_SCHEMA},
-            ]
-        }
-    ),
+    _prompt_schema(MAX_CHOICES),
 ]
 """A text, texts, token ids, or several lists of these."""
+
+Inputs = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(partial(_check_prompt, most=MAX_INPUTS)),
+    _prompt_schema(MAX_INPUTS),
+]
+"""The same, of texts to embed."""
 
 Stop = Annotated[
     list[str],
@@ -129,3 +136,11 @@ LogitBias = Annotated[
         }
     ),
 ]
+
+
+def prompts_of(value: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One entry a prompt: text or token ids."""
+    if isinstance(value, str):
+        return [value]
+    ids = [item for item in value if isinstance(item, int)]
+    return [ids] if ids else [item for item in value if not isinstance(item, int)]

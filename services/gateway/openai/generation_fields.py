@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from services.gateway.openai.fields import MAX_CHOICES, LogitBias, Stop, whole
-from services.gateway.openai.known_fields import LABELS, NEUTRAL, asks_for_nothing, described
-from services.gateway.openai.messages import FieldError, UnsupportedField
+from services.gateway.openai.known_fields import LABELS, NEUTRAL, described, served
+from services.gateway.openai.messages import FieldError
 from services.gateway.openai.structured.fields import StructureFields
 
 _MAX_SEED: Final = 2**63 - 1
@@ -100,14 +100,8 @@ class GenerationFields(StructureFields):
     @model_validator(mode="before")
     @classmethod
     def _drop_or_refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        unserved = NEUTRAL.keys() - cls.model_fields.keys()
-        for name in unserved & data.keys():
-            if not asks_for_nothing(name, data[name]):
-                raise UnsupportedField(name)
-        ignored = unserved | LABELS
-        return {name: whole(value) for name, value in data.items() if name not in ignored}
+        unserved = {name: NEUTRAL[name] for name in NEUTRAL.keys() - cls.model_fields.keys()}
+        return served(data, unserved, LABELS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -4,10 +4,15 @@ A field that would change the result is refused by name unless it has its neutra
 only labels a request is accepted. All others are unknown: they are ignored, and the answer says so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Final
 
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+from services.gateway.openai.fields import whole
+from services.gateway.openai.messages import UnsupportedField
+
+Neutral = Mapping[str, tuple[Any, ...]]
+"""Known fields that aren't supported, and the values (beside null) that ask for nothing."""
+NEUTRAL: Final[Neutral] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -34,7 +39,7 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "n_predict": (-1,),
     "n_keep": (0,),
 }
-"""Known fields that aren't supported, and the values (beside null) that ask for nothing."""
+"""Of completions and chats."""
 
 LABELS: Final = frozenset(
     {
@@ -54,15 +59,34 @@ LABELS: Final = frozenset(
 """Fields that don't change a result."""
 
 
-def described(unserved: Iterable[str], labels: Iterable[str]) -> str:
-    """For a reference: what else a body may have."""
-    neutral = "Only null, or a value that asks for nothing, is accepted for: "
-    return f"{neutral}{', '.join(sorted(unserved))}. Ignored: {', '.join(sorted(labels))}."
+def served(data: Any, unserved: Neutral, labels: Set[str]) -> Any:
+    """A body's fields without those that ask for nothing. Raises ``UnsupportedField`` for one that
+    does ask for something."""
+    if not isinstance(data, dict):
+        return data
+    for name in unserved.keys() & data.keys():
+        if not _asks_for_nothing(data[name], unserved[name]):
+            raise UnsupportedField(name)
+    ignored = unserved.keys() | labels
+    return {name: whole(value) for name, value in data.items() if name not in ignored}
 
 
-def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether an unsupported field may be left out: it is null or neutral; false is not 0 here."""
+def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether it is null or neutral; false is not 0 here."""
     if value is None:
         return True
-    kin = [one for one in NEUTRAL[name] if isinstance(one, bool) == isinstance(value, bool)]
-    return value in kin
+    return value in [one for one in neutral if isinstance(one, bool) == isinstance(value, bool)]
+
+
+def describing(unserved: Iterable[str], labels: Iterable[str]) -> Callable[[dict[str, Any]], None]:
+    """Adds to a schema, for a reference, what else a body may have."""
+
+    def describe(schema: dict[str, Any]) -> None:
+        schema["description"] = described(unserved, labels)
+
+    return describe
+
+
+def described(unserved: Iterable[str], labels: Iterable[str]) -> str:
+    neutral = "Only null, or a value that asks for nothing, is accepted for: "
+    return f"{neutral}{', '.join(sorted(unserved))}. Ignored: {', '.join(sorted(labels))}."

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from services.gateway.openai.fields import MAX_CHOICES, Prompt
+from services.gateway.openai.fields import MAX_CHOICES, Prompt, prompts_of
 from services.gateway.openai.generation_fields import GenerationFields
 from services.gateway.openai.messages import MAX_MESSAGES, FieldError, Message
 from services.gateway.openai.tools.fields import ToolFields
@@ -38,10 +38,7 @@ class CompletionRequest(GenerationFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt: text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+        return prompts_of(self.prompt)
 
 
 class ChatFields(ToolFields):

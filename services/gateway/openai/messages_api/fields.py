@@ -4,13 +4,12 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from services.gateway.openai.fields import whole
-from services.gateway.openai.known_fields import described
+from services.gateway.openai.known_fields import Neutral, describing, served
 from services.gateway.openai.lenient import Lenient
-from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
+from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
 
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+_NEUTRAL: Final[Neutral] = {
     "container": (),
     "mcp_servers": ([],),
     "context_management": (),
@@ -88,14 +87,10 @@ class Thinking(Lenient):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-def _complete(schema: dict[str, Any]) -> None:
-    schema["description"] = described(_NEUTRAL, _LABELS)
-
-
 class MessagesRequest(Lenient):
     """``POST /v1/messages``."""
 
-    model_config = ConfigDict(json_schema_extra=_complete)
+    model_config = ConfigDict(json_schema_extra=describing(_NEUTRAL, _LABELS))
     accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
     """Fields that it knows beside its own."""
 
@@ -118,9 +113,4 @@ class MessagesRequest(Lenient):
     @model_validator(mode="before")
     @classmethod
     def _drop_or_refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in _NEUTRAL.items():
-            if data.get(name) is not None and data[name] not in neutral:
-                raise UnsupportedField(name)
-        return {name: whole(value) for name, value in data.items() if name not in cls.accepted}
+        return served(data, _NEUTRAL, _LABELS)

@@ -4,15 +4,13 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from services.gateway.openai.fields import whole
-from services.gateway.openai.known_fields import LABELS, described
+from services.gateway.openai.known_fields import LABELS, Neutral, describing, served
 from services.gateway.openai.lenient import Lenient
-from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS, UnsupportedField
+from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS
 from services.gateway.openai.structured.fields import JsonObjectFormat, Schema, TextFormat
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
 
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "previous_response_id": (),
+_NEUTRAL: Final[Neutral] = {
     "conversation": (),
     "background": (False,),
     "prompt": (),
@@ -21,8 +19,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "moderation": (),
     "context_management": ([],),
 }
-"""Known fields that aren't supported, and the values (beside null) that ask for nothing."""
-_LABELS: Final = LABELS | {"include", "stream_options", "top_logprobs"}
+_LABELS: Final = (LABELS - {"store"}) | {"include", "stream_options", "top_logprobs"}
 
 
 class InputText(Lenient):
@@ -152,21 +149,21 @@ class ReasoningOptions(Lenient):
     """Ignored: reasoning is returned as it is."""
 
 
-def _complete(schema: dict[str, Any]) -> None:
-    """Add to a reference what the model's fields don't say."""
-    schema["description"] = described(_NEUTRAL, _LABELS)
-
-
 class ResponsesRequest(Lenient):
     """``POST /v1/responses``."""
 
-    model_config = ConfigDict(json_schema_extra=_complete)
+    model_config = ConfigDict(json_schema_extra=describing(_NEUTRAL, _LABELS))
     accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
     """Fields that it knows beside its own."""
 
     model: str = Field(min_length=1, max_length=256)
     input: Input
     instructions: str | None = None
+    """Of this response alone: the ones that follow don't have them."""
+    previous_response_id: str | None = Field(default=None, min_length=1, max_length=128)
+    """Go on from a response that was kept. Refused where none are kept."""
+    store: bool | None = None
+    """false: the response is not kept. Where none are kept it means nothing."""
     tools: list[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
@@ -182,9 +179,4 @@ class ResponsesRequest(Lenient):
     @model_validator(mode="before")
     @classmethod
     def _drop_or_refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in _NEUTRAL.items():
-            if data.get(name) is not None and data[name] not in neutral:
-                raise UnsupportedField(name)
-        return {name: whole(value) for name, value in data.items() if name not in cls.accepted}
+        return served(data, _NEUTRAL, _LABELS)
