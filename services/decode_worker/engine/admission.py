@@ -9,6 +9,7 @@ import numpy as np
 
 from precast.errors import InvalidRequest, ModelNotFound
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.pooling import Pooling
 from services.decode_worker.engine.resume import resumed_output
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 
@@ -30,6 +31,7 @@ def make_sequence(
     *,
     model: str,
     vocab_size: int,
+    hidden_size: int,
     eos_token_ids: frozenset[int],
 ) -> Sequence:
     """Raises InvalidRequest or ModelNotFound, naming the field."""
@@ -37,10 +39,13 @@ def make_sequence(
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID} characters")
     if len(start.trace_id) > MAX_REQUEST_ID:
         raise InvalidRequest(f"trace_id has more than {MAX_REQUEST_ID} characters")
+    if len(start.traceparent) > MAX_REQUEST_ID:
+        raise InvalidRequest(f"traceparent has more than {MAX_REQUEST_ID} characters")
     if start.model != model:
         raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
     _check_prompt(start, vocab_size)
-    _check_stop(start.stop, prompt_only=start.HasField("prompt_logprobs"))
+    looks_at_prompt = start.HasField("prompt_logprobs") or start.HasField("embed")
+    _check_stop(start.stop, prompt_only=looks_at_prompt)
     if len(start.cache_salt) > MAX_CACHE_SALT:
         raise InvalidRequest(f"cache_salt has more than {MAX_CACHE_SALT} characters")
     stop_ids = frozenset(start.stop.stop_token_ids)
@@ -53,11 +58,26 @@ def make_sequence(
         sampling=_sampling(start, vocab_size, endings),
         max_tokens=max(1, start.stop.max_tokens),
         prompt_logprobs=start.prompt_logprobs if start.HasField("prompt_logprobs") else -1,
+        pooling=_pooling(start, hidden_size) if start.HasField("embed") else None,
         stop_token_ids=stop_token_ids,
         priority=start.priority,
         cache_salt=start.cache_salt,
         output=output,
         resumed=len(output),
+    )
+
+
+def _pooling(start: pb.StartGeneration, hidden_size: int) -> Pooling:
+    given = start.embed
+    if given.pooling not in (pb.POOLING_MEAN, pb.POOLING_LAST):
+        raise InvalidRequest(f"embed: pooling = {given.pooling} is not known")
+    if given.dimensions > hidden_size:
+        raise InvalidRequest(f"dimensions: the model's embeddings have {hidden_size}")
+    return Pooling(
+        tokens=len(start.prompt_token_ids),
+        last_only=given.pooling == pb.POOLING_LAST,
+        dimensions=given.dimensions or hidden_size,
+        raw=given.raw,
     )
 
 

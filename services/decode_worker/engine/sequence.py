@@ -8,6 +8,7 @@ import numpy as np
 from blake3 import blake3
 
 from services.decode_worker.constraints.matcher import Matcher
+from services.decode_worker.engine.pooling import Pooling
 from services.decode_worker.engine.speculation import Drafting
 
 _SALT_CONTEXT: Final = "precast prefix cache salt"
@@ -77,6 +78,8 @@ class Sequence:
     """Alternatives to report for each token of the prompt; -1: it is not scored."""
     scored: int = 0
     """Tokens of the prompt whose rows have scored what follows them."""
+    pooling: Pooling | None = None
+    """How its prompt becomes a vector; None: not at all."""
     drafting: Drafting | None = None
     """How its next tokens are guessed; None: not at all."""
     drafted: int = 0
@@ -136,6 +139,13 @@ class Sequence:
     def scores(self) -> bool:
         """Whether tokens of the prompt are still to be scored."""
         return self.prompt_logprobs >= 0 and self.scored < len(self.prompt) - 1
+
+    def may_skip(self, tokens: int) -> bool:
+        """Whether so many of its first tokens need not be computed if others have been: nobody
+        looks at more of them than their keys and values."""
+        if self.pooling is not None and tokens > self.pooling.taken:
+            return False
+        return tokens <= self.scored or not self.scores
 
     def completes(self, token: int) -> bool:
         """Whether the newest token is one that nothing can follow in the sequence's grammar."""

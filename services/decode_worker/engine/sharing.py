@@ -52,4 +52,4 @@ def may_adopt(sequence: Sequence, block_size: int) -> bool:
 
 def _may_share(sequence: Sequence, tokens: int) -> bool:
     """Whether so many of its first tokens need not be computed if others have been."""
-    return tokens < sequence.length and (tokens <= sequence.scored or not sequence.scores)
+    return tokens < sequence.length and sequence.may_skip(tokens)

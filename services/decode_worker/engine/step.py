@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from services.decode_worker.engine.pooled_parts import PooledPart, pooled_parts, pooled_rows
 from services.decode_worker.engine.prompt_scores import ScoredPart, scored_parts, scored_rows
 from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.ranks.protocol import LAST_DRAWN, DecodeOn, StartSampling, Step
@@ -82,6 +83,7 @@ class ScheduledStep:
     """To be sent before it."""
     scored: tuple[ScoredPart, ...] = ()
     """Of prompts."""
+    pooled: tuple[PooledPart, ...] = ()
     masked: tuple[Sequence, ...] = ()
     """Those whose draws wait for masks."""
 
@@ -148,8 +150,9 @@ def make_step(
     drawing = [one.sequence for one, count in zip(chosen, draws, strict=True) if count]
     drawn = [len(one.sequence.output) + one.sequence.drawing for one in chosen]
     masked = _masked(chosen, draws)
-    scored = scored_parts([one.sequence for one in chosen], [one.tokens for one in chosen])
     batch = StepBatch(chosen=tuple(chosen), draws=draws, decoding=decoding)
+    scored = scored_parts(batch.sequences, batch.counts)
+    pooled = pooled_parts(batch.sequences, batch.counts)
     message = Step(
         step_id=step_id,
         token_ids=_ints(token_ids),
@@ -169,6 +172,7 @@ def make_step(
         ),
         masked=_ints(list(masked)),
         scored=scored_rows(scored),
+        pooled=pooled_rows(pooled),
         goes_on=batch.is_plain,
     )
     return ScheduledStep(
@@ -176,6 +180,7 @@ def make_step(
         message=message,
         sampling=tuple(_start_sampling(s) for s in drawing if not s.sampling_sent),
         scored=scored,
+        pooled=pooled,
         masked=tuple(masked.values()),
     )
 

@@ -196,8 +196,8 @@ class GraphManager:
         """
         self._owner.check()
         self._table.count_missed(tokens)
-        size = 0  # of steps that score prompts
-        if isinstance(message, DecodeOn) or message.scored is None:
+        size = 0  # of steps that score prompts, or embed them
+        if isinstance(message, DecodeOn) or not message.shows_hidden:
             size = self._table.size_for(tokens, decoding=decoding)
         self._replaying.append(self._if_new(self._table.replayable().get(size)))
         return msgspec.structs.replace(message, graph_size=size, shadow=self.trials.shadows(size))

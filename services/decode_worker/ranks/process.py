@@ -27,6 +27,7 @@ from precast.ops.draw_status import DrawStatus
 from precast.system.process import die_with_parent, pin
 from services.decode_worker.ranks import model as rank_model
 from services.decode_worker.ranks.model import RankModel
+from services.decode_worker.ranks.pooling import pool
 from services.decode_worker.ranks.prepared import Prepared, RunningBatch, prepare
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
@@ -203,16 +204,10 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
     started = time.perf_counter()
     prepared = _prepared(init, rank, step)
     batch, draws, _ = prepared
-    shadow, scores = None, list[Logprobs | None]()
-    if isinstance(step, Step) and step.scored is not None:
+    shadow, scores, pooled = None, list[Logprobs | None](), b""
+    if isinstance(step, Step) and step.shows_hidden:
         hidden = rank.model.hidden(batch)
-        scores = score(
-            rank.model.shape,
-            rank.model.weights,
-            hidden,
-            step.scored,
-            reports_here=init.tp_rank == 0,
-        )
+        scores, pooled = _looked_at(init, rank.model, step, hidden)
         logits = rank.model.logits(batch, draws.rows, hidden)
     elif step.shadow:
         logits, shadow = rank.model.shadow(batch, draws.rows, step.graph_size)
@@ -229,8 +224,21 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
         step_us=int((time.perf_counter() - started) * 1e6),
         failed=drawn.failed,
         scores=tuple(scores),
+        pooled=pooled,
         shadow=shadow,
     )
+
+
+def _looked_at(
+    init: Init, model: RankModel, step: Step, hidden: Tensor
+) -> tuple[list[Logprobs | None], bytes]:
+    """What is reported of the hidden states [T, H], by the first rank: scores of tokens, sums."""
+    scores, pooled, reports_here = list[Logprobs | None](), b"", init.tp_rank == 0
+    if step.scored is not None:
+        scores = score(model.shape, model.weights, hidden, step.scored, reports_here=reports_here)
+    if step.pooled is not None and reports_here:  # all ranks have them whole
+        pooled = pool(model.shape, model.weights, hidden, step.pooled)
+    return scores, pooled
 
 
 def _prepared(init: Init, rank: _Rank, step: Step | DecodeOn) -> Prepared:

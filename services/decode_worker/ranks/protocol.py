@@ -145,6 +145,14 @@ class ScoredRows(msgspec.Struct, frozen=True, array_like=True):
     """Alternatives to report."""
 
 
+class PooledRows(msgspec.Struct, frozen=True, array_like=True):
+    """Stretches of tokens whose hidden states are added up, [P] each, little-endian int32."""
+
+    firsts: bytes
+    """Of the step's tokens, each stretch's first."""
+    counts: bytes
+
+
 class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """One forward pass over S sequences with T new tokens in all: one each of those that decode,
     more of a prompt.
@@ -180,12 +188,19 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     gather no logits."""
     scored: ScoredRows | None = None
     """Only in a step that runs eagerly: graphs give logits of few rows."""
+    pooled: PooledRows | None = None
+    """Likewise: graphs give no hidden states."""
     graph_size: int = 0
     """Captured size to replay, at least T; 0: run it eagerly."""
     shadow: bool = False
     """Run the trial graph of the captured size too, and compare (``shadow_trial.py``)."""
     goes_on: bool = False
     """Whether ``DecodeOn`` may follow: each sequence has one token, which gives another."""
+
+    @property
+    def shows_hidden(self) -> bool:
+        """Whether it has to run eagerly."""
+        return self.scored is not None or self.pooled is not None
 
 
 class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -237,6 +252,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Why there is no token (``precast.ops.draw_status``), by its place in ``token_ids``."""
     scores: tuple[Logprobs | None, ...] = ()
     """[R] of the tokens that were to be scored; None where logits are no numbers."""
+    pooled: bytes = b""
+    """float64 [P, H] sums of the hidden states behind the last norm."""
     shadow: Shadow | None = None
 
 

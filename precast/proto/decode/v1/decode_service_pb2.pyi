@@ -19,6 +19,27 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    POOLING_MEAN: _Pooling.ValueType  # 1
+    """Over all tokens of the prompt."""
+    POOLING_LAST: _Pooling.ValueType  # 2
+    """Of its last token."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper): ...
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+POOLING_MEAN: Pooling.ValueType  # 1
+"""Over all tokens of the prompt."""
+POOLING_LAST: Pooling.ValueType  # 2
+"""Of its last token."""
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -169,6 +190,8 @@ class StartGeneration(_message.Message):
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    EMBED_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     logprobs: _builtins.int
     """Number of most likely alternatives to report for each token. Absent: no logprobs at all."""
@@ -184,6 +207,8 @@ class StartGeneration(_message.Message):
     """Higher goes first among waiting requests; 0 is usual."""
     trace_id: _builtins.str
     """What logs call the request: its HTTP request id; at most 128 characters."""
+    traceparent: _builtins.str
+    """W3C trace context of whoever asks; at most 128 characters. Empty: it is not traced."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -201,6 +226,10 @@ class StartGeneration(_message.Message):
         and stop conditions, and is not sent again.
         """
 
+    @_builtins.property
+    def embed(self) -> Global___Embedding:
+        """Make one vector of the prompt; it comes with the end. max_tokens may be 0 then."""
+
     def __init__(
         self,
         *,
@@ -216,10 +245,12 @@ class StartGeneration(_message.Message):
         resumed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
         trace_id: _builtins.str = ...,
+        embed: Global___Embedding | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "constraint", b"constraint", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "constraint", b"constraint", "embed", b"embed", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "constraint", b"constraint", "deliver_at_end", b"deliver_at_end", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "stop", b"stop", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "constraint", b"constraint", "deliver_at_end", b"deliver_at_end", "embed", b"embed", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "stop", b"stop", "trace_id", b"trace_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -231,6 +262,35 @@ class StartGeneration(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___StartGeneration: _TypeAlias = StartGeneration  # noqa: Y015
+
+@_typing.final
+class Embedding(_message.Message):
+    """Embedding is what is to be made of the hidden states behind the model's last norm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLING_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    RAW_FIELD_NUMBER: _builtins.int
+    pooling: Global___Pooling.ValueType
+    dimensions: _builtins.int
+    """Only the vector's first values, so many; 0: all. A worker refuses more than there are."""
+    raw: _builtins.bool
+    """Leave its length as it is; otherwise it is 1."""
+    def __init__(
+        self,
+        *,
+        pooling: Global___Pooling.ValueType = ...,
+        dimensions: _builtins.int = ...,
+        raw: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "pooling", b"pooling", "raw", b"raw"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
 
 @_typing.final
 class OutputConstraint(_message.Message):
@@ -377,7 +437,7 @@ class StopConditions(_message.Message):
     INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
     SHOW_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """At least 1, or 0 where only the prompt's log-probabilities are wanted."""
+    """At least 1, or 0 where only the prompt's log-probabilities or its embedding are wanted."""
     ignore_eos: _builtins.bool
     """Go on past the model's end-of-sequence tokens."""
     min_tokens: _builtins.int
@@ -742,11 +802,14 @@ class GenerationFinished(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
     """Of the prompt's tokens: those that were computed for an earlier request."""
+    embedding: _builtins.bytes
+    """Little-endian float32, where it was asked for."""
     def __init__(
         self,
         *,
@@ -754,10 +817,11 @@ class GenerationFinished(_message.Message):
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        embedding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "embedding", b"embedding", "prompt_tokens", b"prompt_tokens", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
