@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from precast.access.api_keys import ApiKey, KeyRing
 from precast.access.api_keys import Scope as AccessScope
 from services.gateway.access.quota import Quota, Refusal
+from services.gateway.access.tenant import tenant_scope
 from services.gateway.openai.errors import ApiError
 from services.gateway.usage import Usage
 
@@ -31,7 +32,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            await self._admitted(self._key(scope), scope, receive, send)
+            key = self._key(scope)
+            await self._admitted(key, tenant_scope(scope, key.id), receive, send)
         except _Refused as refused:
             refused.error.headers["connection"] = "close"  # the body is not read
             await refused.error.response()(scope, receive, send)

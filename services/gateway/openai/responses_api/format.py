@@ -12,6 +12,7 @@ from services.gateway.openai import responses as api
 from services.gateway.openai.formats import Choice, finish_reason
 from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.plan import Plan
+from services.gateway.openai.responses_api.conversation import Origin
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.responses_api.items import Items
 from services.gateway.routing.event_queue import Delta
@@ -23,9 +24,10 @@ class ResponsesFormat:
     """The answer to one request, which has one choice."""
 
     def __init__(self, plan: Plan) -> None:
-        assert isinstance(plan.origin, ResponsesRequest), "it is planned from one"
+        assert isinstance(plan.origin, Origin), "it is planned from one"
         self._plan = plan
-        self._body = plan.origin
+        self._origin = plan.origin
+        self._body = plan.origin.body
         self._id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._reader = AnswerReader(plan.reading)
@@ -46,8 +48,7 @@ class ResponsesFormat:
 
     def ending(self, usage: api.Usage) -> bytes:
         status = self._status()
-        response = self._response(status, usage)
-        return self._events([{"type": f"response.{status}", "response": response}])
+        return self._events([{"type": f"response.{status}", "response": self._end(usage)}])
 
     def failure(self, body: Mapping[str, Any]) -> bytes:
         error = body["error"]
@@ -59,7 +60,13 @@ class ResponsesFormat:
         assert choice.finished is not None, "shown before it finished"
         for _ in (*self._told("".join(choice.text)), *self._finish(choice.finished)):
             pass
-        return self._response(self._status(), usage)
+        return self._end(usage)
+
+    def _end(self, usage: api.Usage) -> _Json:
+        response = self._response(self._status(), usage)
+        if self._origin.keeps:
+            self._origin.response = response
+        return response
 
     def _told(self, text: str) -> list[_Json]:
         return [event for part in self._reader.feed(text) for event in self._items.add(part)]
@@ -95,9 +102,9 @@ class ResponsesFormat:
             "model": body.model,
             "output": list(self._items.done),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
-            "store": False,
+            "store": self._origin.keeps,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": _format(body)},
             "tool_choice": _choice(body),
