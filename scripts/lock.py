@@ -20,8 +20,8 @@ from packaging.version import Version
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 IMAGES: Final = {
-    "gateway": ("gateway",),
-    "decode-worker": ("worker",),
+    "gateway": ("gateway", "telemetry"),
+    "decode-worker": ("worker", "telemetry"),
     "compile-worker": ("worker", "compiler"),
     "models": ("import",),
 }

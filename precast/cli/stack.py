@@ -75,6 +75,8 @@ def plan(settings: ServeSettings) -> Stack:
         flags |= {"home": settings.home, "log-level": settings.log_level}
         flags |= {"log-format": settings.log_format}
         flags |= {} if settings.tls_dir is None else {"tls-dir": settings.tls_dir}
+        if settings.otlp_endpoint is not None:
+            flags["otlp-endpoint"] = settings.otlp_endpoint
         given = [f"--{flag}={value}" for flag, value in flags.items()]
         specs.append(
             ChildSpec(

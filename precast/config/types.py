@@ -68,6 +68,13 @@ def _redis_url(value: str) -> str:
     return value
 
 
+def _otlp_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        raise ValueError("must be http://host:port or https://host:port")
+    return value
+
+
 def _store_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme != "s3" or not parts.netloc or "@" in parts.netloc or parts.query:
@@ -88,6 +95,7 @@ Origins = Annotated[
 ]
 AddressText = Annotated[str, AfterValidator(_address)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+OtlpUrl = Annotated[str, AfterValidator(_otlp_url)]
 StoreUrl = Annotated[str, AfterValidator(_store_url)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 Port = Annotated[int, Field(ge=0, le=65535)]

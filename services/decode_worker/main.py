@@ -23,6 +23,7 @@ from precast.rpc.server import Server, start_server
 from precast.rpc.tls import Role, Tls
 from precast.system.shared_memory import sweep_segments
 from precast.system.stopping import run_until_stopped
+from precast.telemetry import open_tracer
 from services.decode_worker import grpc_server
 from services.decode_worker.constraints.checker import Setup
 from services.decode_worker.constraints.compiler import ConstraintCompiler
@@ -106,6 +107,9 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
     )
     running = asyncio.create_task(engine.run(), name="engine")
     worker_id = f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    tracer = open_tracer(
+        settings.otlp_endpoint, service="precast-decode-worker", instance=worker_id
+    )
     worker = Worker(
         worker_id=worker_id,
         settings=settings,
@@ -117,6 +121,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         max_context_length=share.context,
         constraints=constraints,
         tokenizer_digest=digest_of_tokenizer(settings),
+        tracer=tracer,
     )
     registry = Registry.connect(settings.redis_url)
     tls = Tls.load(settings.tls_dir, Role.DECODE_WORKER)
@@ -155,6 +160,8 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         await server.stop(0.5)
         await constraints.close()
         await registry.close()
+        if tracer is not None:
+            await tracer.close()
 
 
 async def _get_graphs(

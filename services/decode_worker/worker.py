@@ -17,6 +17,7 @@ from precast.errors import (
 from precast.fleet.leases import DecodeLease, WorkerState
 from precast.models.config import ModelConfig
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.telemetry import Tracer
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.constraints.compiler import ConstraintCompiler
@@ -30,6 +31,7 @@ from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.graphs.autotune.report import stats_report
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.pending import PendingRequests, constrain
+from services.decode_worker.tracing import record_request
 
 _STATES = {
     "starting": pb.WORKER_STATE_STARTING,
@@ -67,6 +69,7 @@ class Worker:
         max_context_length: int,
         constraints: ConstraintCompiler,
         tokenizer_digest: str = "",
+        tracer: Tracer | None = None,
     ) -> None:
         self._worker_id = worker_id
         self._settings = settings
@@ -78,6 +81,7 @@ class Worker:
         self._graphs = graphs
         self._max_context_length = max_context_length
         self._tokenizer_digest = tokenizer_digest
+        self._tracer = tracer
         self._eos = frozenset(config.eos_token_ids)
         self._draining = Draining(self.abort)
         self._constraints = constraints
@@ -147,6 +151,7 @@ class Worker:
             start,
             model=self._settings.model,
             vocab_size=self._config.vocab_size,
+            hidden_size=self._config.hidden_size,
             eos_token_ids=self._eos,
         )
         if start.HasField("prompt_logprobs") and not outbox.columns:
@@ -162,9 +167,11 @@ class Worker:
 
         def ended(request_id: str) -> None:
             self._draining.ended(request_id)
+            if self._tracer is not None and start.traceparent:
+                record_request(self._tracer, request, self._worker_id)
             on_end(request_id)
 
-        return Request(
+        request = Request(
             sequence=sequence,
             recipient=recipient,
             detokenizer=detokenizer,
@@ -176,7 +183,9 @@ class Worker:
             prompt_only=stop.max_tokens == 0,
             deliver_at_end=start.deliver_at_end,
             trace_id=start.trace_id,
+            traceparent=start.traceparent,
         )
+        return request
 
     def abort(self, request_id: str) -> bool:
         return self._pending.abort(request_id) or self._engine.abort(request_id)

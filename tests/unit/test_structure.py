@@ -12,7 +12,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("gateway", "decode_worker", "compile_worker")
-COME_ALONG = {"google", "grpc", "grpc_health", "grpc_reflection", "pydantic_core", "starlette"}
+COME_ALONG = {
+    *("google", "grpc", "grpc_health", "grpc_reflection", "opentelemetry"),
+    *("pydantic_core", "starlette"),
+}
 """Modules of packages that are asked for under another name, or that these bring."""
 Edges = dict[str, set[str]]
 
@@ -136,8 +139,8 @@ def third_party(start: str) -> set[str]:
 @pytest.mark.parametrize(
     ("service", "extras"),
     [
-        ("gateway", ["gateway"]),
-        ("decode_worker", ["worker"]),
+        ("gateway", ["gateway", "telemetry"]),
+        ("decode_worker", ["worker", "telemetry"]),
         ("compile_worker", ["worker", "compiler"]),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 from precast.log import get_logger
 from precast.ops.draw_status import DrawStatus
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.pooled_parts import take_sums
 from services.decode_worker.engine.prompt_scores import PromptScores, take_scores
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.scheduler import Scheduler
@@ -67,13 +68,14 @@ class Delivery:
         """A step is sent, perhaps the first one of some requests."""
         for sequence in step.sequences:
             request = self._request_of(sequence)
-            if request is not None and not request.started:
-                request.started = True
-                self._metrics.queue_seconds.observe(time.monotonic() - request.came_s)
+            if request is not None and not request.started_s:
+                request.started_s = time.monotonic()
+                self._metrics.queue_seconds.observe(request.started_s - request.came_s)
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
         """The oldest step is over; what it gave is told by the next ``tell``."""
         self._scores += self._scored(step, done)
+        self._take_pooled(step, done)
         self._unsent += self._outcomes(step, done)
 
     def tell(self) -> None:
@@ -96,6 +98,7 @@ class Delivery:
         if request.told_s:
             self._metrics.inter_token_seconds.observe(now - request.told_s)
         else:
+            request.first_s = now
             self._metrics.first_token_seconds.observe(now - request.came_s)
         request.told_s = now
 
@@ -144,6 +147,12 @@ class Delivery:
                 self._fail_draw(request, DrawStatus.NOT_FINITE)
             else:
                 yield request, part
+
+    def _take_pooled(self, step: ScheduledStep, done: StepDone) -> None:
+        """The vectors go out with the ends."""
+        for sequence in take_sums(step.pooled, done.pooled):
+            if (request := self._request_of(sequence)) is not None:
+                self._fail_draw(request, DrawStatus.NOT_FINITE)
 
     def _outcomes(self, step: ScheduledStep, done: StepDone) -> Iterator[_Outcome]:
         tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()

@@ -26,17 +26,22 @@ class Request:
     """End-of-sequence and stop tokens: counted and reported, but not part of the text."""
     show_special_tokens: bool = False
     prompt_only: bool = False
-    """Only the prompt's log-probabilities are wanted: what is drawn is dropped."""
+    """Only the prompt's log-probabilities or its embedding are wanted: what is drawn is dropped."""
     deliver_at_end: bool = False
     trace_id: str = ""
     """What logs call it, beside its own id."""
+    traceparent: str = ""
+    """The span that its own are within; empty: it is not traced."""
     came_s: float = 0.0
-    """When it came, and below when it got tokens last; monotonic."""
+    """When it came, and below when it got its first token, and its last so far; monotonic, 0: not
+    yet."""
+    started_s: float = 0.0
+    """When it was in a step first."""
+    first_s: float = 0.0
     told_s: float = 0.0
-    started: bool = False
-    """Whether it was in a step."""
     completion_tokens: int = 0
-    ended: bool = field(default=False, init=False)
+    end: pb.GenerationFinished | pb.GenerationError | None = field(default=None, init=False)
+    """How it has ended."""
     _scored: bool = field(default=False, init=False)
     """Whether the prompt's log-probabilities have begun to be sent."""
     _kept: Output = field(init=False)
@@ -44,6 +49,10 @@ class Request:
 
     def __post_init__(self) -> None:
         self._kept = Output(recipient=self.recipient)
+
+    @property
+    def ended(self) -> bool:
+        return self.end is not None
 
     @property
     def request_id(self) -> str:
@@ -98,11 +107,13 @@ class Request:
         self._send_kept()
         if flush and (rest := self.detokenizer.flush()):
             self.outbox.text(self.recipient, rest)
+        pooling = self.sequence.pooling if reason != pb.FINISH_REASON_ABORTED else None
         finished = pb.GenerationFinished(
             reason=reason,
             prompt_tokens=len(self.sequence.prompt),
             completion_tokens=self.completion_tokens,
             cached_tokens=min(self.sequence.cached, len(self.sequence.prompt)),
+            embedding=pooling.vector() if pooling is not None else b"",
         )
         self._end(finished)
 
@@ -125,7 +136,7 @@ class Request:
             self.outbox.whole(self._kept)
 
     def _end(self, end: pb.GenerationFinished | pb.GenerationError) -> None:
-        self.ended = True
+        self.end = end
         self.outbox.end(Ending(recipient=self.recipient, end=end))
         self.on_end(self.request_id)
 
