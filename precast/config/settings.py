@@ -30,6 +30,7 @@ from precast.config.types import (
     Count,
     Names,
     Origins,
+    OtlpUrl,
     Port,
     RedisUrl,
     Seconds,
@@ -72,6 +73,9 @@ class CommonSettings(BaseSettings):
     tls_dir: AbsolutePath | None = None
     """Folder of certificates that `precast keys tls` makes, a subfolder for each role: gRPC is
     mutual TLS then; none: it is plain."""
+    otlp_endpoint: OtlpUrl | None = None
+    """Where gateway and decode workers send traces, OTLP over gRPC, such as http://collector:4317;
+    none: there are no traces."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below it are not written."""
     log_format: Literal["console", "json"] = "console"
@@ -117,6 +121,13 @@ class GatewaySettings(CommonSettings):
     """How models write calls of tools; auto: as the chat template shows; none: no tools."""
     reasoning_parser: Literal["auto", "none", "think"] = "auto"
     """Show ``<think>`` blocks apart, as reasoning_content; auto: if the template has them."""
+    embedding_pooling: Literal["mean", "last"] = "mean"
+    """Of /v1/embeddings, where a request doesn't say it: over all tokens of a text, or its last."""
+    responses_lifetime_s: int = Field(default=0, ge=0, le=366 * 86_400)
+    """How long responses of /v1/responses are kept in Redis, for previous_response_id; 0: none
+    are."""
+    responses_max_mb: Count = 64
+    """Most that the responses of one API key may take in Redis; the oldest make way."""
     strict_fields: bool = False
     """Refuse requests with fields that are not known, which are ignored and named otherwise."""
     max_connections: Count = 4096

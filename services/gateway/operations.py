@@ -7,18 +7,19 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
+from precast.config.settings import GatewaySettings
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
 from services.gateway.openai.reference import document
 from services.gateway.routing.pool import WorkerPool
 
 
-def private_app(metrics: Metrics, pool: WorkerPool) -> FastAPI:
+def private_app(metrics: Metrics, pool: WorkerPool, reference: bytes) -> FastAPI:
     """The app of ``metrics_port``."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health_routes(pool))
-    app.include_router(reference_routes())
+    app.include_router(reference_routes(reference))
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -31,10 +32,14 @@ def private_app(metrics: Metrics, pool: WorkerPool) -> FastAPI:
     return app
 
 
-def reference_routes() -> APIRouter:
+def reference_of(settings: GatewaySettings) -> bytes:
+    """The API's reference as JSON."""
+    return json.dumps(document(keeps_responses=settings.responses_lifetime_s > 0)).encode()
+
+
+def reference_routes(reference: bytes) -> APIRouter:
     """``/openapi.json``, on both ports."""
     router = APIRouter()
-    reference = json.dumps(document()).encode()
 
     @router.get("/openapi.json")
     async def openapi() -> Response:

@@ -9,8 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from precast import __version__
+from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.redis_server import start_redis
-from tests.support.gateway_stack import Gateway, make_model_folder, running_stack
+from tests.support.gateway_stack import Gateway, Stack, make_model_folder, running_stack
 
 THINKING = (
     "{% for m in messages %}{% if m.content != '!later' %}{{ m.role }}: {% endif %}"
@@ -30,12 +31,17 @@ UNIQUE = {"type": "json_schema", "name": "x", "schema": {"uniqueItems": True}}
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("responses")
     with start_redis(folder / "redis") as redis, running_stack(redis.url, folder) as stack:
         make_model_folder(folder / "models", "thinker", template=THINKING)
         stack.worker(max_context_length=4096, model="thinker")
-        yield stack.gateway()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def gateway(stack: Stack) -> Gateway:
+    return stack.gateway()
 
 
 @pytest.fixture
@@ -233,3 +239,53 @@ def test_what_a_tokenizer_is(gateway: Gateway) -> None:
 
 def test_the_version(gateway: Gateway) -> None:
     assert gateway.get("/version").json() == {"version": __version__}
+
+
+def test_more_embeddings_than_a_queue_takes_come_in_their_order(client: openai.OpenAI) -> None:
+    texts = [chr(33 + number % 90) * (1 + number % 7) for number in range(300)]
+    answer = client.embeddings.create(model="thinker", input=texts)
+    assert [one.index for one in answer.data] == list(range(300))
+    ids = [client.embeddings.create(model="thinker", input=text[0]) for text in texts[:3]]
+    assert [one.embedding[0] for one in answer.data[:3]] == [x.data[0].embedding[0] for x in ids]
+    assert [one.embedding[1] for one in answer.data] == [len(text) for text in texts]
+    assert answer.usage.prompt_tokens == sum(map(len, texts))
+
+
+def test_how_embeddings_are_pooled_is_a_setting(gateway: Gateway, stack: Stack) -> None:
+    body = {"model": "thinker", "input": [1, 2]}
+    other = stack.gateway(embedding_pooling="last")
+    asked = [
+        (gateway, {}),
+        (gateway, {"pooling": "last"}),
+        (other, {}),
+        (other, {"pooling": "mean"}),
+    ]
+    found = [
+        one.post("/v1/embeddings", json=body | more).json()["data"][0]["embedding"][3]
+        for one, more in asked
+    ]
+    assert found == [pb.POOLING_MEAN, pb.POOLING_LAST, pb.POOLING_LAST, pb.POOLING_MEAN]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"input": ""}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": [[1], []]}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"input": [[99_999]]}, "input"),
+        ({"input": "a" * 5000}, "input"),
+        ({"input": [1] * 4096}, "input"),
+        ({"input": None}, "input"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+        ({"dimensions": 0}, "dimensions"),
+        ({"dimensions": 9}, "dimensions"),
+        ({"pooling": "cls"}, "pooling"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ],
+)
+def test_embeddings_that_are_refused(gateway: Gateway, changes: Any, param: str) -> None:
+    answer = gateway.post("/v1/embeddings", json={"model": "thinker", "input": "a"} | changes)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

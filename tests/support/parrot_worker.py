@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import uuid
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ SILENT: Final = "!silent"
 """Never a token."""
 _SAY: Final = re.compile("!say (.*?) !end", re.DOTALL)
 ASK: Final = "!ask"
+EMBEDDING: Final = 8
+"""Values of a prompt's vector."""
 
 
 @dataclass(kw_only=True)
@@ -247,6 +250,10 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             return
         if said.startswith(SILENT):
             await asyncio.Event().wait()
+        if start.embed.dimensions > EMBEDDING:
+            refusal = f"dimensions: the model's embeddings have {EMBEDDING}"
+            out.end(_error(recipient, pb.ERROR_CODE_INVALID_ARGUMENT, refusal))
+            return
         if REFUSED in str(start.constraint):
             refusal = f"constraint: json_schema: not supported: {REFUSED}"
             out.end(_error(recipient, pb.ERROR_CODE_INVALID_ARGUMENT, refusal))
@@ -291,6 +298,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             prompt_tokens=len(speech.start.prompt_token_ids),
             completion_tokens=len(speech.ids),
             cached_tokens=self._cached(speech.start),
+            embedding=_vector(speech.start),
         )
         out.end(Ending(recipient=recipient, end=finished))
 
@@ -334,6 +342,15 @@ def _asked(start: pb.StartGeneration) -> str:
     copy.CopyFrom(start)
     del copy.prompt_token_ids[:]
     return json.dumps(MessageToDict(copy, preserving_proto_field_name=True))
+
+
+def _vector(start: pb.StartGeneration) -> bytes:
+    """The first token's id, how many there are, their sum, how they are pooled, and noughts."""
+    if not start.HasField("embed"):
+        return b""
+    ids = start.prompt_token_ids
+    values = [ids[0], len(ids), sum(ids), start.embed.pooling, *[0] * (EMBEDDING - 4)]
+    return array("f", values[: start.embed.dimensions or EMBEDDING]).tobytes()
 
 
 def _held_back(text: str, stops: Any) -> int:

@@ -5,6 +5,7 @@ from typing import Final
 
 from services.gateway.openai.chat_format import ChatFormat
 from services.gateway.openai.completion_format import CompletionFormat
+from services.gateway.openai.embeddings.format import EmbeddingFormat
 from services.gateway.openai.formats import Format
 from services.gateway.openai.messages_api.format import MessagesFormat
 from services.gateway.openai.plan import Endpoint, Plan
@@ -15,6 +16,7 @@ _FORMATS: Final[Mapping[Endpoint, Callable[[Plan], Format]]] = {
     "chat": ChatFormat,
     "responses": ResponsesFormat,
     "messages": MessagesFormat,
+    "embeddings": EmbeddingFormat,
 }
 
 

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeRequest
@@ -61,6 +62,9 @@ EXAMPLES: Final[dict[type[BaseModel], dict[str, Any]]] = {
                 "tools": [{"type": "function", **_WEATHER}],
             }
         },
+    },
+    EmbeddingRequest: {
+        "texts": {"value": {"model": _MODEL, "input": ["The sky is blue.", "Grass is green."]}}
     },
     TokenizeRequest: {"chat": {"value": {"model": _MODEL, "messages": _QUESTION}}},
     DetokenizeRequest: {"tokens": {"value": {"model": _MODEL, "tokens": [1, 2, 3]}}},

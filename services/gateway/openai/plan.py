@@ -6,7 +6,7 @@ from typing import Literal
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai.interpret import PLAIN, Reading
 
-Endpoint = Literal["completions", "chat", "responses", "messages"]
+Endpoint = Literal["completions", "chat", "responses", "messages", "embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.openai.chat_constraint import chat_constraint, special_ids
+from services.gateway.openai.embeddings.fields import EmbeddingRequest, Pooling
+from services.gateway.openai.embeddings.prepare import embedding_plan
 from services.gateway.openai.errors import ApiError, internal, invalid
 from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.fingerprint import fingerprint
@@ -145,6 +147,14 @@ class Planner:
             tokenizer_digest=tokenizer.digest,
             session=body.prompt_cache_key or "",
         )
+
+    async def embedding(self, body: EmbeddingRequest, pooling: Pooling) -> Plan:
+        """``pooling``: where the body asks for none."""
+        limit = self._pool.max_context_length(body.model)
+        tokenizer = await self._tokenizer(body.model)
+        limited = LimitedTokenizer(tokenizer, limit, self._gate)
+        mark = fingerprint(self._pool, body.model)
+        return await embedding_plan(body, tokenizer, limited, limit, pooling, mark)
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Raises as the requests do whose prompt it is."""

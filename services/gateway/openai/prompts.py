@@ -4,13 +4,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from precast.errors import InvalidRequest
 from precast.tokenizer.chat_template import ChatOptions
 from precast.tokenizer.model_tokenizer import ModelTokenizer
 from services.gateway.openai.errors import invalid
-from services.gateway.openai.generation_fields import GenerationFields
 from services.gateway.openai.infilling import infilling_of
 from services.gateway.openai.lengths import LimitedTokenizer
 from services.gateway.openai.messages import Message
@@ -58,7 +57,14 @@ async def _with_suffix(
     return [infilling.prompt(prompt, after) for prompt in prompts]
 
 
-def truncated(body: GenerationFields, ids: list[int], limit: int) -> list[int]:
+class Truncated(Protocol):
+    """A body that says how much of its prompts is wanted."""
+
+    @property
+    def truncate_prompt_tokens(self) -> int | None: ...
+
+
+def truncated(body: Truncated, ids: list[int], limit: int) -> list[int]:
     """The prompt's last tokens, as many as were asked for; ``limit``: of the context."""
     keep = body.truncate_prompt_tokens
     if keep is None:

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from services.gateway.openai import responses as api
+from services.gateway.openai.embeddings.fields import EmbeddingRequest
+from services.gateway.openai.embeddings.format import EmbeddingList
 from services.gateway.openai.examples import EXAMPLES
 from services.gateway.openai.messages_api.fields import MessagesRequest
 from services.gateway.openai.responses_api.fields import ResponsesRequest
@@ -83,6 +85,11 @@ _RESPONSE: Final[_Json] = {
         "usage": {"type": "object", "required": ["input_tokens", "output_tokens", "total_tokens"]},
     },
 }
+_DELETED: Final[_Json] = {
+    "type": "object",
+    "required": ["id", "object", "deleted"],
+    "properties": {"object": {"const": "response"}, "deleted": {"const": True}},
+}
 _MESSAGE: Final[_Json] = {
     "type": "object",
     "required": ["id", "type", "role", "model", "content", "stop_reason", "usage"],
@@ -109,18 +116,21 @@ _IGNORED: Final[_Json] = {
 }
 _REQUESTS: Final = (
     *(CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest),
-    *(TokenizeRequest, DetokenizeRequest),
+    *(EmbeddingRequest, TokenizeRequest, DetokenizeRequest),
 )
 _GENERATION_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
-def document() -> _Json:
-    """The whole document."""
+def document(*, keeps_responses: bool) -> _Json:
+    """The whole document. ``keeps_responses``: whether responses may go on from earlier ones."""
+    schemas = _schemas()
+    if not keeps_responses:
+        del schemas[ResponsesRequest.__name__]["properties"]["previous_response_id"]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Precast", "version": "1", "description": "An OpenAI-compatible API."},
         "paths": _paths(),
-        "components": {"schemas": _schemas()},
+        "components": {"schemas": schemas},
     }
 
 
@@ -132,7 +142,9 @@ def _paths() -> _Json:
             "Answer a chat", ChatRequest, api.ChatCompletion, api.ChatChunk
         ),
         "/v1/responses": _responses(),
+        "/v1/responses/{response_id}": _kept_response(),
         "/v1/messages": _messages(),
+        "/v1/embeddings": _posting("Embed texts", EmbeddingRequest, EmbeddingList),
         "/tokenize": _posting(
             "Count and show the tokens of a text or a chat", TokenizeRequest, Tokenized
         ),
@@ -166,6 +178,16 @@ def _responses() -> _Json:
         "description": "JSON, with its kind as type; last: response.completed",
     }
     return _post("Answer, in items", ResponsesRequest, _RESPONSE, _GENERATION_ERRORS, data)
+
+
+def _kept_response() -> _Json:
+    name = {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    deleting = _reading("Delete a response that is kept", _DELETED, 404, 503)
+    return {
+        "parameters": [name],
+        **_reading("Show a response that is kept", _RESPONSE, 404, 503),
+        "delete": deleting["get"],
+    }
 
 
 def _messages() -> _Json:
@@ -237,7 +259,7 @@ def _schemas() -> _Json:
     )
     answers = (
         *(api.Completion, api.ChatCompletion, api.ChatChunk, api.ModelList),
-        *(Tokenized, Detokenized, TokenizerInfo, Version),
+        *(EmbeddingList, Tokenized, Detokenized, TokenizerInfo, Version),
     )
     _, structs = msgspec.json.schema_components(answers, ref_template=f"{_PREFIX}{{name}}")
     return {"Error": _ERROR, **requests["$defs"], **structs}

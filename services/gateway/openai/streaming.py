@@ -17,23 +17,27 @@ from typing import Any, Final, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from precast.errors import InvalidRequest, PrecastError
+from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.telemetry import Span, Times
 from services.gateway.body_writer import BodyWriter, writer_of
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
 from services.gateway.openai.endpoints import make_format
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import WAITING
+from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.formats import Choice, Format, total_usage
 from services.gateway.openai.plan import Plan
+from services.gateway.openai.refusals import named_refusal
 from services.gateway.openai.responses import Usage, encode
 from services.gateway.openai.token_watch import TokenWatch
 from services.gateway.request_id import request_id
 from services.gateway.routing.event_queue import Delta, Event
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.serving import Generation
+from services.gateway.tracing import span_of
 from services.gateway.usage import count_tokens
 
 log = get_logger(__name__)
@@ -48,8 +52,6 @@ _SSE_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 _Header = tuple[bytes, bytes]
-_CONSTRAINT: Final = "constraint: "
-"""What workers begin the refusal of a grammar with."""
 _T = TypeVar("_T")
 
 
@@ -82,9 +84,11 @@ class GenerationResponse(Response):
         self._watch = TokenWatch(plan, metrics, started)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = _Sender(send, writer_of(scope))
+        sender, span = _Sender(send, writer_of(scope)), span_of(scope)
         for start in self._plan.starts:
             start.trace_id = request_id(scope)
+        if span is not None:
+            self._trace(span)
         try:
             await unless_disconnected(receive, self._before_deadline(self._answer(sender)))
         except ClientGone:
@@ -93,8 +97,15 @@ class GenerationResponse(Response):
             await self._fail(sender, error)
         finally:
             count_tokens(scope, self._watch.used)
+            if span is not None:
+                span.set(self._watch.attributes())
             elapsed = time.monotonic() - self._started
             self._metrics.request_seconds.labels(self._plan.model).observe(elapsed)
+
+    def _trace(self, span: Span) -> None:
+        span.record("prepare", Times(began_s=self._started, ended_s=time.monotonic()))
+        for start in self._plan.starts:
+            start.traceparent = span.traceparent
 
     async def _before_deadline(self, answer: Coroutine[Any, Any, None]) -> None:
         left = self._started + self._timeout_s - time.monotonic()
@@ -109,7 +120,7 @@ class GenerationResponse(Response):
 
     async def _fail(self, sender: "_Sender", error: Exception) -> None:
         """Tell the client: with a status if nothing was sent yet, else as the last event."""
-        answer = errors.from_any(_named(error, self._plan.constrained_by))
+        answer = errors.from_any(named_refusal(error, self._plan.constrained_by))
         if answer.status >= 500:
             unexpected = not isinstance(error, ApiError | PrecastError)
             log.warning(
@@ -136,49 +147,50 @@ class GenerationResponse(Response):
         await sender.body(self._format.failure(answer.body()), more=False)
 
     async def _answer(self, sender: "_Sender") -> None:
-        """The one loop that every event of the request passes, or passes by: deltas that come while
-        it waits are shown at once."""
-        plan = self._plan
+        """Runs the choices, so many at once as fit into a worker's queue: embeddings have more."""
+        plan, watch = self._plan, self._watch
         kind = _Stream if plan.stream else _Whole
         answer: _Answer = kind(len(plan.starts), self._format, sender, self._extra)
+        for first in range(0, len(plan.starts), MAX_CHOICES):
+            await self._run(first, plan.starts[first : first + MAX_CHOICES], answer)
+        await answer.end(total_usage(plan, watch.ends, watch.reasoning_tokens))
+
+    async def _run(
+        self, first: int, starts: Sequence[pb.StartGeneration], answer: "_Answer"
+    ) -> None:
+        """The one loop that every event of some choices, the ``first`` and those behind it, passes,
+        or passes by: deltas that come while it waits are shown at once."""
         watch = self._watch
-        running = len(plan.starts)
+        running = len(starts)
 
         def follow(index: int, delta: Delta) -> bool:
             if not answer.is_open:
                 return False
-            watch.see_delta(index, delta)
-            answer.show_delta(index, delta)
+            watch.see_delta(first + index, delta)
+            answer.show_delta(first + index, delta)
             return True
 
-        async with self._generation() as generation:
+        async with self._generation(starts) as generation:
             generation.events.follow(follow)
             while running:
                 events = await generation.events.take(WAITING_S)
+                if first:
+                    events = [(first + index, event) for index, event in events]
                 for index, event in events:
                     watch.see(index, event)
                     running -= isinstance(event, pb.GenerationFinished)
                 await answer.show(events)
-        await answer.end(total_usage(plan, watch.ends, watch.reasoning_tokens))
 
-    def _generation(self) -> Generation:
+    def _generation(self, starts: Sequence[pb.StartGeneration]) -> Generation:
         plan = self._plan
         return Generation(
             self._pool,
             self._metrics,
-            plan.starts,
+            starts,
             open_ended=plan.open_ended,
             tokenizer_digest=plan.tokenizer_digest,
             session=plan.session and f"{plan.model}/{plan.session}",
         )
-
-
-def _named(error: Exception, field: str | None) -> Exception:
-    """A worker's refusal of a grammar, with the client's field that the grammar came from."""
-    text = str(error)
-    if field is None or not isinstance(error, InvalidRequest) or not text.startswith(_CONSTRAINT):
-        return error
-    return errors.invalid(f"Invalid '{field}': {text.removeprefix(_CONSTRAINT)}.", field)
 
 
 class _Answer(Protocol):

@@ -1,12 +1,17 @@
 """What the tokens of a request are measured by, as they come."""
 
 import time
+from typing import Final
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.telemetry import Attributes
 from services.gateway.metrics import Metrics
 from services.gateway.openai.interpret import ThoughtCounter
 from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta, Event
+
+_OPERATIONS: Final = {"completions": "text_completion", "embeddings": "embeddings"}
+"""As OpenTelemetry calls endpoints; the others are chats."""
 
 
 class TokenWatch:
@@ -15,6 +20,7 @@ class TokenWatch:
     def __init__(self, plan: Plan, metrics: Metrics, started: float) -> None:
         self.used = plan.prompt_tokens
         """Tokens of the prompts, and of the answers as far as they have come."""
+        self._plan = plan
         self._started = started
         self._last: dict[int, float] = {}
         self._seen: dict[int, int] = {}
@@ -36,6 +42,15 @@ class TokenWatch:
     def reasoning_tokens(self) -> int | None:
         """Of all answers; None of a model that doesn't reason."""
         return sum(one.count for one in self._thoughts) if self._reasons else None
+
+    def attributes(self) -> Attributes:
+        """For a trace."""
+        return {
+            "gen_ai.request.model": self._plan.model,
+            "gen_ai.operation.name": _OPERATIONS.get(self._plan.endpoint, "chat"),
+            "gen_ai.usage.input_tokens": self._plan.prompt_tokens,
+            "gen_ai.usage.output_tokens": self.used - self._plan.prompt_tokens,
+        }
 
     def see(self, index: int, event: Event) -> None:
         if isinstance(event, pb.GenerationFinished):

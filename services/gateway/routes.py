@@ -1,0 +1,180 @@
+"""What the API's paths do."""
+
+import time
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+from fastapi import APIRouter
+from msgspec import Struct
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from precast import __version__
+from precast.access.api_keys import KeyRing
+from precast.config.settings import GatewaySettings
+from services.gateway.access.tenant import tenant
+from services.gateway.http.body import BodyReader, check_content_type
+from services.gateway.metrics import Metrics
+from services.gateway.openai import errors, responses
+from services.gateway.openai.bodies import named, parse_naming_unknown
+from services.gateway.openai.embeddings.fields import EmbeddingRequest
+from services.gateway.openai.errors import ApiError
+from services.gateway.openai.messages_api import convert as messages_api
+from services.gateway.openai.messages_api.fields import MessagesRequest
+from services.gateway.openai.plan import Plan
+from services.gateway.openai.prepare import Planner
+from services.gateway.openai.responses_api.conversation import Conversations, KeepingResponse
+from services.gateway.openai.responses_api.convert import as_written, chat_of, path_as_written
+from services.gateway.openai.responses_api.fields import ResponsesRequest
+from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.streaming import GenerationResponse
+from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeRequest, Version
+from services.gateway.routing.pool import WorkerPool
+
+IGNORED: Final = "x-precast-ignored-fields"
+"""Header of answers: fields of the request that nobody here knows."""
+_B = TypeVar("_B", bound=BaseModel)
+
+
+class Bodies:
+    """Reads the bodies of requests."""
+
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, keys: KeyRing) -> None:
+        self._reader = BodyReader(settings.max_body_bytes)
+        self._open_to_pages = bool(settings.cors_origins)
+        self._keys = keys
+        self._strict = settings.strict_fields
+        self._metrics = metrics
+
+    async def read(self, kind: type[_B], request: Request) -> tuple[_B, dict[str, str]]:
+        """The body, and what the answer's headers say of it. Raises ``ApiError``."""
+        typed = self._open_to_pages or not self._keys.open
+        check_content_type(request, required=typed)
+        content = await self._reader.read(request)
+        body, unknown = parse_naming_unknown(kind, content, strict=self._strict)
+        self._metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
+        return body, {IGNORED: named(unknown)} if unknown else {}
+
+
+def generation_routes(
+    planner: Planner,
+    pool: WorkerPool,
+    metrics: Metrics,
+    settings: GatewaySettings,
+    bodies: Bodies,
+    conversations: Conversations,
+) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+
+    def answer(plan: Plan, started: float, headers: dict[str, str]) -> Response:
+        timeout_s = settings.request_timeout_s
+        return GenerationResponse(
+            plan, pool, metrics, started=started, timeout_s=timeout_s, headers=headers
+        )
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        body, headers = await bodies.read(CompletionRequest, request)
+        started = time.monotonic()
+        return answer(await planner.completion(body), started, headers)
+
+    @router.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body, headers = await bodies.read(ChatRequest, request)
+        started = time.monotonic()
+        return answer(await planner.chat(body), started, headers)
+
+    @router.post("/responses")
+    async def make_response(request: Request) -> Response:
+        body, headers = await bodies.read(ResponsesRequest, request)
+        started = time.monotonic()
+        origin = await conversations.begin(body, tenant(request.scope))
+        try:
+            plan = await planner.chat(chat_of(origin.whole))
+        except ApiError as error:
+            raise as_written(error) from None
+        field = plan.constrained_by and path_as_written(plan.constrained_by)
+        plan = replace(plan, endpoint="responses", origin=origin, constrained_by=field)
+        return KeepingResponse(answer(plan, started, headers), conversations, origin)
+
+    @router.post("/messages")
+    async def messages(request: Request) -> Response:
+        body, headers = await bodies.read(MessagesRequest, request)
+        started = time.monotonic()
+        plan = await planner.chat(messages_api.chat_of(body))
+        return answer(replace(plan, endpoint="messages"), started, headers)
+
+    @router.post("/embeddings")
+    async def embeddings(request: Request) -> Response:
+        body, headers = await bodies.read(EmbeddingRequest, request)
+        started = time.monotonic()
+        plan = await planner.embedding(body, settings.embedding_pooling)
+        return answer(plan, started, headers)
+
+    return router
+
+
+def kept_routes(conversations: Conversations) -> APIRouter:
+    router = APIRouter(prefix="/v1/responses")
+
+    @router.get("/{response_id}")
+    async def response(response_id: str, request: Request) -> Response:
+        return _json(await conversations.get(response_id, tenant(request.scope)))
+
+    @router.delete("/{response_id}")
+    async def delete(response_id: str, request: Request) -> Response:
+        await conversations.delete(response_id, tenant(request.scope))
+        return _json({"id": response_id, "object": "response", "deleted": True})
+
+    return router
+
+
+def token_routes(planner: Planner, bodies: Bodies) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body, headers = await bodies.read(TokenizeRequest, request)
+        return _json(await planner.tokenize(body), headers)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body, headers = await bodies.read(DetokenizeRequest, request)
+        return _json(await planner.detokenize(body), headers)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> Response:
+        return _json(await planner.tokenizer_info(model))
+
+    @router.get("/version")
+    async def version() -> Response:
+        return _json(Version(version=__version__))
+
+    return router
+
+
+def model_routes(pool: WorkerPool) -> APIRouter:
+    router = APIRouter(prefix="/v1/models")
+
+    def describe(model: str, created: int) -> responses.Model:
+        length = pool.max_context_length(model)
+        return responses.Model(id=model, created=created, max_model_len=length)
+
+    @router.get("")
+    async def models() -> Response:
+        found = [describe(model, created) for model, created in pool.models.items()]
+        return _json(responses.ModelList(data=found))
+
+    @router.get("/{model:path}")
+    async def model(model: str) -> Response:
+        created = pool.models.get(model)
+        if created is None:
+            raise errors.model_not_found(model)
+        return _json(describe(model, created))
+
+    return router
+
+
+def _json(body: Struct | dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(responses.encode(body), media_type="application/json", headers=headers)
