@@ -112,9 +112,14 @@ client-test: setup-dev $(STAMPS)/clients ## unmodified clients against a gateway
 	@cd tests/clients && PRECAST_PYTHON=$(CURDIR)/$(BIN)/python $(CURDIR)/$(CLIENTS)/bin/python -m pytest \
 	  -c pytest.ini --rootdir . --confcutdir . $(ARGS)
 
+.PHONY: load-client-test
+load-client-test: setup-dev $(STAMPS)/load-clients ## unmodified load generators against a gateway
+	@cd tests/clients && PRECAST_PYTHON=$(CURDIR)/$(BIN)/python $(CURDIR)/$(CLIENTS)-load/bin/python -m pytest \
+	  -c pytest.ini --rootdir . --confcutdir . load_clients.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment, build products and caches; models and graphs stay
-	@rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(NATIVE)
+	@rm -rf $(VENV) $(CLIENTS) $(CLIENTS)-load tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(NATIVE)
 	@find precast services tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: setup
@@ -142,10 +147,23 @@ $(STAMPS)/dev: requirements-dev.lock $(STAMPS)/run
 	@$(BIN)/pip install --quiet --no-compile -r requirements-dev.lock
 	@touch $@
 
-$(STAMPS)/clients: tests/clients/requirements.txt $(STAMPS)/venv
-	$(say) "installing tests/clients/requirements.txt into $(CLIENTS)"
+NODE := tests/clients/node
+
+$(STAMPS)/clients: tests/clients/requirements.txt $(NODE)/package-lock.json $(STAMPS)/venv
+	$(say) "installing tests/clients/requirements.txt and $(NODE)/package-lock.json into $(CLIENTS)"
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/pip install --quiet --no-compile -r $<
+	@cd $(NODE) && PATH=$(CURDIR)/$(CLIENTS)/bin:$$PATH npm ci --silent
+	@touch $@
+
+# What they want of torch and transformers is in the project's environment, behind their own.
+$(STAMPS)/load-clients: tests/clients/requirements-load.txt $(STAMPS)/dev
+	$(say) "installing tests/clients/requirements-load.txt into $(CLIENTS)-load"
+	@$(PYTHON) -m venv $(CLIENTS)-load
+	@$(CLIENTS)-load/bin/python -c 'import sys, sysconfig; \
+	  open(sysconfig.get_path("purelib") + "/behind.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})")' \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(CLIENTS)-load/bin/pip install --quiet --no-compile -r $<
 	@touch $@
 
 $(NATIVE): $(wildcard precast/ops/csrc/*) precast/ops/build.py $(STAMPS)/run
