@@ -118,13 +118,12 @@ def generation_routes(
 def kept_routes(conversations: Conversations) -> APIRouter:
     router = APIRouter(prefix="/v1/responses")
 
-    @router.get("/{response_id}")
-    async def response(response_id: str, request: Request) -> Response:
-        return _json(await conversations.get(response_id, tenant(request.scope)))
-
-    @router.delete("/{response_id}")
-    async def delete(response_id: str, request: Request) -> Response:
-        await conversations.delete(response_id, tenant(request.scope))
+    @router.api_route("/{response_id}", methods=["GET", "DELETE"])  # as one: for its Allow header
+    async def kept(response_id: str, request: Request) -> Response:
+        whose = tenant(request.scope)
+        if request.method == "GET":
+            return _json(await conversations.get(response_id, whose))
+        await conversations.delete(response_id, whose)
         return _json({"id": response_id, "object": "response", "deleted": True})
 
     return router
