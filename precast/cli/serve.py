@@ -33,9 +33,12 @@ def run(settings: ServeSettings) -> None:
     url = f"http://{_shown_host(settings.host)}:{settings.port}"
     if not settings.port:
         raise ConfigError("port = 0: serve needs a port of its own to tell you")
+    sources = (settings.model, *settings.more_models)
+    settings = named(settings)
     with stacks.sole_owner(settings.home), open_view(console, url, settings.model) as view:
         plan = stacks.plan(settings)
-        _import_model(settings, view)
+        for source in sources:
+            _import_model(source, settings.home / "models", view)
         asyncio.run(_serve(plan, settings, url, view))
     console.print("stopped")
 
@@ -59,20 +62,35 @@ def _shown_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _import_model(settings: ServeSettings, view: View) -> None:
+def named(settings: ServeSettings) -> ServeSettings:
+    """Settings with the names of their models, also of those on a hub. Raises ConfigError if two
+    have the same."""
+    from precast.models.importing.hub import default_name, hub_name
+
+    sources = (settings.model, *settings.more_models)
+    names = [default_name(found) if (found := hub_name(text)) else text for text in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"more_models: two are called {name}")
+    return settings.model_copy(update={"model": names[0], "more_models": tuple(names[1:])})
+
+
+def _import_model(source: str, models_dir: Path, view: View) -> None:
     """Make sure that the model is there and can be served. Raises ``PrecastError``."""
     from precast.models.importing.catalog import find_model
+    from precast.models.importing.hub import hub_name
     from precast.models.importing.importer import BUILT_IN, import_model
+    from precast.models.importing.pull import pull_model
 
-    models_dir = settings.home / "models"
-    if settings.model in BUILT_IN:
+    def report(stage: str) -> None:
+        view.stage(f"importing {source}: {stage}")
 
-        def report(stage: str) -> None:
-            view.stage(f"importing {settings.model}: {stage}")
-
-        import_model(settings.model, models_dir, report=report)
+    if source in BUILT_IN:
+        import_model(source, models_dir, report=report)
+    elif found := hub_name(source):
+        pull_model(found, models_dir, report=report)
     else:
-        find_model(models_dir, settings.model)
+        find_model(models_dir, source)
 
 
 async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: View) -> None:
@@ -99,10 +117,15 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
             view.stage(f"starting Redis at {plan.redis_url}")
             supervisor.start([stacks.REDIS])
             await _until_redis_answers(plan, supervisor, stop)
-        supervisor.start([stacks.COMPILE_WORKER, stacks.GATEWAY, stacks.DECODE_WORKER])
+        first, *waiting = stacks.worker_names(plan)
+        supervisor.start([stacks.COMPILE_WORKER, stacks.GATEWAY, first])
         while not stop.is_set():
             supervisor.check()
-            view.status(await observer.look())
+            status = await observer.look()
+            # One after the other: each takes its share of the memory that those before have left.
+            if waiting and not status.is_starting(stacks.DECODE_WORKER, but=waiting):
+                supervisor.start([waiting.pop(0)])
+            view.status(status)
             await _sleep_or(stop, _LOOK_INTERVAL_S)
     finally:
         view.stage("stopping")

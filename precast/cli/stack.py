@@ -72,6 +72,7 @@ def plan(settings: ServeSettings) -> Stack:
             )
         )
     for name, flags in _flags(settings).items():
+        program = DECODE_WORKER if name.startswith(DECODE_WORKER) else name
         flags |= {"home": settings.home, "log-level": settings.log_level}
         flags |= {"log-format": settings.log_format}
         flags |= {} if settings.tls_dir is None else {"tls-dir": settings.tls_dir}
@@ -81,9 +82,9 @@ def plan(settings: ServeSettings) -> Stack:
         specs.append(
             ChildSpec(
                 name=name,
-                command=(sys.executable, "-m", "precast", name, *given),
+                command=(sys.executable, "-m", "precast", program, *given),
                 log_path=logs / f"{name}.log",
-                fork=(name, *given) if name in FORKED else (),
+                fork=(program, *given) if program in FORKED else (),
                 beats=True,
             )
         )
@@ -111,12 +112,12 @@ def sole_owner(home: Path) -> Iterator[None]:
 
 def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
     """Each service's own flags, in the order in which the services start."""
-    decode = {
+    decode: dict[str, object] = {
         name.replace("_", "-"): _text(getattr(settings, name))
         for name in _PASSED_ON
         if getattr(settings, name) is not None
     }
-    return {
+    flags: dict[str, dict[str, object]] = {
         COMPILE_WORKER: {"listen": f"{LOOPBACK}:{settings.compile_port}"},
         GATEWAY: {
             "host": settings.host,
@@ -125,10 +126,24 @@ def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
             "workers": settings.gateway_workers,
             "cors-origins": _text(settings.cors_origins),
             "drain-timeout-s": GATEWAY_DRAIN_S,
-            "expected-models": settings.model,
+            "expected-models": _text((settings.model, *settings.more_models)),
         },
         DECODE_WORKER: {"listen": f"{LOOPBACK}:{settings.decode_port}", **decode},
     }
+    for model in settings.more_models:
+        flags[f"{DECODE_WORKER}-{model}"] = {**decode, "listen": f"{LOOPBACK}:0", "model": model}
+    return flags
+
+
+def worker_names(stack: Stack) -> list[str]:
+    """Of the decode workers, in the order in which they start."""
+    return [spec.name for spec in stack.specs if spec.name.startswith(DECODE_WORKER)]
+
+
+def model_of(spec: ChildSpec) -> str:
+    """Of a decode worker."""
+    flag = "--model="
+    return next(word.removeprefix(flag) for word in spec.command if word.startswith(flag))
 
 
 def _text(value: object) -> str:

@@ -1,7 +1,7 @@
 """What a stack is doing: services' states, and captures done and still wanted."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -43,6 +43,14 @@ class Status:
     captures: Captures | None
     ready: bool
     """Whether completions are answered."""
+
+    def is_starting(self, prefix: str, but: Collection[str]) -> bool:
+        """Whether a service of such a name, but for these, has not loaded its model yet."""
+        return any(
+            service.state in ("starting", "not started")
+            for service in self.services
+            if service.name.startswith(prefix) and service.name not in but
+        )
 
 
 @dataclass(kw_only=True)
@@ -92,10 +100,12 @@ class Observer:
         states = {
             stack.REDIS: "running" if redis_up else "starting",
             stack.COMPILE_WORKER: _compile_state(compilers),
-            stack.DECODE_WORKER: decode[0].state if decode else "starting",
             stack.GATEWAY: gateway,
         }
-        services = [_service(child, states[child.spec.name]) for child in self._children]
+        services = [
+            _service(child, states.get(child.spec.name) or _worker_state(child, decode))
+            for child in self._children
+        ]
         return Status(services=services, captures=captures, ready=gateway == "ready")
 
     async def _leases(self) -> tuple[bool, list[DecodeLease], list[CompileLease]]:
@@ -115,9 +125,14 @@ class Observer:
     def _captures(self, decode: Sequence[DecodeLease]) -> Captures | None:
         if not decode:
             return None
-        done = len(decode[0].graphs)
-        wanted = done + len(decode[0].captures_wanted)
+        done = sum(len(lease.graphs) for lease in decode)
+        wanted = done + sum(len(lease.captures_wanted) for lease in decode)
         return self._clock.update(done, wanted, time.monotonic())
+
+
+def _worker_state(child: Child, leases: Sequence[DecodeLease]) -> str:
+    model = stack.model_of(child.spec)
+    return next((lease.state for lease in leases if lease.model == model), "starting")
 
 
 def _compile_state(compilers: Sequence[CompileLease]) -> str:

@@ -367,8 +367,15 @@ class ServeSettings(CommonSettings):
     """`workers` of the gateway."""
     cors_origins: Origins = ()
     """Origins of web pages that may use the API; *: all; empty: none."""
-    model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """As of the decode worker."""
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,2}$",
+    )
+    """As of the decode worker; or org/name on a Hugging Face hub, which is pulled unless it is
+    there."""
+    more_models: Names = ()
+    """Further models, likewise, each with a worker of its own that starts when the one before has
+    its memory."""
     weight_dtype: WeightDtype = "fp32"
     """As of the decode worker."""
     quantization: QuantizationSetting = "auto"

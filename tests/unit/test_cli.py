@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from precast.cli import stack
 from precast.cli.main import app
 from precast.cli.options import settings_command
-from precast.cli.serve import warn_if_open
+from precast.cli.serve import named, warn_if_open
+from precast.cli.status import ServiceState, Status
 from precast.config.settings import (
     CommonSettings,
     CompileWorkerSettings,
@@ -236,6 +237,44 @@ def test_serve_uses_a_redis_that_is_named_and_answers(redis_server: RedisServer)
     own = stack.plan(load_settings(ServeSettings, **ports))
     assert own.embedded_redis
     assert own.specs[0].name == "redis"
+
+
+def test_serve_runs_a_worker_for_each_model(redis_server: RedisServer) -> None:
+    ports = {"port": free_port(), "compile_port": free_port(), "decode_port": 0}
+    models = {"model": "a", "more_models": "org/b,org/c/d.gguf"}
+    settings = named(load_settings(ServeSettings, redis_url=redis_server.url, **ports, **models))
+    assert (settings.model, settings.more_models) == ("a", ("b", "d"))
+    plan = stack.plan(settings)
+    workers = [spec for spec in plan.specs if spec.name in stack.worker_names(plan)]
+    assert [spec.name for spec in workers] == [
+        "decode-worker",
+        "decode-worker-b",
+        "decode-worker-d",
+    ]
+    assert [stack.model_of(spec) for spec in workers] == ["a", "b", "d"]
+    assert {(spec.command[3], spec.fork[0]) for spec in workers} == {("decode-worker",) * 2}
+    gateway = next(spec for spec in plan.specs if spec.name == "gateway")
+    assert "--expected-models=a,b,d" in gateway.command
+    with pytest.raises(ConfigError, match="two are called b"):
+        named(load_settings(ServeSettings, model="org/b", more_models="b"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "starting"),
+    [
+        ("not started", "not started", True),
+        ("starting", "not started", True),
+        ("ready", "not started", False),
+        ("restarting", "not started", False),  # what is wrong with one does not keep the others
+    ],
+)
+def test_a_further_worker_waits_for_those_before(first: str, second: str, starting: bool) -> None:
+    services = [
+        ServiceState(name=name, state=state, pid=None)
+        for name, state in (("decode-worker", first), ("decode-worker-b", second))
+    ]
+    status = Status(services=services, captures=None, ready=False)
+    assert status.is_starting("decode-worker", but=["decode-worker-b"]) is starting
 
 
 def test_a_password_of_redis_is_in_no_command_line_and_no_error(redis_server: RedisServer) -> None:

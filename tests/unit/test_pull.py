@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from precast.cli import serve
 from precast.cli.main import app
+from precast.cli.view import open_view
 from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastError, Unavailable
 from precast.models.importing import hub as hubs
 from precast.models.importing.catalog import list_models
@@ -97,6 +101,14 @@ def test_shards_are_those_of_the_index(hub: Hub, tmp_path: Path) -> None:
     hub.files[hubs.INDEX] = json.dumps(index).encode()
     with pytest.raises(ModelNotFound, match=r"has no file '\.\./\.\./etc/passwd'"):
         pull_model(REPO, tmp_path, name="other", report=quiet)
+
+
+def test_serve_pulls_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
+    view = open_view(Console(file=StringIO()), "http://x", "tiny")
+    for _ in range(2):  # the second time it is there
+        serve._import_model(hub.repo, tmp_path / "models", view)
+    assert [model.name for model in list_models(tmp_path / "models")] == ["tiny"]
+    assert len([asked for asked in hub.asked if asked[1].endswith("/model.safetensors")]) == 2
 
 
 def test_a_name_that_another_model_has_is_kept(hub: Hub, tmp_path: Path) -> None:

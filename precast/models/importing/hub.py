@@ -78,6 +78,11 @@ def hub_name(text: str) -> HubName | None:
     return HubName(repo=found["repo"], file=found["file"]) if found else None
 
 
+def default_name(source: HubName) -> str:
+    """What a model is called that nobody gave a name."""
+    return source.file.removesuffix(".gguf") if source.file else source.repo.partition("/")[2]
+
+
 def find(repo: str, revision: str | None) -> Remote:
     """Raises ModelNotFound, or Unavailable."""
     from huggingface_hub import HfApi

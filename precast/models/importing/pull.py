@@ -16,7 +16,7 @@ from typing import Final
 from precast.errors import ConfigError
 from precast.models.importing import hub
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
-from precast.models.importing.hub import HubName, Remote, Report
+from precast.models.importing.hub import HubName, Remote, Report, default_name
 from precast.models.importing.importer import import_model
 from precast.models.json_file import read_object
 from precast.system.held_folders import put_in_place, remove_unheld
@@ -54,11 +54,6 @@ def pull_model(
             return _put(source, remote, folder, target, report)
     except OSError as error:
         raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
-
-
-def default_name(source: HubName) -> str:
-    """What a model is called that nobody gave a name."""
-    return source.file.removesuffix(".gguf") if source.file else source.repo.partition("/")[2]
 
 
 def _kept(
