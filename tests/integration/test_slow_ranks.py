@@ -45,10 +45,13 @@ async def start(init: Init, started: Path) -> RankGroup:
     """A group whose rank runs already: importing is no silence."""
     launcher = RankLauncher("tests.support.slow_rank")
     launcher.start_early(1)
-    async with asyncio.timeout(60):
-        while not started.exists():
-            await asyncio.sleep(0.01)
-        return await RankGroup.start((init,), launcher, KvMemory(1))
+    try:
+        async with asyncio.timeout(60):
+            while not started.exists():
+                await asyncio.sleep(0.01)
+            return await RankGroup.start((init,), launcher, KvMemory(1))
+    finally:
+        launcher.close()
 
 
 async def test_a_rank_that_says_how_far_it_is_may_take_longer(

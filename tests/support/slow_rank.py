@@ -5,11 +5,13 @@
 """
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from precast.system.process import die_with_parent
 from services.decode_worker.ranks.protocol import Loading, frame
 from tests.support import simulated_rank
 
@@ -29,6 +31,7 @@ def serve(
 
 
 if __name__ == "__main__":
+    die_with_parent(signal.SIGKILL)
     Path(os.environ["PRECAST_STARTED"]).touch()
     if os.environ["PRECAST_LOADS"] == "silently":
         while True:
