@@ -65,7 +65,8 @@ def grouped(weight: Array, bits: int, symmetric: bool) -> tuple[Array, Array, Ar
     else:
         low, high = numpy.minimum(groups.min(2), 0), numpy.maximum(groups.max(2), 0)
         scales = ((high - low) / most).astype(numpy.float16).astype(numpy.float32)
-        zeros = numpy.clip(numpy.round(-low / scales), 1, most).astype(numpy.int64)
+        zeros = numpy.clip(numpy.round(-low / scales), 0, most).astype(numpy.int64)
+        zeros[0, 0] = 0
     numbers = numpy.round(groups / scales[..., None]) + zeros[..., None]
     return numpy.clip(numbers, 0, most).astype(numpy.int64).reshape(weight.shape), zeros, scales
 
@@ -144,6 +145,11 @@ def awq(weight: Array) -> tuple[Stored, Tensor]:
     return stored, whole(numbers, zeros, scales)
 
 
+def less_one(bits: int) -> int:
+    """What GPTQModel subtracts from words of zero points; a 0 borrows from the next."""
+    return sum(1 << place for place in range(0, 32, bits))
+
+
 def gptq(bits: int, symmetric: bool, *, v2: bool = False, act_order: bool = False) -> Maker:
     def make(weight: Array) -> tuple[Stored, Tensor]:
         groups = (numpy.arange(weight.shape[1]) // GROUP).astype(numpy.int32)
@@ -153,10 +159,8 @@ def gptq(bits: int, symmetric: bool, *, v2: bool = False, act_order: bool = Fals
             numbers, zeros, scales = grouped(weight, bits, symmetric)
             values = whole(numbers, zeros, scales)
         stored = {
-            "qweight": packed_words(numbers, bits).new_tensor(
-                packed_words(numbers, bits).numpy().T.copy()
-            ),
-            "qzeros": packed_words((zeros - (not v2)).T & ((1 << bits) - 1), bits),
+            "qweight": packed_words(numbers, bits).T.contiguous(),
+            "qzeros": packed_words(zeros.T, bits) - (0 if v2 else less_one(bits)),
             "scales": torch.tensor(scales.T).half().contiguous(),
             "g_idx": torch.tensor(groups),
         }

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -238,3 +239,47 @@ def test_auto_is_the_checkpoints_own_format(
 ) -> None:
     precision = load_settings(DecodeWorkerSettings, quantization=setting).precision(own)
     assert (precision.quantization, precision.head_quantization) == (layers, head)
+
+
+VALUES = (
+    None,
+    -1,
+    0,
+    3,
+    2**63,
+    1e308,
+    float("nan"),
+    "",
+    "x" * 500,
+    "\n",
+    [],
+    {},
+    [[]],
+    True,
+    [0, 0],
+)
+
+
+def mutated(value: Any, random: Random) -> Any:
+    """A value with one entry gone, renamed or replaced, at any depth."""
+    if not isinstance(value, dict) or not value or random.random() < 0.1:
+        return random.choice(VALUES)
+    name, rest = random.choice(list(value)), dict(value)
+    kept = rest.pop(name)
+    if random.random() < 0.2:
+        return rest | {str(random.choice(VALUES)): kept}
+    return rest | {name: mutated(kept, random)} if random.random() < 0.9 else rest
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16_zeros", "awq", "gptq", "fp8_blocks"])
+def test_whatever_a_config_says_is_one_line(scheme: str, folders: Path, tmp_path: Path) -> None:
+    random, lines = Random(scheme), list[str]()
+    folder = copied(folders / scheme, tmp_path)
+    for _ in range(60):
+        change_config(folder, quantization_config=mutated(SCHEMES[scheme][0], random))
+        try:
+            check_weights(folder, load_config(folder))
+        except PrecastError as error:
+            lines.append(str(error))
+    assert len(lines) > 20
+    assert all("\n" not in line and len(line) < 900 for line in lines)

@@ -180,5 +180,6 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
                     part = file.get_slice(name)
                     found[name] = (tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise ModelCorrupt(f"{path}: weights can't be read: {error}") from None
+            said = " ".join(str(error).split())[:300]
+            raise ModelCorrupt(f"{path}: weights can't be read: {said}") from None
     return found

@@ -87,9 +87,10 @@ class Gptq:
             for name in ("qweight", "qzeros", "scales")
         )
         values = unpacked(words, self.bits, by_rows=True)[: shape[1]].T.contiguous()
-        # Files that store 0 less 1 have all bits set.
+        if self.zeros_less_one:
+            # Of words and not of numbers: one that was 0 has borrowed from the next.
+            zeros = zeros + sum(1 << place for place in range(0, 32, self.bits))
         zeros = unpacked(zeros, self.bits, by_rows=False)[:, : shape[0]].T
-        zeros = (zeros + int(self.zeros_less_one)) & ((1 << self.bits) - 1)
         scales, minima = finite(scales, f"{module}.scales").T.contiguous(), None
         if not self.symmetric:
             minima = -scales * zeros
