@@ -1,6 +1,11 @@
 """The ``precast`` command and its subcommands."""
 
+import sys
 from typing import Annotated
+
+from precast.cli import head_start
+
+head_start.begin(sys.argv)  # before all that is imported below
 
 import typer
 

@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from precast.cli import head_start
 from precast.cli.failures import reported
 from precast.config.announce import announce
 from precast.config.settings import DecodeWorkerSettings
 from services.decode_worker.model_files import open_model
-from services.decode_worker.ranks.launcher import RankLauncher, nursery
+from services.decode_worker.ranks.launcher import NURSERY_MODULE, RankLauncher, nursery
 
 if TYPE_CHECKING:
     from services.decode_worker.engine.sizing import Share
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 def run(settings: DecodeWorkerSettings) -> int:
     """Serve until told to stop; the exit code. Raises PrecastError."""
     if settings.replicas > 1:
+        if (begun := head_start.taken(NURSERY_MODULE)) is not None:
+            begun.close()  # replicas are forks of this process, and so are their ranks
         announce("decode-worker", settings)
         from services.decode_worker import replicas
 

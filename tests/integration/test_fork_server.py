@@ -12,12 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from precast.cli import head_start
 from precast.system.fork_server import ForkServer, Order
 
 pytestmark = pytest.mark.timeout(60)
 MODULE = "tests.integration.test_fork_server"
 OWNER = """
 import sys, time
+from precast.cli import head_start
 from precast.system.fork_server import ForkServer, Order
 server = ForkServer.start("tests.integration.test_fork_server")
 child = server.spawn(Order(command_line=["sleeper"], arguments=["sleep"]))
@@ -133,3 +135,17 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_command_begins_with_what_takes_it_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_start, "MODULES", {"slow": MODULE})
+    for others in ([], ["other"], ["slow", "--help"]):
+        head_start.begin(["precast", *others])
+        assert head_start.taken(MODULE) is None
+    head_start.begin(["precast", "slow", "--port=1"])
+    server = head_start.taken(MODULE)
+    assert server is not None
+    child = server.spawn(Order(command_line=["begun"], arguments=["exit", "3"]))
+    assert child.wait(20) == 3
+    assert head_start.taken(MODULE) is None
+    server.close()

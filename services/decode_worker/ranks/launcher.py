@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import Final, NamedTuple
 
+from precast.cli import head_start
 from precast.log import get_logger
 from precast.system.fork_server import ForkServer, Order
 from precast.system.process import Child
@@ -29,7 +30,10 @@ class RankProcess(NamedTuple):
 
 
 def nursery() -> ForkServer:
-    """A fork of this process if it has imported torch and has no threads, else a fresh one."""
+    """One that has begun already; a fork of this process if it has imported torch and has no
+    threads; else a fresh one."""
+    if (begun := head_start.taken(NURSERY_MODULE)) is not None:
+        return begun
     ranks = sys.modules.get(NURSERY_MODULE)
     if ranks is not None and threading.active_count() == 1:
         return ForkServer.fork(ranks.main, NURSERY)
