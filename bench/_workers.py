@@ -30,6 +30,7 @@ AS_SERVED: Final[Mapping[str, Any]] = {
 }
 """What ``precast serve`` has; but no sizes that come and go while something is measured."""
 PROMPTS: Final = Path(__file__).parent / "prompts"
+_OPENING: Final = "=== the answer begins ===\n"
 _CHAT: Final = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -91,7 +92,10 @@ def _end(gateways: Stack) -> None:
 
 
 def prompts(home: Path, kind: str) -> list[list[int]]:
-    """The folder's prompts of one kind, as chats of the demo model."""
+    """The folder's prompts of one kind, as chats of the demo model. An answer may have begun: so
+    small a model does what it is asked only if it has been led there."""
     tokenizer = load_tokenizer(home / "models" / MODEL)
     texts = [path.read_text().strip() for path in sorted((PROMPTS / kind).glob("*.txt"))]
-    return [tokenizer.encode(_CHAT.format(text=text)).ids for text in texts]
+    parts = [text.partition(_OPENING) for text in texts]
+    chats = [_CHAT.format(text=text.strip()) + begun.rstrip() for text, _, begun in parts]
+    return [tokenizer.encode(chat).ids for chat in chats]

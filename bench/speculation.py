@@ -4,9 +4,10 @@
 
 Prompts are those of ``bench/prompts``: code to edit, questions about a given text, and free text,
 each as a chat of the demo model, greedily answered up to its end or to so many tokens. All answers
-are compared first: drafts change no token. A stream alone goes through the prompts one by one; of
+are compared first, and one that is drawn by chance: drafts change no token. A stream alone goes through the prompts one by one; of
 16 at once each prompt has several. Tokens a second are of whole requests; prompts are in the prefix
-cache, as an earlier round has left them there. Ratios are medians of those of each round.
+cache, as an earlier round has left them there. Ratios are medians of those of each round. Tokens a
+step don't depend on what else the machine does.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,7 +48,7 @@ def answers(server: Server, bodies: Bodies) -> list[list[int]]:
 
 def require_same(on: Server, off: Server, bodies: Bodies) -> int:
     """How many tokens both gave alike; ends the program where they differ."""
-    asked = [*bodies, *({**body, **SAMPLED} for body in bodies)]
+    asked = [*bodies, {**bodies[0], **SAMPLED}]
     ours, theirs = answers(on, asked), answers(off, asked)
     if ours != theirs:
         raise SystemExit("drafts have changed tokens")
@@ -57,9 +59,20 @@ async def one_by_one(port: int, bodies: Bodies) -> list[Streamed]:
     return [await stream(port, body) for body in bodies]
 
 
-def speed(server: Server, bodies: Bodies, streams: int) -> float:
-    """Tokens a second."""
-    begun = time.monotonic()
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    tokens_per_s: float
+    tokens_per_step: float
+    """Of all streams together."""
+
+
+def steps_of(server: Server) -> int:
+    status = server.worker.status()
+    return int(status.graph_steps + status.eager_steps)
+
+
+def speed(server: Server, bodies: Bodies, streams: int) -> Speed:
+    steps, begun = steps_of(server), time.monotonic()
     if streams == 1:
         found = asyncio.run(one_by_one(server.port, bodies))
     else:
@@ -68,7 +81,9 @@ def speed(server: Server, bodies: Bodies, streams: int) -> float:
     elapsed = time.monotonic() - begun
     if wrong := next((one.error for one in found if one.error), ""):
         raise SystemExit(f"a request failed: {wrong[:300]}")
-    return sum(one.tokens for one in found) / elapsed
+    tokens = sum(one.tokens for one in found)
+    done = steps_of(server) - steps
+    return Speed(tokens_per_s=tokens / elapsed, tokens_per_step=tokens / done)
 
 
 def rows(on: Server, off: Server, home: Path, options: argparse.Namespace) -> Iterator[list[str]]:
@@ -77,16 +92,29 @@ def rows(on: Server, off: Server, home: Path, options: argparse.Namespace) -> It
         bodies = bodies_of(prompts(home, kind), options.tokens)
         same = require_same(on, off, bodies)
         for streams in STREAMS:
-            found = list[tuple[float, float]]()
-            for number in range(options.rounds + 1):
-                order = (on, off) if number % 2 else (off, on)
-                speeds = {server.port: speed(server, bodies, streams) for server in order}
-                if number:
-                    found.append((speeds[on.port], speeds[off.port]))
-            ours, theirs = (statistics.median(column) for column in zip(*found, strict=True))
-            ratio = statistics.median(a / b for a, b in found)
-            print(f"{name}, {streams}: {ours:.0f} / {theirs:.0f} = {ratio:.2f}", flush=True)
-            yield [name, str(streams), f"{ours:.0f}", f"{theirs:.0f}", f"{ratio:.2f}", str(same)]
+            found = [
+                alternating(on, off, bodies, streams, number) for number in range(options.rounds)
+            ]
+            row = [name, str(streams), *cells(found), str(same)]
+            print(", ".join(row), flush=True)
+            yield row
+
+
+def alternating(
+    on: Server, off: Server, bodies: Bodies, streams: int, number: int
+) -> tuple[Speed, Speed]:
+    """One round; who goes first takes turns."""
+    order = (on, off) if number % 2 else (off, on)
+    speeds = {server.port: speed(server, bodies, streams) for server in order}
+    return speeds[on.port], speeds[off.port]
+
+
+def cells(found: Sequence[tuple[Speed, Speed]]) -> list[str]:
+    ours, theirs = ([one.tokens_per_s for one in column] for column in zip(*found, strict=True))
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    steps = statistics.median(a.tokens_per_step / b.tokens_per_step for a, b in found)
+    speeds = (f"{statistics.median(one):.0f}" for one in (ours, theirs))
+    return [*speeds, f"{ratio:.2f}", f"{steps:.2f}"]
 
 
 def main() -> None:
@@ -101,8 +129,15 @@ def main() -> None:
         servers(home, [{}, {"no_speculate": True}]) as (on, off),
     ):
         found = list(rows(on, off, home, options))
-    headings = ["answer", "streams", "drafts, tokens/s", "none, tokens/s", "ratio", "tokens alike"]
-    record("speculation", headings, found)
+    headings = [
+        "answer",
+        "streams",
+        "drafts, tokens/s",
+        "none, tokens/s",
+        "ratio",
+        "tokens a step, ratio",
+    ]
+    record("speculation", [*headings, "tokens alike"], found)
 
 
 if __name__ == "__main__":
