@@ -4,10 +4,10 @@
 
 Prompts are those of ``bench/prompts``: code to edit, questions about a given text, and free text,
 each as a chat of the demo model, greedily answered up to its end or to so many tokens. All answers
-are compared first, and one that is drawn by chance: drafts change no token. A stream alone goes through the prompts one by one; of
-16 at once each prompt has several. Tokens a second are of whole requests; prompts are in the prefix
-cache, as an earlier round has left them there. Ratios are medians of those of each round. Tokens a
-step don't depend on what else the machine does.
+are compared first, and one that is drawn by chance: drafts change no token. A stream alone goes
+through the prompts one by one; of 16 at once each prompt has several. Tokens a second are of whole
+requests; prompts are in the prefix cache, as that comparison has left them there. Ratios are
+medians of those of each round. Tokens a step don't depend on what else the machine does.
 """
 
 import argparse
