@@ -2,9 +2,10 @@
 for: nothing here is of the code that reads them."""
 
 import json
-import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -176,6 +177,13 @@ def fp8_tensor(weight: Array) -> tuple[Stored, Tensor]:
     return stored, values.float() * scale
 
 
+def fp8_scalar(weight: Array) -> tuple[Stored, Tensor]:
+    """As transformers has it: a scale without dimensions."""
+    stored, whole = fp8_tensor(weight)
+    scale = stored.pop("weight_scale").reshape(())
+    return stored | {"weight_scale_inv": scale, "activation_scale": scale.clone()}, whole
+
+
 def fp8_rows(weight: Array) -> tuple[Stored, Tensor]:
     scale = torch.tensor(numpy.abs(weight).max(1, keepdims=True) / 448).float()
     values = (torch.tensor(weight) / scale).to(torch.float8_e4m3fn)
@@ -235,6 +243,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], Maker]] = {
     "gptq_8": (_gptq(8), gptq(8, True)),
     "gptq_2": (_gptq(2), gptq(2, True)),
     "fp8": (FP8, fp8_tensor),
+    "fp8_scalar": (FP8, fp8_scalar),
     "fp8_rows": (_compressed("float-quantized", type="float", strategy="channel"), fp8_rows),
     "fp8_blocks": (FP8 | {"weight_block_size": list(FP8_BLOCK)}, fp8_blocks),
 }
@@ -244,15 +253,22 @@ SCHEMES: dict[str, tuple[dict[str, Any], Maker]] = {
 def write_quantized(folder: Path, scheme: str, model: str = "llama") -> Path:
     """A tiny random model whose layers are quantised. In ``folder/floats`` the model that its
     weights stand for, as transformers can read it."""
-    plain = write_model(folder / "floats", model)
-    (plain / "model.safetensors.index.json").unlink(missing_ok=True)
-    shutil.copyfile(plain / "config.json", folder / "config.json")
-    floats = Stored()
-    for path in sorted(plain.glob("*.safetensors")):
-        floats |= load_file(path)
-        path.unlink()
+    text, floats = _model(model)
+    plain = folder / "floats"
+    plain.mkdir(parents=True)
+    for path in (plain, folder):
+        (path / "config.json").write_text(text)
     save_file(quantize(folder, floats, scheme), plain / "model.safetensors")
     return folder
+
+
+@cache
+def _model(name: str) -> tuple[str, Stored]:
+    """A tiny model's ``config.json`` and tensors."""
+    with TemporaryDirectory() as folder:
+        plain = write_model(Path(folder), name)
+        floats = {n: t for path in plain.glob("*.safetensors") for n, t in load_file(path).items()}
+        return (plain / "config.json").read_text(), floats
 
 
 def quantize(folder: Path, floats: Stored, scheme: str) -> Stored:

@@ -46,6 +46,7 @@ FORMATS: dict[str, tuple[Quantization, float]] = {
     "gptq_8": ("q8_0", EXACT),
     "gptq_2": ("q4_0", EXACT),
     "fp8": ("q8_0", EIGHT_BITS),
+    "fp8_scalar": ("q8_0", EIGHT_BITS),
     "fp8_rows": ("q8_0", EIGHT_BITS),
     "fp8_blocks": ("q8_0", EIGHT_BITS),
 }

@@ -178,7 +178,7 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
                     part = file.get_slice(name)
-                    found[name] = (tuple(part.get_shape()), part.get_dtype())
+                    found[name] = (tuple(part.get_shape()) or (1,), part.get_dtype())
         except (SafetensorError, OSError) as error:
             said = " ".join(str(error).split())[:300]
             raise ModelCorrupt(f"{path}: weights can't be read: {said}") from None

@@ -205,11 +205,11 @@ def _floats(weights: Mapping[str, Any]) -> Scheme:
     one_of(weights, "strategy", "tensor", "tensor", "channel", "block")
     strategy = str(weights.get("strategy", "tensor")).lower()
     if strategy != "block":
-        return Fp8(block=None, per_row=strategy == "channel", scale="weight_scale", extras=_EXTRAS)
+        return Fp8(block=None, per_row=strategy == "channel", extras=_EXTRAS)
     block = weights.get("block_structure") or []
     if not (isinstance(block, list) and len(block) == 2 and all(map(_is_side, block))):
         raise UnsupportedArchitecture("block_structure: expected two positive numbers")
-    return Fp8(block=(block[0], block[1]), per_row=False, scale="weight_scale", extras=_EXTRAS)
+    return Fp8(block=(block[0], block[1]), per_row=False, extras=_EXTRAS)
 
 
 def _is_side(value: object) -> bool:

@@ -27,22 +27,25 @@ class Fp8:
     """Rows and inputs that share a scale; None: see ``per_row``."""
     per_row: bool
     """A scale for each row; else one for all."""
-    scale: str
-    """What the tensor of scales is called."""
+    scales: tuple[str, ...] = ("weight_scale", "weight_scale_inv")
+    """What the tensor of scales may be called."""
     extras: tuple[str, ...] = _EXTRAS
     quantization: Quantization = "q8_0"
     loss: str = "FP8: rounded to 8 bits for each 32 inputs"
 
     def is_stored(self, module: str, names: Collection[str]) -> bool:
-        return f"{module}.{self.scale}" in names
+        return self._scale(module, names) in names
+
+    def _scale(self, module: str, names: Collection[str]) -> str:
+        found = (f"{module}.{scale}" for scale in self.scales)
+        return next((name for name in found if name in names), f"{module}.{self.scales[0]}")
 
     def tensors(
         self, module: str, shape: tuple[int, ...], names: Collection[str]
     ) -> Mapping[str, Stored]:
-        del names
         return {
             f"{module}.weight": Stored(shape, ("F8_E4M3",)),
-            f"{module}.{self.scale}": Stored(self._scales(shape), SCALES),
+            self._scale(module, names): Stored(self._scales(shape), SCALES),
         }
 
     def is_extra(self, name: str) -> bool:
@@ -52,7 +55,7 @@ class Fp8:
         from precast.models.quantized.words import finite
         from precast.ops.scaled import ScaledWeight
 
-        name = f"{module}.{self.scale}"
+        name = self._scale(module, files.names)
         scales = self._by_row(finite(files.get(name, self._scales(shape)), name), shape[0])
         return ScaledWeight(
             values=files.get(f"{module}.weight", shape),
@@ -79,10 +82,10 @@ def read(settings: Mapping[str, Any]) -> Scheme:
     one_of(settings, "scale_fmt", None, None, "float")
     block = settings.get("weight_block_size")
     if block is None:
-        return Fp8(block=None, per_row=False, scale="weight_scale")
+        return Fp8(block=None, per_row=False)
     if not (isinstance(block, list) and len(block) == 2 and all(map(_is_side, block))):
         raise UnsupportedArchitecture("weight_block_size: expected two positive numbers")
-    return Fp8(block=(block[0], block[1]), per_row=False, scale="weight_scale_inv")
+    return Fp8(block=(block[0], block[1]), per_row=False)
 
 
 def _is_side(value: object) -> bool:

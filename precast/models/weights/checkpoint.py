@@ -55,6 +55,7 @@ class Checkpoint:
             raise ModelCorrupt(f"{self._folder}: tensor {name} is missing")
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
+        tensor = tensor if tensor.dim() else tensor.reshape(1)
         if tuple(tensor.shape) != shape:
             raise ModelCorrupt(
                 f"{self._folder}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}"
