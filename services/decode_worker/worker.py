@@ -167,9 +167,9 @@ class Worker:
 
         def ended(request_id: str) -> None:
             self._draining.ended(request_id)
+            on_end(request_id)
             if self._tracer is not None and start.traceparent:
                 record_request(self._tracer, request, self._worker_id)
-            on_end(request_id)
 
         request = Request(
             sequence=sequence,

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,11 +116,16 @@ def bodies(seed: int) -> Iterator[Body]:
     rng = random.Random(seed)
     while True:
         path = rng.choice(list(GOOD))
-        body = {"model": MODEL, **deepcopy(rng.choice(GOOD[path]))}
-        for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
-            rng.choice(CHANGES)(rng, body)
-        data = json.dumps(body).encode()
-        yield path, _damaged(rng, data) if rng.random() < 0.15 else data
+        with suppress(RecursionError):  # deeper than we can write it
+            data = _body(rng, path)
+            yield path, _damaged(rng, data) if rng.random() < 0.15 else data
+
+
+def _body(rng: random.Random, path: str) -> bytes:
+    body = {"model": MODEL, **deepcopy(rng.choice(GOOD[path]))}
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+        rng.choice(CHANGES)(rng, body)
+    return json.dumps(body).encode()
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
