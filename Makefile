@@ -103,6 +103,10 @@ chaos-streams: setup-dev ## 500 streams over workers that are killed, stopped an
 chaos-serve: setup-dev ## kill, stop, starve and damage what `serve` runs; prints recovery times
 	@$(BIN)/python -m tests.support.chaos_serve $(ARGS)
 
+.PHONY: hostile
+hostile: setup-dev ## 10,000 bodies and schemas that nobody means well with: no error of the server
+	@$(BIN)/python -m tests.support.hostile_bodies $(ARGS)
+
 .PHONY: compose-test
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
 	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)
