@@ -13,6 +13,9 @@
 namespace precast {
 namespace {
 
+constexpr double kEarlyWeight = 1e-3;  // of the likeliest token's
+constexpr double kEarlyMargin = 1e-5;  // sums of float weights differ by less
+
 // The last key of the shortest beginning that reaches the bound; 0 where roundings have left the
 // candidates short of it.
 uint64_t last_kept(const DrawRow& row, float inverse, const Bound& bound, Scratch& s) {
@@ -42,17 +45,34 @@ uint64_t last_kept(const DrawRow& row, float inverse, const Bound& bound, Scratc
   return 0;
 }
 
+void gather_weighed(const DrawRow& row, float threshold, float inverse, Scratch& s) {
+  gather(row, threshold, s);
+  weigh(row, inverse, s);
+}
+
+// Whether the likeliest few tokens, which become the candidates, have the mass: in most texts they have,
+// and are a small part of what can't be ruled out beforehand.
+bool reaches_early(const DrawRow& row, double mass, float least, float inverse, Scratch& s) {
+  const float threshold = logit_of(row, kEarlyWeight, inverse);
+  if (threshold <= least) return false;  // min_p leaves fewer
+  gather_weighed(row, threshold, inverse, s);
+  return total_weight(s) >= mass * (1 + kEarlyMargin);
+}
+
 // The candidates that top_k, top_p and min_p leave, with their weights.
 void keep_candidates(const DrawRow& row, const DrawParams& p, float inverse, Scratch& s) {
   const int64_t k = cut_of(p, row.n);
   const double whole = k == 0 ? total_of(row.masses, sample_blocks(row.n)) : 0;
-  float threshold = -FLT_MAX;
-  if (k > 0) threshold = reached_by(row, k, s);
-  // Of n tokens that weigh less than (1 - top_p) / n of the whole, none is needed to reach top_p.
-  if (k == 0 && p.top_p < 1) threshold = logit_of(row, (1 - p.top_p) * whole / row.n, inverse);
-  if (k == 0) threshold = std::max(threshold, logit_of(row, p.min_p, inverse));
-  gather(row, threshold, s);
-  weigh(row, inverse, s);
+  const float least = logit_of(row, p.min_p, inverse);
+  if (k > 0) {
+    gather_weighed(row, reached_by(row, k, s), inverse, s);
+  } else if (p.top_p >= 1) {
+    gather_weighed(row, least, inverse, s);
+  } else if (!reaches_early(row, p.top_p * whole, least, inverse, s)) {
+    // Of n tokens that weigh less than (1 - top_p) / n of the whole, none is needed to reach top_p.
+    const float enough = logit_of(row, (1 - p.top_p) * whole / static_cast<double>(row.n), inverse);
+    gather_weighed(row, std::max(enough, least), inverse, s);
+  }
   if (k > 0 && k < s.size) cut_behind(last_kept(row, inverse, {k, INFINITY}, s), s);
   if (p.top_p < 1) {
     const double mass = p.top_p * (k > 0 ? total_weight(s) : whole);
