@@ -1,6 +1,8 @@
 """Linears alone: the native kernel in every weight format against torch's best, alternating.
 
-    python -m bench.linears [--shapes 2048x8192,576x1536] [--rows 1,16,64]
+    python -m bench.linears [--shapes 2048x8192,576x1536] [--rows 1,16,64] [--types q4_k,q6_k]
+
+``--types``: of GGUF files, whose blocks hold random bits, run as they are.
 
 Each timed run goes over copies of the weights that together exceed the caches, as a model's layers
 do. Prints medians: GB/s of weights (and their share of what plain reading gives, in turn with
@@ -20,12 +22,22 @@ from rich.table import Table
 from torch import Tensor
 
 from precast.ops import native
+from precast.ops.gguf_blocks import RawRows, pack_raw
+from precast.ops.gguf_types import BLOCKS, PLAIN, ROUNDED, GgufType, row_bytes
+from precast.ops.mixed import MixedPart, mixed_size, write_parts
 from precast.ops.packing import Format, pack
 from precast.system.memory import Arena
 from precast.system.process import available_cpus, pin
 
 WORKING_SET = 192 << 20
 ROUNDS = 9
+FORMATS = [fmt for fmt in Format if fmt != Format.MIXED]
+TYPES = [
+    kind
+    for kind in GgufType
+    if kind not in (*PLAIN, *ROUNDED) and kind.name not in Format.__members__
+]
+"""Those that have no format of their own in ``FORMATS``."""
 SETTLE_S = 0.02
 """Before each run: torch's threads go on spinning for milliseconds after their last one."""
 
@@ -42,6 +54,36 @@ def native_run(weight: Tensor, x: Tensor, fmt: Format) -> tuple[Run, int, int]:
             torch.ops.precast.linear(x, copy, None, weight.shape[0], int(fmt))
 
     return run, len(copies), packed.nbytes
+
+
+def file_run(n: int, x: Tensor, kind: GgufType) -> tuple[Run, int, int]:
+    """As ``native_run``, of a GGUF file's blocks."""
+    k, arena = x.shape[1], Arena()
+    raw = random_blocks(n, k, kind)
+    parts = [MixedPart(raw.format, n)]
+    packed = torch.empty(mixed_size(parts, k), dtype=torch.uint8)
+    pack_raw(raw, write_parts(packed, parts, k)[0])
+    copies = [arena.copy(packed) for _ in range(-(-WORKING_SET // packed.nbytes))]
+
+    def run() -> None:
+        for copy in copies:
+            torch.ops.precast.linear(x, copy, None, n, int(Format.MIXED))
+
+    return run, len(copies), packed.nbytes
+
+
+def random_blocks(n: int, k: int, kind: GgufType) -> RawRows:
+    """Any bits, with scales of about 0.01."""
+    block = BLOCKS[kind]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (n, row_bytes(kind, k)), generator=generator, dtype=torch.uint8)
+    blocks = rows.view(-1, block.nbytes)
+    for at in block.scales:
+        scales = torch.rand(len(blocks), generator=generator).mul_(0.01).half()
+        blocks[:, at : at + 2] = scales.view(torch.uint8).view(-1, 2)
+    if kind == GgufType.MXFP4:
+        blocks[:, 0] = 120
+    return RawRows(kind, k, rows)
 
 
 def fp32_run(weight: Tensor, x: Tensor) -> tuple[Run, int, int]:
@@ -70,7 +112,7 @@ def fbgemm_run(weight: Tensor, x: Tensor) -> tuple[Run, int, int]:
 
 
 def candidates(
-    n: int, k: int, rows: int, formats: Sequence[Format]
+    n: int, k: int, rows: int, formats: Sequence[Format], types: Sequence[GgufType]
 ) -> Iterator[tuple[str, Run, int, int, bool]]:
     """Name, run, copies, bytes of one, and whether the run uses torch's threads."""
     generator = torch.Generator().manual_seed(0)
@@ -78,6 +120,8 @@ def candidates(
     x = torch.randn(rows, k, generator=generator)
     for fmt in formats:
         yield (f"native {fmt.name.lower()}", *native_run(weight, x, fmt), False)
+    for kind in types:
+        yield (f"file's {kind.name.lower()}", *file_run(n, x, kind), False)
     if Format.FP32 in formats:
         yield ("torch fp32", *fp32_run(weight, x), True)
     torch.backends.quantized.engine = "fbgemm"
@@ -99,9 +143,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", default="2048x8192,576x1536", help="inputs x outputs")
     parser.add_argument("--rows", default="1,16,64")
-    parser.add_argument("--formats", default=",".join(f.name.lower() for f in Format))
+    parser.add_argument("--formats", default=",".join(f.name.lower() for f in FORMATS))
+    parser.add_argument("--types", default=",".join(t.name.lower() for t in TYPES))
     arguments = parser.parse_args()
-    formats = [Format[name.upper()] for name in arguments.formats.split(",")]
+    types = [GgufType[name.upper()] for name in arguments.types.split(",") if name]
+    formats = [Format[name.upper()] for name in arguments.formats.split(",") if name]
     cores = available_cpus()
     native.start_threads(cores)
     words = Arena().empty((WORKING_SET,)).view(torch.int64).fill_(1)
@@ -111,7 +157,7 @@ def main() -> None:
         for shape in arguments.shapes.split(","):
             k, n = map(int, shape.split("x"))
             for rows in map(int, arguments.rows.split(",")):
-                entries = list(candidates(n, k, rows, formats))
+                entries = list(candidates(n, k, rows, formats, types))
                 runs = [partial(timed, run, cores, mine) for _, run, _, _, mine in entries]
                 runs.append(
                     partial(timed, lambda: torch.ops.precast.read_memory(words), cores, False)

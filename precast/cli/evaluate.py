@@ -32,7 +32,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Name of a model in the home folder.")],
     quantization: Annotated[
         str, typer.Option(metavar="LIST", help="Formats of linears to compare.")
-    ] = ",".join(get_args(Quantization)),
+    ] = ",".join(name for name in get_args(Quantization) if name != "file"),
     kv_dtype: Annotated[
         str, typer.Option(metavar="LIST", help="Types of the KV cache to compare.")
     ] = "fp32",

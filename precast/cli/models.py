@@ -35,7 +35,8 @@ def import_(
     home: HomeOption = None,
 ) -> None:
     """Import a model into the home folder."""
-    from precast.models.importing.importer import BUILT_IN, import_model
+    from precast.models.importing.built_in import BUILT_IN
+    from precast.models.importing.importer import import_model
 
     console = Console(stderr=True)
     with console.status(f"importing {source}") as status:

@@ -65,21 +65,34 @@ def _shown_host(host: str) -> str:
 def named(settings: ServeSettings) -> ServeSettings:
     """Settings with the names of their models, also of those on a hub. Raises ConfigError if two
     have the same."""
-    from precast.models.importing.hub import default_name, hub_name
-
     sources = (settings.model, *settings.more_models)
-    names = [default_name(found) if (found := hub_name(text)) else text for text in sources]
+    names = [_name(settings, text) for text in sources]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"more_models: two are called {name}")
     return settings.model_copy(update={"model": names[0], "more_models": tuple(names[1:])})
 
 
+def _name(settings: ServeSettings, source: str) -> str:
+    from precast.models.importing.hub import default_name, hub_name
+
+    if _is_file(settings.home / "models", source):
+        return Path(source).name.removesuffix(".gguf")
+    return default_name(found) if (found := hub_name(source)) else source
+
+
+def _is_file(models_dir: Path, source: str) -> bool:
+    """Whether it is a GGUF file, and neither a model that is called so nor a hub's."""
+    path = Path(source).expanduser()
+    return path.suffix == ".gguf" and path.is_file() and not (models_dir / source).is_dir()
+
+
 def _import_model(source: str, models_dir: Path, view: View) -> None:
     """Make sure that the model is there and can be served. Raises ``PrecastError``."""
+    from precast.models.importing.built_in import BUILT_IN
     from precast.models.importing.catalog import find_model
     from precast.models.importing.hub import hub_name
-    from precast.models.importing.importer import BUILT_IN, import_model
+    from precast.models.importing.importer import import_file, import_model
     from precast.models.importing.pull import pull_model
 
     def report(stage: str) -> None:
@@ -87,6 +100,8 @@ def _import_model(source: str, models_dir: Path, view: View) -> None:
 
     if source in BUILT_IN:
         import_model(source, models_dir, report=report)
+    elif _is_file(models_dir, source):
+        import_file(Path(source), models_dir, report=report)
     elif found := hub_name(source):
         pull_model(found, models_dir, report=report)
     else:

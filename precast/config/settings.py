@@ -243,8 +243,9 @@ class DecodeWorkerSettings(CommonSettings):
     weight_dtype: WeightDtype = "fp32"
     """Of the embedding table, and of linears that are not quantised."""
     quantization: QuantizationSetting = "none"
-    """Of the layers' linears: int8 (a scale for each channel), or GGUF's q8_0, q4_0 and q4_1; auto:
-    the format that a quantised checkpoint comes in, and q4_1 for others."""
+    """Of the layers' linears: int8 (a scale for each channel), or GGUF's q8_0, q4_0 and q4_1; file:
+    what a GGUF file has, as it has it; auto: the format that a quantised checkpoint comes in, file
+    for a GGUF file's, and q4_1 for others."""
     head_quantization: QuantizationSetting = Field(
         default_factory=lambda data: default_head_quantization(data["quantization"])
     )
@@ -369,10 +370,10 @@ class ServeSettings(CommonSettings):
     """Origins of web pages that may use the API; *: all; empty: none."""
     model: str = Field(
         default=DEFAULT_MODEL,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,2}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,2}$|\.gguf$",
     )
     """As of the decode worker; or org/name on a Hugging Face hub, which is pulled unless it is
-    there."""
+    there, or a .gguf file, which is imported unless it is there."""
     more_models: Names = ()
     """Further models, likewise, each with a worker of its own that starts when the one before has
     its memory."""

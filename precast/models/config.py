@@ -15,12 +15,14 @@ from pydantic import (
 
 from precast.errors import ModelCorrupt, ModelNotFound, UnsupportedArchitecture
 from precast.models.end_tokens import end_tokens
+from precast.models.gguf_index import has_index, read_index
 from precast.models.json_file import read_object
 from precast.models.options import ExpertOptions, LayerPlan, Options, read_options
 from precast.models.precision import Quantization
 from precast.models.quantized.recognise import scheme_of
 from precast.models.quantized.scheme import Scheme
 from precast.models.rope import RopeConfig
+from precast.ops.gguf_types import GgufType
 
 ARCHITECTURES = {
     "Exaone4ForCausalLM": "exaone4",
@@ -85,10 +87,14 @@ class ModelConfig(BaseModel):
     eos_token_ids: tuple[int, ...]
     scheme: SkipValidation[Scheme | None] = None
     """How linears are quantised that don't come as floats."""
+    file_types: SkipValidation[Mapping[str, GgufType] | None] = None
+    """The tensors' types in the folder's GGUF file, if it has one."""
 
     @property
     def own_quantization(self) -> Quantization | None:
         """The format in which quantised linears keep what they have; None: there are none."""
+        if self.file_types is not None:
+            return "file"
         return self.scheme.quantization if self.scheme is not None else None
 
     @property
@@ -132,7 +138,13 @@ def load_config(folder: Path) -> ModelConfig:
         raise UnsupportedArchitecture(f"{path}: {name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelCorrupt(f"{path}: {_one_line(error)}") from error
-    return config.model_copy(update={"scheme": scheme})
+    return config.model_copy(update={"scheme": scheme, "file_types": _file_types(folder)})
+
+
+def _file_types(folder: Path) -> dict[str, GgufType] | None:
+    if not has_index(folder):
+        return None
+    return {name: tensor.type for name, tensor in read_index(folder).items()}
 
 
 def _class_name(path: Path, raw: Mapping[str, Any]) -> str:

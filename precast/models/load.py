@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from precast.errors import ModelCorrupt
+from precast.errors import ConfigError, ModelCorrupt
 from precast.models.architectures import architecture_of
 from precast.models.config import ModelConfig
 from precast.models.layers import EmbedWeights, HeadWeights, Shape
@@ -19,6 +19,7 @@ from precast.models.quantized.source import QuantizedCheckpoint
 from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
 from precast.models.weights.checkpoint import Checkpoint
+from precast.models.weights.gguf_checkpoint import GgufCheckpoint
 from precast.models.weights.loader import (
     Cut,
     Loader,
@@ -36,6 +37,7 @@ from precast.models.weights.packed_files import (
     packed_path,
 )
 from precast.ops import providers
+from precast.ops.mixed import MixedPart, write_parts
 from precast.ops.packing import Format, packed_size
 from precast.ops.scaled import Weight
 from precast.system.memory import Arena
@@ -100,6 +102,10 @@ def _load(
     kept: Path | None,
     report: Report,
 ) -> Weights:
+    if "file" in (shape.quantization, shape.head_quantization) and config.file_types is None:
+        raise ConfigError(
+            f"{folder}: quantization = file, but its weights are not out of a GGUF file"
+        )
     path = packed_path(kept, folder, shard, shape) if kept is not None else None
     if path is None:
         return _read(folder, config, shard, shape, positions, None, None, report)
@@ -151,6 +157,8 @@ def _read(
 
 
 def _source(folder: Path, config: ModelConfig) -> Source:
+    if config.file_types is not None:
+        return GgufCheckpoint(folder)
     files = Checkpoint(folder)
     if config.scheme is None:
         return files
@@ -244,6 +252,11 @@ def _random_rows(
     pack them all takes seconds, the most of what a verification would take."""
     few = min(size[0], RANDOM_ROWS)
     values = torch.randn(few, size[1], generator=generator).mul_(scale)
+    if fmt == Format.MIXED:
+        mixed = arena.empty(packed_size(*size, fmt))
+        [part] = write_parts(mixed, [MixedPart(Format.Q8_0, size[0])], size[1])
+        part.copy_(_random_rows(arena, size, scale, pack, Format.Q8_0, generator))
+        return mixed
     if few == size[0] or (pack is pack_in and providers.active().pack is not None):
         return pack(arena, values[torch.arange(size[0]) % few], fmt)
     panels = pack_table(arena, values, fmt)

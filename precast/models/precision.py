@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 WeightDtype = Literal["fp32", "bf16", "fp16"]
-Quantization = Literal["none", "int8", "q8_0", "q4_0", "q4_1"]
-QuantizationSetting = Literal["auto", "none", "int8", "q8_0", "q4_0", "q4_1"]
+Quantization = Literal["none", "int8", "q8_0", "q4_0", "q4_1", "file"]
+QuantizationSetting = Literal["auto", "none", "int8", "q8_0", "q4_0", "q4_1", "file"]
 """auto: a quantised checkpoint's own format, and q4_1 for one of floats."""
 KvDtype = Literal["fp32", "bf16", "int8"]
 
@@ -17,7 +17,7 @@ class Precision:
     quantization: Quantization = "none"
     """Of the layers' linears; activations are quantised to 8 bits on the fly. int8: one scale for
     each output channel. q8_0, q4_0, q4_1: GGUF's groups of 32 with a scale, or a scale and a
-    minimum."""
+    minimum. file: what a GGUF file has, each tensor as it has it."""
     head_quantization: Quantization = "none"
     """Of the output projection."""
     kv_dtype: KvDtype = "fp32"

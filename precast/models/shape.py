@@ -55,6 +55,8 @@ class ModelShape(Generic[O_co]):
         return self.format_of(self.head_quantization)
 
     def format_of(self, quantization: str) -> Format:
+        if quantization == "file":
+            return Format.MIXED
         return Format[(self.weight_dtype if quantization == "none" else quantization).upper()]
 
     @property

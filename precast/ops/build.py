@@ -88,6 +88,7 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         "ops",
         "attention_ops",
         "experts",
+        "gguf_ops",
         "elementwise_ops",
         "comm_ops",
         "sampling_ops",

@@ -15,9 +15,9 @@ from precast.errors import ConfigError
 from precast.system import numa
 
 LIBRARY = Path(__file__).parent / "_native.so"
-ABI_VERSION = 6
+ABI_VERSION = 7
 """Raised whenever a schema or a packed format changes: graphs captured before must not be used."""
-PACKING_VERSION = 3
+PACKING_VERSION = 4
 MAX_QUERY_GROUP = 64
 """Query heads to a KV head, at the most (``csrc/kernels.h``)."""
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from precast.ops import native as native  # registers the operators
+from precast.ops.gguf_blocks import FileWeight
 from precast.ops.grids import affine_grid, inverse, symmetric_scale
 from precast.ops.layout import GROUP, PANEL
+from precast.ops.mixed import MixedPart, mixed_size, write_parts
 from precast.ops.scaled import ScaledWeight, Weight, floats
 from precast.system.process import pin
 
@@ -37,6 +39,8 @@ class Format(IntEnum):
     """Groups of 32: 4 bits and a scale."""
     Q4_1 = 6
     """Groups of 32: 4 bits, a scale and a minimum."""
+    MIXED = 15
+    """Parts with formats of their own, such as a file's (``mixed.py``). Floats become Q8_0."""
 
 
 _FLOATS: Final = {
@@ -49,19 +53,33 @@ _BITS: Final = {Format.Q8_0: 8, Format.Q4_0: 4, Format.Q4_1: 4}
 
 def packed_size(n: int, k: int, fmt: Format) -> tuple[int, int]:
     """Panels and bytes of a panel: the shape of a packed [n, k] weight, uint8."""
+    if fmt == Format.MIXED:
+        return mixed_size([MixedPart(Format.Q8_0, n)], k)
     return -(-n // PANEL), int(torch.ops.precast.panel_bytes(int(fmt), k))
 
 
+def packed_size_of(weight: Weight, fmt: Format) -> tuple[int, int]:
+    """The shape of this weight, packed; uint8."""
+    rows, columns = weight.shape
+    if fmt == Format.MIXED and isinstance(weight, FileWeight):
+        return mixed_size(weight.kinds(), columns)
+    return packed_size(rows, columns, fmt)
+
+
 def pack(weight: Weight, fmt: Format) -> Tensor:
-    """[N, K] to uint8 ``packed_size``."""
-    size = packed_size(weight.shape[0], weight.shape[1], fmt)
+    """[N, K] to uint8 ``packed_size_of``."""
+    size = packed_size_of(weight, fmt)
     return pack_into(torch.empty(size, dtype=torch.uint8), weight, fmt)
 
 
 def pack_into(out: Tensor, weight: Weight, fmt: Format) -> Tensor:
     """Like ``pack``, into memory of the caller's; ``weight`` is read a few rows at a time, on as
-    many threads as compute. What comes quantised stays as it is where the format holds it."""
+    many threads as compute. What comes quantised stays as it is where the format holds it. Raises
+    ModelCorrupt for a file's scales that are not finite."""
     n, k = weight.shape
+    if fmt == Format.MIXED:
+        return _pack_mixed(out, weight)
+    weight = floats(weight) if isinstance(weight, FileWeight) else weight
     cores = native.thread_cores()
     each = -(-n // len(cores) // PANEL) * PANEL
     rows = max(PANEL, min(each, _CHUNK_VALUES // max(1, k) // PANEL * PANEL))
@@ -75,6 +93,16 @@ def pack_into(out: Tensor, weight: Weight, fmt: Format) -> Tensor:
         panels[:, packed.shape[1] :] = 0
 
     _on_threads(some, range(0, n, rows), cores)
+    return out
+
+
+def _pack_mixed(out: Tensor, weight: Weight) -> Tensor:
+    columns = weight.shape[1]
+    if isinstance(weight, FileWeight):
+        weight.pack_into(write_parts(out, weight.kinds(), columns))
+    else:
+        [panels] = write_parts(out, [MixedPart(Format.Q8_0, weight.shape[0])], columns)
+        pack_into(panels, weight, Format.Q8_0)
     return out
 
 
@@ -192,6 +220,9 @@ def quantize_groups(weight: Tensor, fmt: Format) -> tuple[Tensor, list[Tensor]]:
 
 def unpack(packed: Tensor, n: int, k: int, fmt: Format) -> Tensor:
     """The float32 [N, K] weights that a packed tensor stands for."""
+    if fmt == Format.MIXED:
+        found: Tensor = torch.ops.precast.unpack(torch.arange(n), packed, k, int(fmt))
+        return found
     panels = packed.shape[0]
     if fmt in _FLOATS:
         values = packed.view(_FLOATS[fmt])[:, : k * PANEL].view(panels, k, PANEL)
@@ -231,4 +262,4 @@ def _pad_rows(weight: Weight) -> Weight:
     missing = -weight.shape[0] % PANEL
     if isinstance(weight, ScaledWeight):
         return weight.padded(missing) if missing else weight
-    return torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    return torch.nn.functional.pad(floats(weight), (0, 0, 0, missing))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precast.ops.gguf_blocks import FileWeight
 from precast.ops.layout import GROUP
 
 
@@ -105,16 +106,18 @@ def _extended(of: Tensor, columns: int) -> Tensor:
     return of[:, :columns] if missing <= 0 else torch.cat((of, of[:, -1:].expand(-1, missing)), 1)
 
 
-Weight = Tensor | ScaledWeight
+Weight = Tensor | ScaledWeight | FileWeight
 """[N, K]"""
 
 
 def floats(weight: Weight) -> Tensor:
-    return weight.floats() if isinstance(weight, ScaledWeight) else weight
+    return weight if isinstance(weight, Tensor) else weight.floats()
 
 
 def in_order(weight: Weight, rows: Tensor) -> Weight:
     """A weight's rows in another order, int64."""
+    if isinstance(weight, FileWeight):
+        return weight.in_order(rows)
     if not isinstance(weight, ScaledWeight):
         return weight[rows]
     minima = None if weight.minima is None else weight.minima[rows]
@@ -125,6 +128,9 @@ def below(parts: Sequence[Weight]) -> Weight:
     """The rows of several weights one below the other."""
     if len(parts) == 1:
         return parts[0]
+    own = [part for part in parts if isinstance(part, FileWeight)]
+    if len(own) == len(parts):
+        return FileWeight([raw for part in own for raw in part.raws])
     scaled = [part for part in parts if isinstance(part, ScaledWeight)]
     if len(scaled) < len(parts) or len({_kind(part) for part in scaled}) > 1:
         return torch.cat([floats(part) for part in parts])

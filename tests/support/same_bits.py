@@ -26,7 +26,9 @@ from precast.models.options import (
 )
 from precast.models.shape import ModelShape
 from precast.ops import native
+from precast.ops.gguf_types import GgufType
 from precast.ops.packing import Format, pack
+from tests.support import gguf_kernels
 
 ops = torch.ops.precast
 ROWS = 70
@@ -46,7 +48,13 @@ OPTIONS: dict[str, Options] = {
         kinds=("moe", "dense"), experts=5, experts_per_token=2, expert_size=40, normalize=True
     ),
 }
-PRECISIONS = [("int8", "bf16"), ("q4_1", "bf16"), ("none", "bf16"), ("q8_0", "int8")]
+PRECISIONS = [
+    ("int8", "bf16"),
+    ("q4_1", "bf16"),
+    ("none", "bf16"),
+    ("q8_0", "int8"),
+    ("file", "bf16"),
+]
 Operator = Callable[..., Tensor]
 
 
@@ -56,6 +64,7 @@ def failures() -> list[str]:
     for threads in (1, 3):
         native.start_threads((-1,) * threads)
         found += [f"{name}, {threads} threads" for name in operator_failures()]
+        found += [f"{name}, {threads} threads" for name in gguf_kernels.wrong_values()]
     native.start_threads((-1, -1))
     return [*found, *model_failures()]
 
@@ -83,6 +92,15 @@ def _operators() -> Iterator[tuple[str, Operator, Sequence[Tensor]]]:
             [x],
         )
         yield from _experts(fmt)
+    wide = torch.randn(ROWS, 512)
+    for kind in GgufType:
+        parts = [(kind, 53), (GgufType.Q6_K, 20)]
+        weight = gguf_kernels.packed([gguf_kernels.random_rows(*part, 512) for part in parts])
+        yield (
+            f"a file's {kind.name}",
+            lambda x, w=weight: ops.linear(x, w, None, 73, int(Format.MIXED)),
+            [wide],
+        )
     yield "rms_norm", lambda x: ops.rms_norm(x, torch.ones(90), 1e-5), [x]
     yield "silu_and_mul", ops.silu_and_mul, [x]
     yield "gelu_tanh_and_mul", ops.gelu_tanh_and_mul, [x]

@@ -1,7 +1,8 @@
 """Tokenizers out of GGUF files give the ids that llama.cpp (b11549) gives, byte for byte.
 
 The tables in tests/data were written with it. Left out of them: combining marks for "tekken" and
-U+2003 before a blank for "deepseek-coder", where it differs from the models' own tokenizers.
+"gpt-4o", and U+2003 before a blank for "deepseek-coder", where it differs from the models' own
+tokenizers.
 """
 
 import json

@@ -188,6 +188,7 @@ from pathlib import Path
 from precast.models.importing.gguf.convert import convert
 from precast.models.importing.catalog import check_model
 convert(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), print)
+Path({str(tmp_path / "out" / "model.gguf")!r}).hardlink_to({str(source)!r})
 check_model(Path({str(tmp_path / "out")!r}))
 assert not {{"torch", "transformers", "accelerate"}} & set(sys.modules)
 """

@@ -21,6 +21,7 @@ from precast.errors import (
     UnsupportedArchitecture,
 )
 from precast.models.config import ModelConfig, load_config
+from precast.models.gguf_index import has_index, read_index
 from precast.models.quantized.scheme import Stored, expected_files
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.expected import expected_tensors
@@ -169,7 +170,9 @@ def _inspect(folder: Path) -> ModelInfo | BrokenModel:
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of each tensor, by name."""
+    """Shape and type of each tensor, by name; all of a GGUF file's can be floats."""
+    if has_index(folder):
+        return {name: (tensor.shape, "F32") for name, tensor in read_index(folder).items()}
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in weight_files(folder):
         refuse_pointer(path)

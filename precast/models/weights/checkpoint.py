@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from safetensors import safe_open
 
 from precast.errors import ModelCorrupt
+from precast.models.gguf_index import INDEX, files_of, has_index, read_index
 
 if TYPE_CHECKING:
     from torch import Tensor  # headers are read without it
@@ -16,7 +17,10 @@ _INDEX: Final = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those of its index if it has one. Raises ``ModelCorrupt``."""
+    """The folder's safetensors files: those of its index if it has one; or its GGUF files and
+    their index. Raises ``ModelCorrupt``."""
+    if has_index(folder):
+        return [folder / name for name in (*files_of(read_index(folder)), INDEX)]
     index = folder / _INDEX
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))

@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from precast.errors import ModelCorrupt
 from precast.models.config import ModelConfig
 from precast.models.layers import (
     AttentionWeights,
@@ -22,7 +23,7 @@ from precast.models.layers import (
 from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
 from precast.ops import providers
-from precast.ops.packing import Format, pack_into, packed_size
+from precast.ops.packing import Format, pack_into, packed_size_of
 from precast.ops.scaled import Weight, below, floats, in_order
 from precast.system.memory import Arena
 
@@ -201,10 +202,13 @@ class Loader(Generic[O_co]):
         else:
             fmt = self.shape.linear_format
             first = weight(0)
-            size = packed_size(first.shape[0], first.shape[1], fmt)
+            size = packed_size_of(first, fmt)
             packed = self.arena.empty((count, *size))
             for index in range(count):
-                pack_into(packed[index], first if index == 0 else weight(index), fmt)
+                one = first if index == 0 else weight(index)
+                if packed_size_of(one, fmt) != size:
+                    raise ModelCorrupt(f"{name}: experts differ in their formats")
+                pack_into(packed[index], one, fmt)
         self.packed[name] = packed
         return packed
 
@@ -287,4 +291,4 @@ def pack_in(arena: Arena, weight: Weight, fmt: Format) -> Tensor:
 
 def pack_table(arena: Arena, weight: Weight, fmt: Format) -> Tensor:
     """An embedding table [V, H] packed in the arena's memory."""
-    return pack_into(arena.empty(packed_size(weight.shape[0], weight.shape[1], fmt)), weight, fmt)
+    return pack_into(arena.empty(packed_size_of(weight, fmt)), weight, fmt)

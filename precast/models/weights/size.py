@@ -6,6 +6,7 @@ from typing import Final
 from precast.models.config import ModelConfig
 from precast.models.precision import Precision, row_bytes
 from precast.models.weights.expected import expected_tensors
+from precast.ops.gguf_types import GgufType, packed_row_bytes
 
 _TABLE: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
@@ -14,24 +15,36 @@ _HEAD: Final = "lm_head.weight"
 def weight_bytes(config: ModelConfig, precision: Precision, *, tp: int, positions: int) -> int:
     """Of all ranks together, to within a few percent: what a rank of uneven shards holds twice is
     left out."""
-    head = precision.head_quantization
+    types = config.file_types or {}
     shapes = dict(expected_tensors(config))
     table = shapes.pop(_TABLE)
-    total = tp * _linear(table, head, precision)  # whole on each rank
+    total = tp * _vocabulary(table, types.get(_TABLE), precision)  # whole on each rank
     if _HEAD in shapes or tp > 1:
-        total += _linear(shapes.pop(_HEAD, table), head, precision)
-    for shape in shapes.values():
+        kind = types.get(_HEAD, types.get(_TABLE))
+        total += _vocabulary(shapes.pop(_HEAD, table), kind, precision)
+    for name, shape in shapes.items():
         if len(shape) < 2:
             total += 4 * tp * sum(shape)  # norms, and biases: whole on each rank, in fp32
         elif len(shape) == 3:  # experts, [inputs, outputs] each
             total += shape[0] * _linear(shape[:0:-1], precision.quantization, precision)
         else:
-            total += _linear(shape, precision.quantization, precision)
+            total += _linear(shape, precision.quantization, precision, types.get(name))
     rotary = 4 * positions * config.rotary_dim * len(config.ropes)  # cosines and sines
     return total + tp * rotary
 
 
-def _linear(shape: tuple[int, ...], quantization: str, precision: Precision) -> int:
+def _vocabulary(shape: tuple[int, ...], own: GgufType | None, precision: Precision) -> int:
+    return _linear(shape, precision.head_quantization, precision, own)
+
+
+def _linear(
+    shape: tuple[int, ...], quantization: str, precision: Precision, own: GgufType | None = None
+) -> int:
+    """``own``: the type that a file has it in."""
     rows, columns = shape[0], shape[-1]
     kind = precision.weight_dtype if quantization == "none" else quantization
-    return -(-rows // 16) * 16 * row_bytes(kind, columns)
+    if kind == "file":
+        size = packed_row_bytes(own or GgufType.Q8_0, columns)
+    else:
+        size = row_bytes(kind, columns)
+    return -(-rows // 16) * 16 * size

@@ -10,32 +10,52 @@ constexpr int kPanel = 16;
 // Inputs that share a scale in the grouped formats, as in GGUF's Q4_0, Q4_1 and Q8_0.
 constexpr int kGroup = 32;
 
-// Formats of a linear's weights, as `precast.linear` takes them (precast/ops/formats.py). A weight
+// Formats of a linear's weights, as `precast.linear` takes them (precast/ops/packing.py). A weight
 // [N, K] is packed into ceil(N / 16) panels of panel_bytes() each:
 //   floats  [K][16]
 //   kInt8   [K/4][16][4] int8, then scales float32 [16]
-//   grouped [K/64] blocks of two groups: the groups' values, then their scales fp16 [2][16], then for
-//           kQ4_1 their minima fp16 [2][16]. Scales lie between the values because a row at a time
-//           reads a panel as one stream: with the scales behind it, two streams, it took 1.4 times as
-//           long. A group's values:
-//             kQ8_0        [8][16][4] int8; w = scale * q
-//             kQ4_0        [4][16][4] bytes; w = scale * (q - 8)
-//             kQ4_1        the same; w = scale * q + minimum
-//           A byte of a 4-bit group's row r has the input 4 r + j in its low half and the input
-//           4 (r + 4) + j in its high half.
+//   grouped blocks of groups of 32 inputs, with the groups' parameters: see blocks.h
+//   kMixed  no panels: parts of formats of their own, one below the other: see mixed.h
 // Panels begin on cache lines; rows past N and inputs past K are zero.
-enum class Format : int64_t { kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
-constexpr int64_t kFormats = 7;
+enum class Format : int64_t {
+  kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1,
+  kQ4_K, kQ5_K, kQ6_K, kQ5_0, kQ5_1, kIQ4_NL, kIQ4_XS, kMXFP4, kMixed
+};
+constexpr int64_t kFormats = 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline bool is_grouped(Format f) {
-  return f == Format::kQ8_0 || f == Format::kQ4_0 || f == Format::kQ4_1;
+// A group's values have 4, 5, 6 or 8 bits.
+struct Block {
+  int groups = 0;      // of 32 inputs; 0: a format without groups
+  int bits = 0;        // of a value
+  int parameters = 0;  // bytes of all groups' scales and minima
+};
+
+constexpr Block block_of(Format f) {
+  switch (f) {
+    case Format::kQ8_0: return {2, 8, 64};
+    case Format::kQ4_0: return {2, 4, 64};
+    case Format::kQ4_1: return {2, 4, 128};
+    case Format::kQ5_0: return {2, 5, 64};
+    case Format::kQ5_1: return {2, 5, 128};
+    case Format::kIQ4_NL: return {2, 4, 64};
+    case Format::kMXFP4: return {4, 4, 64};
+    case Format::kQ4_K: return {8, 4, 320};
+    case Format::kQ5_K: return {8, 5, 320};
+    case Format::kQ6_K: return {8, 6, 320};
+    case Format::kIQ4_XS: return {8, 4, 192};
+    default: return {};
+  }
 }
-inline bool is_quantized(Format f) { return f == Format::kInt8 || is_grouped(f); }
+
+constexpr bool is_grouped(Format f) { return block_of(f).groups > 0; }
+constexpr bool is_quantized(Format f) { return f == Format::kInt8 || is_grouped(f); }
+// Whether each half of a group, 16 inputs, has a scale of its own.
+constexpr bool has_halves(Format f) { return f == Format::kQ6_K; }
 
 inline int64_t padded_k(Format f, int64_t k) {
-  const int64_t unit = is_grouped(f) ? 2 * kGroup : f == Format::kInt8 ? 4 : 1;
+  const int64_t unit = is_grouped(f) ? block_of(f).groups * kGroup : f == Format::kInt8 ? 4 : 1;
   return (k + unit - 1) / unit * unit;
 }
 
@@ -44,14 +64,19 @@ inline int64_t padded_k(Format f, int64_t k) {
 // SmolLM2-135M's perplexity rose by 3.9 %, by 1.3 % with groups of 64, and by 0.9 % with these.
 inline int64_t input_groups(Format f, int64_t k) { return (padded_k(f, k) + kGroup - 1) / kGroup; }
 
-// Bytes of one group's values, and of a block of two groups with its scales.
-constexpr int64_t group_bytes(Format f) { return kGroup * kPanel / (f == Format::kQ8_0 ? 1 : 2); }
+// Bytes of one group's values, and of a block with its parameters. Large blocks have these in front, which
+// a row at a time reads as one stream; small ones behind.
+constexpr int64_t group_bytes(Format f) { return kGroup * kPanel * block_of(f).bits / 8; }
 constexpr int64_t block_bytes(Format f) {
-  return 2 * group_bytes(f) + 2 * kPanel * 2 * (f == Format::kQ4_1 ? 2 : 1);
+  return block_of(f).groups * group_bytes(f) + block_of(f).parameters;
+}
+constexpr int64_t values_at(Format f) { return block_of(f).groups > 2 ? block_of(f).parameters : 0; }
+constexpr int64_t parameters_at(Format f) {
+  return block_of(f).groups > 2 ? 0 : block_of(f).groups * group_bytes(f);
 }
 
 inline int64_t panel_bytes(Format f, int64_t k) {
-  if (is_grouped(f)) return padded_k(f, k) / (2 * kGroup) * block_bytes(f);
+  if (is_grouped(f)) return padded_k(f, k) / (block_of(f).groups * kGroup) * block_bytes(f);
   const int64_t values = padded_k(f, k) * kPanel;
   if (f == Format::kInt8) return (values + kPanel * 4 + 63) / 64 * 64;
   return (values * (f == Format::kFloat32 ? 4 : 2) + 63) / 64 * 64;
@@ -65,6 +90,8 @@ struct QuantizedInputs {
   float* scales;    // [entries]; value = scale * q
   int32_t* starts;  // what sums of integer products begin at, to make up for the weights' offset
   float* sums;      // scale * sum of q
+  int32_t* halves;  // null, or sums of q of a group's first 16 and, `entries` further, of its last 16
+  int64_t entries;  // of has_halves, a group's second half has its start so much further in starts
 };
 
 constexpr int64_t kRowBlock = 16;
@@ -85,13 +112,13 @@ struct LinearArgs {
   int64_t x_stride;
   const uint8_t* weight;
   const float* bias;  // [N] or null
-  float* y;           // [M, N]
+  float* y;           // [M, N], row stride y_stride
+  int64_t y_stride;
+  int64_t groups;          // of a row of inputs: those of the format, or more
   QuantizedInputs inputs;  // for the formats that need them
 };
 
-inline int64_t input_units(const LinearArgs& a) {
-  return (a.m + kRowBlock - 1) / kRowBlock * input_groups(a.format, a.k);
-}
+inline int64_t input_units(const LinearArgs& a) { return ceil_div(a.m, kRowBlock) * a.groups; }
 
 struct Kernels {
   const char* isa;
@@ -101,6 +128,9 @@ struct Kernels {
   // Symmetric quantisation of args.x: q = round(x / scale), scale = max|x| / 127 over the group. Writes
   // units [begin, end) of args.inputs, of input_units(args): a unit is a group of a block of rows.
   void (*quantize_inputs)(const LinearArgs& args, int64_t begin, int64_t end);
+
+  // Writes the starts that a format needs, out of `halves`.
+  void (*find_starts)(Format format, const QuantizedInputs& inputs);
 
   // y = x w^T + bias for the panels [panel_begin, panel_end).
   void (*linear)(const LinearArgs& args, int64_t panel_begin, int64_t panel_end);

@@ -32,6 +32,7 @@ const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
   static const Kernels table = {PRECAST_STR(PRECAST_ISA),
                                 kPanels,
                                 quantize_inputs,
+                                find_starts,
                                 linear,
                                 unpack_row,
                                 sum,

@@ -22,6 +22,11 @@ constexpr int64_t kMatrixRowsFrom = 12;
 static_assert(kMatrixRows == kRowBlock && kVectors == 1);
 constexpr int kGroupValues = kGroup * kPanel;
 
+// Formats of two groups to a block; the others' tiles are those of AVX-512.
+constexpr bool has_matrices(Format f) {
+  return f == Format::kInt8 || f == Format::kQ8_0 || f == Format::kQ4_0 || f == Format::kQ4_1;
+}
+
 // A panel's weights as matrices, a group each, and their scales.
 struct MatrixPanel {
   const uint8_t* values;
@@ -139,7 +144,7 @@ template <Format F>
     weights += t == 0 ? m.to_second : m.to_first;
   };
   const auto add = [&](auto t) {
-    const GroupParameters p = group_parameters<F>(scales, t, 0);
+    const GroupParameters p = F == Format::kInt8 ? GroupParameters{} : group_parameters<F>(scales, t, 0, 0);
     if (t == 1) scales += block_bytes(F);
     for_matrix_rows([&](auto r) {
       const vint sum = load_as<vint>(dots[t] + r * kPanel);
@@ -168,7 +173,7 @@ template <Format F>
 inline void matrix_tile(const LinearArgs& a, const MatrixPanel& m, int64_t index, int64_t first,
                         Prefetch ahead) {
   const int64_t groups = input_groups(F, a.k), rows = rows_of_block(a.m, first);
-  const int64_t at = first * groups;
+  const int64_t at = first * a.groups;
   alignas(64) float sums[kMatrixRows * kPanel];
   matrix_sums<F>({a.inputs.values + at * kGroup, a.inputs.scales + at, a.inputs.sums + at, rows}, m,
                  groups, ahead, sums);

@@ -21,7 +21,7 @@ inline const float* from(const float* values, int64_t at) {
 // A panel's sums, finished.
 inline void write_row(const LinearArgs& a, int64_t row, int64_t column, const vfloat* sums,
                       const float* scales = nullptr) {
-  float* y = a.y + row * a.n + column;
+  float* y = a.y + row * a.y_stride + column;
   if (column + kPanel <= a.n) {
     for (int v = 0; v < kVectors; ++v) {
       const int at = v * kLanes;

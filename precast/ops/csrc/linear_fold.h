@@ -1,25 +1,14 @@
 // What all tiles of quantised linears have in common: how a group's integers become part of a sum.
 #pragma once
 
+#include "blocks.h"
 #include "linear_float.h"
-#include "unpack.h"
 
 namespace precast {
 namespace {
 
-// Scales of a group of a panel's columns, and its minima; kInt8 has none for groups.
-struct GroupParameters {
-  vfloat scales, minima;
-};
-
-// `scales`: of the block of two groups; `second`: whether it is the second of them.
-template <Format F>
-inline GroupParameters group_parameters(const uint8_t* scales, int second, int v) {
-  GroupParameters parameters{};
-  const auto* values = reinterpret_cast<const Float16*>(scales) + v * kLanes;
-  if constexpr (F != Format::kInt8) parameters.scales = load(values + second * kPanel);
-  if constexpr (F == Format::kQ4_1) parameters.minima = load(values + (2 + second) * kPanel);
-  return parameters;
+constexpr bool has_minima(Format f) {
+  return f == Format::kQ4_1 || f == Format::kQ5_1 || f == Format::kQ4_K || f == Format::kQ5_K;
 }
 
 // A total with a group's integer sums added; `scale` and `sum` are those of a row's inputs.
@@ -27,7 +16,7 @@ template <Format F>
 inline vfloat add_group(vfloat total, vint dots, float scale, float sum, const GroupParameters& p) {
   if constexpr (F == Format::kInt8) return multiply_add(to_float(dots), splat(scale), total);
   total = multiply_add(to_float(dots) * splat(scale), p.scales, total);
-  return F == Format::kQ4_1 ? multiply_add(p.minima, splat(sum), total) : total;
+  return has_minima(F) ? multiply_add(p.minima, splat(sum), total) : total;
 }
 
 // What a tile of `tile_rows` rows asks for of the `bytes` at `next`, the panels behind its own. Each of the

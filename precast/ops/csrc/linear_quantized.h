@@ -1,7 +1,7 @@
 // Linears with 8-bit and 4-bit weights and inputs quantised to 8 bits on the fly.
 //
-// The grouped formats follow GGUF's blocks (32 inputs, one scale, perhaps a minimum), regrouped into
-// panels so that a vector holds four inputs of each of 16 columns: the dot product's own shape.
+// The grouped formats are GGUF's blocks, regrouped (blocks.h): each needs a way to load four of its values
+// for each column, and a group's scales.
 #pragma once
 
 #include <type_traits>
@@ -9,6 +9,7 @@
 #include "group_dots.h"
 #include "linear_amx.h"
 #include "linear_fold.h"
+#include "unpack.h"
 
 namespace precast {
 namespace {
@@ -40,8 +41,8 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
   const auto add = [&](int steps) {
     ahead.ask(lines);
     group_dots<Format::kInt8, MR, NP>(
-        w, stride, steps, a.inputs.values + at * kGroup, a.inputs.starts + at,
-        [&](int r, int p, int v, vint dots) {
+        w, stride, steps, a.inputs.values + at * kGroup, {a.inputs.starts + at, 0},
+        [&](int r, int p, int v, vint dots, int) {
           totals[r][p][v] = add_group<Format::kInt8>(totals[r][p][v], dots, a.inputs.scales[at + r],
                                                      0, GroupParameters{});
         });
@@ -67,22 +68,25 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
   clear(totals);
   int64_t at = t.at;
   Prefetch ahead = t.ahead;
+  constexpr int kGroups = block_of(F).groups, kPairs = kGroups / 2;
   const int64_t lines = per_step(ahead.lines, groups / 2);
-  const auto add = [&](int second) {
-    const uint8_t* scales = block + 2 * group_bytes(F);
+  const auto add = [&](int group) {
+    const uint8_t* parameters = block + parameters_at(F);
     group_dots<F, MR, NP>(
-        block + second * group_bytes(F), stride, kGroup / 4, a.inputs.values + at * kGroup,
-        a.inputs.starts + at, [&](int r, int p, int v, vint dots) {
+        block + values_at(F) + group * group_bytes(F), stride, kSteps, a.inputs.values + at * kGroup,
+        {a.inputs.starts + at, a.inputs.entries}, [&](int r, int p, int v, vint dots, int part) {
           totals[r][p][v] =
               add_group<F>(totals[r][p][v], dots, a.inputs.scales[at + r], a.inputs.sums[at + r],
-                           group_parameters<F>(scales + p * stride, second, v));
+                           group_parameters<F>(parameters + p * stride, group, part, v));
         });
     at += t.rows;
   };
-  for (int64_t g = 0; g < groups; g += 2, block += block_bytes(F)) {
-    ahead.ask(lines);
-    add(0);
-    add(1);
+  for (int64_t b = 0; b < groups; b += kGroups, block += block_bytes(F)) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+      ahead.ask(lines);
+      add(2 * pair);
+      add(2 * pair + 1);
+    }
   }
   for (int p = 0; p < NP; ++p) {
     for (int r = 0; r < MR; ++r) {
@@ -94,7 +98,7 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
 // NP panels against all rows of a block of inputs.
 template <Format F, int NP>
 inline void block_of_rows(const LinearArgs& a, int64_t panel, int64_t first) {
-  const int64_t groups = input_groups(F, a.k), rows = rows_of_block(a.m, first);
+  const int64_t groups = a.groups, rows = rows_of_block(a.m, first);
   const int64_t bytes = NP * panel_bytes(F, a.k);
   const uint8_t* next = a.weight + panel * panel_bytes(F, a.k) + bytes;
   int64_t row = 0;
@@ -118,7 +122,9 @@ inline void block_of_rows(const LinearArgs& a, int64_t panel, int64_t first) {
 template <Format F>
 void linear_quantized(const LinearArgs& a, int64_t begin, int64_t end) {
 #if defined(__AMX_INT8__)
-  if (a.m >= kMatrixRowsFrom) return linear_matrices<F>(a, begin, end);
+  if constexpr (has_matrices(F)) {
+    if (a.m >= kMatrixRowsFrom) return linear_matrices<F>(a, begin, end);
+  }
 #endif
   int64_t panel = begin;
   const auto panels = [&](auto np) {
@@ -140,6 +146,15 @@ void linear(const LinearArgs& a, int64_t begin, int64_t end) {
     case Format::kQ8_0: return linear_quantized<Format::kQ8_0>(a, begin, end);
     case Format::kQ4_0: return linear_quantized<Format::kQ4_0>(a, begin, end);
     case Format::kQ4_1: return linear_quantized<Format::kQ4_1>(a, begin, end);
+    case Format::kQ4_K: return linear_quantized<Format::kQ4_K>(a, begin, end);
+    case Format::kQ5_K: return linear_quantized<Format::kQ5_K>(a, begin, end);
+    case Format::kQ6_K: return linear_quantized<Format::kQ6_K>(a, begin, end);
+    case Format::kQ5_0: return linear_quantized<Format::kQ5_0>(a, begin, end);
+    case Format::kQ5_1: return linear_quantized<Format::kQ5_1>(a, begin, end);
+    case Format::kIQ4_NL: return linear_quantized<Format::kIQ4_NL>(a, begin, end);
+    case Format::kIQ4_XS: return linear_quantized<Format::kIQ4_XS>(a, begin, end);
+    case Format::kMXFP4: return linear_quantized<Format::kMXFP4>(a, begin, end);
+    case Format::kMixed: return;  // its parts have formats of their own
   }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "mixed.h"
 #include "pool.h"
 #include "shims.h"
 
@@ -36,24 +37,84 @@ Format format_of(int64_t format) {
 }
 
 // Quantised inputs live as long as the thread that calls operators, and grow to the largest it has seen.
-void quantize_inputs(LinearArgs& args) {
+// `parts`: of a weight, each with starts of its own; 0: a weight of args.format alone.
+void quantize_inputs(LinearArgs& args, int64_t parts = 0) {
   thread_local std::vector<int8_t> values;
   thread_local std::vector<float> scales, sums;
-  thread_local std::vector<int32_t> starts;
+  thread_local std::vector<int32_t> starts, halves;
   // And some behind the last row, for tiles that read more rows than there are.
-  const int64_t entries = args.m * input_groups(args.format, args.k) + kRowBlock;
+  const int64_t entries = args.m * args.groups + kRowBlock;
+  const bool by_halves = parts > 0 || has_halves(args.format);
   values.resize(entries * kGroup);
   scales.resize(entries);
   sums.resize(entries);
-  starts.resize(entries);
-  args.inputs = {values.data(), scales.data(), starts.data(), sums.data()};
+  starts.resize(entries * std::max<int64_t>(1, by_halves ? 2 * std::max<int64_t>(parts, 1) : 1));
+  if (by_halves) halves.resize(2 * entries);
+  args.inputs = {values.data(), scales.data(), starts.data(), sums.data(), by_halves ? halves.data() : nullptr,
+                 entries};
   const int64_t units = input_units(args);
-  if (args.m < 4) return kernels().quantize_inputs(args, 0, units);
-  // By group and not by row: a group's scales are a cache line, and threads that write the same one
-  // pass it to and fro. Where the cores were far apart, a step of 16 tokens took 1.36 times as long.
+  if (args.m < 4) {
+    kernels().quantize_inputs(args, 0, units);
+  } else {
+    // By group and not by row: a group's scales are a cache line, and threads that write the same one
+    // pass it to and fro. Where the cores were far apart, a step of 16 tokens took 1.36 times as long.
+    ThreadPool::instance().run([&](int part, int count) {
+      const Range mine = share(units, part, count);
+      kernels().quantize_inputs(args, mine.begin, mine.end);
+    });
+  }
+  if (by_halves && parts == 0) kernels().find_starts(args.format, args.inputs);
+}
+
+void multiply(const LinearArgs& args, int64_t panels) {
+  const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
   ThreadPool::instance().run([&](int part, int parts) {
-    const Range mine = share(units, part, parts);
-    kernels().quantize_inputs(args, mine.begin, mine.end);
+    const Range units = share(ceil_div(panels, unit), part, parts);
+    kernels().linear(args, units.begin * unit, std::min(units.end * unit, panels));
+  });
+}
+
+MixedWeight mixed_of(const at::Tensor& weight, int64_t k, const char* what) {
+  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte, what,
+              ": weight must be packed as uint8");
+  MixedWeight found;
+  const std::string wrong = read_mixed(weight.const_data_ptr<uint8_t>(), weight.numel(), found);
+  TORCH_CHECK(wrong.empty(), what, ": weight must be packed as parts: ", wrong);
+  TORCH_CHECK(found.k == k, what, ": weight is packed as parts of ", found.k, " columns, not ", k);
+  return found;
+}
+
+// All parts in one go: their units lie one behind the other.
+void multiply_mixed(LinearArgs args, const MixedWeight& weight) {
+  args.groups = mixed_groups(weight);
+  bool quantized = false;
+  for (int64_t i = 0; i < weight.count; ++i) quantized |= is_quantized(weight.parts[i].format);
+  if (quantized) quantize_inputs(args, weight.count);
+  const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
+  LinearArgs parts[kMaxParts];
+  int64_t units[kMaxParts + 1] = {}, row = 0;
+  for (int64_t i = 0; i < weight.count; ++i) {
+    const MixedPart& own = weight.parts[i];
+    parts[i] = args;
+    parts[i].format = own.format;
+    parts[i].n = own.rows;
+    parts[i].weight = args.weight + own.at;
+    parts[i].y = args.y + row;
+    if (args.bias != nullptr) parts[i].bias = args.bias + row;
+    if (is_quantized(own.format)) {
+      parts[i].inputs.starts += 2 * i * args.inputs.entries;
+      kernels().find_starts(own.format, parts[i].inputs);
+    }
+    units[i + 1] = units[i] + ceil_div(panels_of(own.rows), unit);
+    row += own.rows;
+  }
+  ThreadPool::instance().run([&](int part, int count) {
+    const Range mine = share(units[weight.count], part, count);
+    for (int64_t i = 0; i < weight.count; ++i) {
+      const int64_t begin = std::max(mine.begin, units[i]) - units[i], end = std::min(mine.end, units[i + 1]) - units[i];
+      const int64_t panels = panels_of(parts[i].n);
+      if (begin < end) kernels().linear(parts[i], begin * unit, std::min(end * unit, panels));
+    }
   });
 }
 
@@ -67,45 +128,63 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
   args.m = x.size(0);
   args.n = n;
   args.k = x.size(1);
+  at::Tensor y = at::empty({args.m, n}, x.options());
+  args.x = x.const_data_ptr<float>();
+  args.x_stride = x.stride(0);
+  args.bias = bias_of(bias, n);
+  args.y = y.mutable_data_ptr<float>();
+  args.y_stride = n;
+  if (args.format == Format::kMixed) {
+    const MixedWeight mixed = mixed_of(weight, args.k, "linear");
+    TORCH_CHECK(mixed.rows == n, "linear: weight is packed as parts of ", mixed.rows, " rows, not ", n);
+    args.weight = weight.const_data_ptr<uint8_t>();
+    ThreadPool::instance().will_read({args.weight, static_cast<int64_t>(weight.nbytes())});
+    multiply_mixed(args, mixed);
+    return y;
+  }
+  args.groups = input_groups(args.format, args.k);
   TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte && weight.dim() == 2 &&
                   weight.size(0) == panels_of(n) &&
                   weight.size(1) == panel_bytes(args.format, args.k),
               "linear: weight must be packed as uint8 [", panels_of(n), ", ",
               panel_bytes(args.format, args.k), "]");
-  at::Tensor y = at::empty({args.m, n}, x.options());
-  args.x = x.const_data_ptr<float>();
-  args.x_stride = x.stride(0);
   args.weight = weight.const_data_ptr<uint8_t>();
-  args.bias = bias_of(bias, n);
-  args.y = y.mutable_data_ptr<float>();
   if (is_quantized(args.format)) quantize_inputs(args);
-  const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
   ThreadPool::instance().will_read({args.weight, static_cast<int64_t>(weight.nbytes())});
-  ThreadPool::instance().run([&](int part, int parts) {
-    const Range units = share(ceil_div(weight.size(0), unit), part, parts);
-    kernels().linear(args, units.begin * unit, std::min(units.end * unit, weight.size(0)));
-  });
+  multiply(args, weight.size(0));
   return y;
 }
 
 namespace {
 
-at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t k, int64_t format) {
-  const Format f = format_of(format);
-  TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == at::kLong,
-              "embedding: ids must be a contiguous 1-D int64 tensor");
+// A packed weight as its parts: itself, if it is not mixed.
+MixedWeight parts_of(const at::Tensor& weight, int64_t k, Format f) {
+  if (f == Format::kMixed) return mixed_of(weight, k, "embedding");
   TORCH_CHECK(k > 0 && weight.is_contiguous() && weight.scalar_type() == at::kByte &&
                   weight.dim() == 2 && weight.size(1) == panel_bytes(f, k),
               "embedding: weight must be packed as uint8 [panels, ", panel_bytes(f, k), "]");
+  return {k, 1, weight.size(0) * kPanel, {{f, weight.size(0) * kPanel, 0}}};
+}
+
+void unpack_row(const uint8_t* weight, const MixedWeight& mixed, int64_t row, float* to) {
+  const MixedPart* part = mixed.parts;
+  for (; row >= part->rows; ++part) row -= part->rows;
+  kernels().unpack_row(part->format, weight + part->at, mixed.k, row, to);
+}
+
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t k, int64_t format) {
+  TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == at::kLong,
+              "embedding: ids must be a contiguous 1-D int64 tensor");
+  const MixedWeight mixed = parts_of(weight, k, format_of(format));
   const int64_t* rows = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.size(0); ++i) {
-    TORCH_CHECK(rows[i] >= 0 && rows[i] < weight.size(0) * kPanel, "embedding: no row ", rows[i]);
+    TORCH_CHECK(rows[i] >= 0 && rows[i] < mixed.rows, "embedding: no row ", rows[i]);
   }
   at::Tensor y = at::empty({ids.size(0), k}, ids.options().dtype(at::kFloat));
   float* out = y.mutable_data_ptr<float>();
   const auto copy = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels().unpack_row(f, weight.const_data_ptr<uint8_t>(), k, rows[i], out + i * k);
+      unpack_row(weight.const_data_ptr<uint8_t>(), mixed, rows[i], out + i * k);
     }
   };
   if (ids.size(0) < 8) {
@@ -144,7 +223,9 @@ int64_t read_memory(const at::Tensor& x) {
 TORCH_LIBRARY(precast, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int format) -> Tensor");
   m.def("embedding(Tensor ids, Tensor weight, int features, int format) -> Tensor");
+  m.def("unpack(Tensor ids, Tensor weight, int features, int format) -> Tensor");
   m.def("panel_bytes(int format, int in_features) -> int", [](int64_t format, int64_t k) {
+    TORCH_CHECK(format_of(format) != Format::kMixed, "panel_bytes: parts have formats of their own");
     return panel_bytes(format_of(format), k);
   });
   m.def("start_threads(int[] cores) -> ()", start_threads);
@@ -155,6 +236,7 @@ TORCH_LIBRARY(precast, m) {
 TORCH_LIBRARY_IMPL(precast, CPU, m) {
   m.impl("linear", linear);
   m.impl("embedding", embedding);
+  m.impl("unpack", embedding);  // whoever provides the other one
   m.impl("read_memory", read_memory);
 }
 

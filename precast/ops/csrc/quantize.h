@@ -1,6 +1,8 @@
 // Inputs of the linears with quantised weights: 8 bits, a scale for each group of 32 of a row.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace precast {
@@ -14,7 +16,28 @@ constexpr int32_t kOffset = 0;
 #endif
 
 constexpr int32_t weight_offset(Format f) {
-  return f == Format::kQ4_0 ? 8 : f == Format::kQ4_1 ? 0 : kOffset;
+  switch (f) {
+    case Format::kQ4_0: return 8;
+    case Format::kMXFP4: return 12;
+    case Format::kQ5_0: return 16;
+    case Format::kQ6_K: return 32;
+    case Format::kInt8:
+    case Format::kQ8_0:
+    case Format::kIQ4_NL:
+    case Format::kIQ4_XS: return kOffset;
+    default: return 0;
+  }
+}
+
+void find_starts(Format format, const QuantizedInputs& inputs) {
+  const int32_t offset = weight_offset(format);
+  const int32_t *first = inputs.halves, *second = first + inputs.entries;
+  for (int64_t i = 0; i < inputs.entries; ++i) {
+    inputs.starts[i] = -offset * (first[i] + (has_halves(format) ? 0 : second[i]));
+  }
+  for (int64_t i = 0; i < inputs.entries && has_halves(format); ++i) {
+    inputs.starts[inputs.entries + i] = -offset * second[i];
+  }
 }
 
 // Returns the sum of the quantised values. Rounds halves to even.
@@ -35,7 +58,7 @@ inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
 }
 
 void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
-  const int64_t groups = input_groups(a.format, a.k);
+  const int64_t groups = a.groups;
   const int32_t offset = weight_offset(a.format);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / groups * kRowBlock, group = unit % groups;
@@ -46,7 +69,17 @@ void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
       const int64_t at = input_at(a.m, groups, row, group);
       int8_t* q = a.inputs.values + at * kGroup;
       const float largest = largest_magnitude(x, count);
-      const int32_t sum = quantize(x, q, count, largest > 0 ? 127.0f / largest : 0.0f);
+      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      int32_t sum;
+      if (a.inputs.halves == nullptr) {
+        sum = quantize(x, q, count, inverse);
+      } else {
+        const int64_t half = std::min<int64_t>(count, kGroup / 2);
+        int32_t* sums = a.inputs.halves + at;
+        sums[0] = quantize(x, q, half, inverse);
+        sums[a.inputs.entries] = quantize(x + half, q + half, count - half, inverse);
+        sum = sums[0] + sums[a.inputs.entries];
+      }
       for (int64_t i = count; i < kGroup; ++i) q[i] = 0;
       a.inputs.scales[at] = largest / 127.0f;
       a.inputs.starts[at] = -offset * sum;

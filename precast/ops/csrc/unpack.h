@@ -1,12 +1,10 @@
 // Single rows of packed weights, as an embedding needs them.
 #pragma once
 
-#include "simd.h"
+#include "blocks.h"
 
 namespace precast {
 namespace {
-
-constexpr int kStepBytes = kPanel * 4;  // four inputs of a panel's columns
 
 template <typename W>
 inline void unpack_float_row(const uint8_t* panel, int64_t k, int64_t column, float* y) {
@@ -16,19 +14,17 @@ inline void unpack_float_row(const uint8_t* panel, int64_t k, int64_t column, fl
 
 template <Format F>
 inline void unpack_grouped_row(const uint8_t* panel, int64_t k, int64_t column, float* y) {
-  for (int64_t i = 0; i < k; ++i) {
-    const uint8_t* block = panel + i / (2 * kGroup) * block_bytes(F);
-    const int64_t group = i / kGroup % 2, at = i % kGroup;
-    const uint8_t* values = block + group * group_bytes(F) + column * 4 + at % 4;
-    const Float16* scales = reinterpret_cast<const Float16*>(block + 2 * group_bytes(F)) + column;
-    const float scale = to_float(scales[group * kPanel]);
-    if constexpr (F == Format::kQ8_0) {
-      y[i] = scale * static_cast<int8_t>(values[at / 4 * kStepBytes]);
-    } else {
-      const uint8_t both = values[at / 4 % 4 * kStepBytes];
-      const int q = at < kGroup / 2 ? both & 15 : both >> 4;
-      y[i] = F == Format::kQ4_0 ? scale * (q - 8)
-                                : scale * q + to_float(scales[(2 + group) * kPanel]);
+  constexpr int64_t kSize = kGroup / 2, kGroups = block_of(F).groups;
+  const int v = static_cast<int>(column / kLanes), lane = static_cast<int>(column % kLanes);
+  for (int64_t i = 0; i < k; i += kSize) {
+    const uint8_t* block = panel + i / (kGroups * kGroup) * block_bytes(F);
+    const int64_t group = i / kGroup % kGroups, first = i % kGroup;
+    const auto own =
+        group_parameters<F>(block + parameters_at(F), group, static_cast<int>(first / kSize), v);
+    const float scale = own.scales[lane], minimum = own.minima[lane];
+    const uint8_t* values = block + values_at(F) + group * group_bytes(F);
+    for (int64_t j = 0; j < kSize && i + j < k; ++j) {
+      y[i + j] = scale * value_of<F>(values, column, first + j) + minimum;
     }
   }
 }
@@ -51,6 +47,15 @@ void unpack_row(Format format, const uint8_t* weight, int64_t k, int64_t row, fl
     case Format::kQ8_0: return unpack_grouped_row<Format::kQ8_0>(panel, k, column, y);
     case Format::kQ4_0: return unpack_grouped_row<Format::kQ4_0>(panel, k, column, y);
     case Format::kQ4_1: return unpack_grouped_row<Format::kQ4_1>(panel, k, column, y);
+    case Format::kQ4_K: return unpack_grouped_row<Format::kQ4_K>(panel, k, column, y);
+    case Format::kQ5_K: return unpack_grouped_row<Format::kQ5_K>(panel, k, column, y);
+    case Format::kQ6_K: return unpack_grouped_row<Format::kQ6_K>(panel, k, column, y);
+    case Format::kQ5_0: return unpack_grouped_row<Format::kQ5_0>(panel, k, column, y);
+    case Format::kQ5_1: return unpack_grouped_row<Format::kQ5_1>(panel, k, column, y);
+    case Format::kIQ4_NL: return unpack_grouped_row<Format::kIQ4_NL>(panel, k, column, y);
+    case Format::kIQ4_XS: return unpack_grouped_row<Format::kIQ4_XS>(panel, k, column, y);
+    case Format::kMXFP4: return unpack_grouped_row<Format::kMXFP4>(panel, k, column, y);
+    case Format::kMixed: return;  // its parts have formats of their own
   }
 }
 

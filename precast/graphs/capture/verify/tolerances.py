@@ -12,6 +12,7 @@ LINEAR_BOUNDS: Final = {
     "q8_0": 3e-2,
     "q4_0": 3e-2,
     "q4_1": 3e-2,
+    "file": 3e-2,
 }
 KV_BOUNDS: Final = {"fp32": 3e-5, "bf16": 1e-2, "int8": 2e-2}
 EXACT_PROVIDERS: Final = ("native",)

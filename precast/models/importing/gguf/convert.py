@@ -1,50 +1,51 @@
-"""Turns a GGUF file into a Hugging Face folder, without a random or a lost tensor."""
+"""Makes a model folder of a GGUF file, without a random or a lost tensor: what other files say in
+Hugging Face's words, and an index of the file's own blocks."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from precast.errors import UnsupportedArchitecture
 from precast.models.config import load_config
+from precast.models.gguf_index import write_index
+from precast.models.importing.gguf.architectures import (
+    architecture_of,
+    check_name,
+    config_of,
+    sizes_of,
+)
 from precast.models.importing.gguf.header import GgufFile, first_text
-from precast.models.importing.gguf.llama import config_of, read_sizes
+from precast.models.importing.gguf.metadata import Metadata
 from precast.models.importing.gguf.tensors import wanted_tensors
 from precast.models.importing.gguf.tokenizer import Vocabulary, build_tokenizer, read_vocabulary
-from precast.models.importing.gguf.weights import write_weights
+from precast.models.importing.gguf.weights import check_numbers, index_of
 
-ARCHITECTURES: Final = ("llama",)
-"""Values of ``general.architecture`` that can be read."""
 _ARCHITECTURE: Final = "general.architecture"
 END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>")
 """Tokens that end an answer in common chat templates."""
 
 
 def convert(source: Path, target: Path, report: Callable[[str], None]) -> None:
-    """Write ``target``'s files. Raises ``ModelCorrupt`` or ``UnsupportedArchitecture``."""
+    """Write ``target``'s files; the blocks stay where they are. Raises ``ModelCorrupt`` or
+    ``UnsupportedArchitecture``."""
     report("reading the file")
     # first, because a large vocabulary takes a second to read
     if (claimed := first_text(source, _ARCHITECTURE)) is not None:
-        _check_architecture(source, claimed)
+        check_name(source, claimed)
     file = GgufFile(source)
-    _check_architecture(source, file.text(_ARCHITECTURE, "(none)"))
+    architecture = file.text(_ARCHITECTURE, "(none)")
+    layout = architecture_of(file, architecture).layout
     vocabulary = read_vocabulary(file)
-    sizes = read_sizes(file, vocabulary)
-    wanted = wanted_tensors(file, sizes)
-    _write_json(target / "config.json", config_of(file, sizes, vocabulary))
+    data = Metadata(file, architecture)
+    sizes = sizes_of(data, vocabulary)
+    wanted = wanted_tensors(file, sizes, layout)
+    _write_json(target / "config.json", config_of(data, sizes, vocabulary))
     load_config(target)
+    write_index(target, index_of(file, wanted))
     report("converting the tokenizer")
-    _write_tokenizer(file, vocabulary, target)
-    report("writing the weights")
-    write_weights(file, wanted, target / "model.safetensors")
-
-
-def _check_architecture(source: Path, architecture: str) -> None:
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UnsupportedArchitecture(
-            f"{source}: architecture {ascii(architecture)[1:-1]} is not one of: {known}"
-        )
+    _write_tokenizer(data, vocabulary, target)
+    report("checking the weights")
+    check_numbers(file, wanted)
 
 
 def end_ids(vocabulary: Vocabulary, template: str) -> list[int]:
@@ -55,7 +56,8 @@ def end_ids(vocabulary: Vocabulary, template: str) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _write_tokenizer(file: GgufFile, vocabulary: Vocabulary, target: Path) -> None:
+def _write_tokenizer(data: Metadata, vocabulary: Vocabulary, target: Path) -> None:
+    file = data.file
     build_tokenizer(file, vocabulary).save(str(target / "tokenizer.json"))
     template = file.text("tokenizer.chat_template")
     if template:
@@ -70,7 +72,7 @@ def _write_tokenizer(file: GgufFile, vocabulary: Vocabulary, target: Path) -> No
         "add_bos_token": vocabulary.adds_bos,
         "add_eos_token": vocabulary.adds_eos,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": file.integer("llama.context_length"),
+        "model_max_length": data.integer("context_length"),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     _write_json(target / "tokenizer_config.json", config | _given(names))

@@ -36,38 +36,80 @@ def _words(digits: str) -> str:
     )
 
 
-_CASED: Final = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED_PARTS: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+_REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED: Final = rf"{_CASED_PARTS[0]}|{_CASED_PARTS[1]}|\p{{N}}{_REST}"
+_CONTRACTED: Final = (
+    rf"{_CASED_PARTS[0]}{_CONTRACTIONS}?|{_CASED_PARTS[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}{_REST}"
+)
+_IDEOGRAPHS: Final = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_DEEPSEEK_3: Final = Split(
+    patterns=(
+        r"\p{N}{1,3}",
+        _IDEOGRAPHS,
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
 )
 _SINGLE_DIGITS: Final = Split(patterns=(r"\p{N}", _GPT2))
+_PLAIN: Final = Split(patterns=(_GPT2,))
+_WORDS_1: Final = Split(patterns=(_words(r"\p{N}"),))
 _WORDS_3: Final = Split(patterns=(_words(r"\p{N}{1,3}"),))
+_LLAMA_3: Final = Split(patterns=_WORDS_3.patterns, ignore_merges=True, adds_bos=True)
+_GPT_4O: Final = Split(patterns=(_CONTRACTED,))
+_MARKED: Final = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SEED: Final = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BLOOM: Final = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 SPLITS: Final = {
     "default": Split(
         patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     ),
-    "gpt-2": Split(patterns=(_GPT2,)),
-    "phi-2": Split(patterns=(_GPT2,)),
-    "olmo": Split(patterns=(_GPT2,)),
-    "mpt": Split(patterns=(_GPT2,)),
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "command-r": _SINGLE_DIGITS,
-    "codeshell": _SINGLE_DIGITS,
-    "exaone": _SINGLE_DIGITS,
-    "minerva-7b": _SINGLE_DIGITS,
-    "llama-bpe": Split(patterns=_WORDS_3.patterns, ignore_merges=True, adds_bos=True),
-    "llama3": Split(patterns=_WORDS_3.patterns, ignore_merges=True, adds_bos=True),
-    "llama-v3": Split(patterns=_WORDS_3.patterns, ignore_merges=True, adds_bos=True),
-    "falcon3": Split(patterns=_WORDS_3.patterns, ignore_merges=True, adds_bos=True),
-    "dbrx": _WORDS_3,
-    "smaug-bpe": _WORDS_3,
-    "qwen2": Split(patterns=(_words(r"\p{N}"),)),
-    "deepseek-r1-qwen": Split(patterns=(_words(r"\p{N}"),)),
-    "stablelm2": Split(patterns=(_words(r"\p{N}"),)),
+    **dict.fromkeys(
+        (
+            *("gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling", "exaone4"),
+            *("a.x-4.0", "mellum", "gigachat", "modern-bert", "jina-es", "jina-de"),
+        ),
+        _PLAIN,
+    ),
+    **dict.fromkeys(
+        (
+            *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+            "mellum2",
+        ),
+        _SINGLE_DIGITS,
+    ),
+    **dict.fromkeys(
+        (
+            *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
+            "lfm2",
+        ),
+        _LLAMA_3,
+    ),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _WORDS_3),
+    "glm4": Split(patterns=_WORDS_3.patterns, ignore_merges=True),
+    **dict.fromkeys(
+        (
+            *("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "kormo"),
+            "solar-open",
+        ),
+        _WORDS_1,
+    ),
+    "qwen35": Split(patterns=(_MARKED,)),
+    "seed-coder": Split(patterns=(_SEED,)),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _GPT_4O),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK_3),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), Split(patterns=(_BLOOM,))),
+    "viking": Split(patterns=(_BLOOM, r"\p{N}")),
     "deepseek-coder": Split(
         patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
     ),

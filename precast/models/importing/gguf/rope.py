@@ -6,6 +6,7 @@ import numpy as np
 
 from precast.errors import UnsupportedArchitecture
 from precast.models.importing.gguf.header import GgufFile
+from precast.models.importing.gguf.metadata import Metadata, Sizes
 from precast.models.rope import RopeConfig
 
 FREQUENCIES: Final = "rope_freqs.weight"
@@ -16,7 +17,7 @@ _LLAMA3: Final = {
     "original_max_position_embeddings": 8192,
 }
 """What all of Llama 3.1 to 3.3 have; the file holds the outcome only."""
-_PREFIX: Final = "llama.rope.scaling."
+_PREFIX: Final = "rope.scaling."
 _YARN: Final = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
@@ -24,49 +25,52 @@ _YARN: Final = {
 _KEYS: Final = {"type", "factor", "original_context_length", "finetuned", "attn_factor", *_YARN}
 
 
-def read_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
-    """``rope_parameters``. Raises ``UnsupportedArchitecture`` for a scaling that we lack."""
-    base = {"rope_theta": shortest(file.number("llama.rope.freq_base", 10000.0))}
-    scaling = _scaling(file)
+def read_rope(data: Metadata, sizes: Sizes, *, base: float = 10000.0) -> dict[str, Any]:
+    """``rope_parameters``; ``base``: where the file has none. Raises ``UnsupportedArchitecture``
+    for a scaling that we lack."""
+    file = data.file
+    theta = {"rope_theta": shortest(data.number("rope.freq_base", base))}
+    scaling = _scaling(data)
     if FREQUENCIES not in file.tensors:
-        return base | scaling
+        return theta | scaling
     if scaling["rope_type"] != "default":
         raise UnsupportedArchitecture(
-            f"{file.path}: both {_PREFIX}type and {FREQUENCIES} are not supported"
+            f"{file.path}: both {data.key(_PREFIX)}type and {FREQUENCIES} are not supported"
         )
-    return base | _of_factors(file, head_dim, base["rope_theta"])
+    return theta | _of_factors(file, sizes.head_dim, theta["rope_theta"])
 
 
-def _scaling(file: GgufFile) -> dict[str, Any]:
-    for key in file.fields:
-        if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) not in _KEYS:
-            raise UnsupportedArchitecture(f"{file.path}: {ascii(key)[1:-1]} is not supported")
-    old = file.number("llama.rope.scale_linear", 1.0)
-    kind = file.text(f"{_PREFIX}type", "linear" if old != 1.0 else "none")
-    factor = file.number(f"{_PREFIX}factor", old)
-    attention = file.number(f"{_PREFIX}attn_factor", 1.0)
+def _scaling(data: Metadata) -> dict[str, Any]:
+    path, prefix = data.file.path, data.key(_PREFIX)
+    for key in data.file.fields:
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _KEYS:
+            raise UnsupportedArchitecture(f"{path}: {ascii(key)[1:-1]} is not supported")
+    old = data.number("rope.scale_linear", 1.0)
+    kind = data.text(f"{_PREFIX}type", "linear" if old != 1.0 else "none")
+    factor = data.number(f"{_PREFIX}factor", old)
+    attention = data.number(f"{_PREFIX}attn_factor", 1.0)
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         found: dict[str, Any] = {"rope_type": "default"}
     elif kind == "linear":
         found = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
-        return _yarn(file, factor, attention)
+        return _yarn(data, factor, attention)
     else:
         raise UnsupportedArchitecture(
-            f"{file.path}: {_PREFIX}type = {kind!a} is not one of: none, linear, yarn"
+            f"{path}: {prefix}type = {kind!a} is not one of: none, linear, yarn"
         )
     if attention != 1.0:
-        raise UnsupportedArchitecture(f"{file.path}: {_PREFIX}attn_factor without yarn")
+        raise UnsupportedArchitecture(f"{path}: {prefix}attn_factor without yarn")
     return found
 
 
-def _yarn(file: GgufFile, factor: float, attention: float) -> dict[str, Any]:
-    original = file.integer(f"{_PREFIX}original_context_length", 0)
-    length = file.integer("llama.context_length")
+def _yarn(data: Metadata, factor: float, attention: float) -> dict[str, Any]:
+    original = data.integer(f"{_PREFIX}original_context_length", 0)
+    length = data.integer("context_length")
     given = {
-        ours: file.number(_PREFIX + theirs)
+        ours: data.number(_PREFIX + theirs)
         for theirs, ours in _YARN.items()
-        if _PREFIX + theirs in file.fields
+        if data.has(_PREFIX + theirs)
     }
     plain: dict[str, Any] = {
         "rope_type": "yarn",

@@ -1,117 +1,74 @@
-"""Writes a GGUF file's tensors as safetensors, some rows at a time."""
+"""Where a model's tensors are in a GGUF file, once they are known to be sound."""
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
-from gguf import quants
-from gguf.constants import GGMLQuantizationType as Type
 
 from precast.errors import ModelCorrupt, UnsupportedArchitecture
+from precast.models.gguf_index import FILE, IndexedTensor
 from precast.models.importing.gguf.header import GgufFile
 from precast.models.importing.gguf.tensors import Wanted
+from precast.ops.gguf_types import BLOCKS, GgufType
 
-_PLAIN: Final = {Type.F32: ("F32", 4), Type.F16: ("F16", 2), Type.BF16: ("BF16", 2)}
-"""Types that are taken as they are: safetensors' name and bytes of an element."""
-_CHUNK: Final = 8 << 20
-"""Elements that are dequantised at once: 32 MiB."""
+_CHUNK: Final = 64 << 20
+"""Bytes that are looked at together."""
+_NUMBERS: Final = {GgufType.F32: "<f4", GgufType.F16: "<f2"}
 
 Block = np.ndarray[Any, Any]
 
 
-def write_weights(file: GgufFile, wanted: Sequence[Wanted], target: Path) -> None:
-    """Quantised tensors become float32, others stay as they are.
-
-    Raises ``ModelCorrupt`` for values that are no numbers, ``UnsupportedArchitecture`` for types
-    that can't be read.
-    """
-    header, total = _header(file, wanted)
-    with target.open("wb") as out:
-        out.write(header)
-        for tensor in wanted:
-            for block in _blocks(file, tensor):
-                out.write(np.ascontiguousarray(block).data.cast("B"))
-        _check_length(out, len(header) + total, target)
+def index_of(file: GgufFile, wanted: Sequence[Wanted]) -> dict[str, IndexedTensor]:
+    """Each tensor's place. Raises ``UnsupportedArchitecture`` for types that can't be read."""
+    return {tensor.name: _place(file, tensor) for tensor in wanted}
 
 
-def _check_length(out: BinaryIO, expected: int, target: Path) -> None:
-    if out.tell() != expected:
-        raise AssertionError(f"{target}: {out.tell()} bytes written, not {expected}")
+def check_numbers(file: GgufFile, wanted: Sequence[Wanted]) -> None:
+    """Raises ``ModelCorrupt`` for a tensor with numbers or scales that are not finite."""
+    for name in dict.fromkeys(tensor.source for tensor in wanted if tensor.source):
+        kind = _type(file, name)
+        if not all(_finite(kind, rows) for rows in _rows(file, name)):
+            raise ModelCorrupt(f"{file.path}: tensor {name} has values that are not finite")
 
 
-def _header(file: GgufFile, wanted: Sequence[Wanted]) -> tuple[bytes, int]:
-    """Safetensors' header, and how many bytes of tensors follow it."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in wanted:
-        dtype, size = _stored(file, tensor)
-        nbytes = int(np.prod(tensor.shape, dtype=np.int64)) * size
-        entries[tensor.name] = {
-            "dtype": dtype,
-            "shape": tensor.shape,
-            "data_offsets": [at, at + nbytes],
-        }
-        at += nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, at
-
-
-def _stored(file: GgufFile, tensor: Wanted) -> tuple[str, int]:
-    kind = Type.F32 if tensor.source is None else file.tensors[tensor.source].type
-    return _PLAIN.get(kind, ("F32", 4))
-
-
-def _blocks(file: GgufFile, tensor: Wanted) -> Iterator[Block]:
-    """The tensor's rows in order, as arrays of some rows each."""
+def _place(file: GgufFile, tensor: Wanted) -> IndexedTensor:
     if tensor.source is None:
-        yield np.zeros(tensor.shape, np.float32)
-        return
-    rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
-    step = rows // tensor.heads if tensor.heads and rows > 1 else max(1, _CHUNK // columns)
-    for first in range(0, rows, step):
-        block = _values(file, tensor.source, first, min(first + step, rows))
-        yield _as_halves(block, tensor) if tensor.heads else block
+        return IndexedTensor(shape=tensor.shape)
+    entry = file.tensors[tensor.source]
+    return IndexedTensor(
+        shape=tensor.shape,
+        file=FILE,
+        type=_type(file, tensor.source),
+        start=entry.start + tensor.first_row * entry.row_bytes,
+        heads=tensor.heads,
+        less_one=tensor.less_one,
+    )
 
 
-def _values(file: GgufFile, name: str, first: int, last: int) -> Block:
-    kind = file.tensors[name].type
-    raw = file.rows(name, first, last)
-    if kind in _PLAIN:
-        block: Block = raw.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[_PLAIN[kind][0]])
-        finite = _finite_bf16(block) if kind is Type.BF16 else bool(np.isfinite(block).all())
-    else:
-        block = _dequantised(file, name, raw)
-        finite = bool(np.isfinite(block).all())
-    if not finite:
-        raise ModelCorrupt(f"{file.path}: tensor {name} has values that are not finite")
-    return block
-
-
-def _dequantised(file: GgufFile, name: str, raw: Block) -> Block:
+def _type(file: GgufFile, name: str) -> GgufType:
     kind = file.tensors[name].type
     try:
-        with np.errstate(all="ignore"):
-            block: Block = quants.dequantize(raw, kind)
-    except NotImplementedError:
+        return GgufType(int(kind))
+    except ValueError:
         raise UnsupportedArchitecture(
             f"{file.path}: tensor {name} has type {kind.name}, which can't be read"
         ) from None
-    return block
 
 
-def _finite_bf16(bits: Block) -> bool:
-    return bool(((bits & 0x7F80) != 0x7F80).all())
+def _rows(file: GgufFile, name: str) -> Iterator[Block]:
+    entry = file.tensors[name]
+    count, step = entry.nbytes // entry.row_bytes, max(1, _CHUNK // entry.row_bytes)
+    for first in range(0, count, step):
+        yield file.rows(name, first, min(first + step, count))
 
 
-def _as_halves(block: Block, tensor: Wanted) -> Block:
-    """GGUF rotates neighbours, Hugging Face a head's two halves: puts rows where those are.
-
-    A matrix' block is one head [head_dim, columns]; a bias is all of them, [1, rows].
-    """
-    heads = tensor.heads if len(tensor.shape) == 1 else 1
-    shape = block.shape
-    pairs = block.reshape(heads, tensor.shape[0] // tensor.heads // 2, 2, -1)
-    return pairs.swapaxes(1, 2).reshape(shape)
+def _finite(kind: GgufType, rows: Block) -> bool:
+    if kind in _NUMBERS:
+        return bool(np.isfinite(rows.view(_NUMBERS[kind])).all())
+    if kind is GgufType.BF16:
+        return bool(((rows.view("<u2") & 0x7F80) != 0x7F80).all())
+    blocks = rows.reshape(-1, BLOCKS[kind].nbytes)
+    if kind is GgufType.MXFP4:
+        return bool((blocks[:, 0] != 255).all())
+    highest = (blocks[:, at + 1] & 0x7C for at in BLOCKS[kind].scales)
+    return all(bool((bits != 0x7C).all()) for bits in highest)
