@@ -180,3 +180,41 @@ def quantized(tensor: Any, kind: GGMLQuantizationType) -> Any:
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
         # the highest bits are clear, so that every scale is a finite number
         return np.random.default_rng(7).integers(0, 0x3C, shape, dtype=np.uint8)
+
+
+def write_blocks(path: Path, kind: GGMLQuantizationType, **changes: Any) -> Path:
+    """A file whose matrices are random blocks of one type, which no float was ever made of."""
+    values = models.config(**changes)
+    entries = _fields(values) | byte_level()
+    count, rng = len(entries["tokenizer.ggml.tokens"]), np.random.default_rng(5)
+    hidden, mlp, dim = values["hidden_size"], values["intermediate_size"], values["head_dim"]
+    q, kv = values["num_attention_heads"] * dim, values["num_key_value_heads"] * dim
+    layer = {
+        "attn_q": (q, hidden),
+        "attn_k": (kv, hidden),
+        "attn_v": (kv, hidden),
+        "attn_output": (hidden, q),
+        "ffn_gate": (mlp, hidden),
+        "ffn_up": (mlp, hidden),
+        "ffn_down": (hidden, mlp),
+        "attn_norm": (hidden,),
+        "ffn_norm": (hidden,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (count, hidden), "output_norm": (hidden,)}
+    for index in range(values["num_hidden_layers"]):
+        shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}
+    writer = gguf.GGUFWriter(path, entries.pop("general.architecture"))
+    for key, value in entries.items():
+        _add(writer, key, value)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+        else:
+            size = gguf.quant_shape_to_byte_shape(shape, kind)
+            blocks = rng.integers(0, 0x3C, size, dtype=np.uint8)
+            writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

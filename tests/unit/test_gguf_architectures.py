@@ -16,6 +16,7 @@ from precast.models.precision import Precision
 from precast.ops import native
 from tests.support import gguf_models
 from tests.support.architectures import CONFIGS, ROPE, SIZES, WINDOW, forward, load, write_model
+from tests.support.gguf_files import write_blocks
 
 SAME = (
     "llama",
@@ -117,3 +118,40 @@ def test_a_files_own_formats_run_as_they_are(
     for actual, expected in zip(kept, exact, strict=True):
         errors = (actual - expected).norm(dim=1) / expected.norm(dim=1)
         assert float(errors.median()) < 0.1
+
+
+LARGE = {
+    "hidden_size": 1024,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 6,
+}
+
+
+def peak_mb(program: Callable[[], object]) -> float:
+    """What resident memory grows by while it runs, at the most."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = resident_mb("VmRSS")
+    program()
+    return resident_mb("VmHWM") - before
+
+
+def resident_mb(name: str) -> float:
+    [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(name)]
+    return int(line.split()[1]) / 1024
+
+
+def test_a_file_is_packed_in_little_more_than_its_size(tmp_path: Path) -> None:
+    """As floats it would take seven times as much; its pages and a linear come on top of what is
+    packed, and are gone by the next one."""
+    path = write_blocks(tmp_path / "large.gguf", Type.Q4_K, **LARGE)
+    size, loaded = path.stat().st_size / 2**20, []
+    assert size > 45
+    folder = tmp_path / "large"
+    folder.mkdir()
+    assert peak_mb(lambda: convert(path, folder, lambda _stage: None)) < 1.3 * size
+    (folder / "model.gguf").hardlink_to(path)
+    assert peak_mb(lambda: loaded.append(load(folder, precision=FILE))) < 1.3 * size + 32
+    assert loaded[0].weights.nbytes() < 1.1 * size * 2**20 + 32 * 2**20

@@ -15,6 +15,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from precast.cli.main import app
+from precast.cli.serve import named
+from precast.config.settings import ServeSettings
 from precast.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -28,7 +30,7 @@ from precast.models.importing.conversion import run_bounded
 from precast.models.importing.gguf.convert import end_ids
 from precast.models.importing.gguf.header import GgufFile
 from precast.models.importing.gguf.tokenizer import read_vocabulary
-from precast.models.importing.importer import find_built_in, import_model
+from precast.models.importing.importer import find_built_in, import_file, import_model
 from tests.support.gguf_files import byte_level, write_gguf
 from tests.support.models import config, write_model
 
@@ -305,3 +307,29 @@ def test_a_worker_goes_on_with_the_model_that_it_started_with(tmp_path: Path) ->
         worker.stdin.close()
     import_model(str(other), models, name="tiny", replace=True, report=quiet)
     assert [path.name for path in models.iterdir() if path.is_dir()] == ["tiny"]
+
+
+def test_a_file_that_is_served_by_its_path_is_imported_when_it_is_another(tmp_path: Path) -> None:
+    def imported() -> tuple[int, int]:
+        info = import_file(source, tmp_path / "models", report=quiet)
+        assert info.name == "tiny"
+        return info.context_length, (info.path / "model.gguf").stat().st_ino
+
+    source = write_gguf(tmp_path / "tiny.gguf", max_position_embeddings=64)
+    first = imported()
+    assert imported() == first
+    write_gguf(source, max_position_embeddings=96)
+    assert imported()[0] == 96
+
+
+def test_serve_takes_a_file_for_its_model(tmp_path: Path) -> None:
+    def name_of(model: str) -> str:
+        return named(ServeSettings(home=tmp_path, model=model)).model
+
+    path = tmp_path / "some" / "tiny.Q4_K_M.gguf"
+    path.parent.mkdir()
+    path.write_bytes(b"GGUF")
+    assert name_of(str(path)) == "tiny.Q4_K_M"
+    (tmp_path / "models" / "tiny.gguf").mkdir(parents=True)  # a name that ends so
+    assert name_of("tiny.gguf") == "tiny.gguf"
+    assert name_of("tiny") == "tiny"
