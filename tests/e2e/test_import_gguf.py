@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from precast.models.config import load_config
 from precast.models.importing.importer import find_built_in
 from precast.ops.native import start_threads
-from precast.system.placement import compute_threads
 from precast.tokenizer.load import load_tokenizer
 from tests.support.architectures import SEQUENCES, forward, load
 
@@ -29,7 +28,7 @@ def test_logits_are_those_of_the_gguf_file(demo_model: Path) -> None:
     direct = AutoModelForCausalLM.from_pretrained(
         str(source.parent), gguf_file=source.name, dtype=torch.float32
     )
-    start_threads(compute_threads())
+    start_threads((-1, -1))
     for ids, ours in zip(SEQUENCES, forward(load(demo_model)), strict=True):
         with torch.inference_mode():
             expected = direct(ids[None]).logits[0]
