@@ -98,6 +98,11 @@ class ModelConfig(BaseModel):
         return self.scheme.quantization if self.scheme is not None else None
 
     @property
+    def has_own_types(self) -> bool:
+        """Whether tensors have types of their own that can be kept side by side."""
+        return self.own_quantization == "file"
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

@@ -102,7 +102,7 @@ def _load(
     kept: Path | None,
     report: Report,
 ) -> Weights:
-    if "file" in (shape.quantization, shape.head_quantization) and config.file_types is None:
+    if "file" in (shape.quantization, shape.head_quantization) and not config.has_own_types:
         raise ConfigError(
             f"{folder}: quantization = file, but its weights are not out of a GGUF file"
         )

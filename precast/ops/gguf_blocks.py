@@ -101,7 +101,7 @@ class FileWeight:
 
     def _owner(self, rows: Tensor) -> Tensor:
         """Which of the tensors each row is of."""
-        return torch.bucketize(rows, self._starts()[1:], right=True)
+        return torch.bucketize(rows.contiguous(), self._starts()[1:], right=True)
 
     def _rows(self, rows: Tensor) -> "FileWeight":
         """Rows that ascend from tensor to tensor; views where they are neighbours."""

@@ -290,3 +290,38 @@ def quantize(folder: Path, floats: Stored, scheme: str) -> Stored:
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes [..., groups, 16] and exponents [..., groups] of floats [..., inputs], and what these
+    stand for."""
+    groups = weight.unflatten(-1, (-1, GROUP))
+    exponents = torch.floor(torch.log2(groups.abs().amax(-1) / 4))
+    scaled = groups / torch.exp2(exponents)[..., None]
+    table = torch.tensor([*FP4, *(-value for value in FP4)])
+    codes = (scaled[..., None] - table).abs().argmin(-1).to(torch.uint8)
+    values = table[codes.long()] * torch.exp2(exponents)[..., None]
+    blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return blocks, (exponents + 127).to(torch.uint8), values.flatten(-2)
+
+
+def write_gpt_oss(folder: Path) -> Path:
+    """A tiny gpt-oss with experts of MXFP4; in ``folder/floats`` what its weights stand for."""
+    text, floats = _model("gpt_oss")
+    stored = Stored()
+    for name in [name for name in floats if name.endswith(("gate_up_proj", "down_proj"))]:
+        blocks, scales, values = mxfp4(floats[name].transpose(1, 2).contiguous())
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        floats = {**floats, name: values.transpose(1, 2).contiguous()}
+    plain = folder / "floats"
+    plain.mkdir(parents=True)
+    for path in (plain, folder):
+        (path / "config.json").write_text(text)
+    rest = {name: tensor for name, tensor in floats.items() if f"{name}_blocks" not in stored}
+    save_file(stored | rest, folder / "model.safetensors")
+    save_file(floats, plain / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "mxfp4"})
+    return folder

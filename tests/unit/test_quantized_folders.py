@@ -21,9 +21,14 @@ from precast.models.load import load_weights
 from precast.models.precision import Precision, Quantization
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
-from precast.ops.packing import unpack
+from precast.ops.packing import Format, unpack
 from tests.support.architectures import POSITIONS, SEQUENCES, forward, load, reference
-from tests.support.quantized_folders import SCHEMES, change_config, write_quantized
+from tests.support.quantized_folders import (
+    SCHEMES,
+    change_config,
+    write_gpt_oss,
+    write_quantized,
+)
 
 EXACT = 1e-6
 """Relative to the largest: a product of floats is rounded in one order or another."""
@@ -284,3 +289,25 @@ def test_whatever_a_config_says_is_one_line(scheme: str, folders: Path, tmp_path
             lines.append(str(error))
     assert len(lines) > 20
     assert all("\n" not in line and len(line) < 900 for line in lines)
+
+
+def test_experts_of_mxfp4_are_what_they_stand_for(tmp_path: Path) -> None:
+    folder = write_gpt_oss(tmp_path)
+    config = load_config(folder)
+    check_weights(folder, config)
+    assert config.own_quantization == "file"
+    own = Precision(quantization="file", head_quantization="file")
+    ours, kept = forward(load(folder)), load(folder, precision=own)
+    floats = load_file(folder / "floats" / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    expected = floats[name][1].T  # a kernel's own values
+    found = unpack(kept.weights.layers[0].mlp.down[1], *expected.shape, Format.MIXED)
+    assert torch.equal(found, expected)
+    for actual, quantized, right in zip(
+        ours, forward(kept), reference(folder / "floats"), strict=True
+    ):
+        assert relative_error(actual, right) < 1e-4
+        assert (quantized - right).norm() < 0.1 * right.norm()
+    change_tensor(folder, f"{name}_scales", lambda t: t.fill_(255))
+    with pytest.raises(PrecastError, match="scales that are no numbers"):
+        load(folder, precision=own)

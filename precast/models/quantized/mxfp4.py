@@ -1,31 +1,30 @@
 """MXFP4, as gpt-oss has its experts: 4-bit floats, two in a byte, with a power of two for each 32
-inputs. All experts of a layer are in one tensor.
+inputs. All experts of a layer are in one tensor; other linears are floats.
 
-Twice a value is a whole number from -12 to 12, so q8_0 holds them exactly.
+Experts run as GGUF's blocks of the same type, other linears as the floats that they are.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from precast.errors import ModelCorrupt
 from precast.models.precision import Quantization
 from precast.models.quantized.scheme import Files, Scheme, Stored
+from precast.ops.gguf_types import GgufType
 from precast.ops.layout import GROUP
 
 if TYPE_CHECKING:
-    from precast.ops.scaled import ScaledWeight
+    from torch import Tensor
 
-_TWICE: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""What each of the 16 values stands for, times two."""
-_BIAS: Final = 128
-"""Of a scale's exponent, and one for the factor two."""
+    from precast.ops.gguf_blocks import FileWeight
+    from precast.ops.scaled import ScaledWeight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mxfp4:
-    quantization: Quantization = "q8_0"
-    loss: str = "layers that are not quantised: rounded to 8 bits for each 32 inputs"
+    quantization: Quantization = "file"
+    loss: str = ""
 
     def is_stored(self, module: str, names: Collection[str]) -> bool:
         return f"{module}_blocks" in names
@@ -51,22 +50,29 @@ class Mxfp4:
 
     def expert(
         self, files: Files, module: str, index: int, shape: tuple[int, int, int]
-    ) -> "ScaledWeight":
+    ) -> "FileWeight":
         """One expert's weights, [outputs, inputs]."""
-        import torch
-
-        from precast.ops.scaled import ScaledWeight
+        from precast.ops.gguf_blocks import FileWeight, RawRows
 
         stored = self.tensors(module, shape, ())
         blocks = files.get(f"{module}_blocks", stored[f"{module}_blocks"].shape)[index]
-        exponents = files.get(f"{module}_scales", stored[f"{module}_scales"].shape)[index]
-        if bool((exponents == 255).any()):
-            raise ModelCorrupt(f"{module}_scales: a scale is not finite")
-        table = torch.tensor(_TWICE, dtype=torch.int8)
-        halves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(1)
-        values = table[halves[:, : shape[1]].int()]
-        scales = torch.ldexp(torch.ones(1), exponents.int() - _BIAS)
-        return ScaledWeight(values=values, scales=scales, group=GROUP, bits=8)
+        scales = files.get(f"{module}_scales", stored[f"{module}_scales"].shape)[index]
+        return FileWeight([RawRows(GgufType.MXFP4, shape[1], _gguf_rows(blocks, scales))])
+
+
+def own_type(shape: tuple[int, ...]) -> GgufType:
+    """What a linear, or a tensor of experts, takes in memory."""
+    return GgufType.MXFP4 if len(shape) == 3 else GgufType.BF16
+
+
+def _gguf_rows(blocks: "Tensor", scales: "Tensor") -> "Tensor":
+    """GGUF's blocks out of bytes [N, groups, 16] and exponents [N, groups]: an exponent lies before
+    its values, and a byte has values that are 16 apart instead of neighbours."""
+    import torch
+
+    values = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(2)
+    bytes_ = values[..., : GROUP // 2] | (values[..., GROUP // 2 :] << 4)
+    return torch.cat((scales[..., None], bytes_), dim=-1).flatten(1)
 
 
 def read(settings: Mapping[str, Any]) -> Scheme:

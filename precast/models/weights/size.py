@@ -5,6 +5,7 @@ from typing import Final
 
 from precast.models.config import ModelConfig
 from precast.models.precision import Precision, row_bytes
+from precast.models.quantized.mxfp4 import Mxfp4, own_type
 from precast.models.weights.expected import expected_tensors
 from precast.ops.gguf_types import GgufType, packed_row_bytes
 
@@ -15,8 +16,10 @@ _HEAD: Final = "lm_head.weight"
 def weight_bytes(config: ModelConfig, precision: Precision, *, tp: int, positions: int) -> int:
     """Of all ranks together, to within a few percent: what a rank of uneven shards holds twice is
     left out."""
-    types = config.file_types or {}
     shapes = dict(expected_tensors(config))
+    types = config.file_types or {}
+    if isinstance(config.scheme, Mxfp4):
+        types = {name: own_type(shape) for name, shape in shapes.items()}
     table = shapes.pop(_TABLE)
     total = tp * _vocabulary(table, types.get(_TABLE), precision)  # whole on each rank
     if _HEAD in shapes or tp > 1:
@@ -26,7 +29,8 @@ def weight_bytes(config: ModelConfig, precision: Precision, *, tp: int, position
         if len(shape) < 2:
             total += 4 * tp * sum(shape)  # norms, and biases: whole on each rank, in fp32
         elif len(shape) == 3:  # experts, [inputs, outputs] each
-            total += shape[0] * _linear(shape[:0:-1], precision.quantization, precision)
+            kind = types.get(name)
+            total += shape[0] * _linear(shape[:0:-1], precision.quantization, precision, kind)
         else:
             total += _linear(shape, precision.quantization, precision, types.get(name))
     rotary = 4 * positions * config.rotary_dim * len(config.ropes)  # cosines and sines
