@@ -75,7 +75,7 @@ def leader() -> int:
     wrap(Scheduler, "schedule", "schedule anew")
     wrap(RankGroup, "send_step", "step to socket")
     wrap(Delivery, "tell", "text and message")
-    wrap(LocalLink, "send", "message to socket")
+    wrap(LocalLink, "_send", "message to socket")
     settings = load_settings(DecodeWorkerSettings)
     module = os.environ.get("PRECAST_BENCH_RANK", "bench._traced")
     return run(settings, RankLauncher(module), shares(settings)[0])
@@ -90,8 +90,11 @@ def gateway() -> int:
 
     wrap(LocalLink, "data_received", "turn")
     wrap(WorkerConnection, "_handle", "hand out")
+    wrap(WorkerConnection, "_handle_tokens", "hand out")
     wrap(streaming._Stream, "show", "render")
+    wrap(streaming._Stream, "show_delta", "render")
     wrap(streaming._Sender, "_write", "HTTP to socket")
+    wrap(streaming._Sender, "write", "HTTP to socket")
     return run(load_settings(GatewaySettings))
 
 

@@ -4,6 +4,10 @@ gRPC costs each side 150 us of processor time and more for a message, on the cor
 tokens. Here a message is its length and its bytes on a Unix socket. A server has a name in the
 abstract namespace, which ends with its process and is seen in its network namespace alone: who
 finds it is on the same host, and who doesn't takes gRPC. Only processes of one user are connected.
+
+A server has two names, of which the second is that of connections whose messages say of which kind
+they are: what a step gives comes as ``StepTokens`` there, where that can say it. Processes of an
+older version know the first one alone.
 """
 
 import asyncio
@@ -11,19 +15,26 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final, cast
 
 from google.protobuf.message import Message
 
 from precast.log import get_logger
+from precast.rpc import step_tokens
 from precast.rpc.server import MAX_MESSAGE_BYTES
+from precast.rpc.step_tokens import StepTokens
 
 log = get_logger(__name__)
 
 SLOW_READER_S: Final = 20.0
 """How long a peer may read nothing before it is given up."""
 _LENGTH: Final = struct.Struct("<I")
+_LENGTH_AND_KIND: Final = struct.Struct("<IB")
+_PROTOBUF: Final = 0
+_TOKENS: Final = 1
+_WITH_KINDS: Final = "/2"
+"""Behind the name of a server for such connections."""
 _CREDENTIALS: Final = struct.Struct("3i")
 """Process, user and group, as the kernel tells them."""
 _MAX_UNREAD: Final = 64
@@ -38,52 +49,72 @@ on the link itself while that ``is_writable``, between two of its responses."""
 class LocalLink(asyncio.Protocol):
     """One end of a connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kinds: bool = False) -> None:
+        """``kinds``: messages say of which they are."""
+        self.kinds: Final = kinds
+        self._header = _LENGTH_AND_KIND if kinds else _LENGTH
         self._early: list[bytes] = []
         """What came before anybody wanted it."""
         self._on_message: Callable[[bytes], None] = self._early.append
+        self._on_tokens: Callable[[StepTokens], None] | None = None
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
+        self._socket: socket.socket | None = None
+        """The transport's own, to send past it."""
         self._writable = asyncio.Event()
         self._writable.set()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended."""
 
-    def deliver(self, on_message: Callable[[bytes], None]) -> None:
-        """``on_message`` is called with each message that has come or will."""
+    def deliver(
+        self,
+        on_message: Callable[[bytes], None],
+        on_tokens: Callable[[StepTokens], None] | None = None,
+    ) -> None:
+        """``on_message`` is called with each message that has come or will; ``on_tokens`` with
+        those of tokens, which come behind others."""
         early, self._early = self._early, []
-        self._on_message = on_message
+        self._on_message, self._on_tokens = on_message, on_tokens
         for message in early:
             on_message(message)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole message, and nothing that waits for the rest of it.
-        if not self._buffer and len(data) >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(data)
-            if len(data) == _LENGTH.size + size:
-                self._on_message(data[_LENGTH.size :])
+        size = self._header.size
+        if not self._buffer and len(data) >= size:
+            length, *kind = self._header.unpack_from(data)
+            if len(data) == size + length:
+                self._take(kind, data[size:])
                 return
         self._buffer += data
         self._take_whole()
 
     def _take_whole(self) -> None:
         """Hand out the messages that are complete."""
-        at = 0
-        while len(self._buffer) - at >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(self._buffer, at)
-            if size > MAX_MESSAGE_BYTES:
-                log.error("message too large", size=size)
+        at, size = 0, self._header.size
+        while len(self._buffer) - at >= size:
+            length, *kind = self._header.unpack_from(self._buffer, at)
+            if length > MAX_MESSAGE_BYTES:
+                log.error("message too large", size=length)
                 self.abort()
                 return
-            start, end = at + _LENGTH.size, at + _LENGTH.size + size
+            start, end = at + size, at + size + length
             if len(self._buffer) < end:
                 break
-            self._on_message(bytes(self._buffer[start:end]))
+            self._take(kind, bytes(self._buffer[start:end]))
             at = end
         del self._buffer[:at]
+
+    def _take(self, kind: list[int], message: bytes) -> None:
+        if kind == [_TOKENS]:
+            if self._on_tokens is not None:
+                self._on_tokens(step_tokens.decode(message))
+        else:
+            self._on_message(message)
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -93,6 +124,8 @@ class LocalLink(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._writable.set()
+        if self._socket is not None:
+            self._socket.close()
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -103,8 +136,24 @@ class LocalLink(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         data = message.SerializeToString()
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(_LENGTH.pack(len(data)) + data)
+        header = (len(data), _PROTOBUF) if self.kinds else (len(data),)
+        self._send(self._header.pack(*header) + data)
+
+    def send_tokens(self, tokens: StepTokens) -> None:
+        """Only where there are ``kinds``."""
+        data = step_tokens.encode(tokens)
+        self._send(_LENGTH_AND_KIND.pack(len(data), _TOKENS) + data)
+
+    def _send(self, data: bytes) -> None:
+        """Now, where that can be: the event loop would do it after all else of its turn."""
+        transport, sent = self._transport, 0
+        if transport is None or transport.is_closing():
+            return
+        if self._socket is not None and not transport.get_write_buffer_size():
+            with suppress(OSError):  # it is full, or broken: the transport finds out
+                sent = self._socket.send(data)
+        if sent < len(data):
+            transport.write(data[sent:])
 
     @property
     def is_writable(self) -> bool:
@@ -129,13 +178,17 @@ class LocalLink(asyncio.Protocol):
 
 async def connect_locally(name: str) -> LocalLink | None:
     """A connection to the server of this name; None if there is none on this host for us."""
+    return await _connect(name, kinds=True) or await _connect(name, kinds=False)
+
+
+async def _connect(name: str, *, kinds: bool) -> LocalLink | None:
     loop = asyncio.get_running_loop()
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        client.connect(_address(name))  # never waits: it is refused, or done
+        client.connect(_address(name, kinds=kinds))  # never waits: it is refused, or done
         if not _of_our_user(client):
             raise PermissionError("another user's process")
-        _, link = await loop.create_unix_connection(LocalLink, sock=client)
+        _, link = await loop.create_unix_connection(lambda: LocalLink(kinds=kinds), sock=client)
     except OSError:
         client.close()
         return None
@@ -155,32 +208,38 @@ async def serving_locally(
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    listener.bind(_address(name))
-    server = await loop.create_unix_server(lambda: _ServerLink(begin), sock=listener)
+    servers = [await _listen(name, begin, kinds=kinds) for kinds in (True, False)]
     try:
         yield
     finally:
-        server.close()
+        for server in servers:
+            server.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def _listen(
+    name: str, begin: "Callable[[_ServerLink], None]", *, kinds: bool
+) -> asyncio.Server:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listener.bind(_address(name, kinds=kinds))
+    loop = asyncio.get_running_loop()
+    return await loop.create_unix_server(lambda: _ServerLink(begin, kinds=kinds), sock=listener)
+
+
 class _ServerLink(LocalLink):
     """Puts messages into a queue, and reads no more while it is full."""
 
-    def __init__(self, begin: "Callable[[_ServerLink], None]") -> None:
-        super().__init__()
+    def __init__(self, begin: "Callable[[_ServerLink], None]", *, kinds: bool) -> None:
+        super().__init__(kinds=kinds)
         self._begin = begin
         self._unread: asyncio.Queue[bytes] = asyncio.Queue()
         self.deliver(self._put)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as peer:
-            known = _of_our_user(peer)
-        if known:
+        if self._socket is not None and _of_our_user(self._socket):
             self._begin(self)
         else:
             self.abort()
@@ -231,5 +290,5 @@ def _of_our_user(connected: socket.socket) -> bool:
     return bool(_CREDENTIALS.unpack(raw)[1] == os.geteuid())
 
 
-def _address(name: str) -> str:
-    return f"\0precast-{name}"
+def _address(name: str, *, kinds: bool) -> str:
+    return f"\0precast-{name}{_WITH_KINDS if kinds else ''}"

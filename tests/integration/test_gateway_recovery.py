@@ -391,7 +391,7 @@ def test_a_worker_of_this_host_is_served_past_grpc_and_another_over_it(
 ) -> None:
     def linked() -> int:
         """Sockets of this name: one listens, and each connection has one."""
-        return Path("/proc/net/unix").read_text().split().count(f"@precast-{name}")
+        return Path("/proc/net/unix").read_text().split().count(f"@precast-{name}/2")
 
     name = f"w{os.getpid()}-{local}"
     worker = stack.worker(worker_id=name, local=local, step_ms=5)

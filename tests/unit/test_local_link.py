@@ -12,6 +12,7 @@ import uvloop
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.rpc import local_link
 from precast.rpc.local_link import LocalLink, connect_locally, serving_locally
+from precast.rpc.step_tokens import StepTokens
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -72,6 +73,57 @@ def test_messages_of_any_size_come_whole_and_in_order(run: Any) -> None:
             return got
 
     assert run(talk()) == ["hello", *sent]
+
+
+def test_tokens_come_between_messages_in_order(run: Any) -> None:
+    """Also with the beginning of the next one, and in parts."""
+    many = StepTokens(list(range(50_000)), [1] * 50_000, list(range(50_000)), ["é"] * 50_000)
+
+    async def handler(
+        requests: AsyncIterator[pb.AbortRequest], link: LocalLink
+    ) -> AsyncIterator[pb.AbortRequest]:
+        async for request in requests:
+            link.send_tokens(StepTokens([1], [2], [3, 4], ["x"]))
+            link.send_tokens(many)
+            yield request
+
+    async def talk() -> list[object]:
+        name, got = secrets.token_hex(8), list[object]()
+        async with serving_locally(name, handler, pb.AbortRequest.FromString):
+            link = await connect_locally(name)
+            assert link is not None
+            over = asyncio.Event()
+
+            def add(message: bytes) -> None:
+                got.append(text_of(message))
+                over.set()
+
+            link.deliver(add, got.append)
+            link.send(pb.AbortRequest(request_id="last"))
+            await over.wait()
+            return got
+
+    assert run(talk()) == [StepTokens([1], [2], [3, 4], ["x"]), many, "last"]
+
+
+@pytest.mark.parametrize("older", ["client", "server"])
+def test_processes_of_an_older_version_are_talked_to_as_they_talk(
+    run: Any, monkeypatch: pytest.MonkeyPatch, older: str
+) -> None:
+    async def talk() -> list[str]:
+        name = secrets.token_hex(8)
+        async with serving_locally(name, echo, pb.AbortRequest.FromString):
+            if older == "client":
+                link = await local_link._connect(name, kinds=False)
+            else:
+                monkeypatch.setattr(local_link, "_WITH_KINDS", "/not there")
+                link = await connect_locally(name)
+            assert link is not None
+            assert not link.kinds
+            link.send(pb.AbortRequest(request_id="x"))
+            return await Got(link).until(2)
+
+    assert run(talk()) == ["hello", "x"]
 
 
 def test_the_handler_ends_with_its_client_and_the_link_with_its_server(run: Any) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.rpc.step_tokens import StepTokens, decode, encode
 from services.decode_worker.engine import response_buffer
 from services.decode_worker.engine.response_buffer import (
     MAX_UNREAD_ENDINGS,
@@ -131,13 +132,20 @@ async def test_no_room_until_the_client_reads() -> None:
 class Peer:
     """A stream's other end, which may not read for a while."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kinds: bool = False) -> None:
         self.is_writable = True
+        self.kinds = kinds
         self.got: list[int] = []
+        self.tokens: list[StepTokens] = []
 
     def send(self, message: pb.GenerateResponse) -> None:
         assert self.is_writable
         self.got += message.step.token_ids
+
+    def send_tokens(self, tokens: StepTokens) -> None:
+        assert self.is_writable
+        self.got += tokens.token_ids
+        self.tokens.append(tokens)
 
     async def read(self, outbox: Outbox) -> None:
         """As a server of streams does it: waits until the peer reads, then sends."""
@@ -163,10 +171,41 @@ async def test_a_step_is_sent_in_the_turn_that_told_it() -> None:
     assert await all_of(outbox) == []
 
 
-async def test_what_a_slow_reader_gets_stays_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_of_tokens_alone_is_a_message_of_its_own_kind() -> None:
+    outbox, peer = Outbox(columns=True), Peer(kinds=True)
+    outbox.attach(peer)
+    outbox.token(A, 1, "x", None)
+    outbox.token(A, 2, "", None)
+    outbox.token(B, 3, "é", None)
+    outbox.flush()
+    both = StepTokens([7, 8], [2, 1], [1, 2, 3], ["x", "é"])
+    assert [decode(encode(tokens)) for tokens in peer.tokens] == [both]
+
+
+@pytest.mark.parametrize("more", ["report", "end", "heartbeat", "prompt"])
+async def test_a_step_with_more_than_tokens_is_a_whole_message(more: str) -> None:
+    outbox, peer = Outbox(columns=True), Peer(kinds=True)
+    outbox.attach(peer)
+    outbox.token(A, 1, "x", None)
+    outbox.token(B, 2, "y", report(2) if more == "report" else None)
+    if more == "end":
+        outbox.end(Ending(recipient=A, end=FINISHED))
+    elif more == "heartbeat":
+        outbox.heartbeat(pb.Heartbeat())
+    elif more == "prompt":
+        outbox.prompt(A, [report(1)])
+    outbox.flush()
+    assert (peer.got, peer.tokens) == ([1, 2], [])
+    assert await all_of(outbox) == []
+
+
+@pytest.mark.parametrize("kinds", [False, True])
+async def test_what_a_slow_reader_gets_stays_in_order(
+    monkeypatch: pytest.MonkeyPatch, kinds: bool
+) -> None:
     """Steps that come while the stream's task holds messages which the peer did not take yet."""
     monkeypatch.setattr(response_buffer, "MAX_COLUMN_BYTES", 10_000)
-    outbox, peer = Outbox(columns=True), Peer()
+    outbox, peer = Outbox(columns=True), Peer(kinds=kinds)
     outbox.attach(peer)
     reader = asyncio.create_task(peer.read(outbox))
     await turns()

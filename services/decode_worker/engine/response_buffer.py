@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from precast.rpc.step_tokens import StepTokens
 
 MAX_UNREAD_ENDINGS: Final = 1024
 MAX_PROMPT_TOKENS: Final = 1024
@@ -76,7 +77,13 @@ class Sink(Protocol):
     def is_writable(self) -> bool:
         """Whether it takes a message now."""
 
+    @property
+    def kinds(self) -> bool:
+        """Whether it takes ``StepTokens`` too."""
+
     def send(self, message: pb.GenerateResponse) -> None: ...
+
+    def send_tokens(self, tokens: StepTokens) -> None: ...
 
 
 class Outbox:
@@ -104,9 +111,28 @@ class Outbox:
         if self._sink is None or self._yielding or not self._sink.is_writable:
             self._changed.set()
             return
-        for response in self._taken():
-            self._sink.send(response)
+        tokens = self._tokens_alone() if self._sink.kinds else None
+        if tokens is not None:
+            self._outputs = {}
+            self._sink.send_tokens(tokens)
+        else:
+            for response in self._taken():
+                self._sink.send(response)
         self._read.set()
+
+    def _tokens_alone(self) -> StepTokens | None:
+        """What waits, if it is a few tokens and their text and nothing else."""
+        if self._endings or self._prompts or self._heartbeat is not None:
+            return None
+        handles, counts, token_ids, texts = list[int](), list[int](), list[int](), list[str]()
+        for output in self._outputs.values():
+            if output.logprobs or len(token_ids) > _FEW_TOKENS:
+                return None
+            handles.append(output.recipient.handle)
+            counts.append(len(output.token_ids))
+            token_ids += output.token_ids
+            texts.append("".join(output.texts))
+        return StepTokens(handles, counts, token_ids, texts)
 
     def token(
         self, recipient: Recipient, token: int, text: str, logprob: pb.TokenLogprob | None

@@ -12,7 +12,7 @@ import enum
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -27,6 +27,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from precast.rpc.local_link import LocalLink
 from precast.rpc.server import COLUMNS, HEARTBEATS
+from precast.rpc.step_tokens import StepTokens
 from precast.rpc.tls import Tls
 from precast.system.backoff import Backoff
 from services.gateway.routing.channel import connect, local_link
@@ -50,6 +51,7 @@ _ERRORS: Final[dict[int, type[PrecastError]]] = {
 }
 
 
+_NO_REPORTS: Final[Mapping[int, Sequence[pb.TokenLogprob]]] = {}
 _FAILURES: Final = (pb.ERROR_CODE_INTERNAL, pb.ERROR_CODE_UNAVAILABLE)
 
 
@@ -243,7 +245,10 @@ class WorkerConnection:
             await asyncio.gather(*loops, return_exceptions=True)
 
     async def _read_locally(self, link: LocalLink) -> None:
-        link.deliver(lambda message: self._handle(pb.GenerateResponse.FromString(message)))
+        link.deliver(
+            lambda message: self._handle(pb.GenerateResponse.FromString(message)),
+            self._handle_tokens,
+        )
         await asyncio.shield(link.lost)
         raise WorkerUnavailable(f"The worker at {self.address} has closed the connection.")
 
@@ -278,15 +283,36 @@ class WorkerConnection:
         for prompt in step.prompt_logprobs:
             self._put(prompt.handle, Delta(tokens=0, text="", prompt_logprobs=prompt.tokens))
         reports = {one.handle: one.tokens for one in step.logprobs} if step.logprobs else {}
-        token_ids, taken = step.token_ids, 0
-        for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
-            ids = token_ids[taken : taken + count]
-            taken += count
-            logprobs = reports.get(handle, ())
-            delta = Delta(tokens=count, text=text, token_ids=ids, logprobs=logprobs)
-            self._put(handle, delta)
+        token_ids = list(step.token_ids)
+        self._columns(step.handles, step.token_counts, token_ids, step.texts, reports)
         for ended in step.ends:
             self._end(ended.handle, ended.finished if ended.HasField("finished") else ended.error)
+
+    def _handle_tokens(self, step: StepTokens) -> None:
+        """A step's message that has tokens alone."""
+        self._heard = time.monotonic()
+        self._columns(step.handles, step.token_counts, step.token_ids, step.texts, _NO_REPORTS)
+
+    def _columns(
+        self,
+        handles: Sequence[int],
+        counts: Sequence[int],
+        token_ids: list[int],
+        texts: Sequence[str],
+        reports: Mapping[int, Sequence[pb.TokenLogprob]],
+    ) -> None:
+        taken, done = 0, 0
+        for handle, count, text in zip(handles, counts, texts, strict=True):
+            ids = token_ids[taken : taken + count]
+            taken += count
+            if (place := self._places.get(handle)) is None:
+                continue  # it was aborted meanwhile
+            place.tokens += ids
+            done += place.done(count)
+            logprobs = reports.get(handle, ())
+            delta = Delta(tokens=count, text=text, token_ids=ids, logprobs=logprobs)
+            place.queue.put(place.index, delta)
+        self._on_done(done)
 
     def _put(self, handle: int, delta: Delta) -> None:
         if (place := self._places.get(handle)) is not None:  # None: it was aborted meanwhile
