@@ -1,12 +1,9 @@
 """Requests that run, and what steps gave them: each is told of its tokens once, and ends once."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from functools import partial
 from typing import Final, NamedTuple
-
-import numpy as np
 
 from precast.log import get_logger
 from precast.ops.draw_status import DrawStatus
@@ -74,22 +71,34 @@ class Delivery:
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
         """The oldest step is over; what it gave is told by the next ``tell``."""
-        self._scores += self._scored(step, done)
-        self._take_pooled(step, done)
+        if step.scored:
+            self._scores += self._scored(step, done)
+        if step.pooled:
+            self._take_pooled(step, done)
         self._unsent += self._outcomes(step, done)
 
     def tell(self) -> None:
         """Tells of the last step's outcomes; whatever raises, each is told once."""
         outcomes, self._unsent = self._unsent, []
-        scores, self._scores = self._scores, []
-        for request, part in scores:
-            self._guarded(request, partial(request.score_prompt, part))
+        if self._scores:
+            self._tell_scores()
         now = time.monotonic()
         for outcome in outcomes:
             self._time(outcome.request, now)
-            self._guarded(outcome.request, partial(self._tell, outcome.request, outcome))
+            try:
+                self._tell(outcome.request, outcome)
+            except Exception as error:
+                self._fail_text(outcome.request, error)
         for outbox in {outcome.request.outbox for outcome in outcomes}:
             outbox.flush()
+
+    def _tell_scores(self) -> None:
+        scores, self._scores = self._scores, []
+        for request, part in scores:
+            try:
+                request.score_prompt(part)
+            except Exception as error:
+                self._fail_text(request, error)
 
     def _time(self, request: Request, now: float) -> None:
         """Measures a token; those of one step behind its first don't count."""
@@ -102,13 +111,11 @@ class Delivery:
             self._metrics.first_token_seconds.observe(now - request.came_s)
         request.told_s = now
 
-    def _guarded(self, request: Request, tell: Callable[[], None]) -> None:
-        try:
-            tell()
-        except Exception as error:  # a fault of one request's text is the others' no business
-            log.exception("request failed", request_id=request.request_id)
-            self._end(request)
-            request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
+    def _fail_text(self, request: Request, error: Exception) -> None:
+        """A fault of one request's text is the others' no business."""
+        log.error("request failed", request_id=request.request_id, exc_info=error)
+        self._end(request)
+        request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
 
     def refuse_stuck(self, sequences: Many[Sequence]) -> None:
         """Ends those whose output can't go on in its grammar, which is too complex there."""
@@ -155,7 +162,7 @@ class Delivery:
                 self._fail_draw(request, DrawStatus.NOT_FINITE)
 
     def _outcomes(self, step: ScheduledStep, done: StepDone) -> Iterator[_Outcome]:
-        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
+        tokens = memoryview(done.token_ids).cast("i").tolist()
         for sequence, token, finished, place in self._scheduler.apply(step, tokens):
             if (request := self._request_of(sequence)) is None:
                 continue

@@ -67,7 +67,8 @@ class Request:
 
     def push(self, token: int, logprobs: Logprobs | None) -> bool:
         """Sends what a new token adds; returns whether a stop string has ended the request."""
-        self._begin_scores()
+        if self.sequence.prompt_logprobs >= 0:
+            self._begin_scores()
         if self.prompt_only:
             return False
         text, stopped = self._take(token)

@@ -29,13 +29,16 @@ class SameBatch:
         delivery: Delivery,
         under_way: StepsUnderWay,
         interrupted: Callable[[], bool],
+        settled: Callable[[], bool],
     ) -> None:
-        """``interrupted``: whether there is something else to do than the next step."""
+        """``interrupted``: whether there is something else to do than the next step. ``settled``:
+        whether graphs are; it is asked now and then only."""
         self._group = group
         self._scheduler = scheduler
         self._delivery = delivery
         self._under_way = under_way
         self._interrupted = interrupted
+        self._settled = settled
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
@@ -50,9 +53,13 @@ class SameBatch:
             await self._over
         finally:
             self._stop()
+            self._under_way.count()
 
     def answered(self, done: StepDone) -> None:
-        self._guarded(lambda: self._take_in(done))
+        try:
+            self._take_in(done)
+        except Exception as error:
+            self._fail(error)
 
     def ended(self) -> None:
         self._leave()
@@ -77,20 +84,23 @@ class SameBatch:
     def _send(self) -> None:
         self._timer = None
         step = None
-        if not self._interrupted():
+        if not self._interrupted() and (self._under_way.repeats or self._settled()):
             step = self._scheduler.decode_on(self._under_way.next_id)
         if step is None:
             self._leave()
         else:
-            self._under_way.send(self._group, step)
+            self._under_way.send_on(self._group, step)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:
-            self._stop()
-            if not self._over.done():
-                self._over.set_exception(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._stop()
+        if not self._over.done():
+            self._over.set_exception(error)
 
     def _leave(self) -> None:
         self._stop()

@@ -94,7 +94,8 @@ class StepLoop:
             scheduler=self._scheduler,
             delivery=self._delivery,
             under_way=self._under_way,
-            interrupted=lambda: self._wake.is_set() or not self._graphs.settled,
+            interrupted=self._wake.is_set,
+            settled=lambda: self._graphs.settled,
         )
 
     async def _almost_done(self, group: RankGroup) -> None:

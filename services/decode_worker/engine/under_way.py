@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
+
+import msgspec
 
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
@@ -28,12 +29,21 @@ AHEAD: Final = 0.15
 this part of it. Scheduling, sending and a busy event loop take less than that."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sent:
+MOST_UNCOUNTED: Final = 16
+"""Steps of one batch that are counted together: by then what counts them is warm in the processor's
+caches from the first of them on."""
+
+
+class _Sent(NamedTuple):
     step: ScheduledStep
     graph_size: int
     expected_s: float
     """How long it should take; 0: not known."""
+    limit_s: float
+    decodes_on: bool = False
+    """Whether steps like it may follow without being thought about."""
+    repeats: bool = False
+    """Whether it is one of those."""
 
 
 class StepsUnderWay:
@@ -53,13 +63,22 @@ class StepsUnderWay:
         self._pace = pace
         self._sent: deque[_Sent] = deque()
         """In the order in which the ranks compute them."""
-        self.counts = StepCounts(metrics)
+        self._counts = StepCounts(metrics)
+        self._uncounted: list[tuple[_Sent, int]] = []
+        """Steps that are over, and what they took, us."""
+        self._like: _Sent | None = None
+        """What the next step of its batch is like."""
         self.next_id = 0
         self._ranks_wait_since = 0.0
         """When they had nothing to do any more while sequences were running; 0: they have."""
 
     def __len__(self) -> int:
         return len(self._sent)
+
+    @property
+    def counts(self) -> StepCounts:
+        self.count()
+        return self._counts
 
     @property
     def oldest(self) -> ScheduledStep | None:
@@ -94,27 +113,71 @@ class StepsUnderWay:
             step.message, tokens=step.tokens, decoding=not step.prompt_tokens
         )
         expected = self._pace.expected_s(step.decode_tokens, step.prompt_tokens)
-        sent = _Sent(step=step, graph_size=message.graph_size, expected_s=expected or 0.0)
-        self._sent.append(sent)
-        group.send_step(message, step.sampling, timeout_s=limit_s(step.tokens, expected))
+        limit = limit_s(step.tokens, expected)
+        self._like = None
+        self._sent.append(_Sent(step, message.graph_size, expected or 0.0, limit))
+        group.send_step(message, step.sampling, timeout_s=limit)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the next step may be like the one before it."""
+        return self._like is not None and self._like.decodes_on
+
+    def send_on(self, group: RankGroup, step: ScheduledStep) -> None:
+        """As ``send``, of a batch that decodes on: most steps are like the one before."""
+        like = self._like
+        if (
+            like is None
+            or not like.decodes_on
+            or not self._sent
+            or like.step.batch is not step.batch
+        ):
+            self.send(group, step)
+            self._like = self._sent[-1]._replace(decodes_on=self._graphs.repeats)
+            self._sent[-1] = self._like
+            return
+        self.take_id()
+        self._graphs.repeat()
+        self._sent.append(like._replace(step=step, repeats=True))
+        message = msgspec.structs.replace(step.message, graph_size=like.graph_size)
+        group.send_step(message, timeout_s=like.limit_s)
 
     def finish(self, done: StepDone) -> None:
         """The ranks have answered the oldest one."""
         sent = self._sent.popleft()
-        step = sent.step
-        self._pace.observe(step.decode_tokens, step.prompt_tokens, done.step_us / 1e6)
+        if sent.decodes_on:  # without drafts
+            self._delivery.take_in(sent.step, done)
+        else:
+            self._take_in_drafts(sent.step, done)
+        self._graphs.ran(done.shadow)
+        self._uncounted.append((sent, done.step_us))
+        if not sent.decodes_on or not self.repeats or len(self._uncounted) >= MOST_UNCOUNTED:
+            self.count()
+        wait = not self._sent and self._scheduler.running
+        self._ranks_wait_since = time.monotonic() if wait else 0.0
+
+    def _take_in_drafts(self, step: ScheduledStep, done: StepDone) -> None:
         before = self._scheduler.drafted, self._scheduler.accepted
         self._delivery.take_in(step, done)
         if self._scheduler.drafted != before[0]:
             self._metrics.drafted.inc(self._scheduler.drafted - before[0])
             self._metrics.accepted.inc(self._scheduler.accepted - before[1])
-        self.counts.count(step, sent.graph_size, done.step_us)
-        self._graphs.ran(done.shadow)
-        wait = not self._sent and self._scheduler.running
-        self._ranks_wait_since = time.monotonic() if wait else 0.0
+
+    def count(self) -> None:
+        """Counts and measures the steps that are over. What the next one is like is found out
+        again."""
+        steps, self._uncounted = self._uncounted, []
+        self._like = None
+        for sent, step_us in steps:
+            step = sent.step
+            self._pace.observe(step.decode_tokens, step.prompt_tokens, step_us / 1e6)
+            self._counts.count(step, sent.graph_size, step_us)
+        if repeats := sum(sent.repeats for sent, _ in steps):
+            self._graphs.count_repeats(steps[-1][0].step.tokens, repeats)
 
     def lose(self) -> ScheduledStep | None:
         """The ranks are gone, and what they had to do is lost; gives the step that was running."""
+        self.count()
         running = self.oldest
         self._sent.clear()
         self._ranks_wait_since = 0.0

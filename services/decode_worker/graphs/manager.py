@@ -202,6 +202,20 @@ class GraphManager:
         self._replaying.append(self._if_new(self._table.replayable().get(size)))
         return msgspec.structs.replace(message, graph_size=size, shadow=self.trials.shadows(size))
 
+    @property
+    def repeats(self) -> bool:
+        """Whether steps like the one assigned last may be sent without asking: its graph is none
+        to be watched, and nothing is to be done between two steps."""
+        return self._replaying[-1] is None and self.settled
+
+    def repeat(self) -> None:
+        """A step is sent that is like the one assigned last."""
+        self._replaying.append(None)
+
+    def count_repeats(self, tokens: int, times: int) -> None:
+        """So many steps of so many tokens were not asked for."""
+        self._table.count_missed(tokens, times)
+
     def ran(self, shadow: Shadow | None = None) -> None:
         """The ranks have survived the oldest step under way."""
         self._owner.check()

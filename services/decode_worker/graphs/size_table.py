@@ -205,14 +205,14 @@ class SizeTable:
         if size in self._records:
             self._records[size] = self._records[size].with_attempt(attempt)
 
-    def count_missed(self, tokens: int) -> None:
-        """A step of so many tokens is about to run."""
+    def count_missed(self, tokens: int, times: int = 1) -> None:
+        """Steps of so many tokens are about to run, or have."""
         if tokens in self._lists().replayable:
             return
         best = min((size for size in self.sizes if size >= tokens), default=0)
         if best and in_ranks(self._records[best].state) is None:
             record = self._records[best]
-            self._records[best] = replace(record, missed=record.missed + 1)
+            self._records[best] = replace(record, missed=record.missed + times)
 
     def _review(self, also: Callable[[Candidate], bool] = lambda _: True) -> None:
         """``also``: what must hold of a candidate this time beyond what always must."""
