@@ -1,7 +1,6 @@
 """DecodeService: convert, call the worker, convert back."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
@@ -20,7 +19,6 @@ log = get_logger(__name__)
 DEFAULT_DRAIN_S: Final = 30
 MAX_DRAIN_S: Final = 3600
 HEARTBEAT_S: Final = 1.0
-_STATE_POLL_S: Final = 0.1
 
 
 class DecodeServicer(pb_grpc.DecodeServiceServicer):
@@ -112,13 +110,8 @@ class _Stream:
     async def beat(self, *, wanted: bool) -> None:
         """Says every second, and when the state changes, that the worker lives."""
         while wanted:
-            state = self._worker.state
             self.outbox.heartbeat(self._worker.heartbeat())
-            due = time.monotonic() + HEARTBEAT_S
-            while time.monotonic() < due:
-                await asyncio.sleep(_STATE_POLL_S)
-                if self._worker.state != state:
-                    break
+            await self._worker.wait_changed(HEARTBEAT_S)
 
     def abort_all(self) -> None:
         for request_id in list(self._live):

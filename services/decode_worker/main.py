@@ -226,11 +226,12 @@ async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:
 async def _follow_state(
     worker: Worker, server: Server, heartbeat: Heartbeat, started: float
 ) -> None:
-    """Keeps the health service and the lease in step with the worker's state."""
+    """Keeps the health service, the lease and gateways in step with the worker's state."""
     known, first = "starting", True
     while True:
         if (state := worker.state) != known:
             known = state
+            worker.tell_change()
             await server.set_serving(state == "ready")
             heartbeat.publish_soon()
             if state == "ready" and first:

@@ -1,6 +1,8 @@
 """A decode worker as its gRPC service and its lease see it."""
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from tokenizers import Tokenizer
@@ -86,6 +88,8 @@ class Worker:
         self._draining = Draining(self.abort)
         self._constraints = constraints
         self._pending = PendingRequests(constraints, self._admit, _code_of)
+        self._changed = asyncio.Event()
+        """Set when the state changes."""
         self._had_graphs = False
         """Whether all graphs were there once: a size that is added later is no reason to pause."""
 
@@ -211,6 +215,17 @@ class Worker:
             return "starting"
         self._had_graphs = True
         return "ready"
+
+    def tell_change(self) -> None:
+        """The state is another one than before: wakes all that wait for that."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        """Until the state changes, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def heartbeat(self) -> pb.Heartbeat:
         return pb.Heartbeat(
