@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,12 +15,13 @@ from tokenizers import Tokenizer
 from precast.errors import ModelCorrupt
 from precast.log import get_logger
 from precast.system.held_folders import replaced_folders
+from precast.tokenizer.chat_template import FILE as TEMPLATE_FILE
+from precast.tokenizer.chat_template import FOLDER as TEMPLATE_FOLDER
 from precast.tokenizer.chat_template import (
     PLAIN,
     ChatOptions,
     ChatTemplate,
     read_chat_template,
-    template_files,
 )
 from precast.tokenizer.control_tokens import ControlTokens
 from precast.tokenizer.digest import tokenizer_digest
@@ -153,14 +155,17 @@ _FILES: Final = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
 
 def _stamp(folder: Path) -> object:
-    """Changes whenever one of the files does."""
-    paths = *(folder / name for name in _FILES), *template_files(folder)
-    return tuple((path.name, _file_stamp(path)) for path in paths)
+    """Changes whenever one of the files does. Every request asks: no path objects."""
+    root = str(folder)
+    names = [*_FILES, TEMPLATE_FILE]
+    with suppress(OSError):  # most models have no such folder
+        names += sorted(f"{TEMPLATE_FOLDER}/{x}" for x in os.listdir(f"{root}/{TEMPLATE_FOLDER}"))  # noqa: PTH208
+    return tuple((name, _file_stamp(f"{root}/{name}")) for name in names)
 
 
-def _file_stamp(path: Path) -> tuple[int, int] | None:
+def _file_stamp(path: str) -> tuple[int, int] | None:
     try:
-        stat = path.stat()
+        stat = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_size

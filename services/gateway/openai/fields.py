@@ -42,7 +42,7 @@ def _check_prompt(value: Any, most: int = MAX_CHOICES) -> Any:
 def _token_ids(value: list[Any]) -> list[int]:
     if len(value) > MAX_PROMPT_IDS:
         raise ValueError(f"has a prompt of {len(value)} token ids, more than any model takes")
-    ids = [whole(item) for item in value]
+    ids = value if set(map(type, value)) == {int} else [whole(item) for item in value]
     if not all(type(item) is int and 0 <= item < 2**32 for item in ids):
         raise ValueError("must hold only strings, or only token ids from 0 on")
     return ids

@@ -127,6 +127,8 @@ class WorkerConnection:
         self._name = uuid.uuid4().hex
         """What the ids of its requests begin with."""
         self._unsent: asyncio.Queue[pb.GenerateRequest] = asyncio.Queue(_MAX_UNSENT)
+        self._link: LocalLink | None = None
+        """Where the stream goes that is open, if it is not gRPC's."""
         self._heard = 0.0
         self._beats = False
         """Whether this stream's worker sends heartbeats: one of an older version doesn't."""
@@ -181,6 +183,9 @@ class WorkerConnection:
         return place
 
     def _enqueue(self, request: pb.GenerateRequest) -> None:
+        if self._link is not None and self._link.is_writable and self._unsent.empty():
+            self._link.send(request)  # sooner than a task would
+            return
         try:
             self._unsent.put_nowait(request)
         except asyncio.QueueFull:
@@ -214,6 +219,7 @@ class WorkerConnection:
         # grpc's stubs don't know that an aio channel makes the stub's calls aio calls
         stub: Any = DecodeServiceStub(channel)
         link = await local_link(stub)
+        self._link = link
         if link is not None:
             await self._serve(self._read_locally(link), self._write_locally(link), link.abort)
         else:
@@ -369,7 +375,7 @@ class WorkerConnection:
     def _broken(self) -> None:
         if not self.up:
             return
-        self.up = False
+        self.up, self._link = False, None
         for handle in list(self._places):
             if (place := self._pop(handle, Ended.LOST)) is not None:
                 place.queue.lose(place.index, self._lost)
