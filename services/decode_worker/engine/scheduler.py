@@ -58,7 +58,8 @@ class Scheduler:
         drafted."""
         self.blocks = BlockPool(blocks, block_size)
         self._max_batch_size = max_batch_size
-        self._max_context_length = max_context_length
+        self._capacity = min(max_context_length, blocks * block_size)
+        """Tokens of prompt and completion that one sequence may have."""
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
         self._pace = pace
@@ -87,11 +88,6 @@ class Scheduler:
     def accepted(self) -> int:
         """Those of them that were right."""
         return self._drafter.accepted
-
-    @property
-    def _capacity(self) -> int:
-        """Tokens of prompt and completion that one sequence may have."""
-        return min(self._max_context_length, self.blocks.total * self.blocks.block_size)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Overloaded, ContextLengthExceeded or InvalidRequest."""

@@ -138,7 +138,11 @@ class StepsUnderWay:
             return
         self.take_id()
         self._graphs.repeat()
-        self._sent.append(like._replace(step=step, repeats=True))
+        self._sent.append(
+            _Sent(
+                step, like.graph_size, like.expected_s, like.limit_s, decodes_on=True, repeats=True
+            )
+        )
         message = msgspec.structs.replace(step.message, graph_size=like.graph_size)
         group.send_step(message, timeout_s=like.limit_s)
 
