@@ -57,6 +57,8 @@ class LocalLink(asyncio.Protocol):
         """What came before anybody wanted it."""
         self._on_message: Callable[[bytes], None] = self._early.append
         self._on_tokens: Callable[[StepTokens], None] | None = None
+        self._tokens: list[StepTokens] = []
+        """That have come, behind the messages before them."""
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self._socket: socket.socket | None = None
@@ -89,6 +91,7 @@ class LocalLink(asyncio.Protocol):
             length, *kind = self._header.unpack_from(data)
             if len(data) == size + length:
                 self._take(kind, data[size:])
+                self._hand_out_tokens()
                 return
         self._buffer += data
         self._take_whole()
@@ -108,13 +111,20 @@ class LocalLink(asyncio.Protocol):
             self._take(kind, bytes(self._buffer[start:end]))
             at = end
         del self._buffer[:at]
+        self._hand_out_tokens()
 
     def _take(self, kind: list[int], message: bytes) -> None:
         if kind == [_TOKENS]:
-            if self._on_tokens is not None:
-                self._on_tokens(step_tokens.decode(message))
+            self._tokens.append(step_tokens.decode(message))
         else:
+            self._hand_out_tokens()
             self._on_message(message)
+
+    def _hand_out_tokens(self) -> None:
+        """What has come at once is handed out at once."""
+        if self._tokens and self._on_tokens is not None:
+            tokens, self._tokens = self._tokens, []
+            self._on_tokens(step_tokens.merged(tokens))
 
     def pause_writing(self) -> None:
         self._writable.clear()

@@ -12,7 +12,7 @@ import uvloop
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.rpc import local_link
 from precast.rpc.local_link import LocalLink, connect_locally, serving_locally
-from precast.rpc.step_tokens import StepTokens
+from precast.rpc.step_tokens import StepTokens, merged
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -76,7 +76,7 @@ def test_messages_of_any_size_come_whole_and_in_order(run: Any) -> None:
 
 
 def test_tokens_come_between_messages_in_order(run: Any) -> None:
-    """Also with the beginning of the next one, and in parts."""
+    """Also in parts; those that come together may be handed out together."""
     many = StepTokens(list(range(50_000)), [1] * 50_000, list(range(50_000)), ["é"] * 50_000)
 
     async def handler(
@@ -103,7 +103,19 @@ def test_tokens_come_between_messages_in_order(run: Any) -> None:
             await over.wait()
             return got
 
-    assert run(talk()) == [StepTokens([1], [2], [3, 4], ["x"]), many, "last"]
+    *tokens, last = run(talk())
+    assert last == "last"
+    assert merged(tokens) == merged([StepTokens([1], [2], [3, 4], ["x"]), many])
+
+
+def test_tokens_that_come_together_are_merged_by_request() -> None:
+    steps = [
+        StepTokens([7, 8], [1, 2], [1, 2, 3], ["a", "b"]),
+        StepTokens([8], [1], [4], [""]),
+        StepTokens([9, 7], [1, 1], [5, 6], ["c", "d"]),
+    ]
+    assert merged(steps) == StepTokens([7, 8, 9], [2, 3, 1], [1, 6, 2, 3, 4, 5], ["ad", "b", "c"])
+    assert merged(steps[:1]) is steps[0]
 
 
 @pytest.mark.parametrize("older", ["client", "server"])
