@@ -5,10 +5,10 @@
 For each precision (weights : KV cache) every prompt is answered alone by a worker that runs each
 step eagerly, whole prompts at once, without drafts or a prefix cache. Then workers with other
 chunks of prompts, with graphs, and with drafts answer all of them in batches of 2 to 32, beside the
-prefill of longer prompts, and again with their beginnings in the cache. Tokens, log-probabilities
-of the 20 likeliest at each place, and those of some prompts' own tokens have to be the very same
-floats. A share of the answers is drawn by chance, one with penalties. Prints a row for each trial;
-the exit code says whether all were alike.
+prefill of longer prompts, and again with their beginnings in the cache. Tokens, and the
+log-probabilities of the 20 likeliest at each place, have to be the very same floats. A share of the
+answers is drawn by chance, some with penalties. Prints a row for each trial; the exit code says
+whether all were alike.
 """
 
 import argparse
@@ -47,7 +47,7 @@ WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 Bits = tuple[tuple[Any, ...], ...]
-"""Of an answer: for each token, of the prompt too where it is scored, id and log-probabilities."""
+"""Of an answer: id and log-probabilities of each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,6 @@ def _options(number: int) -> dict[str, Any]:
         options["sampling"] = {"temperature": 0.9, "top_p": 0.95, "seed": number}
     if number % 16 == 5:
         options["sampling"] |= {"presence_penalty": 0.4, "repetition_penalty": 1.1}
-    if number % 10 == 7:
-        options["prompt_logprobs"] = 5
     return options
 
 
