@@ -61,7 +61,7 @@ def test_recovers_from_a_kill_while_requests_run(
         captures = stack.home / "captures"
         poll(lambda: captures.is_dir() and any(captures.iterdir()), 60, "a capture runs")
     killed = stack.service(service)
-    with stack.load(max_tokens=32) as load:
+    with stack.load(max_tokens=8) as load:
         poll(lambda: load.good() >= 3, RECOVERY_DEADLINE_S, "requests run")
         os.kill(killed.pid, signal.SIGKILL)
         poll(lambda: not alive(killed), 5, f"{service} is dead")

@@ -87,7 +87,7 @@ def is_over(process: psutil.Process) -> bool:
 async def started(tmp_path: Path, count: int = 1) -> psutil.Process:
     """The capture that has started as the ``count``-th."""
     ledger = tmp_path / "ledger"
-    await asyncio.to_thread(wait_until, lambda: len(starts(ledger)) >= count)
+    await asyncio.to_thread(wait_until, lambda: len(starts(ledger)) >= count, 60)
     return psutil.Process(int(starts(ledger)[count - 1][0]))
 
 

@@ -26,7 +26,6 @@ def capture(model: Loaded, out: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("llama_biases", ("full",)),
         ("gemma3", ("full", "sliding")),
         ("gpt_oss", ("full", "sliding")),
     ],
