@@ -49,6 +49,15 @@ def test_ids_of_each_kind_of_vocabulary(tmp_path: Path, name: str) -> None:
         assert tokenizer.encode(text).ids == ids, repr(text)
 
 
+@pytest.mark.parametrize("name", table("sentencepiece_tokens")["ids"])
+def test_ids_of_sentencepiece_on_many_texts(tmp_path: Path, name: str) -> None:
+    tokenizer = read(write_gguf(tmp_path / "x.gguf", vocabulary=vocabulary(name)))
+    texts, ids = table("smollm2_tokens")["texts"], table("sentencepiece_tokens")["ids"][name]
+    assert len(texts) >= 729
+    for text, expected in zip(texts, ids, strict=True):
+        assert tokenizer.encode(text).ids == expected, repr(text)
+
+
 def test_ids_of_the_demo_model() -> None:
     expected = table("smollm2_tokens")
     tokenizer = read(find_built_in("smollm2-135m-instruct"))
