@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from precast.models.gguf_index import FILE
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.redis_server import start_redis
 from tests.support.compile_worker import compile_worker
@@ -65,7 +66,9 @@ def greedy_continuation(demo_model: Path) -> Continuation:
     """
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        demo_model, gguf_file=FILE, dtype=torch.float32
+    )
 
     @functools.cache
     def continuation(prompt: tuple[int, ...], output: tuple[int, ...]) -> list[int]:
