@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,20 @@ app = typer.Typer(help="Import models and list them.", no_args_is_help=True)
 HomeOption = Annotated[
     str | None, typer.Option("--home", metavar="VALUE", help="Folder that holds models.")
 ]
+
+
+@contextmanager
+def _shown(title: str) -> Iterator[Callable[[str], None]]:
+    """Shows each stage that it is called with; percentages on a terminal only."""
+    console = Console(stderr=True)
+    with console.status(title) as status:
+
+        def report(stage: str) -> None:
+            status.update(f"{title}: {stage}")
+            if not console.is_terminal and not stage.endswith("%"):
+                console.print(f"{title}: {stage}", highlight=False)
+
+        yield report
 
 
 @app.command("import")
@@ -38,14 +54,7 @@ def import_(
     from precast.models.importing.built_in import BUILT_IN
     from precast.models.importing.importer import import_model
 
-    console = Console(stderr=True)
-    with console.status(f"importing {source}") as status:
-
-        def report(stage: str) -> None:
-            status.update(f"importing {source}: {stage}")
-            if not console.is_terminal:
-                console.print(f"importing {source}: {stage}", highlight=False)
-
+    with _shown(f"importing {source}") as report:
         info = import_model(
             source,
             _models_dir(home),
@@ -77,14 +86,7 @@ def pull(
 
     if (found := hub_name(source)) is None:
         raise ConfigError(f"{ascii(source)[:80]}: expected org/name, or org/name/file.gguf")
-    console = Console(stderr=True)
-    with console.status(f"pulling {source}") as status:
-
-        def report(stage: str) -> None:
-            status.update(f"pulling {source}: {stage}")
-            if not console.is_terminal and not stage.endswith("%"):
-                console.print(f"pulling {source}: {stage}", highlight=False)
-
+    with _shown(f"pulling {source}") as report:
         info = pull_model(
             found, _models_dir(home), name=name, revision=revision, replace=replace, report=report
         )

@@ -1,14 +1,12 @@
 """gpt-oss: experts with biases and limits in every layer; every second layer attends to a window;
 each query head has a sink that takes its share of attention and gives nothing."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import (
-    AttentionWeights,
+    ExpertDecoderWeights,
     ExpertWeights,
     Paging,
     Rope,
@@ -26,13 +24,6 @@ from precast.ops.scaled import Weight, below, floats
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 
 
-class LayerWeights(NamedTuple):
-    attention_norm: Tensor
-    attention: AttentionWeights
-    mlp_norm: Tensor
-    mlp: ExpertWeights
-
-
 def layer(
     shape: ModelShape[GptOssOptions],
     kind: Kind,
@@ -40,7 +31,7 @@ def layer(
     rope: Rope,
     paging: Paging,
     cache: LayerCache,
-    weights: LayerWeights,
+    weights: ExpertDecoderWeights,
 ) -> Tensor:
     """One decoder layer: hidden states [T, H] to [T, H]."""
     options, bias = shape.options, shape.options.attention_bias
@@ -62,11 +53,11 @@ def layer(
     )
 
 
-def load_layer(load: Loader[GptOssOptions], kind: Kind, prefix: str) -> LayerWeights:
+def load_layer(load: Loader[GptOssOptions], kind: Kind, prefix: str) -> ExpertDecoderWeights:
     del kind
     bias = load.shape.options.attention_bias
     heads = load.attention(f"{prefix}self_attn.", qkv_bias=bias, output_bias=bias)
-    return LayerWeights(
+    return ExpertDecoderWeights(
         attention_norm=load.norm(f"{prefix}input_layernorm"),
         attention=heads._replace(sinks=(_load_sinks(load, f"{prefix}self_attn.sinks"),)),
         mlp_norm=load.norm(f"{prefix}post_attention_layernorm"),

@@ -69,6 +69,15 @@ class DecoderWeights(NamedTuple):
     mlp: MlpWeights
 
 
+class ExpertDecoderWeights(NamedTuple):
+    """``DecoderWeights`` with experts in place of the MLP."""
+
+    attention_norm: Tensor
+    attention: AttentionWeights
+    mlp_norm: Tensor
+    mlp: ExpertWeights
+
+
 class PostNormWeights(NamedTuple):
     """Of a layer that norms what comes out of attention and out of its MLP, and nothing else."""
 

@@ -1,13 +1,10 @@
 """Mixtral: Mistral with experts in place of the MLP."""
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import (
-    AttentionWeights,
-    ExpertWeights,
+    ExpertDecoderWeights,
     Paging,
     Rope,
     attention,
@@ -23,13 +20,6 @@ from precast.models.weights.loader import Loader, head_norm
 __all__ = ["embed", "head", "head_norm", "layer", "load_layer"]
 
 
-class LayerWeights(NamedTuple):
-    attention_norm: Tensor
-    attention: AttentionWeights
-    mlp_norm: Tensor
-    mlp: ExpertWeights
-
-
 def layer(
     shape: ModelShape[ExpertOptions],
     kind: Kind,
@@ -37,7 +27,7 @@ def layer(
     rope: Rope,
     paging: Paging,
     cache: LayerCache,
-    weights: LayerWeights,
+    weights: ExpertDecoderWeights,
 ) -> Tensor:
     """One decoder layer: hidden states [T, H] to [T, H]."""
     del kind
@@ -50,10 +40,10 @@ def layer(
     return hidden + expert_mlp(shape, normed, weights.mlp, shape.options)
 
 
-def load_layer(load: Loader[ExpertOptions], kind: Kind, prefix: str) -> LayerWeights:
+def load_layer(load: Loader[ExpertOptions], kind: Kind, prefix: str) -> ExpertDecoderWeights:
     del kind
     mlp, names = f"{prefix}block_sparse_moe.", ("w1", "w3", "w2")
-    return LayerWeights(
+    return ExpertDecoderWeights(
         attention_norm=load.norm(f"{prefix}input_layernorm"),
         attention=load.attention(f"{prefix}self_attn."),
         mlp_norm=load.norm(f"{prefix}post_attention_layernorm"),

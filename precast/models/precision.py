@@ -5,7 +5,7 @@ from typing import Literal, TypeVar
 
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Quantization = Literal["none", "int8", "q8_0", "q4_0", "q4_1", "file"]
-QuantizationSetting = Literal["auto", "none", "int8", "q8_0", "q4_0", "q4_1", "file"]
+QuantizationSetting = Literal["auto", Quantization]
 """auto: a quantised checkpoint's own format, and q4_1 for one of floats."""
 KvDtype = Literal["fp32", "bf16", "int8"]
 

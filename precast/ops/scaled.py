@@ -40,9 +40,10 @@ class ScaledWeight:
         """Some rows, or some columns of some rows; slices without steps."""
         rows, columns = part if isinstance(part, tuple) else (part, slice(None))
         start, stop, _ = columns.indices(self.shape[1])
-        return self._rows(rows)._columns(start, stop)
+        return self.rows(rows)._columns(start, stop)
 
-    def _rows(self, rows: slice) -> "ScaledWeight":
+    def rows(self, rows: slice | Tensor) -> "ScaledWeight":
+        """Some rows, or these, int64, in their order."""
         minima = None if self.minima is None else self.minima[rows]
         return replace(self, values=self.values[rows], scales=self.scales[rows], minima=minima)
 
@@ -118,10 +119,7 @@ def in_order(weight: Weight, rows: Tensor) -> Weight:
     """A weight's rows in another order, int64."""
     if isinstance(weight, FileWeight):
         return weight.in_order(rows)
-    if not isinstance(weight, ScaledWeight):
-        return weight[rows]
-    minima = None if weight.minima is None else weight.minima[rows]
-    return replace(weight, values=weight.values[rows], scales=weight.scales[rows], minima=minima)
+    return weight.rows(rows) if isinstance(weight, ScaledWeight) else weight[rows]
 
 
 def below(parts: Sequence[Weight]) -> Weight:

@@ -15,6 +15,7 @@ from services.gateway import request_id
 from services.gateway.in_flight import InFlight
 from services.gateway.metrics import Metrics
 from services.gateway.openai import errors
+from services.gateway.status_watch import StatusWatch
 
 log = get_logger(__name__)
 
@@ -73,7 +74,7 @@ class RequestIds:
                 MutableHeaders(scope=message)[request_id.HEADER] = name
             await send(message)
 
-        watched = _StatusWatch(named)
+        watched = StatusWatch(named)
         with bound_contextvars(request_id=name):
             try:
                 await self._app(request_id.named_scope(scope, name), receive, watched)
@@ -121,7 +122,7 @@ class Admission:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        counted = _StatusWatch(send)
+        counted = StatusWatch(send)
         try:
             if scope["method"] == "POST":
                 await self._bounded(scope, receive, counted)
@@ -144,16 +145,3 @@ class Admission:
         route = getattr(scope.get("route"), "path", None)
         known = scope["path"] if scope["path"] in self._endpoints else "other"
         return str(route or known)
-
-
-class _StatusWatch:
-    """``send`` that remembers the status; 499 if nothing was sent."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.status = errors.CLIENT_GONE
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        await self._send(message)

@@ -4,10 +4,11 @@ from collections.abc import Collection
 from typing import Final
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from precast.telemetry import Span, Tracer
 from services.gateway.request_id import request_id
+from services.gateway.status_watch import StatusWatch
 
 _KEY: Final = "precast.span"
 
@@ -34,19 +35,12 @@ class Traces:
             await self._app(scope, receive, send)
             return
         span = self._begin(scope)
-        status = 499
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        watched = StatusWatch(send)
         try:
             await self._app({**scope, _KEY: span}, receive, watched)
         finally:
-            span.set({"http.response.status_code": status})
-            span.end(f"status {status}" if status >= 500 else "")
+            span.set({"http.response.status_code": watched.status})
+            span.end(f"status {watched.status}" if watched.status >= 500 else "")
 
     def _begin(self, scope: Scope) -> Span:
         path, method = scope["path"], scope["method"]

@@ -7,15 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.pooled_parts import pooled_parts, take_sums
 from services.decode_worker.engine.pooling import Pooling
-from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.ranks.protocol import Step
-
-BLOCK = 4
+from tests.support.lossy_steps import small_scheduler, steps_over
 
 
 def ints(data: bytes) -> list[int]:
@@ -67,33 +64,12 @@ def test_each_hidden_state_counts_once(
     lost: set[int],
 ) -> None:
     """Whatever is shared, preempted or lost with the ranks, and however chunks are cut."""
-    engine = Scheduler(
-        blocks=blocks,
-        block_size=BLOCK,
-        max_batch_size=3,
-        max_context_length=64,
-        max_waiting=16,
-        prefill_chunk=chunk,
-        pace=Pace(0.15),
-    )
+    engine = small_scheduler(blocks, chunk)
     sequences = [sequence(number, *prompt) for number, prompt in enumerate(prompts)]
     for one in sequences:
         engine.add(one)
-    under_way: list[ScheduledStep] = []
-    for number in range(2000):
-        step = engine.schedule(number)
-        if number in lost and under_way:
-            engine.lose_cache(under_way[0])
-            under_way = []
-            continue
-        if step is not None:
-            under_way.append(step)
-        while under_way and (not ahead or len(under_way) > 1 or step is None):
-            done = under_way.pop(0)
-            assert list(take_sums(done.pooled, sums(done))) == []
-            engine.apply(done, [50] * sum(done.draws))
-        if step is None and not under_way and not engine.waiting + engine.running:
-            break
+    for done in steps_over(engine, ahead=ahead, lost=lost):
+        assert list(take_sums(done.pooled, sums(done))) == []
     for one in sequences:
         assert (one.pooling is not None) == (vector(one.pooling) != [])
         if one.pooling is not None:

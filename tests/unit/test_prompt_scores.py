@@ -5,25 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.prompt_scores import take_scores
-from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
+from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.ranks.protocol import Logprobs, Step
-
-BLOCK = 4
-
-
-def scheduler(blocks: int, chunk: int) -> Scheduler:
-    return Scheduler(
-        blocks=blocks,
-        block_size=BLOCK,
-        max_batch_size=3,
-        max_context_length=64,
-        max_waiting=16,
-        prefill_chunk=chunk,
-        pace=Pace(0.15),
-    )
+from tests.support.lossy_steps import small_scheduler, steps_over
 
 
 def ints(data: bytes) -> list[int]:
@@ -49,7 +35,7 @@ def test_each_token_is_scored_once_and_in_order(
     prompts: list[tuple[int, bool, int]], blocks: int, chunk: int, ahead: bool, lost: set[int]
 ) -> None:
     """Whatever is shared, preempted or lost with the ranks, and however chunks are cut."""
-    engine = scheduler(blocks, chunk)
+    engine = small_scheduler(blocks, chunk)
     sequences = [
         Sequence(
             request_id=str(number),
@@ -64,32 +50,22 @@ def test_each_token_is_scored_once_and_in_order(
     for sequence in sequences:
         engine.add(sequence)
     got: dict[str, list[int]] = {sequence.request_id: [] for sequence in sequences}
-    under_way = []
-    for number in range(2000):
-        step = engine.schedule(number)
-        if number in lost and under_way:
-            engine.lose_cache(under_way[0])
-            under_way = []
-            continue
-        if step is not None:
-            under_way.append(step)
-            message = step.message
-            if isinstance(message, Step) and message.scored is not None:
-                # a row's token is followed by what it scores
-                rows, tokens = ints(message.scored.rows), ints(message.scored.tokens)
-                ids = ints(message.token_ids)
-                assert [ids[row] + 1 for row in rows] == tokens
-                assert set(ints(message.scored.tops)) == {3}
-        while under_way and (not ahead or len(under_way) > 1 or step is None):
-            done = under_way.pop(0)
-            scored = done.message.scored if isinstance(done.message, Step) else None
-            scores = [report(token) for token in ints(scored.tokens)] if scored else []
-            for part in take_scores(done.scored, scores):
-                assert [-int(each.logprob) for each in part.logprobs if each] == part.tokens
-                got[part.sequence.request_id] += part.tokens
-            engine.apply(done, [50] * sum(done.draws))
-        if step is None and not under_way and not engine.waiting + engine.running:
-            break
+
+    def check_rows(step: ScheduledStep) -> None:
+        """A row's token is followed by what it scores."""
+        message = step.message
+        if isinstance(message, Step) and message.scored is not None:
+            rows, tokens = ints(message.scored.rows), ints(message.scored.tokens)
+            ids = ints(message.token_ids)
+            assert [ids[row] + 1 for row in rows] == tokens
+            assert set(ints(message.scored.tops)) == {3}
+
+    for done in steps_over(engine, ahead=ahead, lost=lost, sent=check_rows):
+        scored = done.message.scored if isinstance(done.message, Step) else None
+        scores = [report(token) for token in ints(scored.tokens)] if scored else []
+        for part in take_scores(done.scored, scores):
+            assert [-int(each.logprob) for each in part.logprobs if each] == part.tokens
+            got[part.sequence.request_id] += part.tokens
     wanted = {s.request_id: s.prompt[1:] if s.prompt_logprobs >= 0 else [] for s in sequences}
     assert got == wanted
 

@@ -26,7 +26,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 def check_space(folder: Path, files: Iterable[Path]) -> None:
     """Raises ``ConfigError`` if copies of these files would not fit into the folder."""
-    wanted = sum(path.stat().st_size for path in files)
+    check_room(folder, sum(path.stat().st_size for path in files))
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """Raises ``ConfigError`` if so many bytes would not fit."""
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise ConfigError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastError, Unavailable
+from precast.models.importing.conversion import Report
 from precast.models.json_file import read_object
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ _NAME: Final = re.compile(
 _MOST_FILES: Final = 2000
 _CHUNK: Final = 1 << 20
 _TIMEOUT_S: Final = 20.0
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

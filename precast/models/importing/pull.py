@@ -16,7 +16,9 @@ from typing import Final
 from precast.errors import ConfigError
 from precast.models.importing import hub
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
-from precast.models.importing.hub import HubName, Remote, Report, default_name
+from precast.models.importing.conversion import Report
+from precast.models.importing.copying import check_room
+from precast.models.importing.hub import HubName, Remote, default_name
 from precast.models.importing.importer import import_model
 from precast.models.json_file import read_object
 from precast.system.held_folders import put_in_place, remove_unheld
@@ -113,11 +115,7 @@ def _check_space(remote: Remote, names: Sequence[str], folder: Path) -> None:
     """Raises ConfigError if what is not there yet would not fit, and ModelNotFound."""
     wanted = sum(remote.size(name) for name in names if not (folder / name).exists())
     wanted -= sum(path.stat().st_size for path in folder.rglob("*.incomplete"))
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise ConfigError(
-            f"{folder}: the model takes {wanted >> 20} MiB, {free >> 20} MiB are free there"
-        )
+    check_room(folder, wanted)
 
 
 def _put(source: HubName, remote: Remote, folder: Path, target: Path, report: Report) -> ModelInfo:

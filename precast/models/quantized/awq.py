@@ -5,16 +5,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from precast.models.precision import Quantization
 from precast.models.quantized.scheme import (
     SCALES,
     Files,
+    Integers,
     Scheme,
     Stored,
-    format_of,
     group_size,
     groups_of,
-    loss_of,
     number,
     one_of,
 )
@@ -28,17 +26,9 @@ _BITS: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq:
-    group: int | None
-    """Inputs that share a scale; None: all."""
-
-    @property
-    def quantization(self) -> Quantization:
-        return format_of(bits=_BITS, group=self.group, has_minima=True, in_order=True)
-
-    @property
-    def loss(self) -> str:
-        return loss_of(bits=_BITS, group=self.group, has_minima=True, in_order=True)
+class Awq(Integers):
+    bits: int = _BITS
+    symmetric: bool = False
 
     def is_stored(self, module: str, names: Collection[str]) -> bool:
         return f"{module}.qweight" in names

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from precast.errors import UnsupportedArchitecture
-from precast.models.precision import Quantization
 from precast.models.quantized.fp8 import Fp8
 from precast.models.quantized.scheme import (
     SCALES,
     Files,
+    Integers,
     Scheme,
     Stored,
-    format_of,
+    block_of,
     group_size,
     groups_of,
-    loss_of,
     number,
     one_of,
 )
@@ -35,36 +34,12 @@ _FORMATS: Final = ("int-quantized", "naive-quantized", "float-quantized", "pack-
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressedIntegers:
+class CompressedIntegers(Integers):
     """``int-quantized``, and ``pack-quantized`` with ``packed``."""
 
-    bits: int
-    group: int | None
-    """Inputs that share a scale; None: all of a row."""
     per_tensor: bool
     """One scale for all rows."""
-    symmetric: bool
     packed: bool
-    in_order: bool
-    """Whether a group's inputs lie side by side."""
-
-    @property
-    def quantization(self) -> Quantization:
-        return format_of(
-            bits=self.bits,
-            group=self.group,
-            has_minima=not self.symmetric,
-            in_order=self.in_order,
-        )
-
-    @property
-    def loss(self) -> str:
-        return loss_of(
-            bits=self.bits,
-            group=self.group,
-            has_minima=not self.symmetric,
-            in_order=self.in_order,
-        )
 
     def is_stored(self, module: str, names: Collection[str]) -> bool:
         return f"{module}.{'weight_packed' if self.packed else 'weight_scale'}" in names
@@ -206,11 +181,5 @@ def _floats(weights: Mapping[str, Any]) -> Scheme:
     strategy = str(weights.get("strategy", "tensor")).lower()
     if strategy != "block":
         return Fp8(block=None, per_row=strategy == "channel", extras=_EXTRAS)
-    block = weights.get("block_structure") or []
-    if not (isinstance(block, list) and len(block) == 2 and all(map(_is_side, block))):
-        raise UnsupportedArchitecture("block_structure: expected two positive numbers")
-    return Fp8(block=(block[0], block[1]), per_row=False, extras=_EXTRAS)
-
-
-def _is_side(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
+    block = block_of(weights.get("block_structure"), "block_structure")
+    return Fp8(block=block, per_row=False, extras=_EXTRAS)

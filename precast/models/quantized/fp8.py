@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from precast.errors import UnsupportedArchitecture
 from precast.models.precision import Quantization
-from precast.models.quantized.scheme import SCALES, Files, Scheme, Stored, one_of
+from precast.models.quantized.scheme import SCALES, Files, Scheme, Stored, block_of, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +82,4 @@ def read(settings: Mapping[str, Any]) -> Scheme:
     block = settings.get("weight_block_size")
     if block is None:
         return Fp8(block=None, per_row=False)
-    if not (isinstance(block, list) and len(block) == 2 and all(map(_is_side, block))):
-        raise UnsupportedArchitecture("weight_block_size: expected two positive numbers")
-    return Fp8(block=(block[0], block[1]), per_row=False)
-
-
-def _is_side(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
+    return Fp8(block=block_of(block, "weight_block_size"), per_row=False)

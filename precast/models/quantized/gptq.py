@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from precast.errors import ModelCorrupt, UnsupportedArchitecture
-from precast.models.precision import Quantization
 from precast.models.quantized.scheme import (
     SCALES,
     Files,
+    Integers,
     Scheme,
     Stored,
-    format_of,
     group_size,
     groups_of,
-    loss_of,
     number,
     one_of,
 )
@@ -27,34 +25,9 @@ _BITS: Final = (2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq:
-    bits: int
-    group: int | None
-    """Inputs that share a scale; None: all."""
-    symmetric: bool
-    """All zero points are half of the range."""
-    in_order: bool
-    """Whether a group's inputs lie side by side."""
+class Gptq(Integers):
     zeros_less_one: bool
     """Whether zero points are stored less one, as in all files but those of ``gptq_v2``."""
-
-    @property
-    def quantization(self) -> Quantization:
-        return format_of(
-            bits=self.bits,
-            group=self.group,
-            has_minima=not self.symmetric,
-            in_order=self.in_order,
-        )
-
-    @property
-    def loss(self) -> str:
-        return loss_of(
-            bits=self.bits,
-            group=self.group,
-            has_minima=not self.symmetric,
-            in_order=self.in_order,
-        )
 
     def is_stored(self, module: str, names: Collection[str]) -> bool:
         return f"{module}.qweight" in names

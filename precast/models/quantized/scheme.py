@@ -1,6 +1,7 @@
 """What a scheme of quantised checkpoints tells: needs no torch but to read."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from precast.errors import UnsupportedArchitecture
@@ -77,25 +78,40 @@ def expected_files(
             yield name, Stored(shape)
 
 
-def format_of(*, bits: int, group: int | None, has_minima: bool, in_order: bool) -> Quantization:
-    """The kernels' format of integer weights, by the inputs that share a scale (None: all)."""
-    whole = in_order and (group is None or group % GROUP == 0)
-    if bits == 8 and group is None and not has_minima:
-        return "int8"
-    if bits <= 4 and whole:
-        return "q4_1" if has_minima else "q4_0"
-    return "q8_0"
+@dataclass(frozen=True, kw_only=True)
+class Integers:
+    """What schemes of integer weights have in common."""
 
+    bits: int
+    group: int | None
+    """Inputs that share a scale; None: all of a row."""
+    symmetric: bool
+    """Whether there are no minima: all zero points are half of the range."""
+    in_order: bool = True
+    """Whether a group's inputs lie side by side."""
 
-def loss_of(*, bits: int, group: int | None, has_minima: bool, in_order: bool) -> str:
-    """What ``format_of`` rounds."""
-    if not in_order:
-        return "act-order: rounded to 8 bits for each 32 inputs"
-    if group is not None and group % GROUP:
-        return f"groups of {group}: rounded to 8 bits for each 32 inputs"
-    if has_minima:
-        return "minima rounded to fp16" if bits <= 4 else "zero points: rounded to 8 bits again"
-    return ""
+    @property
+    def quantization(self) -> Quantization:
+        """The kernels' format of such weights."""
+        whole = self.in_order and (self.group is None or self.group % GROUP == 0)
+        if self.bits == 8 and self.group is None and self.symmetric:
+            return "int8"
+        if self.bits <= 4 and whole:
+            return "q4_0" if self.symmetric else "q4_1"
+        return "q8_0"
+
+    @property
+    def loss(self) -> str:
+        """What that format rounds."""
+        if not self.in_order:
+            return "act-order: rounded to 8 bits for each 32 inputs"
+        if self.group is not None and self.group % GROUP:
+            return f"groups of {self.group}: rounded to 8 bits for each 32 inputs"
+        if self.symmetric:
+            return ""
+        return (
+            "minima rounded to fp16" if self.bits <= 4 else "zero points: rounded to 8 bits again"
+        )
 
 
 def number(settings: Mapping[str, Any], *names: str) -> int:
@@ -124,6 +140,17 @@ def one_of(settings: Mapping[str, Any], name: str, default: object, *known: obje
     if value not in known:
         expected = ", ".join(map(str, known))
         raise UnsupportedArchitecture(f"{name} = {ascii(value)[:40]} is not one of: {expected}")
+
+
+def block_of(value: object, name: str) -> tuple[int, int]:
+    """Rows and inputs that share a scale. Raises UnsupportedArchitecture."""
+    if isinstance(value, list) and len(value) == 2 and all(map(_is_side, value)):
+        return value[0], value[1]
+    raise UnsupportedArchitecture(f"{name}: expected two positive numbers")
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
 
 
 def groups_of(inputs: int, group: int | None) -> int:

@@ -165,8 +165,9 @@ inline int64_t take_likeliest(const DrawRow& row, float threshold, int64_t top, 
   return count;
 }
 
-// The block in which the cumulative sum passes `target`, and the sum before it.
-inline int64_t block_of(const float* sums, int64_t blocks, double target, double& before) {
+// The block, or the rank, in which the cumulative sum passes `target`, and the sum before it.
+template <typename Sum>
+inline int64_t block_of(const Sum* sums, int64_t blocks, double target, double& before) {
   int64_t last = 0;
   before = 0;
   double sum = 0;

@@ -306,16 +306,8 @@ class Split {
       whole += kept.back();
     }
     const double target = philox_uniform(part.p->seed, part.p->step) * whole;
-    int last = 0;
-    double before = 0, sum = 0;
-    for (int rank = 0; rank < ranks_; ++rank) {
-      if (kept[rank] <= 0) continue;
-      last = rank;
-      before = sum;
-      sum += kept[rank];
-      if (sum > target) break;
-    }
-    part.drawn = last == comm_.rank();
+    double before;
+    part.drawn = block_of(kept.data(), ranks_, target, before) == comm_.rank();
     if (!part.drawn) return;
     const double left = std::max(0.0, target - before);
     const int64_t at = part.is_cut() ? draw_candidate(left, *part.s) : draw_any(*part.row, left, part.inverse);

@@ -68,7 +68,18 @@ GROUP_TIMEOUT_S = 60.0
 def receive(connection: socket.socket) -> Command:
     """The next command; Shutdown when the leader is gone. Raises ValueError for a broken frame."""
     _watch(connection)
-    header = _read(connection, FRAME_HEADER.size)
+    return _command(connection, _read(connection, FRAME_HEADER.size))
+
+
+def receive_init(connection: socket.socket) -> tuple[Command, int | None]:
+    """The first command, as ``receive`` has it, and the file that came with it."""
+    first, files, _, _ = socket.recv_fds(connection, 1, 1)
+    rest = _read(connection, FRAME_HEADER.size - 1) if first else None
+    header = None if rest is None else first + rest
+    return _command(connection, header), next(iter(files), None)
+
+
+def _command(connection: socket.socket, header: bytes | None) -> Command:
     if header is None:
         return Shutdown()
     (size,) = FRAME_HEADER.unpack(header)
@@ -76,17 +87,6 @@ def receive(connection: socket.socket) -> Command:
         raise ValueError(f"frame of {size} bytes")
     body = _read(connection, size)
     return Shutdown() if body is None else decode_command(body)
-
-
-def receive_init(connection: socket.socket) -> tuple[Command, int | None]:
-    """The first command, and the file that came with it."""
-    first, files, _, _ = socket.recv_fds(connection, 1, 1)
-    rest = _read(connection, FRAME_HEADER.size - 1) if first else None
-    if rest is None:
-        return Shutdown(), None
-    (size,) = FRAME_HEADER.unpack(first + rest)
-    body = _read(connection, size)
-    return (Shutdown() if body is None else decode_command(body)), next(iter(files), None)
 
 
 def _watch(connection: socket.socket) -> None:

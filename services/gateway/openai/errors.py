@@ -15,12 +15,10 @@ from starlette.responses import JSONResponse, Response
 
 from precast import errors
 from precast.errors import PrecastError
+from services.gateway.status_watch import CLIENT_GONE
 
 RETRY_AFTER_S: Final = 1
 """What overloaded and unavailable answers tell clients to wait."""
-
-CLIENT_GONE: Final = 499
-"""The status under which requests are counted whose client left."""
 _MAX_TEXT: Final = 1000
 """Characters of a message that are shown."""
 
