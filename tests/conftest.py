@@ -1,8 +1,9 @@
 """Fixtures that several folders of tests use, and what holds for all processes of a run."""
 
+import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,28 @@ def pytest_configure() -> None:
         sys.dont_write_bytecode = False
         sys.pycache_prefix = str(HOME / "cache" / "bytecode")
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)`` is a path at which ``make(path)`` has put something, in one worker of
+    the run for all of them."""
+    of_run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_run = of_run.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with (of_run / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # others may need it about when the first one does
+            if not (of_run / name).exists():
+                make(of_run / f"{name}.part")
+                (of_run / f"{name}.part").rename(of_run / name)
+        return of_run / name
+
+    return made
 
 
 @pytest.fixture

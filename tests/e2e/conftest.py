@@ -2,10 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from precast.models.gguf_index import FILE
 from precast.models.importing.importer import import_model
+from tests.conftest import Once
 
 DEMO = "smollm2-135m-instruct"
 
@@ -15,3 +19,17 @@ def demo_model() -> Path:
     """SmolLM2-135M-Instruct as a folder."""
     home = os.environ.get("PRECAST_HOME") or Path(__file__).parents[2] / ".precast"
     return import_model(DEMO, Path(home) / "models", report=print).path
+
+
+@pytest.fixture(scope="session")
+def transformers_model(once: Once, demo_model: Path) -> Any:
+    """transformers' fp32 model, read out of the demo model's GGUF file for half a minute."""
+    from transformers import AutoModelForCausalLM
+
+    def make(path: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(
+            demo_model, gguf_file=FILE, dtype=torch.float32
+        )
+        torch.save(model, path)  # transformers writes no model that was a GGUF file
+
+    return torch.load(once("transformers.pt", make), weights_only=False)

@@ -7,12 +7,12 @@ replays; SmolLM2's nine query heads are dealt five and four, and both ranks hold
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from precast.models.gguf_index import FILE
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.redis_server import start_redis
 from tests.support.compile_worker import compile_worker
@@ -58,22 +58,17 @@ def prompts(demo_model: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def greedy_continuation(demo_model: Path) -> Continuation:
+def greedy_continuation(transformers_model: Any) -> Continuation:
     """transformers' choice at every position of the output, each given the output before it.
 
     Equal to the output if and only if greedy version would give the output, and one forward pass
     instead of one for each token; none for an output that was judged before.
     """
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(
-        demo_model, gguf_file=FILE, dtype=torch.float32
-    )
 
     @functools.cache
     def continuation(prompt: tuple[int, ...], output: tuple[int, ...]) -> list[int]:
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + output])).logits[0]
+            logits = transformers_model(torch.tensor([prompt + output])).logits[0]
         choices: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
         return choices
 

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from precast.models.config import load_config
-from precast.models.importing.importer import find_built_in
 from precast.ops.native import start_threads
 from precast.tokenizer.load import load_tokenizer
 from tests.support.architectures import SEQUENCES, forward, load
@@ -23,15 +23,11 @@ TEXTS = (
 )
 
 
-def test_logits_are_those_of_the_gguf_file(demo_model: Path) -> None:
-    source = find_built_in(demo_model.name)
-    direct = AutoModelForCausalLM.from_pretrained(
-        str(source.parent), gguf_file=source.name, dtype=torch.float32
-    )
+def test_logits_are_those_of_the_gguf_file(demo_model: Path, transformers_model: Any) -> None:
     start_threads((-1, -1))
     for ids, ours in zip(SEQUENCES, forward(load(demo_model)), strict=True):
         with torch.inference_mode():
-            expected = direct(ids[None]).logits[0]
+            expected = transformers_model(ids[None]).logits[0]
         largest = float(expected.abs().max())
         assert largest > 1.0
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * largest)

@@ -1,7 +1,5 @@
 """Fixtures of the integration tests."""
 
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.system.redis_server import start_redis
+from tests.conftest import Once
 from tests.support.capture import run_capture
 from tests.support.decode_worker import decode_worker
 from tests.support.models import write_model
@@ -16,17 +15,11 @@ from tests.support.s3_server import S3Server, s3_server
 
 
 @pytest.fixture(scope="session")
-def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_package(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real graph of the tiny model at batch size 1, captured once for all tests."""
-    of_run = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        of_run = of_run.parent
-    package = of_run / "tiny.pt2"
-    with (of_run / "tiny.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # parallel workers need it about when the first one does
-        if not package.exists():
-            capture_tiny(tmp_path_factory.mktemp("capture")).rename(package)
-    return package
+    return once(
+        "tiny.pt2", lambda path: capture_tiny(tmp_path_factory.mktemp("capture")).rename(path)
+    )
 
 
 def capture_tiny(home: Path) -> Path:

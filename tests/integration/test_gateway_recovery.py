@@ -27,34 +27,31 @@ BODY = {"model": "tiny", "prompt": "the fox", "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Gateway]]:
-    """One gateway for all tests: each has workers of its own."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One Redis and one folder of models for all tests."""
     folder = tmp_path_factory.mktemp("recovery")
     with (
         start_redis(folder / "redis") as redis_server,
-        running_stack(redis_server.url, folder) as s,
+        running_stack(redis_server.url, folder) as stack,
     ):
-        yield s, s.gateway(wait_for=0, expected_models="tiny")
+        yield stack
 
 
 @pytest.fixture
-def gateway(shared: tuple[Stack, Gateway]) -> Gateway:
-    return shared[1]
+def stack(shared: Stack) -> Iterator[Stack]:
+    """The shared stack; what the test starts in it is gone afterwards, its leases too."""
+    yield shared
+    while shared.started:
+        process = shared.started.pop()
+        process.kill()
+        process.wait()
+    redis.Redis.from_url(shared.redis_url).flushall()
 
 
 @pytest.fixture
-def stack(shared: tuple[Stack, Gateway]) -> Iterator[Stack]:
-    """The shared stack; the test's workers are gone afterwards."""
-    stack, gateway = shared
-    before = list(stack.started)
-    yield stack
-    for process in stack.started:
-        if process not in before:
-            process.kill()
-            process.wait()
-    # what SIGKILL left behind lapses in 8 s otherwise
-    redis.Redis.from_url(stack.redis_url).flushall()
-    eventually(lambda: not gateway.get("/v1/models").json()["data"], 20)
+def gateway(stack: Stack) -> Gateway:
+    """The test's own: one that knew the last test's workers would look for them for seconds."""
+    return stack.gateway(wait_for=0, expected_models="tiny")
 
 
 def complete(gateway: Gateway, **changes: Any) -> httpx.Response:

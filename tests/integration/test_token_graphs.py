@@ -60,8 +60,8 @@ def test_prompts_and_mixed_steps_replay_graphs(
         assert answers(worker) == eager
         status = worker.status()
         assert status.eager_steps == 0
-        # alone, each whole chunk; at once, all but the last remainder of the prompts
-        assert status.graph_prompt_steps >= 2 * sum(len(p) // BUCKET for p in PROMPTS)
+        # alone, each whole chunk; at once, what the prefix cache lacks, in as few steps as it fits
+        assert status.graph_prompt_steps > sum(len(p) // BUCKET for p in PROMPTS)
         assert status.eager_prompt_steps < status.graph_prompt_steps
         traffic = status.traffic
         replayed = sum(size.tokens * size.replays for size in traffic.sizes)

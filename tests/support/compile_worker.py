@@ -1,7 +1,7 @@
 """Real compile workers in processes of their own, for tests; captures are those of a small program.
 
 ``python -m tests.support.compile_worker SETTINGS_JSON LEDGER`` is one worker; with an empty LEDGER
-its captures are real.
+its captures are real, and forks of a process that all workers of a test run share.
 """
 
 import json
@@ -24,14 +24,15 @@ from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.rpc.server import open_channel
-from services.compile_worker.main import CaptureProgram, run
-from tests.support import forked
+from services.compile_worker.main import CaptureProgram, capture_program, run
+from tests.support import capture_forks, forked
 from tests.support.capture import BUILD_DIR
 from tests.support.leases import publish_asker
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.support.compile_worker:main"
+CAPTURES = "CAPTURE_FORKS"
 BUILD = {"compiler": "test 1.0", "flags": "-O2"}
 FACTORS = {
     "architecture": "llama",
@@ -85,6 +86,13 @@ def program(ledger: Path) -> CaptureProgram:
     )
 
 
+def forked_captures(settings: CompileWorkerSettings) -> CaptureProgram:
+    """The real ones."""
+    given = capture_program(settings).arguments
+    arguments = (os.environ[CAPTURES], *given)
+    return CaptureProgram(module=capture_forks.__name__, arguments=arguments)
+
+
 def starts(ledger: Path) -> list[list[str]]:
     """[pid, architecture, batch size] of each capture begun."""
     path = ledger / "started"
@@ -110,7 +118,11 @@ def compile_worker(
             [json.dumps(given), str(ledger or "")],
             stdout=file,
             stderr=file,
-            environment={**os.environ, "PRECAST_LOG_FORMAT": "json"},
+            environment={
+                **os.environ,
+                "PRECAST_LOG_FORMAT": "json",
+                CAPTURES: "" if ledger else str(capture_forks.path()),
+            },
         )
     worker = WorkerProcess(
         process=process, address=address, home=home, log=log, redis_url=redis_url
@@ -200,8 +212,8 @@ async def connect(worker: WorkerProcess) -> AsyncIterator[Client]:
 
 def main(arguments: Sequence[str]) -> int:
     options, ledger = arguments
-    captures = program(Path(ledger)) if ledger else None
-    return run(load_settings(CompileWorkerSettings, **json.loads(options)), captures)
+    settings = load_settings(CompileWorkerSettings, **json.loads(options))
+    return run(settings, program(Path(ledger)) if ledger else forked_captures(settings))
 
 
 if __name__ == "__main__":

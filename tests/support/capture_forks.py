@@ -1,0 +1,181 @@
+"""Real captures as forks of a process that has preloaded, once for each process of a test run.
+
+A capture server imports and warms up for 8 s of processor time, and the suite would start some
+twenty. ``precast serve`` in tests, and tests of the server itself, have real ones.
+
+``python -m tests.support.capture_forks OWNER PATH`` is the process that forks. Who connects to the
+socket PATH sends an order with three descriptors, which become stdin, stdout and stderr; the answer
+is the exit code. If it leaves before that, the capture is killed. ``main`` here is a capture
+program (see ``services.compile_worker.sandbox.server``) that orders from the process at the path of
+its first argument.
+"""
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from precast.system.process import ONE_THREAD, die_with_parent, fork
+
+ROOT: Final = Path(__file__).parents[2]
+_ISA: Final = "PRECAST_NATIVE_ISA"
+_MAX_BYTES: Final = 128 << 10
+_START_S: Final = 120.0
+_PROGRAM: Final = "precast.graphs.capture.entry"
+
+
+@functools.cache
+def path() -> Path:
+    """Of the socket. The process behind it lives as long as this one."""
+    socket_path = Path(tempfile.mkdtemp(prefix="captures-")) / "orders"
+    command = [sys.executable, "-m", __name__, str(os.getpid()), str(socket_path)]
+    subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ONE_THREAD})
+    return socket_path
+
+
+def preload() -> None:
+    """Nothing: that is what this is for."""
+
+
+def main() -> int:
+    """A capture elsewhere. The kernels read the instruction set when they are loaded, so that one
+    with another set is made here."""
+    orders, *arguments = sys.argv[1:]
+    with tempfile.TemporaryFile("w+") as factors:
+        factors.write(sys.stdin.read())
+        factors.seek(0)
+        code = order(orders, arguments, (factors.fileno(), 1, 2))
+        if code is None:
+            from precast.graphs.capture import entry
+
+            entry.preload()
+            factors.seek(0)
+            sys.stdin = factors
+            return _capture([_PROGRAM, *arguments])
+        return code
+
+
+def order(orders: str, arguments: Sequence[str], descriptors: Sequence[int]) -> int | None:
+    """The exit code of a capture; None if its instruction set is not the one there."""
+    with _connect(orders) as connection:
+        if connection.recv(64).decode() != _isa():
+            return None
+        message = {"arguments": [_PROGRAM, *arguments], "environment": dict(os.environ)}
+        socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors))
+        return int(connection.recv(64) or b"1")
+
+
+def _isa() -> str:
+    return os.environ.get(_ISA) or "the CPU's"
+
+
+def _connect(orders: str) -> socket.socket:
+    """To the process that forks, which may still import."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end = time.monotonic() + _START_S
+    while True:
+        try:
+            connection.connect(orders)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return connection
+
+
+def _capture(command_line: Sequence[str]) -> int:
+    from precast.graphs.capture import entry
+
+    sys.argv = list(command_line)
+    return entry.main()
+
+
+def _become(message: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+    os.setpgid(0, 0)
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(message["environment"])
+    tempfile.tempdir = None  # where TMPDIR says now
+    return _capture(message["arguments"])
+
+
+def _serve(listener: socket.socket) -> None:
+    running: dict[socket.socket, int] = {}
+    """The process of each connection; 0: none yet."""
+    while True:
+        pidfds = {os.pidfd_open(pid): connection for connection, pid in running.items() if pid}
+        ready, _, _ = select.select([listener, *running, *pidfds], [], [])
+        for pidfd, connection in pidfds.items():
+            if pidfd in ready and connection not in ready:
+                _finish(connection, running.pop(connection))
+            os.close(pidfd)
+        for connection in [one for one in ready if one in running]:
+            _hear(connection, running, listener)
+        if listener in ready:
+            connection, _ = listener.accept()
+            connection.send(_isa().encode())
+            running[connection] = 0
+
+
+def _hear(
+    connection: socket.socket, running: dict[socket.socket, int], listener: socket.socket
+) -> None:
+    """An order, or that the other end has left."""
+    message, descriptors, _, _ = socket.recv_fds(connection, _MAX_BYTES, 3)
+    if message:
+
+        def child() -> int:
+            for one in (listener, *running):
+                one.close()
+            return _become(json.loads(message), descriptors)
+
+        running[connection] = fork(child)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return
+    pid = running.pop(connection)
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        _finish(connection, pid)
+    connection.close()
+
+
+def _finish(connection: socket.socket, pid: int) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # its compilers
+    with contextlib.suppress(OSError), connection:
+        connection.send(str(code).encode())
+
+
+def serve(owner: int, orders: str) -> None:
+    die_with_parent(signal.SIGKILL, owner)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from precast.graphs.capture import entry
+
+    gc.disable()
+    entry.preload()
+    gc.enable()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(orders)
+    listener.listen()
+    _serve(listener)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), sys.argv[2])
