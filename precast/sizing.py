@@ -33,15 +33,29 @@ class Sizing:
     """Of a KV block over all ranks."""
     weight_bytes: int
     """Of all ranks."""
+    process_bytes: int
+    """Of leader and ranks, besides weights and cache."""
     why: str
 
     @property
     def kv_bytes(self) -> int:
         return self.blocks * self.block_bytes
 
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.kv_bytes + self.process_bytes
 
-def size(settings: DecodeWorkerSettings, folder: Path, free: FreeMemory) -> Sizing:
-    """``folder``: the model's. Raises ConfigError if the worker can't fit, and what ``load_config``
+
+def size(
+    settings: DecodeWorkerSettings,
+    folder: Path,
+    free: FreeMemory,
+    *,
+    kv_share: float = KV_MEMORY_SHARE,
+) -> Sizing:
+    """``folder``: the model's. ``kv_share``: most of the free memory that the KV cache may take
+    where its size is not set. Raises ConfigError if the worker can't fit, and what ``load_config``
     raises."""
     config = load_config(folder)
     context = _context(settings, config)
@@ -50,7 +64,7 @@ def size(settings: DecodeWorkerSettings, folder: Path, free: FreeMemory) -> Sizi
     weights = weight_bytes(config, precision, tp=settings.tp, positions=context)
     fixed = weights + (settings.tp + 1) * PROCESS_BYTES
     mine = free.nbytes // settings.replicas
-    blocks = _blocks(settings, context, min(int(mine * KV_MEMORY_SHARE), mine - fixed) // block)
+    blocks = _blocks(settings, context, min(int(mine * kv_share), mine - fixed) // block)
     if fixed + blocks * block > mine:
         raise ConfigError(_too_large(settings, free, weights, blocks * block))
     return Sizing(
@@ -58,6 +72,7 @@ def size(settings: DecodeWorkerSettings, folder: Path, free: FreeMemory) -> Sizi
         blocks=blocks,
         block_bytes=block,
         weight_bytes=weights,
+        process_bytes=(settings.tp + 1) * PROCESS_BYTES,
         why=f"{gib(weights)} are the weights'; {free.why}{_shared(settings)}",
     )
 

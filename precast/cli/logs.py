@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,10 +20,11 @@ FULL_BYTES: Final = 1 << 20
 _TAIL_BYTES: Final = 4096
 
 
-async def keep_logs(paths: Sequence[Path]) -> None:
-    """Looks at the logs, and at the disk that they are on, until cancelled."""
+async def keep_logs(present: Callable[[], Sequence[Path]]) -> None:
+    """Looks at the logs that there are, and at the disk that they are on, until cancelled."""
     full: set[Path] = set()
     while True:
+        paths = present()
         for path in paths:
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(bound_log, path)

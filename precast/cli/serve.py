@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,15 +14,18 @@ from rich.console import Console
 from precast.access.api_keys import KeyRing
 from precast.cli import stack as stacks
 from precast.cli.view import View, open_view, print_settings
-from precast.config.settings import GatewaySettings, ServeSettings, load_settings
+from precast.config.settings import GatewaySettings, ServeSettings, describe, load_settings
 from precast.errors import ConfigError, PrecastError
 from precast.rpc.address import is_loopback
 
 if TYPE_CHECKING:
+    from precast.cli.forks import Forks
     from precast.cli.supervisor import Supervisor
 
 STOP_GRACE_S: Final = 20.0
 REDIS_DEADLINE_S: Final = 15.0
+MODELS_SHARE: Final = 0.7
+"""Of the free memory, for models on demand. The rest is for captures, gateway and page cache."""
 _LOOK_INTERVAL_S: Final = 0.5
 
 
@@ -33,10 +38,12 @@ def run(settings: ServeSettings) -> None:
     url = f"http://{_shown_host(settings.host)}:{settings.port}"
     if not settings.port:
         raise ConfigError("port = 0: serve needs a port of its own to tell you")
-    sources = (settings.model, *settings.more_models)
-    settings = named(settings)
-    with stacks.sole_owner(settings.home), open_view(console, url, settings.model) as view:
+    sources = needed(settings)
+    settings = bounded(named(settings))
+    with stacks.sole_owner(settings.home), open_view(console, url, _shown_model(settings)) as view:
         plan = stacks.plan(settings)
+        if settings.models_on_demand:
+            view.stage(f"models on demand may take {settings.models_memory_mb} MiB together")
         for source in sources:
             _import_model(source, settings.home / "models", view)
         asyncio.run(_serve(plan, settings, url, view))
@@ -60,6 +67,42 @@ def _shown_host(host: str) -> str:
     if host in ("0.0.0.0", "::", "*"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
+
+
+def needed(settings: ServeSettings) -> tuple[str, ...]:
+    """Models that have to be there before anything starts. On demand the default one is, if nothing
+    else can be served."""
+    if settings.models_on_demand and _is_default(settings, "model"):
+        others = settings.more_models or _folders(settings.home / "models")
+        return settings.more_models if others else (settings.model,)
+    return (settings.model, *settings.more_models)
+
+
+def bounded(settings: ServeSettings) -> ServeSettings:
+    """With the memory that models on demand may take, where that was not set."""
+    from precast.system.free_memory import free_memory
+
+    if settings.models_memory_mb is not None or not settings.models_on_demand:
+        return settings
+    share = int(free_memory().nbytes * MODELS_SHARE) >> 20
+    return settings.model_copy(update={"models_memory_mb": max(1, share)})
+
+
+def _shown_model(settings: ServeSettings) -> str:
+    """The model to try: the first that is there, where the one that is set is not."""
+    models_dir = settings.home / "models"
+    if settings.models_on_demand and not (models_dir / settings.model).is_dir():
+        return next(iter(_folders(models_dir)), settings.model)
+    return settings.model
+
+
+def _folders(models_dir: Path) -> list[str]:
+    there = models_dir.iterdir() if models_dir.is_dir() else ()
+    return sorted(path.name for path in there if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_default(settings: ServeSettings, name: str) -> bool:
+    return {row.name: row.source for row in describe(settings)}[name] == "default"
 
 
 def named(settings: ServeSettings) -> ServeSettings:
@@ -132,22 +175,58 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
             view.stage(f"starting Redis at {plan.redis_url}")
             supervisor.start([stacks.REDIS])
             await _until_redis_answers(plan, supervisor, stop)
-        first, *waiting = stacks.worker_names(plan)
-        supervisor.start([stacks.COMPILE_WORKER, stacks.GATEWAY, first])
-        while not stop.is_set():
-            supervisor.check()
-            status = await observer.look()
-            # One after the other: each takes its share of the memory that those before have left.
-            if waiting and not status.is_starting(stacks.DECODE_WORKER, but=waiting):
-                supervisor.start([waiting.pop(0)])
-            view.status(status)
-            await _sleep_or(stop, _LOOK_INTERVAL_S)
+        async with _models_on_demand(plan, settings, supervisor, forks):
+            waiting = stacks.worker_names(plan)
+            supervisor.start([stacks.COMPILE_WORKER, stacks.GATEWAY, *waiting[:1]])
+            del waiting[:1]
+            while not stop.is_set():
+                supervisor.check()
+                status = await observer.look()
+                # One after the other: each takes its share of what those before have left.
+                if waiting and not status.is_starting(stacks.DECODE_WORKER, but=waiting):
+                    supervisor.start([waiting.pop(0)])
+                view.status(status)
+                await _sleep_or(stop, _LOOK_INTERVAL_S)
     finally:
         view.stage("stopping")
         await supervisor.stop(STOP_GRACE_S)
         await forks.close()
         await observer.close()
         _sweep_shared_memory()
+
+
+@asynccontextmanager
+async def _models_on_demand(
+    plan: stacks.Stack, settings: ServeSettings, supervisor: "Supervisor", forks: "Forks"
+) -> AsyncIterator[None]:
+    """Starts models as gateways ask for them, and stops them all at the end."""
+    if not plan.model_host:
+        yield
+        return
+    from precast.cli.on_demand.home_models import HomeModels
+    from precast.cli.on_demand.host import ModelHost
+    from precast.cli.on_demand.process import WorkerProcess
+    from precast.fleet.leases import Registry
+    from precast.rpc.model_link import serving_models
+
+    registry, bound = Registry.connect(plan.redis_url), (settings.models_memory_mb or 0) << 20
+    host = ModelHost(
+        models=HomeModels(settings, stacks.passed_on(settings), bound),
+        start=lambda model: WorkerProcess(
+            stacks.on_demand(settings, model), forks, registry, supervisor.children
+        ),
+        bound=bound,
+        idle_s=settings.idle_timeout,
+    )
+    watching = asyncio.create_task(host.keep_watch(), name="idle models")
+    try:
+        async with serving_models(plan.model_host, host):
+            yield
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await host.close()
+        await registry.close()
 
 
 async def _until_redis_answers(

@@ -2,15 +2,17 @@
 
 import fcntl
 import os
+import secrets
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from precast.cli.forks import SERVICES as FORKED
+from precast.cli.on_demand.parts import HomeModel
 from precast.cli.supervisor import PROBE_S, ChildSpec
 from precast.config.settings import ServeSettings, describe
 from precast.errors import ConfigError
@@ -23,7 +25,6 @@ GATEWAY: Final = "gateway"
 
 GATEWAY_DRAIN_S: Final = 5
 _PASSED_ON: Final = (
-    "model",
     "weight_dtype",
     "quantization",
     "head_quantization",
@@ -47,6 +48,8 @@ class Stack:
     """Children find it in their environment: every user of the machine can read command lines,
     and a URL may hold a password."""
     embedded_redis: bool
+    model_host: str = ""
+    """Where gateways have models started (``precast.rpc.model_link``); empty: nowhere."""
 
 
 def plan(settings: ServeSettings) -> Stack:
@@ -71,24 +74,35 @@ def plan(settings: ServeSettings) -> Stack:
                 probe=lambda: answers(redis_url, PROBE_S),
             )
         )
-    for name, flags in _flags(settings).items():
-        program = DECODE_WORKER if name.startswith(DECODE_WORKER) else name
-        flags |= {"home": settings.home, "log-level": settings.log_level}
-        flags |= {"log-format": settings.log_format}
-        flags |= {} if settings.tls_dir is None else {"tls-dir": settings.tls_dir}
-        if settings.otlp_endpoint is not None:
-            flags["otlp-endpoint"] = settings.otlp_endpoint
-        given = [f"--{flag}={value}" for flag, value in flags.items()]
-        specs.append(
-            ChildSpec(
-                name=name,
-                command=(sys.executable, "-m", "precast", program, *given),
-                log_path=logs / f"{name}.log",
-                fork=(program, *given) if program in FORKED else (),
-                beats=True,
-            )
-        )
-    return Stack(specs=specs, redis_url=redis_url, embedded_redis=port is not None)
+    host = f"models-{os.getpid()}-{secrets.token_hex(8)}" if settings.models_on_demand else ""
+    specs += [service(settings, *one) for one in _flags(settings, host).items()]
+    return Stack(specs=specs, redis_url=redis_url, embedded_redis=port is not None, model_host=host)
+
+
+def service(settings: ServeSettings, name: str, own: Mapping[str, object]) -> ChildSpec:
+    """A service of ours that has these flags beside those that all have."""
+    program = DECODE_WORKER if name.startswith(DECODE_WORKER) else name
+    flags = {**own, "home": settings.home, "log-level": settings.log_level}
+    flags["log-format"] = settings.log_format
+    flags |= {} if settings.tls_dir is None else {"tls-dir": settings.tls_dir}
+    if settings.otlp_endpoint is not None:
+        flags["otlp-endpoint"] = settings.otlp_endpoint
+    given = [f"--{flag}={value}" for flag, value in flags.items()]
+    return ChildSpec(
+        name=name,
+        command=(sys.executable, "-m", "precast", program, *given),
+        log_path=settings.home / "logs" / f"{name}.log",
+        fork=(program, *given) if program in FORKED else (),
+        beats=True,
+    )
+
+
+def on_demand(settings: ServeSettings, model: HomeModel) -> ChildSpec:
+    """The decode worker of a model that is asked for."""
+    flags = _worker_flags(settings)
+    flags |= {"listen": f"{LOOPBACK}:0", "model": model.name}
+    flags |= {"kv-blocks": model.kv_blocks, "max-context-length": model.context_length}
+    return service(settings, f"{DECODE_WORKER}-{model.name}", flags)
 
 
 @contextmanager
@@ -110,13 +124,15 @@ def sole_owner(home: Path) -> Iterator[None]:
         yield
 
 
-def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
+def passed_on(settings: ServeSettings) -> dict[str, object]:
+    """Settings that are the decode workers', but those that are not given."""
+    given = {name: getattr(settings, name) for name in _PASSED_ON}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _flags(settings: ServeSettings, model_host: str) -> dict[str, dict[str, object]]:
     """Each service's own flags, in the order in which the services start."""
-    decode: dict[str, object] = {
-        name.replace("_", "-"): _text(getattr(settings, name))
-        for name in _PASSED_ON
-        if getattr(settings, name) is not None
-    }
+    models = () if model_host else (settings.model, *settings.more_models)
     flags: dict[str, dict[str, object]] = {
         COMPILE_WORKER: {"listen": f"{LOOPBACK}:{settings.compile_port}"},
         GATEWAY: {
@@ -126,13 +142,22 @@ def _flags(settings: ServeSettings) -> dict[str, dict[str, object]]:
             "workers": settings.gateway_workers,
             "cors-origins": _text(settings.cors_origins),
             "drain-timeout-s": GATEWAY_DRAIN_S,
-            "expected-models": _text((settings.model, *settings.more_models)),
+            "expected-models": _text(models),
         },
-        DECODE_WORKER: {"listen": f"{LOOPBACK}:{settings.decode_port}", **decode},
     }
-    for model in settings.more_models:
-        flags[f"{DECODE_WORKER}-{model}"] = {**decode, "listen": f"{LOOPBACK}:0", "model": model}
+    if model_host:
+        flags[GATEWAY]["model-host"] = model_host
+    for index, model in enumerate(models):
+        name = f"{DECODE_WORKER}-{model}" if index else DECODE_WORKER
+        port = 0 if index else settings.decode_port
+        own = {"listen": f"{LOOPBACK}:{port}", "model": model}
+        flags[name] = {**_worker_flags(settings), **own}
     return flags
+
+
+def _worker_flags(settings: ServeSettings) -> dict[str, object]:
+    given = passed_on(settings).items()
+    return {name.replace("_", "-"): _text(value) for name, value in given}
 
 
 def worker_names(stack: Stack) -> list[str]:

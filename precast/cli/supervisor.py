@@ -72,7 +72,7 @@ class Supervisor:
         self.children = [Child(spec=spec) for spec in specs]
         self._forks = forks
         self._keepers: list[asyncio.Task[None]] = []
-        self._logs = asyncio.create_task(keep_logs([spec.log_path for spec in specs]))
+        self._logs = asyncio.create_task(keep_logs(self._log_paths))
 
     def start(self, names: Sequence[str]) -> None:
         """Start these children, in order, and keep them running."""
@@ -80,6 +80,9 @@ class Supervisor:
             if child.spec.name in names:
                 keeper = asyncio.create_task(_keep(child, self._forks), name=child.spec.name)
                 self._keepers.append(keeper)
+
+    def _log_paths(self) -> list[Path]:
+        return [child.spec.log_path for child in self.children]
 
     def check(self) -> None:
         """Raises ``ConfigError`` if a child refuses its settings: a restart would not help."""
@@ -103,10 +106,11 @@ class Supervisor:
     def kill(self) -> None:
         """Kill every child now."""
         for child in self.children:
-            _kill(child)
+            kill(child)
 
 
-def _kill(child: Child) -> None:
+def kill(child: Child) -> None:
+    """Its present process, if there is one."""
     if child.pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
@@ -115,8 +119,7 @@ def _kill(child: Child) -> None:
 async def _keep(child: Child, forks: Forks | None) -> None:
     failures = 0
     while True:
-        code = await _run(child, forks)
-        child.last_exit = "hung" if child.hung else _reason(code)
+        code = await run_once(child, forks)
         if code == EXIT_USAGE and child.restarts == 0:
             raise ConfigError(f"{child.spec.name}: {last_line(child.spec.log_path)}")
         settled = time.monotonic() - child.started > SETTLED_S
@@ -125,20 +128,23 @@ async def _keep(child: Child, forks: Forks | None) -> None:
         child.restarts += 1
 
 
-async def _run(child: Child, forks: Forks | None) -> int:
-    """The exit code of one process of the child."""
+async def run_once(child: Child, forks: Forks | None) -> int:
+    """The exit code of one process of the child, which is told to end if this is cancelled. Sets
+    ``last_exit``."""
     pulse = Pulse()
     watcher: asyncio.Task[None] | None = None
     try:
         process = await _spawn(child, forks, pulse)
         watcher = asyncio.create_task(_watch(child, pulse))
         try:
-            return await process.wait()
+            code = await process.wait()
         except asyncio.CancelledError:
             await _terminate(process)
             raise
         finally:
             child.pid = None
+        child.last_exit = "hung" if child.hung else _reason(code)
+        return code
     finally:
         if watcher is not None:
             watcher.cancel()
@@ -158,7 +164,7 @@ async def _watch(child: Child, pulse: Pulse) -> None:
         if silent or (look is not None and await look()):
             log.error("child has hung; killing it", child=child.spec.name, pid=child.pid)
             child.hung = True
-            _kill(child)
+            kill(child)
             return
 
 

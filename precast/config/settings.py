@@ -151,6 +151,11 @@ class GatewaySettings(CommonSettings):
     Retry-After meanwhile, those for other unknown models with 404."""
     worker_refresh_s: Seconds = 0.5
     """How often the list of live workers is read."""
+    model_host: str = Field(default="", pattern=r"^[A-Za-z0-9._-]{0,80}$")
+    """Name of the Unix socket where models are started on demand; `precast serve
+    --models-on-demand` gives it. Empty: workers are there by themselves."""
+    model_wait_s: Seconds = 120.0
+    """Longest that a request waits for its model to be started on demand."""
     access_log: bool = False
     """A line in the log for each HTTP request; nothing of what is asked or answered is in it."""
     drain_timeout_s: Seconds = 30.0
@@ -377,6 +382,14 @@ class ServeSettings(CommonSettings):
     more_models: Names = ()
     """Further models, likewise, each with a worker of its own that starts when the one before has
     its memory."""
+    models_on_demand: bool = False
+    """Serve every model in the home folder, each from its first request on. `model` and
+    `more_models` are only seen to be there; the default model only where there is no other."""
+    models_memory_mb: Count | None = None
+    """Memory that models on demand may take together: the one that was used longest ago makes room
+    for another. None: 70 % of what host and control groups leave at the start."""
+    idle_timeout: Seconds = 600.0
+    """Seconds without a request after which a model on demand is stopped."""
     weight_dtype: WeightDtype = "fp32"
     """As of the decode worker."""
     quantization: QuantizationSetting = "auto"

@@ -72,6 +72,8 @@ class _Lease(BaseModel):
     """Unique to one start of one worker."""
     address: WorkerAddress
     """``host:port`` at which the worker's gRPC server is reached."""
+    pid: Annotated[int, Field(ge=0, le=1 << 31)] = 0
+    """Of its process, where that was started; 0: not told."""
 
     @property
     def redis_key(self) -> str:

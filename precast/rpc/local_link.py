@@ -196,7 +196,7 @@ async def _connect(name: str, *, kinds: bool) -> LocalLink | None:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         client.connect(_address(name, kinds=kinds))  # never waits: it is refused, or done
-        if not _of_our_user(client):
+        if not of_our_user(client):
             raise PermissionError("another user's process")
         _, link = await loop.create_unix_connection(lambda: LocalLink(kinds=kinds), sock=client)
     except OSError:
@@ -249,7 +249,7 @@ class _ServerLink(LocalLink):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self._socket is not None and _of_our_user(self._socket):
+        if self._socket is not None and of_our_user(self._socket):
             self._begin(self)
         else:
             self.abort()
@@ -295,7 +295,8 @@ async def _answer(link: _ServerLink, handler: Handler, parse: Callable[[bytes], 
             link.send(response)
 
 
-def _of_our_user(connected: socket.socket) -> bool:
+def of_our_user(connected: socket.socket) -> bool:
+    """Whether the peer of a connected Unix socket is a process of the same user."""
     raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return bool(_CREDENTIALS.unpack(raw)[1] == os.geteuid())
 

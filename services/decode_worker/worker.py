@@ -1,6 +1,7 @@
 """A decode worker as its gRPC service and its lease see it."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -240,6 +241,7 @@ class Worker:
         return DecodeLease(
             worker_id=self._worker_id,
             address=address,
+            pid=os.getpid(),
             model=self._settings.model,
             state=self.state,
             running=self._engine.running,

@@ -20,6 +20,7 @@ from services.gateway.access.quota import Quota
 from services.gateway.in_flight import InFlight
 from services.gateway.metrics import Metrics
 from services.gateway.middleware import Admission, Leniency, PrivatePort, RequestIds
+from services.gateway.on_demand import models_of
 from services.gateway.openai import errors
 from services.gateway.openai.prepare import Parsers, Planner
 from services.gateway.openai.responses_api.conversation import Conversations
@@ -61,6 +62,7 @@ def create_app(
         expected_models=settings.expected_models,
         tls=Tls.load(settings.tls_dir, Role.GATEWAY),
     )
+    models = models_of(settings, pool)
     quota = Quota(settings.redis_url, longest_s=settings.request_timeout_s)
     conversations = _conversations(settings)
     tracer = open_tracer(
@@ -72,7 +74,8 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await pool.start()
         try:
-            yield
+            async with models:
+                yield
         finally:
             await pool.close()
             await quota.close()
@@ -82,14 +85,19 @@ def create_app(
             await registry.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.end_requests = pool.end_requests
+
+    async def end_requests() -> None:
+        models.end()
+        await pool.end_requests()
+
+    app.state.end_requests = end_requests
     errors.install(app)
     keys = KeyRing(folder=settings.api_keys_dir)
     app.add_middleware(Guard, keys=keys, quota=quota, free=_FREE)
     _add_middleware(app, settings, metrics, in_flight or InFlight(), tracer)
     reference = reference_of(settings)
     if private_port is not None:
-        private = private_app(metrics, pool, reference)
+        private = private_app(metrics, pool, models, reference)
         app.add_middleware(PrivatePort, private=private, port=private_port)
     parsers = Parsers(
         tools=settings.tool_parser,
@@ -98,12 +106,12 @@ def create_app(
     )
     bodies = Bodies(settings, metrics, keys)
     planner = Planner(pool, TokenizerStore(settings.models_dir), parsers)
-    routes = generation_routes(planner, pool, metrics, settings, bodies, conversations)
+    routes = generation_routes(planner, pool, metrics, settings, bodies, conversations, models)
     app.include_router(routes)
     app.include_router(kept_routes(conversations))
-    app.include_router(token_routes(planner, bodies))
-    app.include_router(model_routes(pool))
-    app.include_router(health_routes(pool))
+    app.include_router(token_routes(planner, bodies, models))
+    app.include_router(model_routes(pool, models))
+    app.include_router(health_routes(pool, models))
     app.include_router(reference_routes(reference))
     return app
 

@@ -11,16 +11,19 @@ from starlette.responses import JSONResponse, Response
 
 from precast.config.settings import GatewaySettings
 from services.gateway.metrics import Metrics
+from services.gateway.on_demand import Models
 from services.gateway.openai import errors
 from services.gateway.openai.reference import document
 from services.gateway.routing.pool import WorkerPool
 
 
-def private_app(metrics: Metrics, pool: WorkerPool, reference: Callable[[], bytes]) -> FastAPI:
+def private_app(
+    metrics: Metrics, pool: WorkerPool, models: Models, reference: Callable[[], bytes]
+) -> FastAPI:
     """The app of ``metrics_port``."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     errors.install(app)
-    app.include_router(health_routes(pool))
+    app.include_router(health_routes(pool, models))
     app.include_router(reference_routes(reference))
 
     @app.get("/metrics")
@@ -56,7 +59,7 @@ def reference_routes(reference: Callable[[], bytes]) -> APIRouter:
     return router
 
 
-def health_routes(pool: WorkerPool) -> APIRouter:
+def health_routes(pool: WorkerPool, models: Models) -> APIRouter:
     """``/health`` and ``/ready``, on both ports."""
     router = APIRouter()
 
@@ -67,9 +70,9 @@ def health_routes(pool: WorkerPool) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """A worker is ready."""
+        """A worker is ready, or can be started."""
         count = sum(worker.ready for worker in pool.workers)
-        if not count:
+        if not count and not models.startable:
             raise errors.unavailable("No worker is ready.", "not_ready")
         return JSONResponse({"status": "ready", "workers": count, "models": list(pool.models)})
 

@@ -16,6 +16,7 @@ from precast.config.settings import GatewaySettings
 from services.gateway.access.tenant import tenant
 from services.gateway.http.body import BodyReader, check_content_type
 from services.gateway.metrics import Metrics
+from services.gateway.on_demand import Models
 from services.gateway.openai import errors, responses
 from services.gateway.openai.bodies import named, parse_naming_unknown
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
@@ -64,6 +65,7 @@ def generation_routes(
     settings: GatewaySettings,
     bodies: Bodies,
     conversations: Conversations,
+    models: Models,
 ) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
@@ -77,40 +79,46 @@ def generation_routes(
     async def completions(request: Request) -> Response:
         body, headers = await bodies.read(CompletionRequest, request)
         started = time.monotonic()
-        return answer(await planner.completion(body), started, headers)
+        async with models.held(body.model, request) as held:
+            return held.until_sent(answer(await planner.completion(body), started, headers))
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body, headers = await bodies.read(ChatRequest, request)
         started = time.monotonic()
-        return answer(await planner.chat(body), started, headers)
+        async with models.held(body.model, request) as held:
+            return held.until_sent(answer(await planner.chat(body), started, headers))
 
     @router.post("/responses")
     async def make_response(request: Request) -> Response:
         body, headers = await bodies.read(ResponsesRequest, request)
         started = time.monotonic()
         origin = await conversations.begin(body, tenant(request.scope))
-        try:
-            plan = await planner.chat(chat_of(origin.whole))
-        except ApiError as error:
-            raise as_written(error) from None
-        field = plan.constrained_by and path_as_written(plan.constrained_by)
-        plan = replace(plan, endpoint="responses", origin=origin, constrained_by=field)
-        return KeepingResponse(answer(plan, started, headers), conversations, origin)
+        async with models.held(body.model, request) as held:
+            try:
+                plan = await planner.chat(chat_of(origin.whole))
+            except ApiError as error:
+                raise as_written(error) from None
+            field = plan.constrained_by and path_as_written(plan.constrained_by)
+            plan = replace(plan, endpoint="responses", origin=origin, constrained_by=field)
+            kept = KeepingResponse(answer(plan, started, headers), conversations, origin)
+            return held.until_sent(kept)
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:
         body, headers = await bodies.read(MessagesRequest, request)
         started = time.monotonic()
-        plan = await planner.chat(messages_api.chat_of(body))
-        return answer(replace(plan, endpoint="messages"), started, headers)
+        async with models.held(body.model, request) as held:
+            plan = await planner.chat(messages_api.chat_of(body))
+            return held.until_sent(answer(replace(plan, endpoint="messages"), started, headers))
 
     @router.post("/embeddings")
     async def embeddings(request: Request) -> Response:
         body, headers = await bodies.read(EmbeddingRequest, request)
         started = time.monotonic()
-        plan = await planner.embedding(body, settings.embedding_pooling)
-        return answer(plan, started, headers)
+        async with models.held(body.model, request) as held:
+            plan = await planner.embedding(body, settings.embedding_pooling)
+            return held.until_sent(answer(plan, started, headers))
 
     return router
 
@@ -129,22 +137,25 @@ def kept_routes(conversations: Conversations) -> APIRouter:
     return router
 
 
-def token_routes(planner: Planner, bodies: Bodies) -> APIRouter:
+def token_routes(planner: Planner, bodies: Bodies, models: Models) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body, headers = await bodies.read(TokenizeRequest, request)
-        return _json(await planner.tokenize(body), headers)
+        async with models.held(body.model, request):
+            return _json(await planner.tokenize(body), headers)
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body, headers = await bodies.read(DetokenizeRequest, request)
-        return _json(await planner.detokenize(body), headers)
+        async with models.held(body.model, request):
+            return _json(await planner.detokenize(body), headers)
 
     @router.get("/tokenizer_info")
-    async def tokenizer_info(model: str | None = None) -> Response:
-        return _json(await planner.tokenizer_info(model))
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        async with models.held(model, request):
+            return _json(await planner.tokenizer_info(model))
 
     @router.get("/version")
     async def version() -> Response:
@@ -153,24 +164,30 @@ def token_routes(planner: Planner, bodies: Bodies) -> APIRouter:
     return router
 
 
-def model_routes(pool: WorkerPool) -> APIRouter:
+def model_routes(pool: WorkerPool, models: Models) -> APIRouter:
     router = APIRouter(prefix="/v1/models")
 
-    def describe(model: str, created: int) -> responses.Model:
-        length = pool.max_context_length(model)
-        return responses.Model(id=model, created=created, max_model_len=length)
+    async def served() -> dict[str, responses.Model]:
+        """Models that run, and those that can be started, by name."""
+        found = {
+            name: responses.Model(id=name, created=one.created, max_model_len=one.context_length)
+            for name, one in (await models.listed()).items()
+        }
+        for name, created in pool.models.items():
+            length = pool.max_context_length(name)
+            found[name] = responses.Model(id=name, created=created, max_model_len=length)
+        return dict(sorted(found.items()))
 
     @router.get("")
-    async def models() -> Response:
-        found = [describe(model, created) for model, created in pool.models.items()]
-        return _json(responses.ModelList(data=found))
+    async def every_model() -> Response:
+        return _json(responses.ModelList(data=list((await served()).values())))
 
     @router.get("/{model:path}")
-    async def model(model: str) -> Response:
-        created = pool.models.get(model)
-        if created is None:
+    async def one_model(model: str) -> Response:
+        found = (await served()).get(model)
+        if found is None:
             raise errors.model_not_found(model)
-        return _json(describe(model, created))
+        return _json(found)
 
     return router
 

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from precast.cli import stack
 from precast.cli.main import app
+from precast.cli.on_demand.parts import HomeModel
 from precast.cli.options import settings_command
-from precast.cli.serve import named, warn_if_open
+from precast.cli.serve import named, needed, warn_if_open
 from precast.cli.status import ServiceState, Status
 from precast.config.settings import (
     CommonSettings,
@@ -257,6 +258,25 @@ def test_serve_runs_a_worker_for_each_model(redis_server: RedisServer) -> None:
     assert "--expected-models=a,b,d" in gateway.command
     with pytest.raises(ConfigError, match="two are called b"):
         named(load_settings(ServeSettings, model="org/b", more_models="b"))
+
+
+def test_serve_on_demand_starts_no_worker_and_tells_gateways_whom_to_ask(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    ports = {"port": free_port(), "compile_port": free_port(), "decode_port": 0}
+    given = {"home": tmp_path, "redis_url": redis_server.url, "models_on_demand": True, **ports}
+    settings = load_settings(ServeSettings, **given)
+    plan = stack.plan(settings)
+    assert [spec.name for spec in plan.specs] == ["compile-worker", "gateway"]
+    assert f"--model-host={plan.model_host}" in plan.specs[1].command
+    assert needed(settings) == (settings.model,)  # nothing else is there
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert needed(settings) == ()
+    assert needed(load_settings(ServeSettings, **given, model="org/b")) == ("org/b",)
+    model = HomeModel(name="mine", created=1, context_length=64, kv_blocks=7, nbytes=1)
+    worker = stack.on_demand(settings, model)
+    assert worker.name == "decode-worker-mine"
+    assert {"--model=mine", "--kv-blocks=7", "--max-context-length=64"} < set(worker.command)
 
 
 @pytest.mark.parametrize(

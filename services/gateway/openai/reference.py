@@ -61,7 +61,7 @@ _READY: Final[_Json] = {
     "required": ["status", "workers", "models"],
     "properties": {
         "status": {"const": "ready"},
-        "workers": {"type": "integer", "minimum": 1},
+        "workers": {"type": "integer", "minimum": 0},
         "models": {"type": "array", "items": {"type": "string"}},
     },
 }
@@ -160,7 +160,7 @@ def _paths() -> _Json:
             **_reading("Describe one model", _ref("Model"), 404),
         },
         "/health": _reading("Whether the process answers", _HEALTH),
-        "/ready": _reading("Whether a worker is ready", _READY, 503),
+        "/ready": _reading("Whether a worker is ready, or can be started", _READY, 503),
     }
 
 

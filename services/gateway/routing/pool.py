@@ -106,6 +106,10 @@ class WorkerPool:
             raise self._none_serves(model)
         return max(lengths)
 
+    def reaches(self, model: str) -> bool:
+        """Whether a worker of the model takes requests."""
+        return any(worker.ready and worker.connection.up for worker in self._serving(model))
+
     def reads_as(self, model: str, digest: str) -> bool:
         """Whether a worker has the tokenizer of this digest, as far as is known."""
         workers = self._serving(model)

@@ -1,0 +1,1 @@
+"""Models that run while they are asked for: ``serve --models-on-demand``."""
