@@ -117,10 +117,11 @@ def named(settings: ServeSettings) -> ServeSettings:
 
 
 def _name(settings: ServeSettings, source: str) -> str:
+    from precast.models.importing.gguf.parts import model_name
     from precast.models.importing.hub import default_name, hub_name
 
     if _is_file(settings.home / "models", source):
-        return Path(source).name.removesuffix(".gguf")
+        return model_name(Path(source).name)
     return default_name(found) if (found := hub_name(source)) else source
 
 

@@ -106,6 +106,31 @@ def write_gguf(
     return path
 
 
+def split_gguf(path: Path, count: int) -> list[Path]:
+    """The file in parts beside it, with the gguf package's words for them; the first one has all
+    fields and no tensor."""
+    whole = gguf.GGUFReader(path)
+    parts = [path.with_name(f"{path.stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        if number:
+            writer.kv_data[0].clear()  # of the architecture
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, count)
+        writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, len(whole.tensors))
+        for field in whole.fields.values() if number == 0 else ():
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                kinds = [*field.types, None]
+                writer.add_key_value(field.name, field.contents(), kinds[0], kinds[1])
+        for tensor in whole.tensors[number - 1 :: count - 1] if number else ():
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
 def hugging_face_tensors(values: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The model's tensors by Hugging Face's names, none of them constant."""
     rng = np.random.default_rng(5)

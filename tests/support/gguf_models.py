@@ -1,5 +1,7 @@
 """GGUF files of a Hugging Face folder's weights, as llama.cpp's converter would write them."""
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,23 @@ from torch import Tensor
 from transformers import AutoConfig
 
 ARCHITECTURES = {
+    "exaone4": gguf.MODEL_ARCH.EXAONE4,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "granite": gguf.MODEL_ARCH.GRANITE,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
     "phi3": gguf.MODEL_ARCH.PHI3,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
-INTERLEAVED = ("llama", "mistral", "smollm3")
+INTERLEAVED = ("granite", "llama", "mistral", "mixtral", "smollm3")
 Kinds = dict[str, GGMLQuantizationType]
 
 
@@ -35,11 +44,12 @@ def write_gguf_of(folder: Path, path: Path, kinds: Kinds | None = None) -> Path:
     _write_sizes(writer, config)
     _write_vocabulary(writer, config.vocab_size - 10)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, tensor in _experts_together(tensors).items():
+    tensors |= _longrope(writer, config)
+    for name, tensor in _halves_apart(config, _experts_together(tensors)).items():
         module, _, kind = name.rpartition(".")
-        theirs = names.get_name(module)
+        theirs = name.removesuffix(f".{kind}") if name in _ROPE else names.get_name(module)
         assert theirs is not None, name
-        values = _as_theirs(config, module, kind, tensor).contiguous().numpy()
+        values = _as_theirs(config, module, kind, tensor).squeeze().contiguous().numpy()
         wanted = (kinds or {}).get(theirs.split(".")[-1])
         if wanted is None or values.ndim < 2:
             writer.add_tensor(f"{theirs}.{kind}", values)
@@ -63,23 +73,116 @@ def _write_sizes(writer: GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
+    _write_rope(writer, config)
+    _WRITERS.get(config.model_type, lambda *_: None)(writer, config)
+
+
+def _write_rope(writer: GGUFWriter, config: Any) -> None:
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
     part = rope.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(int(config.head_dim * part))
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
-    if config.model_type in ("gemma3_text", "phi3"):
-        writer.add_sliding_window(config.sliding_window or 0)
-    if config.model_type == "gemma3_text":
-        local = config.rope_parameters["sliding_attention"]["rope_theta"]
-        writer.add_float32("gemma3.rope.freq_base_swa", local)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _exaone4(writer: GGUFWriter, config: Any) -> None:
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(["sliding" in kind for kind in config.layer_types])
+
+
+def _gemma3(writer: GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window or 0)
+    local = config.rope_parameters["sliding_attention"]["rope_theta"]
+    writer.add_float32("gemma3.rope.freq_base_swa", local)
+
+
+def _phi3(writer: GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window or 0)
+
+
+def _granite(writer: GGUFWriter, config: Any) -> None:
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def _mixtral(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def _gpt_oss(writer: GGUFWriter, config: Any) -> None:
+    _mixtral(writer, config)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+
+
+def _qwen3_moe(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def _qwen2_moe(writer: GGUFWriter, config: Any) -> None:
+    _qwen3_moe(writer, config)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+_WRITERS = {
+    "exaone4": _exaone4,
+    "gemma3_text": _gemma3,
+    "gpt_oss": _gpt_oss,
+    "granite": _granite,
+    "mixtral": _mixtral,
+    "phi3": _phi3,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+}
+_ROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def _longrope(writer: GGUFWriter, config: Any) -> dict[str, Tensor]:
+    """Of Phi-4-mini, as their converter writes it."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return {}
+    first = rope["original_max_position_embeddings"]
+    scale = config.max_position_embeddings / first
+    writer.add_rope_scaling_orig_ctx_len(first)
+    longer = math.log(scale) / math.log(first)
+    writer.add_rope_scaling_attn_factors(math.sqrt(1 + longer) if scale > 1 else 1.0)
+    return dict(
+        zip(_ROPE, (torch.tensor(rope[f"{x}_factor"]) for x in ("long", "short")), strict=True)
+    )
+
+
+def _halves_apart(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """gpt-oss has gates and ups in turns, and inputs first; their converter has neither."""
+    if config.model_type != "gpt_oss":
+        return tensors
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("sinks"):
+            found[f"{name}.weight"] = tensor
+        elif ".experts." not in name:
+            found[name] = tensor
+        else:
+            base = name.removesuffix("_bias")
+            kind = "bias" if name != base else "weight"
+            rows = tensor if kind == "bias" else tensor.transpose(1, 2)
+            if base.endswith("gate_up_proj"):
+                for first, part in enumerate(("gate_proj", "up_proj")):
+                    found[base.replace("gate_up_proj", f"{part}.{kind}")] = rows[:, first::2]
+            else:
+                found[f"{base}.{kind}"] = rows
+    return found
 
 
 def _write_vocabulary(writer: GGUFWriter, count: int) -> None:
@@ -95,7 +198,7 @@ def _experts_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        if ".experts." in name:
+        if re.search(r"\.experts\.\d", name):
             before, _, after = name.partition(".experts.")
             number, _, module = after.partition(".")
             stacks.setdefault(f"{before}.experts.{module}", {})[int(number)] = tensor

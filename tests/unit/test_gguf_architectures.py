@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import Gemma3TextConfig, Qwen3MoeConfig, SmolLM3Config
+from transformers import (
+    Gemma3TextConfig,
+    GptOssConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from precast.models.importing.catalog import check_model
 from precast.models.importing.gguf.architectures import ARCHITECTURES
@@ -26,8 +32,17 @@ SAME = (
     "qwen3",
     "phi3",
     "phi3_partial",
+    "phi3_long",
+    "phi3_short",
+    "exaone4",
+    "exaone4_window",
+    "glm4",
+    "granite",
+    "mixtral",
+    "olmo2",
 )
 """Of ``CONFIGS``; those whose file says all that their folder does."""
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 OWN: dict[str, Callable[[], Any]] = {
     "qwen3_moe_all": lambda: Qwen3MoeConfig(
         **SIZES,
@@ -36,6 +51,21 @@ OWN: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=64,
         norm_topk_prob=True,
+    ),
+    "qwen2_moe_all": lambda: Qwen2MoeConfig(
+        **SIZES,
+        rope_parameters=ROPE,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=80,
+    ),
+    "gpt_oss_all": lambda: GptOssConfig(
+        **{**SIZES, "intermediate_size": 64},
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=WINDOW,
+        rope_parameters=YARN | {"truncate": False},
     ),
     "gemma3_all": lambda: Gemma3TextConfig(
         **{**SIZES, "num_hidden_layers": 7, "tie_word_embeddings": True},
@@ -103,7 +133,7 @@ def test_so_are_those_that_leave_something_to_the_reader(
 MIX = {"attn_v": Type.Q8_0, "ffn_down": Type.Q5_0, "ffn_up": Type.Q5_1, "token_embd": Type.Q8_0}
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3_moe_all"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_oss_all", "qwen3_moe_all"])
 def test_a_files_own_formats_run_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -113,6 +143,7 @@ def test_a_files_own_formats_run_as_they_are(
     folder = write_model(tmp_path / name, name)
     kinds = {**dict.fromkeys(("attn_q", "attn_k", "attn_qkv", "ffn_gate"), Type.Q4_0), **MIX}
     kinds |= {f"{name}_exps": kind for name, kind in kinds.items()}
+    kinds["ffn_up_exps"] = kinds["ffn_gate_exps"]  # which gpt-oss has in one
     own = imported(gguf_models.write_gguf_of(folder, tmp_path / "file.gguf", kinds))
     exact, kept = forward(load(own)), forward(load(own, precision=FILE))
     for actual, expected in zip(kept, exact, strict=True):

@@ -251,11 +251,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the first file of a split": (
         {"fields": {"split.no": 0, "split.count": 3}, **drop("blk.1.ffn_up.weight")},
-        "part 1 of a file that was split into 3",
+        "by its header part 1 of 3, by its name part 1 of 1",
     ),
-    "experts": (
-        {"fields": {"llama.expert_count": 8, "llama.expert_used_count": 2}},
-        "llama.expert_count = 8 is not supported",
+    "experts that are not there": (
+        {"fields": {"llama.expert_count": 2**31 - 1, "llama.expert_used_count": 2}},
+        "tensor blk.0.ffn_gate_inp.weight is missing",
     ),
     "experts without a word": (
         {"tensors": {"blk.0.ffn_gate_inp.weight": ONES}},
@@ -264,6 +264,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a key that nothing reads": (
         {"fields": {"llama.attention.sliding_window": 16}},
         "llama.attention.sliding_window = 16 is not supported",
+    ),
+    "a token of 9000 characters": (
+        {"fields": {"tokenizer.ggml.tokens": ["a" * 9000]}},
+        "a token of 9000 characters",
     ),
     "longrope": ({"fields": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not one of"),
     "a key of the rope that nothing reads": (
@@ -301,7 +305,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": {"blk.1.attn_q.weight": ONES.astype(np.int8)}},
         "tensor blk.1.attn_q.weight has type I8, which can't be read",
     ),
-    "too many layers": ({"fields": {"llama.block_count": 10**9}}, "llama.block_count = 1000000000"),
+    "too many layers": ({"fields": {"llama.block_count": 1000}}, "llama.block_count = 1000, more"),
     "a rope that is no number": (
         {"fields": {"llama.rope.freq_base": float("nan")}},
         "rope_theta",
@@ -356,6 +360,14 @@ def claim(path: Path) -> None:
     path.write_bytes(data)
 
 
+def overlap(path: Path) -> None:
+    """The last tensor begins where another one does."""
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b".weight") + 7 + 4 + 16 + 4
+    data[at : at + 8] = (0).to_bytes(8, "little")
+    path.write_bytes(data)
+
+
 def claim_tensors(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[8:16] = (2**60).to_bytes(8, "little")
@@ -368,6 +380,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (point, "a Git LFS pointer"),
     (claim, "a string of 9223372036854775808 bytes"),
     (claim_tensors, "not a readable GGUF file"),
+    (overlap, "overlap"),
     (lambda path: path.write_bytes(b"") and None, "it has 0 bytes"),
     (lambda path: path.write_bytes(b"GGML" + bytes(90)) and None, "it begins with b'GGML'"),
     (lambda path: path.write_bytes(b"GGUF\x09" + bytes(90)) and None, "version 9"),
@@ -388,6 +401,6 @@ def test_another_architecture_is_refused_before_its_vocabulary_is_read(tmp_path:
     data = source.read_bytes()
     source.write_bytes(data[: data.index(b"tokenizer.ggml.tokens")])
     with pytest.raises(
-        UnsupportedArchitecture, match="architecture mamba is not one of: gemma3, llama"
+        UnsupportedArchitecture, match="architecture mamba is not one of: exaone4, gemma3, glm4"
     ):
         convert(source, tmp_path, lambda _stage: None)

@@ -1,6 +1,7 @@
 """Imports: complete or not at all, from folders and broken files. Real GGUF: tests/e2e."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from precast.models.importing.gguf.convert import end_ids
 from precast.models.importing.gguf.header import GgufFile
 from precast.models.importing.gguf.tokenizer import read_vocabulary
 from precast.models.importing.importer import find_built_in, import_file, import_model
-from tests.support.gguf_files import byte_level, write_gguf
+from tests.support.gguf_files import byte_level, split_gguf, write_gguf
 from tests.support.models import config, write_model
 
 DEADLINE_S = 30.0
@@ -154,7 +155,7 @@ time.sleep(600)
 def test_a_conversion_that_does_not_end_is_ended(tmp_path: Path, program: str) -> None:
     stages: list[str] = []
     started = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"x\.gguf: the conversion took longer than 1 s"):
+    with pytest.raises(DeadlineExceeded, match=r"x\.gguf: reading it took longer than 1 s"):
         run_bounded(
             [sys.executable, "-c", program],
             tmp_path / "x.gguf",
@@ -168,7 +169,7 @@ def test_a_conversion_that_does_not_end_is_ended(tmp_path: Path, program: str) -
 
 def test_a_conversion_that_is_killed_says_by_what(tmp_path: Path) -> None:
     program = "import os, signal; os.kill(os.getpid(), signal.SIGBUS)"
-    with pytest.raises(ModelCorrupt, match=r"x\.gguf: the conversion ended with SIGBUS"):
+    with pytest.raises(ModelCorrupt, match=r"x\.gguf: reading it ended with SIGBUS"):
         run_bounded(
             [sys.executable, "-c", program], tmp_path / "x.gguf", tmp_path / "log", 30.0, quiet
         )
@@ -260,7 +261,7 @@ def test_a_folder_that_can_not_be_served_is_one_line(
 ) -> None:
     started = time.monotonic()
     done = models_import(broken_folder(tmp_path / "tiny", name, content), tmp_path)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 10.0
     [line] = [line for line in done.stderr.splitlines() if line.startswith("precast: ")]
     assert said in line
     assert done.exit_code == 1
@@ -322,6 +323,49 @@ def test_a_file_that_is_served_by_its_path_is_imported_when_it_is_another(tmp_pa
     assert imported()[0] == 96
 
 
+def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
+    """Whichever of them is named; it is imported again when one of them is another."""
+    parts = split_gguf(write_gguf(tmp_path / "tiny.gguf"), 3)
+    first = import_file(parts[1], tmp_path / "models", report=quiet)
+    assert (first.name, first.parameters) == ("tiny", parameters_of(tmp_path / "tiny.gguf"))
+    kept = sorted(path.name for path in first.path.glob("*.gguf"))
+    assert kept == [f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    inode = (first.path / kept[0]).stat().st_ino
+    again = import_file(parts[0], tmp_path / "models", report=quiet)
+    assert (again.path / kept[0]).stat().st_ino == inode
+    split_gguf(write_gguf(tmp_path / "tiny.gguf", max_position_embeddings=96), 3)
+    assert import_file(parts[2], tmp_path / "models", report=quiet).context_length == 96
+
+
+def parameters_of(path: Path) -> int:
+    return sum(math.prod(tensor.shape) for tensor in GgufFile(path).tensors.values())
+
+
+def test_parts_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    def said(source: Path) -> str:
+        done = models_import(source, tmp_path)
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("precast: ")]
+        assert done.exit_code == 1
+        return line
+
+    first, second, third = split_gguf(write_gguf(tmp_path / "tiny.gguf"), 3)
+    renamed = first.rename(tmp_path / "first.gguf")
+    assert "tiny-00001-of-00003.gguf is missing: all 3 parts" in said(second)
+    assert "first.gguf: by its header part 1 of 3, by its name part 1 of 1" in said(renamed)
+    first.write_bytes(third.read_bytes())
+    assert "by its header part 3 of 3, by its name part 1 of 3" in said(second)
+    renamed.replace(first)
+    split_gguf(write_gguf(tmp_path / "other.gguf", num_hidden_layers=3), 3)[2].replace(third)
+    assert "tiny-00001-of-00003.gguf: its parts have " in said(first)
+
+
+def test_a_link_into_a_download_cache_is_a_file(tmp_path: Path) -> None:
+    blob = write_gguf(tmp_path / "x.gguf").rename(tmp_path / "5f0c3b7d")
+    (tmp_path / "tiny.gguf").symlink_to(blob)
+    info = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "models", report=quiet)
+    assert info.name == "tiny" and not (info.path / "model.gguf").is_symlink()
+
+
 def test_serve_takes_a_file_for_its_model(tmp_path: Path) -> None:
     def name_of(model: str) -> str:
         return named(ServeSettings(home=tmp_path, model=model)).model
@@ -330,6 +374,8 @@ def test_serve_takes_a_file_for_its_model(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"GGUF")
     assert name_of(str(path)) == "tiny.Q4_K_M"
+    part = path.rename(path.with_name("tiny.Q4_K_M-00002-of-00003.gguf"))
+    assert name_of(str(part)) == "tiny.Q4_K_M"
     (tmp_path / "models" / "tiny.gguf").mkdir(parents=True)  # a name that ends so
     assert name_of("tiny.gguf") == "tiny.gguf"
     assert name_of("tiny") == "tiny"

@@ -17,6 +17,7 @@ from precast.models.importing import hub as hubs
 from precast.models.importing.catalog import list_models
 from precast.models.importing.hub import HubName, hub_name
 from precast.models.importing.pull import DOWNLOADS, SOURCE, pull_model
+from tests.support.gguf_files import split_gguf, write_gguf
 from tests.support.hub_server import COMMIT, Hub, hub_of, serving
 from tests.support.models import write_model
 
@@ -142,6 +143,18 @@ def test_a_hub_that_is_not_there_is_one_line(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(Unavailable, match="can't be reached"):
         pull_model(REPO, tmp_path, report=quiet)
+
+
+def test_all_parts_of_a_file_are_pulled(hub: Hub, tmp_path: Path) -> None:
+    parts = split_gguf(write_gguf(tmp_path / "small.gguf"), 2)
+    hub.files |= {part.name: part.read_bytes() for part in parts}
+    asked = HubName(repo=hub.repo, file=parts[1].name)
+    info = pull_model(asked, tmp_path / "models", report=quiet)
+    assert info.name == "small"
+    assert len(list(info.path.glob("model-*.gguf"))) == 2
+    del hub.files[parts[0].name]
+    with pytest.raises(ModelNotFound, match="has no file 'small-00001-of-00002"):
+        pull_model(asked, tmp_path / "models", name="again", report=quiet)
 
 
 def test_the_command_pulls(hub: Hub, tmp_path: Path) -> None:

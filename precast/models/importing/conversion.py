@@ -1,4 +1,5 @@
-"""The conversion of a GGUF file in a child process, with a bound on its memory and time."""
+"""Work on a model's files in a child process, with a bound on its memory and time: the conversion
+of a GGUF file, the first look at a folder."""
 
 import json
 import os
@@ -20,14 +21,23 @@ Report = Callable[[str], None]
 DEADLINE_S: Final = 3600.0
 _MEMORY: Final = 4 << 30
 """Bytes that a conversion may take: tensors pass through it some rows at a time."""
-_MODULE: Final = "precast.models.importing.gguf"
+_CONVERT: Final = "precast.models.importing.gguf"
+_CHECK: Final = "precast.models.importing.check_folder"
 _LINE: Final = 64 << 10
+_LINE_SHOWN: Final = 300
 
 
 def convert_in_child(source: Path, target: Path, report: Report) -> None:
     """Fill ``target`` from a GGUF file. Raises ``PrecastError`` with one line."""
-    command = [sys.executable, "-m", _MODULE, str(source), str(target), str(_MEMORY)]
+    command = [sys.executable, "-m", _CONVERT, str(source), str(target), str(_MEMORY)]
     run_bounded(command, source, target / "conversion.log", DEADLINE_S, report)
+
+
+def check_in_child(source: Path, target: Path, report: Report) -> None:
+    """Read a folder's headers and its tokenizer, where a library that aborts takes nothing with
+    it. ``target``: a folder to work in. Raises what ``check_model`` does."""
+    command = [sys.executable, "-m", _CHECK, str(source), str(_MEMORY)]
+    run_bounded(command, source, target / "check.log", DEADLINE_S, report)
 
 
 def run_bounded(
@@ -52,13 +62,13 @@ def run_bounded(
             code = child.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise DeadlineExceeded(
-                f"{source}: the conversion took longer than {deadline_s:g} s"
+                f"{source}: reading it took longer than {deadline_s:g} s"
             ) from None
         finally:
             _end(child)
         log.seek(0)
         if code != 0:
-            raise _failure(source, code, log.read())
+            raise failure(source, code, log.read())
     log_path.unlink()
 
 
@@ -94,12 +104,14 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
     child.stdout.close()
 
 
-def _failure(source: Path, code: int, log: str) -> PrecastError:
-    """The error that the child has named in its last line."""
-    last = (log.strip().splitlines() or [""])[-1]
-    kind, _, text = last.partition(": ")
+def failure(source: Path, code: int, log: str) -> PrecastError:
+    """The error that the child has named in its last line; of one that was killed or gave up, what
+    it wrote first."""
+    lines = log.strip().splitlines() or [""]
+    kind, _, text = lines[-1].partition(": ")
     found = getattr(errors, kind, None)
     if code == 2 and isinstance(found, type) and issubclass(found, PrecastError):
         return found(text)
     how = signal.Signals(-code).name if code < 0 else f"code {code}"
-    return ModelCorrupt(f"{source}: the conversion ended with {how}: {last}".rstrip(": "))
+    said = lines[0 if code < 0 else -1][:_LINE_SHOWN]
+    return ModelCorrupt(f"{source}: reading it ended with {how}: {said}".rstrip(": "))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastError, Unavailable
 from precast.models.importing.conversion import Report
+from precast.models.importing.gguf.parts import model_name
 from precast.models.json_file import read_object
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def hub_name(text: str) -> HubName | None:
 
 def default_name(source: HubName) -> str:
     """What a model is called that nobody gave a name."""
-    return source.file.removesuffix(".gguf") if source.file else source.repo.partition("/")[2]
+    return model_name(source.file) if source.file else source.repo.partition("/")[2]
 
 
 def find(repo: str, revision: str | None) -> Remote:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from precast.errors import ConfigError, DeadlineExceeded, ModelNotFound
-from precast.models.gguf_index import FILE
 from precast.models.importing.built_in import BUILT_IN
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
-from precast.models.importing.conversion import Report, convert_in_child
+from precast.models.importing.conversion import Report, check_in_child, convert_in_child
 from precast.models.importing.copying import check_space, copy_file
+from precast.models.importing.gguf.parts import find_parts, model_name, stored_names
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.content import file_digest
 from precast.system.held_folders import put_in_place, remove_unheld
@@ -58,7 +58,7 @@ def import_model(
     raises for a model that can't be served.
     """
     path = None if source in BUILT_IN else _existing(source)
-    name = check_name(name or (path.name.removesuffix(".gguf") if path else source))
+    name = check_name(name or (_name_of(path) if path else source))
     target = models_dir / name
     if kept := _kept(target, replace=replace, must_be_new=must_be_new):
         return kept
@@ -78,10 +78,17 @@ def import_file(source: Path, models_dir: Path, *, report: Report) -> ModelInfo:
     """Import a GGUF file under its own name, unless its model is there already. Raises as
     ``import_model`` does."""
     path = _existing(str(source))
-    kept = models_dir / check_name(path.name.removesuffix(".gguf")) / FILE
+    parts, kept = find_parts(path), models_dir / check_name(model_name(path.name))
     report("comparing with what is there")
-    same = kept.is_file() and _same_content(path, kept)
+    same = all(
+        (kept / name).is_file() and _same_content(part, kept / name)
+        for part, name in zip(parts, stored_names(len(parts)), strict=True)
+    )
     return import_model(str(path), models_dir, replace=not same, report=report)
+
+
+def _name_of(path: Path) -> str:
+    return path.name if path.is_dir() else model_name(path.name)
 
 
 def _same_content(one: Path, other: Path) -> bool:
@@ -136,7 +143,7 @@ def find_built_in(name: str) -> Path:
 
 
 def _existing(source: str) -> Path:
-    path = Path(source).expanduser().resolve()
+    path = Path(source).expanduser().absolute()  # a download cache's links have other names
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     raise ConfigError(
@@ -149,15 +156,17 @@ def _fill(source: Path, target: Path, report: Report) -> None:
     if source.is_dir():
         _take_folder(source, target, report)
     else:
+        parts = find_parts(source)
         convert_in_child(source, target, report)
         report("copying the weights")
-        check_space(target, [source])
-        copy_file(source, target / FILE)
+        check_space(target, parts)
+        for part, name in zip(parts, stored_names(len(parts)), strict=True):
+            copy_file(part, target / name)
 
 
 def _take_folder(source: Path, target: Path, report: Report) -> None:
     report("checking the source")
-    check_model(source)
+    check_in_child(source, target, report)
     weights = weight_files(source)
     check_space(target, weights)
     for name in COPIED:

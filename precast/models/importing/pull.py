@@ -16,8 +16,9 @@ from typing import Final
 from precast.errors import ConfigError
 from precast.models.importing import hub
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
-from precast.models.importing.conversion import Report
+from precast.models.importing.conversion import Report, check_in_child
 from precast.models.importing.copying import check_room
+from precast.models.importing.gguf.parts import part_names
 from precast.models.importing.hub import HubName, Remote, default_name
 from precast.models.importing.importer import import_model
 from precast.models.json_file import read_object
@@ -99,7 +100,7 @@ def _download_folder(models_dir: Path, remote: Remote) -> Iterator[Path]:
 
 def _fetch_all(source: HubName, remote: Remote, folder: Path, report: Report) -> None:
     if source.file:
-        _fetch(remote, [source.file], folder, report)
+        _fetch(remote, part_names(source.file), folder, report)
         return
     _fetch(remote, hub.first_files(remote), folder, report)
     _fetch(remote, hub.shards(remote, folder), folder, report)
@@ -128,7 +129,7 @@ def _put(source: HubName, remote: Remote, folder: Path, target: Path, report: Re
         shutil.rmtree(folder, ignore_errors=True)
         return info
     report("checking")
-    check_model(folder)
+    check_in_child(folder, folder, report)
     (folder / SOURCE).write_text(json.dumps(origin))
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     put_in_place(folder, target)

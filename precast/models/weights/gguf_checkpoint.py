@@ -40,6 +40,9 @@ class GgufCheckpoint:
         tensor = self._find(name, shape)
         if not tensor.file:
             return torch.zeros(shape)
+        if tensor.odd_file:
+            pair = [values_of(raw) for raw in self._raws(tensor, 0, tensor.rows)]
+            return torch.stack(pair, dim=-1).view(shape)
         raw = self._raw(tensor)
         if len(shape) == 2:
             return FileWeight([raw])
@@ -52,8 +55,16 @@ class GgufCheckpoint:
         return found.float() - 1 if tensor.less_one else found
 
     def expert(self, name: str, index: int, shape: tuple[int, int, int]) -> "Weight":
-        """Experts are matrices of their own here."""
-        raise ModelCorrupt(f"{self._folder}: tensor {name} {shape} is missing ({index})")
+        """One of the linears in a tensor [experts, inputs, outputs], as [outputs, inputs]."""
+        import torch
+
+        from precast.ops.gguf_blocks import FileWeight
+
+        tensor = self._find(name, shape)
+        each = tensor.rows // shape[0]
+        raws = self._raws(tensor, index * each, each)
+        both = torch.stack([raw.rows for raw in raws], dim=1).flatten(0, 1)
+        return FileWeight([raws[0]._replace(rows=both)])
 
     def _find(self, name: str, shape: tuple[int, ...]) -> IndexedTensor:
         if (tensor := self._tensors.get(name)) is None:
@@ -65,26 +76,40 @@ class GgufCheckpoint:
         return tensor
 
     def _raw(self, tensor: IndexedTensor) -> "RawRows":
+        [raw] = self._raws(tensor, 0, tensor.rows)
+        if tensor.heads and len(tensor.shape) == 2:
+            raw = raw._replace(rows=raw.rows[_order(tensor)])
+        return raw
+
+    def _raws(self, tensor: IndexedTensor, first: int, count: int) -> "list[RawRows]":
+        """Some of its rows, and those that lie between them if these are elsewhere."""
         from precast.ops.gguf_blocks import RawRows
 
-        rows = self._mapped(tensor)
-        if tensor.heads and len(tensor.shape) == 2:
-            rows = rows[_order(tensor)]
-        return RawRows(tensor.type, tensor.shape[-1], rows)
+        places = [(tensor.file, tensor.start), (tensor.odd_file, tensor.odd_start)]
+        skipped = first * tensor.row_bytes
+        return [
+            RawRows(
+                tensor.type,
+                tensor.columns,
+                self._mapped(file, start + skipped, count, tensor.row_bytes),
+            )
+            for file, start in places
+            if file
+        ]
 
-    def _mapped(self, tensor: IndexedTensor) -> "Tensor":
+    def _mapped(self, file: str, start: int, rows: int, row_bytes: int) -> "Tensor":
         """uint8 [rows, bytes of a row]"""
         import torch
 
-        skip = tensor.start % mmap.ALLOCATIONGRANULARITY
-        length = tensor.rows * tensor.row_bytes
-        with (self._folder / tensor.file).open("rb") as file:
+        skip = start % mmap.ALLOCATIONGRANULARITY
+        length = rows * row_bytes
+        with (self._folder / file).open("rb") as opened:
             # Private, so that torch takes it for writable; nobody writes.
             mapping = mmap.mmap(
-                file.fileno(), length + skip, offset=tensor.start - skip, access=mmap.ACCESS_COPY
+                opened.fileno(), length + skip, offset=start - skip, access=mmap.ACCESS_COPY
             )
         flat = torch.frombuffer(mapping, dtype=torch.uint8, count=length, offset=skip)
-        return flat.view(tensor.rows, tensor.row_bytes)
+        return flat.view(rows, row_bytes)
 
 
 def _order(tensor: IndexedTensor) -> "Tensor":

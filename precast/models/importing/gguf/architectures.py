@@ -1,21 +1,17 @@
-"""GGUF's architectures: what sets each one's file apart, and its ``config.json``.
-
-Facts that the files leave out, because llama.cpp has them in its code, are here: Gemma 3's pattern
-of windows, SmolLM3's layers without positions.
-"""
+"""GGUF's architectures: what sets each one's file apart, and its ``config.json``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from precast.errors import UnsupportedArchitecture
+from precast.models.importing.gguf import configs
+from precast.models.importing.gguf.configs import Config
 from precast.models.importing.gguf.header import GgufFile
 from precast.models.importing.gguf.metadata import Metadata, Sizes, check_keys, read_sizes
-from precast.models.importing.gguf.rope import read_rope, shortest
-from precast.models.importing.gguf.tensors import ATTENTION, MLP, NAMES, Layout, biased
+from precast.models.importing.gguf.rope import shortest
+from precast.models.importing.gguf.tensors import MLP, NAMES, Layout
 from precast.models.importing.gguf.tokenizer import Vocabulary
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +25,13 @@ class GgufArchitecture:
     keys: frozenset[str] = field(default_factory=frozenset)
     """Entries that it has beside those that all have."""
     partly_rotated: bool = False
-    experts: bool = False
 
 
 def architecture_of(file: GgufFile, name: str) -> GgufArchitecture:
     """Raises ``UnsupportedArchitecture``."""
     check_name(file.path, name)
+    if name == "llama" and file.integer("llama.expert_count", 0) > 0:
+        return _MIXTRAL
     return ARCHITECTURES[name]
 
 
@@ -47,16 +44,22 @@ def check_name(path: object, name: str) -> None:
         )
 
 
-def sizes_of(data: Metadata, vocabulary: Vocabulary) -> Sizes:
+def sizes_of(own: GgufArchitecture, data: Metadata, vocabulary: Vocabulary) -> Sizes:
     """Raises ``ModelCorrupt`` or ``UnsupportedArchitecture`` with one line."""
-    own = ARCHITECTURES[data.architecture]
     check_keys(data, own.keys)
-    return read_sizes(data, vocabulary, partly_rotated=own.partly_rotated, experts=own.experts)
+    return read_sizes(
+        data,
+        vocabulary,
+        partly_rotated=own.partly_rotated,
+        experts="expert_count" in own.keys,
+        shared="expert_shared_feed_forward_length" in own.keys,
+    )
 
 
-def config_of(data: Metadata, sizes: Sizes, vocabulary: Vocabulary) -> Config:
+def config_of(
+    own: GgufArchitecture, data: Metadata, sizes: Sizes, vocabulary: Vocabulary
+) -> Config:
     """``config.json``."""
-    own = ARCHITECTURES[data.architecture]
     return {
         "architectures": [own.name],
         "bos_token_id": vocabulary.bos,
@@ -79,83 +82,6 @@ def config_of(data: Metadata, sizes: Sizes, vocabulary: Vocabulary) -> Config:
     }
 
 
-def _llama(data: Metadata, sizes: Sizes) -> Config:
-    return {
-        "attention_bias": bool(biased(data.file, ATTENTION)),
-        "mlp_bias": bool(biased(data.file, MLP)),
-        "rope_parameters": read_rope(data, sizes),
-    }
-
-
-def _qwen(data: Metadata, sizes: Sizes) -> Config:
-    return {"rope_parameters": read_rope(data, sizes), "use_sliding_window": False}
-
-
-def _qwen3(data: Metadata, sizes: Sizes) -> Config:
-    return {**_qwen(data, sizes), "attention_bias": bool(biased(data.file, ATTENTION))}
-
-
-def _qwen3_moe(data: Metadata, sizes: Sizes) -> Config:
-    return {
-        **_qwen3(data, sizes),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": sizes.expert_mlp,
-        "norm_topk_prob": True,
-        "num_experts": sizes.experts,
-        "num_experts_per_tok": data.positive("expert_used_count"),
-    }
-
-
-def _smollm3(data: Metadata, sizes: Sizes) -> Config:
-    return {
-        **_llama(data, sizes),
-        "no_rope_layer_interval": 4,
-        "no_rope_layers": [int((index + 1) % 4 != 0) for index in range(sizes.layers)],
-        "use_sliding_window": False,
-    }
-
-
-def _phi3(data: Metadata, sizes: Sizes) -> Config:
-    return {
-        "partial_rotary_factor": sizes.rotary_dim / sizes.head_dim,
-        "rope_parameters": read_rope(data, sizes)
-        | {"partial_rotary_factor": sizes.rotary_dim / sizes.head_dim},
-        "sliding_window": data.integer("attention.sliding_window", 0) or None,
-    }
-
-
-_GEMMA3_PATTERN: Final = 6
-"""Every sixth layer attends to all of the context."""
-_GEMMA3_27B: Final = 62
-"""Layers of the one whose scores are scaled by hidden size and heads."""
-
-
-def _gemma3(data: Metadata, sizes: Sizes) -> Config:
-    by_heads = sizes.layers == _GEMMA3_27B
-    window = data.integer("attention.sliding_window", 0)
-    kinds = [
-        "full_attention"
-        if not window or (index + 1) % _GEMMA3_PATTERN == 0
-        else "sliding_attention"
-        for index in range(sizes.layers)
-    ]
-    local = {"rope_type": "default", "rope_theta": shortest(data.number("rope.freq_base_swa", 1e4))}
-    return {
-        "attention_bias": False,
-        "final_logit_softcapping": data.number("final_logit_softcapping", 0.0) or None,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "layer_types": kinds,
-        "query_pre_attn_scalar": sizes.hidden // sizes.heads if by_heads else sizes.head_dim,
-        "rope_local_base_freq": local["rope_theta"],
-        "rope_parameters": {
-            "full_attention": read_rope(data, sizes, base=1e6),
-            "sliding_attention": local,
-        },
-        "sliding_window": window or None,
-    }
-
-
 def _without(names: Mapping[str, str], *left_out: str) -> dict[str, str]:
     return {name: ours for name, ours in names.items() if name not in left_out}
 
@@ -173,27 +99,97 @@ _GEMMA: Final = _DENSE | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
+_POST_NORMS: Final = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OLMO: Final = _without(_DENSE, "attn_norm", "ffn_norm") | _POST_NORMS
+_GLM: Final = _without(_PLAIN, "ffn_gate") | {
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+}
+_GPT_OSS_NAMES: Final = _without(_MOE, "ffn_norm", *_QK_NORMS) | {
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+}
+_QWEN2_MOE: Final = _without(_MOE, *_QK_NORMS) | {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_QWEN_EXPERTS: Final = ("mlp.experts.", "gate_proj", "up_proj", "down_proj")
+_EXPERT_KEYS: Final = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
+_WINDOW_KEYS: Final = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
+
+_MIXTRAL: Final = GgufArchitecture(
+    name="MixtralForCausalLM",
+    model_type="mixtral",
+    layout=Layout(
+        names=_without(_MOE, "ffn_gate_inp", *_QK_NORMS)
+        | {"ffn_gate_inp": "block_sparse_moe.gate"},
+        interleaved=True,
+        experts=("block_sparse_moe.experts.", "w1", "w3", "w2"),
+    ),
+    config=configs.mixtral,
+    keys=_EXPERT_KEYS,
+)
+"""Its files say that they are of architecture llama."""
 ARCHITECTURES: Final[Mapping[str, GgufArchitecture]] = {
+    "exaone4": GgufArchitecture(
+        name="Exaone4ForCausalLM",
+        model_type="exaone4",
+        layout=Layout(names=_OLMO),
+        config=configs.exaone4,
+        keys=_WINDOW_KEYS,
+    ),
     "gemma3": GgufArchitecture(
         name="Gemma3ForCausalLM",
         model_type="gemma3_text",
         layout=Layout(names=_GEMMA, norms_plus_one=True),
-        config=_gemma3,
-        keys=frozenset(
-            {"attention.sliding_window", "rope.freq_base_swa", "final_logit_softcapping"}
-        ),
+        config=configs.gemma3,
+        keys=_WINDOW_KEYS | {"rope.freq_base_swa", "final_logit_softcapping"},
+    ),
+    "glm4": GgufArchitecture(
+        name="Glm4ForCausalLM",
+        model_type="glm4",
+        layout=Layout(names=_GLM, all_biased=False),
+        config=configs.glm4,
+        partly_rotated=True,
+    ),
+    "gpt-oss": GgufArchitecture(
+        name="GptOssForCausalLM",
+        model_type="gpt_oss",
+        layout=Layout(names=_GPT_OSS_NAMES, stacked="mlp.experts."),
+        config=configs.gpt_oss,
+        keys=_EXPERT_KEYS | _WINDOW_KEYS,
+    ),
+    "granite": GgufArchitecture(
+        name="GraniteForCausalLM",
+        model_type="granite",
+        layout=Layout(names=_PLAIN, interleaved=True),
+        config=configs.granite,
+        keys=frozenset({"attention.scale", "embedding_scale", "logit_scale", "residual_scale"}),
     ),
     "llama": GgufArchitecture(
         name="LlamaForCausalLM",
         model_type="llama",
         layout=Layout(names=_PLAIN, interleaved=True),
-        config=_llama,
+        config=configs.llama,
+    ),
+    "olmo2": GgufArchitecture(
+        name="Olmo2ForCausalLM",
+        model_type="olmo2",
+        layout=Layout(names=_OLMO, long_norms=True),
+        config=configs.olmo2,
     ),
     "phi3": GgufArchitecture(
         name="Phi3ForCausalLM",
         model_type="phi3",
         layout=Layout(names=_FUSED | {"ffn_up": "mlp.gate_up_proj"}),
-        config=_phi3,
+        config=configs.phi3,
         keys=frozenset({"attention.sliding_window"}),
         partly_rotated=True,
     ),
@@ -201,24 +197,33 @@ ARCHITECTURES: Final[Mapping[str, GgufArchitecture]] = {
         name="Qwen2ForCausalLM",
         model_type="qwen2",
         layout=Layout(names=_PLAIN, all_biased=False),
-        config=_qwen,
+        config=configs.qwen,
+    ),
+    "qwen2moe": GgufArchitecture(
+        name="Qwen2MoeForCausalLM",
+        model_type="qwen2_moe",
+        layout=Layout(names=_QWEN2_MOE, all_biased=False, experts=_QWEN_EXPERTS),
+        config=configs.qwen2_moe,
+        keys=_EXPERT_KEYS | {"expert_shared_feed_forward_length"},
     ),
     "qwen3": GgufArchitecture(
-        name="Qwen3ForCausalLM", model_type="qwen3", layout=Layout(names=_DENSE), config=_qwen3
+        name="Qwen3ForCausalLM",
+        model_type="qwen3",
+        layout=Layout(names=_DENSE),
+        config=configs.qwen3,
     ),
     "qwen3moe": GgufArchitecture(
         name="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
-        layout=Layout(names=_MOE),
-        config=_qwen3_moe,
-        keys=frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"}),
-        experts=True,
+        layout=Layout(names=_MOE, experts=_QWEN_EXPERTS),
+        config=configs.qwen3_moe,
+        keys=_EXPERT_KEYS,
     ),
     "smollm3": GgufArchitecture(
         name="SmolLM3ForCausalLM",
         model_type="smollm3",
         layout=Layout(names=_PLAIN, interleaved=True),
-        config=_smollm3,
+        config=configs.smollm3,
     ),
 }
 """By ``general.architecture``. Mistral's models are files of architecture llama."""

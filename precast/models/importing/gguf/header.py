@@ -4,10 +4,10 @@ Read by our own hand: every count and offset of a file that was downloaded is a 
 wrong, and the ``gguf`` package's reader takes seconds for a vocabulary where this takes a tenth.
 """
 
+import itertools
 import mmap
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,33 +15,26 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from precast.errors import ModelCorrupt
+from precast.models.importing.gguf.cursor import Cursor, Malformed, Scalar, Value
+from precast.models.importing.gguf.parts import find_parts
 from precast.system.pointer import refuse_pointer
 
 VERSIONS: Final = (2, 3)
-_MAX_TEXT: Final = 16 << 20
 _MAX_RANK: Final = 4
-_SCALARS: Final = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
-    7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
-"""The format's numbers of types, as numpy names them."""
-_STRING: Final = 8
-_ARRAY: Final = 9
-
-Scalar = int | float | bool | str
-Value = Scalar | list[str] | np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor is in the file."""
+    """Where one tensor is."""
 
     shape: tuple[int, ...]
     """Rows first, as torch has it."""
     type: GGMLQuantizationType
     start: int
-    """Byte of the file."""
+    """Byte of its part of the file."""
     row_bytes: int
+    part: int = 0
+    """Number of the part that it is in."""
 
     @property
     def nbytes(self) -> int:
@@ -56,39 +49,38 @@ def first_text(path: Path, wanted: str) -> str | None:
     can't be read: reading all of the file says why."""
     try:
         with path.open("rb") as file:
-            cursor = _Cursor(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            cursor = Cursor(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         for _ in range(_counts(cursor)[1]):
             key, value = cursor.string(), cursor.value(cursor.u32())
             if key == wanted:
                 return value if isinstance(value, str) else None
-    except (OSError, ValueError, _Malformed):
+    except (OSError, ValueError, Malformed):
         pass
     return None
 
 
 class GgufFile:
-    """A mapped file. Every method raises ``ModelCorrupt`` with one line for what is wrong."""
+    """A mapped file, with all of its parts if it was split. Every method raises ``ModelCorrupt``
+    with one line for what is wrong, the constructor ``ModelNotFound`` for parts that are not there.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fields: Mapping[str, Value]
-        self.tensors: Mapping[str, TensorEntry]
-        refuse_pointer(path)
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size < 8:
-                raise ModelCorrupt(f"{path}: not a readable GGUF file: it has {size} bytes")
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            self.fields, self.tensors = _read(_Cursor(self._data))
-        except _Malformed as error:
-            raise ModelCorrupt(f"{path}: not a readable GGUF file: {error}") from None
+        paths = find_parts(path)
+        parts = [_read_part(part) for part in paths]
+        _check_parts(paths, parts)
+        self.fields: Mapping[str, Value] = parts[0].fields
+        self.tensors: Mapping[str, TensorEntry] = _together(paths, parts)
+        self.parts = len(parts)
+        self._data = [part.data for part in parts]
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray[Any, Any]:
         """uint8 [last - first, bytes of a row]: a tensor's rows as they are in the file."""
         entry = self.tensors[name]
         start = entry.start + first * entry.row_bytes
-        flat = np.frombuffer(self._data, np.uint8, (last - first) * entry.row_bytes, start)
+        flat = np.frombuffer(
+            self._data[entry.part], np.uint8, (last - first) * entry.row_bytes, start
+        )
         return flat.reshape(last - first, entry.row_bytes)
 
     def text(self, key: str, default: str = "") -> str:
@@ -131,81 +123,80 @@ class GgufFile:
         return value
 
 
-class _Malformed(Exception):
-    """What is wrong with the bytes; the file's name is added outside."""
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One file, and what its header says."""
+
+    data: mmap.mmap
+    fields: Mapping[str, Value]
+    tensors: Mapping[str, TensorEntry]
 
 
-class _Cursor:
-    """Reads forwards and never beyond the end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, size: int) -> int:
-        """Moves over ``size`` bytes; returns where they begin."""
-        if size > len(self.data) - self.at:
-            raise _Malformed(f"it ends at byte {len(self.data)} within its header")
-        begin, self.at = self.at, self.at + size
-        return begin
-
-    def u32(self) -> int:
-        return int(struct.unpack_from("<I", self.data, self.take(4))[0])
-
-    def u64(self) -> int:
-        return int(struct.unpack_from("<Q", self.data, self.take(8))[0])
-
-    def string(self) -> str:
-        size = self.u64()
-        if size > _MAX_TEXT:
-            raise _Malformed(f"a string of {size} bytes at byte {self.at}")
-        begin = self.take(size)
-        # a vocabulary may hold halves of characters
-        return self.data[begin : begin + size].decode("utf-8", "surrogateescape")
-
-    def value(self, kind: int) -> Value:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self._array(self.u32(), self.u64())
-        scalar: Scalar = self._numbers(kind, 1)[0].item()
-        return scalar
-
-    def _array(self, kind: int, count: int) -> Value:
-        if kind == _STRING:
-            return [self.string() for _ in range(count)]
-        return self._numbers(kind, count)
-
-    def _numbers(self, kind: int, count: int) -> np.ndarray[Any, Any]:
-        if kind not in _SCALARS:
-            raise _Malformed(f"a value of type {kind} at byte {self.at}")
-        dtype = np.dtype(_SCALARS[kind])
-        begin = self.take(dtype.itemsize * count)
-        return np.frombuffer(self.data, dtype, count, begin)
+def _read_part(path: Path) -> _Part:
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        if size < 8:
+            raise ModelCorrupt(f"{path}: not a readable GGUF file: it has {size} bytes")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        fields, tensors = _read(Cursor(data))
+    except Malformed as error:
+        raise ModelCorrupt(f"{path}: not a readable GGUF file: {error}") from None
+    return _Part(data=data, fields=fields, tensors=tensors)
 
 
-def _counts(cursor: _Cursor) -> tuple[int, int]:
+def _check_parts(paths: Sequence[Path], parts: Sequence[_Part]) -> None:
+    """That each file is the part that its name says."""
+    for number, (path, part) in enumerate(zip(paths, parts, strict=True), 1):
+        own = _count(part, "split.no", 0) + 1, _count(part, "split.count", 0) or 1
+        if own != (number, len(parts)):
+            raise ModelCorrupt(
+                f"{path}: by its header part {own[0]} of {own[1]}, by its name part {number} of "
+                f"{len(parts)}; parts are called NAME-00001-of-00002.gguf and so on"
+            )
+
+
+def _count(part: _Part, key: str, default: int) -> int:
+    """-1 for what is no number."""
+    value = part.fields.get(key, default)
+    return value if isinstance(value, int) else -1
+
+
+def _together(paths: Sequence[Path], parts: Sequence[_Part]) -> dict[str, TensorEntry]:
+    """The tensors of all parts."""
+    found: dict[str, TensorEntry] = {}
+    for number, (path, part) in enumerate(zip(paths, parts, strict=True)):
+        if both := sorted(found.keys() & part.tensors.keys()):
+            raise ModelCorrupt(f"{path}: tensor {_shown(both[0])} is in another part too")
+        found |= {name: replace(tensor, part=number) for name, tensor in part.tensors.items()}
+    if (wanted := _count(parts[0], "split.tensors.count", len(found))) != len(found):
+        raise ModelCorrupt(f"{paths[0]}: its parts have {len(found)} tensors, not {wanted}")
+    return found
+
+
+def _counts(cursor: Cursor) -> tuple[int, int]:
     """Tensors and fields, as the file's first bytes say."""
     if (magic := cursor.data[:4]) != b"GGUF":
-        raise _Malformed(f"it begins with {magic!r}")
+        raise Malformed(f"it begins with {magic!r}")
     cursor.take(4)
     _check_version(cursor.u32())
     return cursor.u64(), cursor.u64()
 
 
-def _read(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, TensorEntry]]:
+def _read(cursor: Cursor) -> tuple[dict[str, Value], dict[str, TensorEntry]]:
     tensors, entries = _counts(cursor)
     fields: dict[str, Value] = {}
     for _ in range(entries):
         key = cursor.string()
         if key in fields:
-            raise _Malformed(f"{_shown(key)} is there twice")
+            raise Malformed(f"{_shown(key)} is there twice")
         fields[key] = cursor.value(cursor.u32())
     found: dict[str, TensorEntry] = {}
     for _ in range(tensors):
         name, entry = _tensor(cursor)
         if name in found:
-            raise _Malformed(f"tensor {_shown(name)} is there twice")
+            raise Malformed(f"tensor {_shown(name)} is there twice")
         found[name] = entry
     return fields, _placed(cursor, fields, found)
 
@@ -213,25 +204,25 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, TensorEntry]]:
 def _check_version(version: int) -> None:
     swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
     if version not in VERSIONS and swapped in VERSIONS:
-        raise _Malformed("it is big-endian; only little-endian files are read")
+        raise Malformed("it is big-endian; only little-endian files are read")
     if version not in VERSIONS:
-        raise _Malformed(f"version {version}; versions 2 and 3 are read")
+        raise Malformed(f"version {version}; versions 2 and 3 are read")
 
 
-def _tensor(cursor: _Cursor) -> tuple[str, TensorEntry]:
+def _tensor(cursor: Cursor) -> tuple[str, TensorEntry]:
     """``start`` still counts from the beginning of the data."""
     name, rank = cursor.string(), cursor.u32()
     if not 1 <= rank <= _MAX_RANK:
-        raise _Malformed(f"tensor {_shown(name)} has {rank} dimensions")
+        raise Malformed(f"tensor {_shown(name)} has {rank} dimensions")
     sizes = [cursor.u64() for _ in range(rank)]
     number = cursor.u32()
     try:
         kind = GGMLQuantizationType(number)
         block, block_bytes = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
-        raise _Malformed(f"tensor {_shown(name)} has type {number}, which is unknown") from None
+        raise Malformed(f"tensor {_shown(name)} has type {number}, which is unknown") from None
     if 0 in sizes or sizes[0] % block:
-        raise _Malformed(f"tensor {_shown(name)} of {kind.name} has sizes {sizes}")
+        raise Malformed(f"tensor {_shown(name)} of {kind.name} has sizes {sizes}")
     entry = TensorEntry(
         shape=tuple(reversed(sizes)),
         type=kind,
@@ -242,12 +233,12 @@ def _tensor(cursor: _Cursor) -> tuple[str, TensorEntry]:
 
 
 def _placed(
-    cursor: _Cursor, fields: Mapping[str, Value], tensors: Mapping[str, TensorEntry]
+    cursor: Cursor, fields: Mapping[str, Value], tensors: Mapping[str, TensorEntry]
 ) -> dict[str, TensorEntry]:
     """With offsets into the file. A file that was cut off is found here."""
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-        raise _Malformed(f"general.alignment is {alignment}")
+        raise Malformed(f"general.alignment is {alignment}")
     base = -(-cursor.at // alignment) * alignment
     placed = {
         name: TensorEntry(
@@ -257,10 +248,18 @@ def _placed(
     }
     end = max((entry.start + entry.nbytes for entry in placed.values()), default=0)
     if end > len(cursor.data):
-        raise _Malformed(
+        raise Malformed(
             f"it is cut off: {len(cursor.data)} bytes, but its tensors end at byte {end}"
         )
+    _check_overlaps(placed)
     return placed
+
+
+def _check_overlaps(tensors: Mapping[str, TensorEntry]) -> None:
+    by_start = sorted(tensors.items(), key=lambda entry: entry[1].start)
+    for (first, one), (second, other) in itertools.pairwise(by_start):
+        if one.start + one.nbytes > other.start:
+            raise Malformed(f"tensors {_shown(first)} and {_shown(second)} overlap")
 
 
 def _shown(name: str) -> str:

@@ -34,6 +34,12 @@ _KEYS: Final = frozenset(
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_shared_count": (0,),
+    "nextn_predict_layers": (0,),
+    "leading_dense_block_count": (0,),
     "attention.causal": (True,),
     "attention.sliding_window": (0,),
     "use_parallel_residual": (False,),
@@ -58,6 +64,8 @@ class Sizes:
     """Rows of the embedding; the tokenizer may have fewer tokens."""
     experts: int = 0
     expert_mlp: int = 0
+    shared_mlp: int = 0
+    """Of an expert that all tokens go through."""
 
 
 class Metadata:
@@ -83,6 +91,17 @@ class Metadata:
     def text(self, name: str, default: str = "") -> str:
         return self.file.text(self.key(name), default)
 
+    def flags(self, name: str, count: int) -> list[bool] | None:
+        """One for each layer; None if there are none."""
+        value = self.file.fields.get(self.key(name))
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray) or len(value) != count:
+            raise UnsupportedArchitecture(
+                f"{self.file.path}: {self.key(name)} is not an array of {count} flags"
+            )
+        return [bool(one) for one in value]
+
     def positive(self, name: str, default: int | None = None) -> int:
         """A count; one for each layer is fine if they are all the same."""
         per_layer = self.file.fields.get(self.key(name))
@@ -101,7 +120,7 @@ class Metadata:
 
 
 def read_sizes(
-    data: Metadata, vocabulary: Vocabulary, *, partly_rotated: bool, experts: bool
+    data: Metadata, vocabulary: Vocabulary, *, partly_rotated: bool, experts: bool, shared: bool
 ) -> Sizes:
     file = data.file
     heads = data.positive("attention.head_count")
@@ -120,10 +139,12 @@ def read_sizes(
     if rotary_dim % 2 or head_dim % 2 or rotary_dim > head_dim:
         raise ModelCorrupt(f"{file.path}: heads rotate {rotary_dim} of {head_dim} features")
     layers = data.positive("block_count")
-    if layers > MAX_LAYERS:
+    if layers > min(MAX_LAYERS, len(file.tensors)):
         raise ModelCorrupt(
-            f"{file.path}: {data.key('block_count')} = {layers}, more than {MAX_LAYERS}"
+            f"{file.path}: {data.key('block_count')} = {layers}, more than {MAX_LAYERS} or than "
+            f"the file's {len(file.tensors)} tensors"
         )
+    mlp = data.positive("feed_forward_length")
     return Sizes(
         layers=layers,
         hidden=hidden,
@@ -131,21 +152,17 @@ def read_sizes(
         kv_heads=data.positive("attention.head_count_kv", heads),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        mlp=data.positive("feed_forward_length"),
+        mlp=mlp,
         vocabulary=_vocabulary_rows(file, vocabulary),
         experts=data.positive("expert_count") if experts else 0,
-        expert_mlp=data.positive("expert_feed_forward_length") if experts else 0,
+        expert_mlp=data.positive("expert_feed_forward_length", mlp) if experts else 0,
+        shared_mlp=data.positive("expert_shared_feed_forward_length") if shared else 0,
     )
 
 
 def check_keys(data: Metadata, known: frozenset[str]) -> None:
     """``known``: what the architecture reads beside what all have."""
     file = data.file
-    if file.integer("split.count", 1) > 1 or file.integer("split.no", 0) > 0:
-        raise UnsupportedArchitecture(
-            f"{file.path}: part {file.integer('split.no', 0) + 1} of a file that was split into "
-            f"{file.integer('split.count', 1)}; join them with llama-gguf-split --merge first"
-        )
     for key, value in file.fields.items():
         name = key.removeprefix(f"{data.architecture}.")
         if name == key or name in _KEYS or name in known:

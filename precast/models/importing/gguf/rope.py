@@ -4,13 +4,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from precast.errors import UnsupportedArchitecture
+from precast.errors import ModelCorrupt, UnsupportedArchitecture
 from precast.models.importing.gguf.header import GgufFile
 from precast.models.importing.gguf.metadata import Metadata, Sizes
 from precast.models.rope import RopeConfig
 
 FREQUENCIES: Final = "rope_freqs.weight"
 """Factors that frequencies are divided by: so Llama 3's scaling is written."""
+LONG_FACTORS: Final = "rope_factors_long.weight"
+SHORT_FACTORS: Final = "rope_factors_short.weight"
+"""Longrope's; the file says of it which context the model began with, and the amplitude."""
 _LLAMA3: Final = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -30,6 +33,8 @@ def read_rope(data: Metadata, sizes: Sizes, *, base: float = 10000.0) -> dict[st
     for a scaling that we lack."""
     file = data.file
     theta = {"rope_theta": shortest(data.number("rope.freq_base", base))}
+    if LONG_FACTORS in file.tensors or SHORT_FACTORS in file.tensors:
+        return theta | _longrope(data, sizes)
     scaling = _scaling(data)
     if FREQUENCIES not in file.tensors:
         return theta | scaling
@@ -42,9 +47,7 @@ def read_rope(data: Metadata, sizes: Sizes, *, base: float = 10000.0) -> dict[st
 
 def _scaling(data: Metadata) -> dict[str, Any]:
     path, prefix = data.file.path, data.key(_PREFIX)
-    for key in data.file.fields:
-        if key.startswith(prefix) and key.removeprefix(prefix) not in _KEYS:
-            raise UnsupportedArchitecture(f"{path}: {ascii(key)[1:-1]} is not supported")
+    _check_scaling_keys(data)
     old = data.number("rope.scale_linear", 1.0)
     kind = data.text(f"{_PREFIX}type", "linear" if old != 1.0 else "none")
     factor = data.number(f"{_PREFIX}factor", old)
@@ -62,6 +65,50 @@ def _scaling(data: Metadata) -> dict[str, Any]:
     if attention != 1.0:
         raise UnsupportedArchitecture(f"{path}: {prefix}attn_factor without yarn")
     return found
+
+
+def _check_scaling_keys(data: Metadata) -> None:
+    prefix = data.key(_PREFIX)
+    for key in data.file.fields:
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _KEYS:
+            raise UnsupportedArchitecture(f"{data.file.path}: {ascii(key)[1:-1]} is not supported")
+
+
+def _longrope(data: Metadata, sizes: Sizes) -> dict[str, Any]:
+    _check_scaling_keys(data)
+    if (kind := data.text(f"{_PREFIX}type", "longrope")) != "longrope":
+        raise UnsupportedArchitecture(
+            f"{data.file.path}: {data.key(_PREFIX)}type = {kind!a} with {LONG_FACTORS}"
+        )
+    first, length = (
+        data.positive(f"{_PREFIX}original_context_length"),
+        data.positive("context_length"),
+    )
+    factors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    found: dict[str, Any] = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": first,
+        "factor": length / first,
+    }
+    for ours, theirs in factors.items():
+        values = _factors(data.file, theirs, sizes.rotary_dim)
+        found[ours] = [shortest(float(value)) for value in values]
+    if data.has(f"{_PREFIX}attn_factor"):
+        found["attention_factor"] = data.number(f"{_PREFIX}attn_factor")
+    return found
+
+
+def _factors(file: GgufFile, name: str, rotary_dim: int) -> np.ndarray[Any, Any]:
+    """float64 [rotary_dim / 2]"""
+    entry = file.tensors.get(name)
+    if entry is None:
+        raise ModelCorrupt(f"{file.path}: tensor {name} is missing")
+    if entry.shape != (rotary_dim // 2,) or entry.type.name != "F32":
+        raise UnsupportedArchitecture(
+            f"{file.path}: {name} has shape {entry.shape} and type {entry.type.name}"
+        )
+    values: np.ndarray[Any, Any] = file.rows(name, 0, 1).view("<f4")[0].astype(np.float64)
+    return values
 
 
 def _yarn(data: Metadata, factor: float, attention: float) -> dict[str, Any]:
@@ -86,12 +133,7 @@ def _yarn(data: Metadata, factor: float, attention: float) -> dict[str, Any]:
 
 def _of_factors(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
     """Llama 3's scaling with the factor that the largest of the factors is."""
-    entry = file.tensors[FREQUENCIES]
-    if entry.shape != (head_dim // 2,) or entry.type.name != "F32":
-        raise UnsupportedArchitecture(
-            f"{file.path}: {FREQUENCIES} has shape {entry.shape} and type {entry.type.name}"
-        )
-    factors = file.rows(FREQUENCIES, 0, 1).view("<f4")[0].astype(np.float64)
+    factors = _factors(file, FREQUENCIES, head_dim)
     if np.all(factors == 1.0):
         return {"rope_type": "default"}
     guess: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Final
 from precast.errors import ModelCorrupt, UnsupportedArchitecture
 from precast.models.importing.gguf.header import GgufFile
 from precast.models.importing.gguf.metadata import Sizes
-from precast.models.importing.gguf.rope import FREQUENCIES
+from precast.models.importing.gguf.rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS
 
 ATTENTION: Final = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP: Final = ("ffn_gate", "ffn_up", "ffn_down")
@@ -31,11 +31,11 @@ NAMES: Final = {
     "ffn_gate_inp": "mlp.gate",
 }
 """Of a layer's modules, in most architectures."""
-_EXPERTS: Final = {
-    "ffn_gate_exps": "gate_proj",
-    "ffn_up_exps": "up_proj",
-    "ffn_down_exps": "down_proj",
-}
+EXPERTS: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_SINKS: Final = "attn_sinks"
+_SHARED_GATE: Final = "ffn_gate_inp_shexp"
+_NOT_OF_LAYERS: Final = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
+"""What the rope is read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,10 @@ class Wanted:
     """Rows are this many heads whose halves GGUF interleaves; 0: rows stay where they are."""
     first_row: int = 0
     """Of the file's tensor, where it has several of ours."""
-    of: int = 0
-    """How many of ours it has; 0: one, of the same shape."""
+    stored: tuple[int, ...] = ()
+    """Shape of the file's tensor; empty: the same."""
+    odd: str | None = None
+    """Every second output comes from this one, and the first of them from ``source``."""
     less_one: bool = False
     """Whether the file has 1 more."""
 
@@ -67,18 +69,26 @@ class Layout:
     norms_plus_one: bool = False
     all_biased: bool = True
     """Whether attention has four biases or none: those that a file leaves out are zeros."""
+    long_norms: bool = False
+    """Whether norms of queries and keys are over all heads."""
+    experts: tuple[str, str, str, str] | None = None
+    """Before an expert's number, and its gate, up and down."""
+    stacked: str = ""
+    """Before the tensors that have all experts, with gate and up in one, and biases."""
 
 
 def wanted_tensors(file: GgufFile, sizes: Sizes, layout: Layout) -> list[Wanted]:
     """All of the folder's tensors. Raises where the file has others, more, or fewer."""
     wanted = [*_outer(file, sizes, layout), *_layers(file, sizes, layout)]
-    missing = [t.source for t in wanted if t.source and t.source not in file.tensors]
+    sources = (name for tensor in wanted for name in (tensor.source, tensor.odd) if name)
+    missing = [name for name in sources if name not in file.tensors]
     if missing:
         raise ModelCorrupt(
             f"{file.path}: tensor {missing[0]} is missing{_and_more(len(missing))}; "
             f"it has {len(file.tensors)} tensors"
         )
-    unused = sorted(set(file.tensors) - {t.source for t in wanted} - {FREQUENCIES})
+    used = {name for tensor in wanted for name in (tensor.source, tensor.odd)}
+    unused = sorted(set(file.tensors) - used - set(_NOT_OF_LAYERS))
     if unused:
         raise UnsupportedArchitecture(
             f"{file.path}: tensor {unused[0]!a} is not one of a "
@@ -110,71 +120,135 @@ def _outer(file: GgufFile, sizes: Sizes, layout: Layout) -> Iterator[Wanted]:
 
 def _layers(file: GgufFile, sizes: Sizes, layout: Layout) -> Iterator[Wanted]:
     heads = {"attn_q": sizes.heads, "attn_k": sizes.kv_heads} if layout.interleaved else {}
-    shapes = _shapes(sizes, fused="ffn_gate" not in layout.names)
-    wanted = {f"{name}.weight": shapes[name] for name in layout.names}
-    groups = (group for group in (ATTENTION, MLP) if biased(file, group))
-    linears = [
-        part for group in groups for part in (group if layout.all_biased else biased(file, group))
-    ]
-    wanted |= {f"{name}.bias": shapes[name][:1] for name in linears if name in layout.names}
-    present = {f"{linear}.bias" for linear in biased(file, (*ATTENTION, *MLP))}
+    shapes = _shapes(sizes, layout)
+    wanted = {f"{name}.weight": shapes[name] for name in layout.names} | _biases(
+        file, layout, shapes
+    )
+    present = {name.split(".", 2)[-1] for name in file.tensors if name.startswith("blk.")}
     for index in range(sizes.layers):
         prefix = f"model.layers.{index}."
         for theirs, shape in wanted.items():
             module, _, kind = theirs.partition(".")
             made_up = kind == "bias" and theirs not in present
+            ours = layout.names[module]
             yield Wanted(
-                name=f"{prefix}{layout.names[module]}.{kind}",
+                name=f"{prefix}{ours}" if module == _SINKS else f"{prefix}{ours}.{kind}",
                 source=None if made_up else f"blk.{index}.{theirs}",
                 shape=shape,
+                stored=shape[1:] if module == _SHARED_GATE else (),
                 heads=heads.get(module, 0),
                 less_one=layout.norms_plus_one and module.endswith("norm"),
             )
-        if sizes.experts:
-            yield from _experts(sizes, prefix, f"blk.{index}.")
+        if layout.experts:
+            yield from _experts(file, sizes, layout.experts, prefix, f"blk.{index}.")
+        if layout.stacked:
+            yield from _stacks(sizes, f"{prefix}{layout.stacked}", f"blk.{index}.")
 
 
-def _experts(sizes: Sizes, ours: str, theirs: str) -> Iterator[Wanted]:
-    for module, name in _EXPERTS.items():
-        shape = (sizes.expert_mlp, sizes.hidden)
-        shape = shape[::-1] if module == "ffn_down_exps" else shape
-        for expert in range(sizes.experts):
+def _biases(
+    file: GgufFile, layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Of a layer's linears."""
+    groups = (group for group in (ATTENTION, MLP) if biased(file, group))
+    linears = [
+        part for group in groups for part in (group if layout.all_biased else biased(file, group))
+    ]
+    if layout.stacked:
+        linears.append("ffn_gate_inp")
+    return {f"{name}.bias": shapes[name][:1] for name in linears if name in layout.names}
+
+
+def _experts(
+    file: GgufFile, sizes: Sizes, names: tuple[str, str, str, str], ours: str, theirs: str
+) -> Iterator[Wanted]:
+    """Each expert's linears are tensors of their own in Hugging Face's folders."""
+    prefix, *modules = names
+    for module, name in zip(EXPERTS, modules, strict=True):
+        source, shape = f"{theirs}{module}.weight", _shape_of_expert(sizes, module)
+        stored = (sizes.experts, *shape)
+        _check_source(file, source, stored)
+        # no more than the file has, whatever it says
+        for expert in range(sizes.experts if source in file.tensors else 1):
             yield Wanted(
-                name=f"{ours}mlp.experts.{expert}.{name}.weight",
-                source=f"{theirs}{module}.weight",
+                name=f"{ours}{prefix}{expert}.{name}.weight",
+                source=source,
                 shape=shape,
                 first_row=expert * shape[0],
-                of=sizes.experts,
+                stored=stored,
             )
 
 
-def _shapes(sizes: Sizes, *, fused: bool) -> dict[str, tuple[int, ...]]:
-    """Of one layer's weights, by GGUF's modules; ``fused``: whether gate and up are one."""
+def _stacks(sizes: Sizes, ours: str, theirs: str) -> Iterator[Wanted]:
+    """All experts of a layer are in one tensor, as gpt-oss has them: [experts, inputs, outputs]."""
+    gate, up, down = (f"{theirs}{module}" for module in EXPERTS)
+    count, size, hidden = sizes.experts, sizes.expert_mlp, sizes.hidden
+    both = f"{ours}gate_up_proj"
+    for name, kind, shape, stored in (
+        (both, "weight", (count, hidden, 2 * size), (count, size, hidden)),
+        (f"{both}_bias", "bias", (count, 2 * size), (count, size)),
+    ):
+        yield Wanted(
+            name=name, source=f"{gate}.{kind}", odd=f"{up}.{kind}", shape=shape, stored=stored
+        )
+    yield Wanted(
+        name=f"{ours}down_proj",
+        source=f"{down}.weight",
+        shape=(count, size, hidden),
+        stored=(count, hidden, size),
+    )
+    yield Wanted(name=f"{ours}down_proj_bias", source=f"{down}.bias", shape=(count, hidden))
+
+
+def _shape_of_expert(sizes: Sizes, module: str) -> tuple[int, int]:
+    down = module == "ffn_down_exps"
+    return (sizes.hidden, sizes.expert_mlp) if down else (sizes.expert_mlp, sizes.hidden)
+
+
+def _shapes(sizes: Sizes, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Of one layer's weights, by GGUF's modules."""
     hidden, q, kv = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    fused = "ffn_gate" not in layout.names
     norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
     return {
         **dict.fromkeys(norms, (hidden,)),
-        "attn_q_norm": (sizes.head_dim,),
-        "attn_k_norm": (sizes.head_dim,),
+        "attn_q_norm": (q if layout.long_norms else sizes.head_dim,),
+        "attn_k_norm": (kv if layout.long_norms else sizes.head_dim,),
         "attn_q": (q, hidden),
         "attn_k": (kv, hidden),
         "attn_v": (kv, hidden),
         "attn_qkv": (q + 2 * kv, hidden),
         "attn_output": (hidden, q),
+        _SINKS: (sizes.heads,),
         "ffn_gate": (sizes.mlp, hidden),
         "ffn_up": (2 * sizes.mlp if fused else sizes.mlp, hidden),
         "ffn_down": (hidden, sizes.mlp),
         "ffn_gate_inp": (sizes.experts, hidden),
+        _SHARED_GATE: (1, hidden),
+        "ffn_gate_shexp": (sizes.shared_mlp, hidden),
+        "ffn_up_shexp": (sizes.shared_mlp, hidden),
+        "ffn_down_shexp": (hidden, sizes.shared_mlp),
     }
 
 
 def _check_shape(file: GgufFile, tensor: Wanted) -> None:
-    if tensor.source is None:
+    for source in (tensor.source, tensor.odd):
+        if source is not None:
+            _check_source(file, source, tensor.stored or tensor.shape)
+    if tensor.odd is None:
         return
-    found = file.tensors[tensor.source].shape
-    expected = (tensor.of, *tensor.shape) if tensor.of else tensor.shape
-    if found != expected:
-        raise ModelCorrupt(f"{file.path}: tensor {tensor.source} has shape {found}, not {expected}")
+    kinds = [file.tensors[name].type.name for name in (tensor.source or "", tensor.odd)]
+    if kinds[0] != kinds[1]:
+        raise UnsupportedArchitecture(
+            f"{file.path}: tensors {tensor.source} and {tensor.odd} are of different types, "
+            f"{kinds[0]} and {kinds[1]}"
+        )
+
+
+def _check_source(file: GgufFile, name: str, expected: tuple[int, ...]) -> None:
+    """One that is missing is found later."""
+    entry = file.tensors.get(name)
+    if entry is not None and entry.shape != expected:
+        raise ModelCorrupt(f"{file.path}: tensor {name} has shape {entry.shape}, not {expected}")
 
 
 def _and_more(count: int) -> str:

@@ -160,7 +160,14 @@ def _by_text(vocabulary: Vocabulary) -> dict[str, int]:
     return {token: index for index, token in enumerate(vocabulary.tokens)}
 
 
+_LONGEST: Final = 2048
+"""Characters of a token: the longest that models have are blanks, some hundreds. Ways to cut a
+token in two are looked at one by one."""
+
+
 def _unique(file: GgufFile, tokens: list[str]) -> list[str]:
+    if (longest := max(map(len, tokens), default=0)) > _LONGEST:
+        raise ModelCorrupt(f"{file.path}: a token of {longest} characters, more than {_LONGEST}")
     if len(set(tokens)) == len(tokens):
         return tokens
     first: dict[str, int] = {}

@@ -6,8 +6,9 @@ from typing import Any, Final
 import numpy as np
 
 from precast.errors import ModelCorrupt, UnsupportedArchitecture
-from precast.models.gguf_index import FILE, IndexedTensor
+from precast.models.gguf_index import IndexedTensor
 from precast.models.importing.gguf.header import GgufFile
+from precast.models.importing.gguf.parts import stored_names
 from precast.models.importing.gguf.tensors import Wanted
 from precast.ops.gguf_types import BLOCKS, GgufType
 
@@ -25,7 +26,8 @@ def index_of(file: GgufFile, wanted: Sequence[Wanted]) -> dict[str, IndexedTenso
 
 def check_numbers(file: GgufFile, wanted: Sequence[Wanted]) -> None:
     """Raises ``ModelCorrupt`` for a tensor with numbers or scales that are not finite."""
-    for name in dict.fromkeys(tensor.source for tensor in wanted if tensor.source):
+    sources = (name for tensor in wanted for name in (tensor.source, tensor.odd) if name)
+    for name in dict.fromkeys(sources):
         kind = _type(file, name)
         if not all(_finite(kind, rows) for rows in _rows(file, name)):
             raise ModelCorrupt(f"{file.path}: tensor {name} has values that are not finite")
@@ -35,13 +37,17 @@ def _place(file: GgufFile, tensor: Wanted) -> IndexedTensor:
     if tensor.source is None:
         return IndexedTensor(shape=tensor.shape)
     entry = file.tensors[tensor.source]
+    odd = file.tensors[tensor.odd] if tensor.odd else None
+    names = stored_names(file.parts)
     return IndexedTensor(
         shape=tensor.shape,
-        file=FILE,
+        file=names[entry.part],
         type=_type(file, tensor.source),
         start=entry.start + tensor.first_row * entry.row_bytes,
         heads=tensor.heads,
         less_one=tensor.less_one,
+        odd_file=names[odd.part] if odd else "",
+        odd_start=odd.start if odd else 0,
     )
 
 
