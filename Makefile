@@ -107,6 +107,10 @@ chaos-serve: setup-dev ## kill, stop, starve and damage what `serve` runs; print
 hostile: setup-dev ## 10,000 bodies and schemas that nobody means well with: no error of the server
 	@$(BIN)/python -m tests.support.hostile_bodies $(ARGS)
 
+.PHONY: hostile-models
+hostile-models: setup-dev ## 1,000 GGUF files and folders that nobody means well with: one line each
+	@$(BIN)/python -m tests.support.hostile_models $(ARGS)
+
 .PHONY: compose-test
 compose-test: setup-dev ## build the containers, bring them up, use them, take them down
 	@PRECAST_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/e2e/test_compose.py $(ARGS)

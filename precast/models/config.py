@@ -141,7 +141,7 @@ def load_config(folder: Path) -> ModelConfig:
         config = _parse(ARCHITECTURES[name], raw, folder)
     except UnsupportedArchitecture as error:
         raise UnsupportedArchitecture(f"{path}: {name}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelCorrupt(f"{path}: {_one_line(error)}") from error
     return config.model_copy(update={"scheme": scheme, "file_types": _file_types(folder)})
 

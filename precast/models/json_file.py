@@ -7,7 +7,8 @@ from typing import Any, Final
 from precast.errors import ModelCorrupt
 from precast.system.pointer import refuse_pointer
 
-_MAX_BYTES: Final = 64 << 20
+_MAX_BYTES: Final = 16 << 20
+"""The largest index of safetensors has 9 MB; a list of empty lists takes 30 times its text."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

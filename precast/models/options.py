@@ -400,7 +400,12 @@ def _mixtral(raw: Mapping[str, Any]) -> Reading:
     )
 
 
+_MAX_EXPERTS: Final = 1 << 14
+
+
 def _check_experts(options: ExpertOptions) -> None:
+    if options.experts > _MAX_EXPERTS:
+        raise ValueError(f"{options.experts} experts, more than {_MAX_EXPERTS}")
     if not 0 < options.experts_per_token <= options.experts:
         raise ValueError(
             f"num_experts_per_tok={options.experts_per_token} of {options.experts} experts"

@@ -18,8 +18,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     refuse_pointer(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ModelCorrupt(f"{path}: {str(error).splitlines()[0]}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare ones, and panics are no Exceptions
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelCorrupt(f"{path}: {said}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -201,6 +201,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
+    except RecursionError:
+        raise ModelCorrupt(f"{path}: nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ModelCorrupt(f"{path}: {error}") from None
     if not isinstance(value, dict):

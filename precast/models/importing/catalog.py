@@ -105,7 +105,8 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...
     Raises ``ModelCorrupt`` if one is missing or of another shape, or ``UnsupportedArchitecture``
     for a type or a tensor that nothing reads."""
     found = _read_headers(folder)
-    expected = expected_tensors(config)
+    # one more than there are, whatever config.json counts: then one of them is missing
+    expected = expected_tensors(config, at_most=len(found) + 1)
     files = _expected_files(folder, config, expected, found)
     for name, wanted in files.items():
         if name not in found:
@@ -121,7 +122,7 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...
                 f"{', '.join(wanted.dtypes)}"
             )
     _refuse_others(folder, config, set(found) - set(files))
-    return dict(expected)
+    return expected
 
 
 def _expected_files(
@@ -152,9 +153,17 @@ def _refuse_others(folder: Path, config: ModelConfig, names: Collection[str]) ->
 
 def check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Raises ``ModelCorrupt`` if the tokenizer has tokens that the model has not."""
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    count = tokenizer.get_vocab_size()
+    if count > config.vocab_size:
         raise ModelCorrupt(
-            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, "
+            f"{folder}: tokenizer.json has {count} tokens, "
+            f"config.json only vocab_size = {config.vocab_size}"
+        )
+    if has_index(folder):
+        return  # a GGUF file's have no gaps between their ids
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= config.vocab_size:
+        raise ModelCorrupt(
+            f"{folder}: tokenizer.json has a token {highest}, "
             f"config.json only vocab_size = {config.vocab_size}"
         )
 

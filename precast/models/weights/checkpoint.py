@@ -1,6 +1,5 @@
 """A checkpoint's tensors: which files a folder has, and each tensor by its name."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -9,6 +8,7 @@ from safetensors import safe_open
 
 from precast.errors import ModelCorrupt
 from precast.models.gguf_index import INDEX, files_of, has_index, read_index
+from precast.models.json_file import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor  # headers are read without it
@@ -23,17 +23,18 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in (*files_of(read_index(folder)), INDEX)]
     index = folder / _INDEX
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
             raise ModelCorrupt(f"{folder}: no .safetensors file")
         return files
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(read_object(index)["weight_map"].values()))
+    except (ModelCorrupt, KeyError, TypeError, AttributeError):
         raise ModelCorrupt(f"{index}: not an index of safetensors files") from None
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ModelCorrupt(f"{folder}: {name} is missing, but {_INDEX} names it")
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            shown = ascii(name)[:80].strip("'")
+            raise ModelCorrupt(f"{folder}: {shown} is missing, but {_INDEX} names it")
     return [folder / name for name in names]
 
 

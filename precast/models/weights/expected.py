@@ -4,7 +4,8 @@ Needs no torch: an import and a start look here before anything large is read. A
 against what the architectures' loaders ask for.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator
 from typing import Final
 
 from precast.models.config import ModelConfig
@@ -24,9 +25,10 @@ _FUSED_MLP: Final = ("glm4", "phi3")
 """Architectures whose gate and up are."""
 
 
-def expected_tensors(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of each tensor."""
-    return dict(_all(config))
+def expected_tensors(config: ModelConfig, at_most: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor, or of the first ``at_most``: a configuration may count more of them
+    than any memory holds."""
+    return dict(itertools.islice(_all(config), at_most))
 
 
 def _all(config: ModelConfig) -> Shapes:
