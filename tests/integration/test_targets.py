@@ -4,6 +4,7 @@
 takes its CPU for.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from precast.ops.native import native_isa
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from tests.support.compile_worker import compile_worker
 from tests.support.decode_worker import DecodeWorker, decode_worker, eventually
+from tests.support.forked import ISA
 from tests.support.graph_fleet import Fleet, ask
 
 MODEL = "tiny"
-OWN = native_isa()
+CHOSEN, OWN = os.environ.get(ISA), native_isa()
 BELOW = {"amx": "avx2", "avx512": "avx2", "avx2": "scalar"}[OWN]
 """Two levels that this machine runs, whichever it has."""
-LESSER = {"PRECAST_NATIVE_ISA": BELOW}
+LESSER = {ISA: BELOW}
 LOW, HIGH = ISA_LEVELS[BELOW], ISA_LEVELS[OWN]
 V3, V4 = "x86-64-v3", "x86-64-v4"
 pytestmark = pytest.mark.timeout(400)
@@ -46,6 +48,11 @@ def start(tiny_home: Path, tiny_redis: str, name: str, **settings: Any) -> Any:
     )
 
 
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test run has, be it that no set is chosen."""
+    monkeypatch.delenv(ISA) if CHOSEN is None else monkeypatch.setenv(ISA, CHOSEN)
+
+
 def test_levels_are_in_order() -> None:
     assert lesser(V4) == [V3, "x86-64-v2"]
     assert lesser("x86-64-v2") == lesser("armv9") == lesser("") == []
@@ -60,25 +67,25 @@ def test_each_cpu_gets_its_own_level_and_a_lesser_one_meanwhile(
     """A compile worker on a lesser CPU builds both: what it can't run is tried by the first worker
     that can, beside the lesser graph, before it serves."""
     only = {"isa_targets": [LOW], "canary_steps": 0}
-    monkeypatch.setenv("PRECAST_NATIVE_ISA", BELOW)
+    monkeypatch.setenv(ISA, BELOW)
     with compile_worker(tiny_home, tiny_redis, **only) as compiler:
         fleet = Fleet(home=tiny_home, redis_url=tiny_redis, compiler=compiler)
         with start(tiny_home, tiny_redis, "small", environment=LESSER) as small:
             assert wanted_isa(small) == LOW
             eventually(lambda: isa_of(fleet, small) == LOW, 120)
             tokens = ask(small)
-        monkeypatch.setenv("PRECAST_NATIVE_ISA", OWN)
+        own(monkeypatch)
         with start(tiny_home, tiny_redis, "large") as large:
             assert wanted_isa(large) == HIGH
             eventually(lambda: isa_of(fleet, large) == LOW, 30)
             assert ask(large) == tokens
             assert f"this compile worker builds for {LOW}" in large.log.read_text()
-    monkeypatch.setenv("PRECAST_NATIVE_ISA", BELOW)
+    monkeypatch.setenv(ISA, BELOW)
     with compile_worker(
         tiny_home, tiny_redis, canary_live_s=0.0, canary_max_slowdown=20.0
     ) as compiler:
         fleet = Fleet(home=tiny_home, redis_url=tiny_redis, compiler=compiler)
-        monkeypatch.setenv("PRECAST_NATIVE_ISA", OWN)
+        own(monkeypatch)
         with start(tiny_home, tiny_redis, "small", environment=LESSER) as small:
             eventually(lambda: isa_of(fleet, small) == LOW, 30)
             with start(tiny_home, tiny_redis, "large") as large:

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from precast.system.process import ONE_THREAD, die_with_parent, fork
+from tests.support.forked import ISA
 
 ROOT: Final = Path(__file__).parents[2]
-_ISA: Final = "PRECAST_NATIVE_ISA"
 _MAX_BYTES: Final = 128 << 10
 _START_S: Final = 120.0
 _PROGRAM: Final = "precast.graphs.capture.entry"
@@ -77,7 +77,7 @@ def order(orders: str, arguments: Sequence[str], descriptors: Sequence[int]) -> 
 
 
 def _isa() -> str:
-    return os.environ.get(_ISA) or "the CPU's"
+    return os.environ.get(ISA) or "the CPU's"
 
 
 def _connect(orders: str) -> socket.socket:

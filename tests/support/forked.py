@@ -36,7 +36,7 @@ PRELOADED: Final = (
     "tests.support.gateway_stack",
     "tests.support.parrot_worker",
 )
-_ISA: Final = "PRECAST_NATIVE_ISA"
+ISA: Final = "PRECAST_NATIVE_ISA"
 _MAX_BYTES: Final = 128 << 10
 _PRELOAD_S: Final = 90.0
 _COMMAND: Final = (sys.executable, "-m", "tests.support.forked")
@@ -65,7 +65,7 @@ class Forks:
     def __init__(self) -> None:
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders.settimeout(_PRELOAD_S)
-        self.isa = os.environ.get(_ISA)
+        self.isa = os.environ.get(ISA)
         with theirs:
             self._process = subprocess.Popen(
                 [*_COMMAND, "serve", str(theirs.fileno()), ROOM],
@@ -77,7 +77,7 @@ class Forks:
     def spawn(
         self, command: Sequence[str], environment: Mapping[str, str], output: Sequence[int]
     ) -> ForkedProcess:
-        order = {"command": list(command), "environment": dict(environment)}
+        order = {"command": list(command), "environment": dict(environment), "cwd": os.getcwd()}
         return ForkedProcess(self, self._ask(order, output))
 
     def wait(self, pid: int) -> int:
@@ -110,11 +110,12 @@ def start(
     stdout, stderr = stdout or sys.__stdout__, stderr or sys.__stderr__
     assert stdout is not None
     assert stderr is not None
-    if environment.get(_ISA) == forks.isa:
+    if environment.get(ISA) == forks.isa:
         output = [stdout.fileno(), stderr.fileno()]
         return forks.spawn([program, *arguments], environment, output)
     command = [*_COMMAND, "call", program, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
+    environment = {**environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr)
 
 
 def _serve(orders: socket.socket) -> None:
@@ -148,6 +149,7 @@ def _become(order: Mapping[str, Any], descriptors: Sequence[int], owner: int) ->
     for number, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])
     set_command_line([*_COMMAND, "call", *order["command"]])

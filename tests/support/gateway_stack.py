@@ -185,7 +185,8 @@ class Stack:
         return gateway
 
     def _start(self, *command: str, stdout: IO[str] | None = None) -> forked.Process:
-        environment = {key: v for key, v in os.environ.items() if not key.startswith("PRECAST_")}
+        ours = {key for key in os.environ if key.startswith("PRECAST_")} - {forked.ISA}
+        environment = {key: v for key, v in os.environ.items() if key not in ours}
         process = forked.start(command[0], command[1:], stdout=stdout, environment=environment)
         self.started.append(process)
         return process

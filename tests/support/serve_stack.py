@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.support import forked
 from tests.support.capture import BUILD_DIR
 from tests.support.http_load import Load
 from tests.support.ports import free_port
@@ -34,7 +35,7 @@ class Serve:
         command = [sys.executable, "-m", "precast", "serve", f"--home={home}"]
         command += [f"--port={self.port}", "--compile-port=0", "--decode-port=0"]
         command += ["--metrics-port=0", *flags]
-        ours = {k for k in os.environ if k.startswith("PRECAST_")} - {"PRECAST_NATIVE_ISA"}
+        ours = {k for k in os.environ if k.startswith("PRECAST_")} - {forked.ISA}
         environment = {k: v for k, v in os.environ.items() if k not in ours}
         environment["PRECAST_BUILD_DIR"] = str(BUILD_DIR)
         environment["PRECAST_CAPTURE_IDLE"] = "false"  # other tests take what CPUs there are

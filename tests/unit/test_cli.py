@@ -34,6 +34,8 @@ from precast.graphs.artifacts.disk_store import DiskStore
 from precast.graphs.artifacts.signing import load_or_create_signer
 from precast.system.redis_server import RedisServer
 from tests.support.artifacts import graph_file, manifest_for, signed
+from tests.support.command import precast
+from tests.support.forked import ISA
 from tests.support.models import write_model
 from tests.support.ports import free_port
 
@@ -48,15 +50,10 @@ COMMANDS: dict[str, type[CommonSettings]] = {
 @pytest.fixture(autouse=True)
 def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("PRECAST_"):
+        if name.startswith("PRECAST_") and name != ISA:
             monkeypatch.delenv(name)
     monkeypatch.setenv("PRECAST_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-
-
-def precast(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "precast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_starts_without_the_heavy_libraries() -> None:
