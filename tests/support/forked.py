@@ -77,7 +77,7 @@ class Forks:
     def spawn(
         self, command: Sequence[str], environment: Mapping[str, str], output: Sequence[int]
     ) -> ForkedProcess:
-        order = {"command": list(command), "environment": dict(environment), "cwd": os.getcwd()}
+        order = {"command": list(command), "environment": dict(environment), "cwd": str(Path.cwd())}
         return ForkedProcess(self, self._ask(order, output))
 
     def wait(self, pid: int) -> int:
