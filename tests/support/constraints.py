@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from services.decode_worker.constraints.grammar import Grammar
-from services.decode_worker.constraints.matcher import Matcher, Vocabulary
+from services.decode_worker.constraints.matcher import Matcher, Vocabulary, Words
 from tests.support.json_schemas import Json
 
 
@@ -26,6 +26,11 @@ def allowed(matcher: Matcher) -> list[int]:
     words = np.zeros(matcher.width, dtype=np.int32)
     matcher.fill(words)
     assert not matcher.error
+    return set_bits(words)
+
+
+def set_bits(words: Words) -> list[int]:
+    """Their numbers."""
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     found: list[int] = np.flatnonzero(bits).tolist()
     return found

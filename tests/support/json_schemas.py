@@ -7,6 +7,7 @@ each keyword that the grammars are said to support.
 import random
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
 Json = Any
 
@@ -461,18 +462,38 @@ UNSUPPORTED: Final[tuple[tuple[str, Json], ...]] = (
 
 
 def composed(count: int) -> list[Json]:
-    """Schemas as many as wanted: those of the cases, then records and lists of some of them."""
+    """Schemas as many as wanted: those of the cases, then records and lists of some of them, with
+    records within, and with references."""
     draw = random.Random(count)
     found = [case.schema for case in CASES]
     parts = [schema for schema in found if not str(schema).count("$")]
     while len(found) < count:
-        names = draw.sample(_NAMES, draw.randint(1, 4))
-        fields = {name: draw.choice(parts) for name in names}
-        needed = [name for name in names if draw.random() < 0.8]
-        record = closed(fields, required=needed)
-        few = draw.random() < 0.2
-        found.append(array(record, minItems=1, maxItems=draw.randint(1, 3)) if few else record)
+        fields = _fields(draw, parts, most=4)
+        if draw.random() < 0.3:
+            within = _fields(draw, parts, most=2)
+            fields[draw.choice(_NAMES)] = closed(within, required=_needed(draw, within))
+        found.append(_whole(draw, fields))
     return found[:count]
+
+
+def _fields(draw: random.Random, parts: list[Json], most: int) -> dict[str, Json]:
+    return {name: draw.choice(parts) for name in draw.sample(_NAMES, draw.randint(1, most))}
+
+
+def _needed(draw: random.Random, fields: dict[str, Json]) -> list[str]:
+    return [name for name in fields if draw.random() < 0.8]
+
+
+def _whole(draw: random.Random, fields: dict[str, Json]) -> Json:
+    """An object of these fields or a list of such, as they stand or as definitions."""
+    shown, definitions = fields, {}
+    if draw.random() < 0.3:
+        definitions = {"$defs": fields}
+        shown = {name: {"$ref": f"#/$defs/{quote(name)}"} for name in fields}
+    record = closed(shown, required=_needed(draw, fields))
+    if draw.random() < 0.2:
+        record = array(record, minItems=1, maxItems=draw.randint(1, 3))
+    return record | definitions
 
 
 _NAMES: Final = (

@@ -13,9 +13,11 @@ from tests.support.decode_worker import DecodeWorker
 from tests.support.json_schemas import Json
 
 AT_ONCE = 16
-_PROMPT = (
-    "<|im_start|>user\nMake up an example, as JSON of this schema:\n{schema}<|im_end|>\n"
-    "<|im_start|>assistant\n"
+PROMPTS = (
+    "Make up an example, as JSON of this schema:\n{schema}",
+    "Which values would you give somebody who asks for this?\n{schema}\nShort ones, please.",
+    "{schema}\nThe title is “Grüße, 42 %” and the rest is up to you.",
+    "Tell me a story.",
 )
 
 
@@ -48,7 +50,9 @@ def _start(
     worker: DecodeWorker, tokenizer: Tokenizer, schema: Json, seed: int, max_tokens: int
 ) -> pb.StartGeneration:
     text = json.dumps(schema, ensure_ascii=False)
-    prompt = tokenizer.encode(_PROMPT.format(schema=text[:300])).ids
+    said = PROMPTS[seed % len(PROMPTS)].format(schema=text[:300])
+    chat = f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer.encode(chat).ids
     sampling = {"temperature": 0.8, "top_p": 0.95, "seed": seed}
     constraint = pb.OutputConstraint(json_schema=text)
     return worker.request(prompt, max_tokens, sampling=sampling, constraint=constraint)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from services.decode_worker.constraints.bounded import BoundedStrings, ShortTokens
 from services.decode_worker.constraints.formats import with_strict_formats
 from services.decode_worker.constraints.grammar import JSON_OPTIONS, Grammar
 
@@ -26,8 +27,12 @@ MAX_LEXER_STATES: Final = 50_000
 class Matcher:
     """Where an output stands in its grammar."""
 
-    def __init__(self, inner: "LLMatcher", width: int) -> None:
+    def __init__(
+        self, inner: "LLMatcher", width: int, tokens: "Vocabulary", bounded: BoundedStrings | None
+    ) -> None:
         self._inner = inner
+        self._tokens = tokens
+        self._bounded = bounded
         self._given_up = ""
         self.width: Final = width
         """Words of a mask."""
@@ -36,7 +41,8 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         """At the same place, going its own way from there."""
-        return Matcher(self._inner.deep_copy(), self.width)
+        bounded = None if self._bounded is None else self._bounded.copy()
+        return Matcher(self._inner.deep_copy(), self.width, self._tokens, bounded)
 
     @property
     def error(self) -> str:
@@ -67,13 +73,16 @@ class Matcher:
         """The output goes on by a token; an error if the grammar does not allow it."""
         if not self.error and not self._inner.is_stopped():
             self._inner.consume_token(token)
+            if self._bounded is not None and not self._bounded.take(self._tokens.bytes_of(token)):
+                self._bounded = None
 
     def fill(self, words: Words) -> None:
         """Sets int32 [width] to the tokens that may follow, a bit each: bit i % 32 of word i // 32.
         Other Python threads run meanwhile."""
         if words.shape != (self.width,) or not words.flags.c_contiguous:
             raise ValueError(f"a mask of {words.shape}, not ({self.width},)")
-        self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._bounded is None or not self._bounded.fill(self._inner, words):
+            self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
 
 
 class Vocabulary:
@@ -92,6 +101,7 @@ class Vocabulary:
         except Exception as error:  # of the library's own kinds
             raise ValueError(str(error).splitlines()[0]) from None
         self.width: Final = -(-vocab_size // 32)
+        self._short = ShortTokens(list(map(self._text_of, range(vocab_size))), eos_token_ids)
 
     def bytes_of(self, token: int) -> bytes:
         found: bytes = self._tokens.decode_bytes([token])
@@ -101,8 +111,21 @@ class Vocabulary:
         """At the grammar's beginning, perhaps with an error. Other Python threads run meanwhile."""
         from llguidance import LLMatcher
 
-        inner = LLMatcher(self._tokens, _source(grammar), log_level=0, limits=_limits())
-        return Matcher(inner, self.width)
+        source = _source(grammar)
+        inner = LLMatcher(self._tokens, source, log_level=0, limits=_limits())
+        return Matcher(inner, self.width, self, self._bounded(grammar, source))
+
+    def _bounded(self, grammar: Grammar, source: str) -> BoundedStrings | None:
+        from llguidance import LLMatcher
+
+        probe = self._short.probe(grammar.text) if grammar.kind == "json_schema" else None
+        if probe is None:
+            return None
+        inner = LLMatcher(self._short.tokenizer, source, log_level=0, limits=_limits())
+        return BoundedStrings(self._short, inner, probe)
+
+    def _text_of(self, token: int) -> bytes:
+        return b"" if self._tokens.is_special_token(token) else self.bytes_of(token)
 
 
 def _source(grammar: Grammar) -> str:
