@@ -104,8 +104,9 @@ chaos-serve: setup-dev ## kill, stop, starve and damage what `serve` runs; print
 	@$(BIN)/python -m tests.support.chaos_serve $(ARGS)
 
 .PHONY: hostile
-hostile: setup-dev ## 10,000 bodies and schemas that nobody means well with: no error of the server
+hostile: setup-dev ## 10,000 bodies and schemas, then as many frames and messages, that nobody means well with
 	@$(BIN)/python -m tests.support.hostile_bodies $(ARGS)
+	@$(BIN)/python -m tests.support.hostile_frames $(ARGS)
 
 .PHONY: hostile-models
 hostile-models: setup-dev ## 1,000 GGUF files and folders that nobody means well with: one line each

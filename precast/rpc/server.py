@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from precast import errors
-from precast.errors import ConfigError, PrecastError
+from precast.errors import ConfigError, InvalidRequest, PrecastError
 from precast.log import get_logger
 from precast.rpc.reflection import add_reflection
 from precast.rpc.tls import NAME, Tls, may_call
@@ -240,9 +241,36 @@ def _wrapped(handler: Any, method: str, *, roles: bool) -> _Handler:
     attribute, make = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
     behaviour = getattr(handler, attribute)
     guard = _guard_generator if inspect.isasyncgenfunction(behaviour) else _guard_coroutine
-    return make(
-        guard(behaviour, method, roles), handler.request_deserializer, handler.response_serializer
-    )
+    decode = _decoding(handler.request_deserializer)
+    return make(guard(behaviour, method, roles), decode, handler.response_serializer)
+
+
+_UNDECODABLE: Final = object()
+"""In the place of a message that is none: gRPC itself would log a traceback."""
+
+
+def _decoding(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError:
+            return _UNDECODABLE
+
+    return decode
+
+
+def _decoded(request: Any, method: str) -> Any:
+    """A message, or an iterator over such. Raises ``InvalidRequest`` for one that is none."""
+    if hasattr(request, "__aiter__"):
+        return _each_decoded(request, method)
+    if request is _UNDECODABLE:
+        raise InvalidRequest(f"{method}: a message can't be decoded")
+    return request
+
+
+async def _each_decoded(requests: AsyncIterator[Any], method: str) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request, method)
 
 
 def _guard_coroutine(
@@ -252,7 +280,7 @@ def _guard_coroutine(
         try:
             if roles:
                 await _check_role(context, method)
-            return await behaviour(request, context)
+            return await behaviour(_decoded(request, method), context)
         except Exception as error:
             await _abort(context, error, method)
 
@@ -266,7 +294,7 @@ def _guard_generator(behaviour: Callable[..., Any], method: str, roles: bool) ->
                 await _check_role(context, method)
             # aclosing: when the caller goes away, the servicer's cleanup runs now, not at a later
             # garbage collection
-            async with aclosing(behaviour(request, context)) as responses:
+            async with aclosing(behaviour(_decoded(request, method), context)) as responses:
                 async for response in responses:
                     yield response
         except Exception as error:

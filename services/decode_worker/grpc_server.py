@@ -82,6 +82,8 @@ async def _generate(
     try:
         async for response in stream.outbox.responses():
             yield response
+        if reader.done():
+            reader.result()  # raises what it failed with
     finally:
         reader.cancel()
         heart.cancel()

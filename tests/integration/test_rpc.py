@@ -94,6 +94,25 @@ async def test_unexpected_exception_is_internal_without_its_text() -> None:
     assert caught.value.details() == "internal error (KeyError)"
 
 
+async def test_what_is_no_message_is_the_callers_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    """Also in the middle of a stream."""
+    server = await serve(Servicer())
+    good = pb.GenerateRequest(request_id="1").SerializeToString()
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        unary: Any = channel.unary_unary(f"/{DESCRIPTOR.full_name}/GetStatus")
+        with pytest.raises(grpc.aio.AioRpcError) as one:
+            await unary(b"\xff", timeout=5)
+        streams: Any = channel.stream_stream(f"/{DESCRIPTOR.full_name}/Generate")
+        answers = streams(iter([good, b"\xff"]), timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as other:
+            assert [answer async for answer in answers] == []
+    await server.stop(0)
+    for failure in (one.value, other.value):
+        assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "can't be decoded" in str(failure.details())
+    assert "Traceback" not in caplog.text
+
+
 async def test_cancelled_stream_runs_the_servicers_cleanup() -> None:
     servicer = Servicer()
     server = await serve(servicer)

@@ -165,14 +165,20 @@ def _nest(rng: random.Random, body: Any) -> None:
         container[key] = rng.choice(({"a": container[key]}, [container[key]]))
 
 
-def _schema(rng: random.Random, body: Any) -> None:
-    """A schema where there is one: others' good ones, with keywords that hurt."""
+def hostile_schema(rng: random.Random) -> Any:
+    """Others' good ones, with keywords that hurt."""
     schema = deepcopy(rng.choice(CASES).schema)
     for _ in range(rng.randrange(3)):
         if isinstance(schema, dict):
             found = [schema, *(c[k] for c, k in _places(schema) if isinstance(c[k], dict))]
             name, value = rng.choice(KEYWORDS)
             rng.choice(found)[name] = deepcopy(value)
+    return schema
+
+
+def _schema(rng: random.Random, body: Any) -> None:
+    """One where there is one."""
+    schema = hostile_schema(rng)
     for container, key in list(_places(body)):
         if key in ("schema", "parameters", "input_schema"):
             container[key] = schema
