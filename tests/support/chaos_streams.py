@@ -1,8 +1,10 @@
 """Streams over three workers that are killed, stopped, drained and lose their ranks meanwhile.
 
+Greedy and drawn ones, with penalties, stop strings, grammars, schemas, tools and several choices.
+
 ``python -m tests.support.chaos_streams --streams 500 --seed 1`` prints what happened as JSON. Each
-request's answer must be that of an undisturbed run: text, finish reasons, log probabilities and
-usage, choice by choice. No request may fail.
+request's answer must be that of an undisturbed run: text, calls of tools, finish reasons, log
+probabilities and usage, choice by choice. No request may fail.
 """
 
 import argparse
@@ -34,9 +36,26 @@ from tests.support.processes import words
 
 MODEL: Final = "tiny"
 WORKERS: Final = 3
-CONTEXT: Final = 1024
+CONTEXT: Final = 2048
 TIMEOUT_S: Final = 120.0
 DRAIN_S: Final = 1
+SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Paris", "Lima", "Oslo"]},
+        "days": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 9},
+        "note": {"type": "string", "maxLength": 60},
+    },
+    "required": ["city", "days", "note"],
+    "additionalProperties": False,
+}
+TOOLS: Final = [
+    {"type": "function", "function": {"name": name, "parameters": SCHEMA}}
+    for name in ("weather", "travel")
+]
+ONE_TOOL: Final = {"type": "function", "function": {"name": "travel"}}
+ANSWER: Final = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}}
+GBNF: Final = 'root ::= line{4,30}\nline ::= [a-h]+ "-" [0-9]{2,4} ";"'
 KINDS: Final[tuple[dict[str, Any], ...]] = (
     {"temperature": 0},
     {"temperature": 1.0, "seed": 3, "n": 2},
@@ -46,16 +65,27 @@ KINDS: Final[tuple[dict[str, Any], ...]] = (
     {"temperature": 1.0, "seed": 6, "stream": False},
     {"temperature": 1.5, "seed": 7, "ignore_eos": False, "top_k": 50},
     {"temperature": 1.0, "seed": 8, "guided_regex": "([a-f]{3,9} )+[0-9]{9}"},
+    {"temperature": 1.2, "seed": 9, "grammar": GBNF, "n": 2},
+    {"temperature": 1.0, "seed": 10, "messages": 1, "tools": TOOLS, "tool_choice": "required"},
+    {"temperature": 0, "messages": 1, "tools": TOOLS, "tool_choice": ONE_TOOL, "stream": False},
+    {"temperature": 1.0, "seed": 11, "messages": 1, "response_format": ANSWER, "n": 3},
+    {"temperature": 1.1, "seed": 12, "messages": 1, "stop": ["~", "q"], "n": 2},
 )
+"""``messages``: of a chat, where the others are completions."""
+TEMPLATE: Final = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 def bodies(count: int, tokens: int) -> list[dict[str, Any]]:
     """Requests of every kind, no two alike."""
-    common = {"model": MODEL, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-    return [
-        {**common, "prompt": f"{number} of {'the ' * (number % 40)}", **KINDS[number % len(KINDS)]}
-        for number in range(count)
-    ]
+    return [_body(number, tokens, KINDS[number % len(KINDS)]) for number in range(count)]
+
+
+def _body(number: int, tokens: int, kind: dict[str, Any]) -> dict[str, Any]:
+    text = f"{number} of {'the ' * (number % 40)}"
+    common = {"model": MODEL, "max_tokens": tokens, "ignore_eos": True, "stream": True, **kind}
+    if "messages" not in kind:
+        return {**common, "prompt": text}
+    return {**common, "messages": [{"role": "user", "content": text}]}
 
 
 @dataclass(kw_only=True)
@@ -63,10 +93,17 @@ class Choice:
     text: str = ""
     reason: str = ""
     logprobs: list[float] = field(default_factory=list)
+    calls: dict[int, list[str]] = field(default_factory=dict)
+    """Of tools, name and arguments; their ids are random."""
 
     def add(self, shown: dict[str, Any]) -> None:
         assert not self.reason, "something follows the end"
-        self.text += shown["text"]
+        said = shown.get("delta") or shown.get("message") or {}
+        self.text += shown.get("text") or said.get("content") or ""
+        for index, call in enumerate(said.get("tool_calls") or ()):
+            parts = self.calls.setdefault(call.get("index", index), ["", ""])
+            parts[0] += call["function"].get("name") or ""
+            parts[1] += call["function"].get("arguments") or ""
         self.reason = shown["finish_reason"] or ""
         self.logprobs += (shown.get("logprobs") or {}).get("token_logprobs", ())
 
@@ -80,12 +117,13 @@ class Answer:
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     """The answer to a request, which must not fail."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     if not body["stream"]:
-        whole = await client.post("/v1/completions", json=body)
+        whole = await client.post(path, json=body)
         assert whole.status_code == 200, whole.text
         return _answer([whole.json()])
     body = {**body, "stream_options": {"include_usage": True}}
-    async with client.stream("POST", "/v1/completions", json=body) as response:
+    async with client.stream("POST", path, json=body) as response:
         assert response.status_code == 200, await response.aread()
         lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
     *events, done = lines
@@ -182,7 +220,9 @@ def _is_ready(worker: DecodeWorker) -> bool:
 @contextmanager
 def fleet(home: Path, redis_url: str, *, tp: int = 1) -> Iterator[Fleet]:
     """Running on a tiny model with a long context; gone afterwards."""
-    write_model(home / "models" / MODEL, max_position_embeddings=CONTEXT)
+    folder = write_model(home / "models" / MODEL, max_position_embeddings=CONTEXT)
+    told = {"eos_token": "<eos>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
     first = free_ports(WORKERS)[0]
     front = Stack(redis_url=redis_url, models_dir=home / "models", started=[])
     settings = {"tp": tp, "batch_sizes": "1", "max_batch_size": 16, "max_waiting": 1024}
