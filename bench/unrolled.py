@@ -147,8 +147,9 @@ def measure(shape: Shape, batch_size: int, folder: Path) -> list[str]:
         *graph_runner.runner_plan(shape, model.weights),
     )
     whole = runner(unrolled, [], batch_size)
-    whole.bind(bound, [], [], [], [])
-    step = model.inputs.token_ids, model.inputs.positions, list(model.inputs.paging), None
+    whole.bind(bound, [], [], [], [], [])
+    paging, no_windows = list(model.inputs.paging), list[Tensor]()
+    step = model.inputs.token_ids, model.inputs.positions, paging, no_windows, None
     layered_step_s, unrolled_step_s = alternate(
         [lambda: by_layer.run(*step), lambda: whole.run(*step)]
     )

@@ -112,6 +112,8 @@ def _kv_memory(settings: DecodeWorkerSettings, free: FreeMemory) -> Finding:
         return _finding("kv memory", "problem", str(error))
     tokens = sizing.blocks * settings.block_size
     found = f"{gib(sizing.kv_bytes)} for {tokens} tokens, contexts of up to {sizing.context}"
+    if sizing.window_blocks:
+        found += f", windows of {sizing.window_blocks * settings.block_size} tokens"
     return _finding("kv memory", "ok", f"{found}; {sizing.why}")
 
 

@@ -20,6 +20,7 @@ from precast.errors import ArtifactRejected
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import Paging, Shape
 from precast.models.load import Weights
+from precast.models.windows import window_of
 from precast.ops import native as native  # registers the operators that graphs call
 from precast.system.scratch import scratch_root
 
@@ -48,12 +49,20 @@ class Graph:
         self._runner.bind(*runner_weights(weights, caches), *runner_plan(shape, weights))
 
     def replay(
-        self, token_ids: Tensor, positions: Tensor, paging: Paging, rows: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        paging: Paging,
+        rows: Tensor | None = None,
+        *,
+        window_paging: Paging | None = None,
     ) -> Tensor:
         """int64 [T] ids and positions, T at most ``tokens``, to this rank's float32 logits [R, V]
         of the tokens that ``rows``, int64 [R], names; of all T without it. For R = 0 the head is
-        left out, and what is returned is empty."""
-        logits: Tensor = self._runner.run(token_ids, positions, list(paging), rows)
+        left out, and what is returned is empty. ``window_paging``: of layers that attend to a
+        window, if it is another."""
+        windows = list(window_paging or ())
+        logits: Tensor = self._runner.run(token_ids, positions, list(paging), windows, rows)
         return logits
 
 
@@ -92,7 +101,8 @@ def layer_models(shape: Shape) -> list[str]:
     return [f"layer.{kind}" for kind in shape.kinds]
 
 
-def runner_plan(shape: Shape, weights: Weights) -> tuple[list[int], list[int]]:
-    """For each layer, the index of its model and of its rope."""
+def runner_plan(shape: Shape, weights: Weights) -> tuple[list[int], list[int], list[int]]:
+    """For each layer, the index of its model and of its rope, and 1 if it has a window."""
     kinds = [shape.kinds.index(layer.kind) for layer in weights.plan]
-    return kinds, [layer.rope for layer in weights.plan]
+    windows = [int(window_of(shape.options, layer.kind) > 0) for layer in weights.plan]
+    return kinds, [layer.rope for layer in weights.plan], windows

@@ -11,6 +11,7 @@ from precast.models.architectures import architecture_of
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import Paging, Rope, Shape
 from precast.models.load import Weights
+from precast.models.windows import window_of
 
 
 def hidden_states(
@@ -20,13 +21,17 @@ def hidden_states(
     token_ids: Tensor,
     positions: Tensor,
     paging: Paging,
+    window_paging: Paging | None = None,
 ) -> Tensor:
-    """int64 [T] ids and positions to hidden states [T, H] behind the last layer."""
+    """int64 [T] ids and positions to hidden states [T, H] behind the last layer. ``window_paging``:
+    of layers that attend to a window, if it is another."""
     module = architecture_of(shape)
     hidden, *tables = module.embed(shape, token_ids, positions, weights.embed)
     ropes = [Rope(*pair) for pair in zip(tables[::2], tables[1::2], strict=True)]
     for (kind, rope), layer, cache in zip(weights.plan, weights.layers, caches, strict=True):
-        hidden = module.layer(shape, kind, hidden, ropes[rope], paging, cache, layer)
+        has_window = window_of(shape.options, kind) > 0
+        own = window_paging if window_paging is not None and has_window else paging
+        hidden = module.layer(shape, kind, hidden, ropes[rope], own, cache, layer)
     return hidden
 
 

@@ -30,7 +30,7 @@ from services.decode_worker.constraints.compiler import ConstraintCompiler
 from services.decode_worker.engine.engine import Engine
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.scheduler import Scheduler
-from services.decode_worker.engine.sizing import Share, rank_inits
+from services.decode_worker.engine.sizing import Share, rank_inits, window_blocks
 from services.decode_worker.graphs.autotune.loop import keep_tuning
 from services.decode_worker.graphs.autotune.policy import AutotunePolicy, kept_sizes
 from services.decode_worker.graphs.compiler_client import CompilerClient
@@ -89,6 +89,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         prefill_chunk=settings.prefill_chunk,
         pace=pace,
         graph_sizes=(lambda: graphs.layer_us) if settings.speculate else None,
+        windows=window_blocks(settings, share),
     )
     constraints = ConstraintCompiler(
         lambda: Setup(
@@ -246,6 +247,8 @@ async def _set_gauges(metrics: Metrics, engine: Engine, scheduler: Scheduler) ->
         metrics.running.set(engine.running)
         metrics.waiting.set(engine.waiting)
         metrics.kv_free.set(scheduler.blocks.free_blocks)
+        if scheduler.windows is not None:
+            metrics.window_free.set(scheduler.windows.free_blocks)
         await asyncio.sleep(_GAUGE_INTERVAL_S)
 
 

@@ -47,6 +47,11 @@ class Metrics:
         self.kv_free = Gauge(
             "decode_worker_kv_free_blocks", "Free blocks of the KV cache", registry=self.registry
         )
+        self.window_free = Gauge(
+            "decode_worker_kv_window_free_blocks",
+            "Free blocks of layers that attend to a window; 0 without such",
+            registry=self.registry,
+        )
         self.unsigned = Gauge(
             "decode_worker_unsigned_graphs_allowed",
             "1 while graphs are loaded that no trusted key has signed",

@@ -12,6 +12,8 @@ from tests.support.decode_worker import DecodeClient, DecodeWorker, decode_worke
 from tests.support.models import write_model
 
 MODEL = "long"
+WINDOWS = "windows"
+"""All of its layers attend to a window, which is shorter than the answers."""
 TOKENS = 700
 PROMPTS = ([1, 2, 3], [number % 200 + 1 for number in range(70)], [9] * 40)
 
@@ -20,6 +22,13 @@ PROMPTS = ([1, 2, 3], [number % 200 + 1 for number in range(70)], [9] * 40)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("kv-memory")
     write_model(home / "models" / MODEL, max_position_embeddings=2048)
+    write_model(
+        home / "models" / WINDOWS,
+        architectures=["MistralForCausalLM"],
+        model_type="mistral",
+        sliding_window=100,
+        max_position_embeddings=2048,
+    )
     return home
 
 
@@ -44,12 +53,12 @@ def tokens_of(client: DecodeClient, name: str) -> list[tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize(("tp", "kv_dtype"), [(1, "int8"), (2, "bf16")])
+@pytest.mark.parametrize(("model", "tp", "kv_dtype"), [(MODEL, 1, "int8"), (WINDOWS, 2, "bf16")])
 def test_requests_decode_on_when_a_rank_was_killed(
-    home: Path, tiny_redis: str, tp: int, kv_dtype: str
+    home: Path, tiny_redis: str, model: str, tp: int, kv_dtype: str
 ) -> None:
     settings: dict[str, Any] = {"tp": tp, "kv_dtype": kv_dtype, "kv_blocks": 256}
-    with decode_worker(home, tiny_redis, MODEL, batch_sizes="1,4", **settings) as worker:
+    with decode_worker(home, tiny_redis, model, batch_sizes="1,4", **settings) as worker:
         client = worker.client()
         for name in ("seed", "greedy"):
             for number, prompt in enumerate(PROMPTS):

@@ -190,12 +190,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 """By name: the architecture, or that and what is special."""
 
 
-def write_model(folder: Path, name: str) -> Path:
+def write_model(folder: Path, name: str, *, positions: int = POSITIONS) -> Path:
     """A random model as a Hugging Face folder of several weight files."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    config = CONFIGS[name]()
+    config.max_position_embeddings = positions
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _randomize(parameter_name, parameter)
@@ -232,9 +234,14 @@ class Loaded:
     weights: Weights
     caches: list[LayerCache]
     factors: dict[str, str]
+    window_paging: Callable[[Paging], Paging] = lambda paging: paging
+    """Of layers that attend to a window, out of the others'."""
 
     def eager(self, tokens: Tensor, positions: Tensor, paging: Paging) -> Tensor:
-        hidden = hidden_states(self.shape, self.weights, self.caches, tokens, positions, paging)
+        windows = self.window_paging(paging)
+        hidden = hidden_states(
+            self.shape, self.weights, self.caches, tokens, positions, paging, windows
+        )
         return gathered(self.shape, logits(self.shape, self.weights, hidden))
 
 

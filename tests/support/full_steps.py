@@ -29,6 +29,7 @@ class FullSteps:
     def _next(self, message: DecodeOn) -> Step:
         assert self._last is not None and self._running is not None
         batch, draws, _ = self._running.next(message, _NOTHING_DRAWN)
+        window = batch.window_paging
         return msgspec.structs.replace(
             self._last,
             step_id=message.step_id,
@@ -38,6 +39,8 @@ class FullSteps:
             context_lens=_bytes(batch.paging.context_lens),
             block_tables=_bytes(batch.paging.block_tables),
             block_table_width=batch.paging.block_tables.shape[1],
+            window_slots=_bytes(window.slots) if window is not None else b"",
+            window_tables=_bytes(window.block_tables) if window is not None else b"",
             drawn=draws.drawn.astype(np.int32).tobytes(),
         )
 

@@ -475,7 +475,7 @@ class Traffic(RuleBasedStateMachine):
     """Random traffic over a simulated cache: each block holds what its reader thinks it does, none
     leaks or is written by two, nobody starves, and each sequence ends once."""
 
-    BLOCKS, CONTEXT = 9, 20
+    BLOCKS, CONTEXT, CHUNK = 9, 20, 5
 
     def __init__(self) -> None:
         super().__init__()
@@ -483,7 +483,7 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler = make(
             blocks=self.BLOCKS,
             max_context_length=self.CONTEXT,
-            prefill_chunk=5,
+            prefill_chunk=self.CHUNK,
             pace=self.pace,
             graph_sizes=lambda: (1, 2, 4, 8),
         )
@@ -543,7 +543,7 @@ class Traffic(RuleBasedStateMachine):
         if step is None:
             assert not self.live or self.under_way, "work is left, but nothing is done"
             return
-        assert step.prompt_tokens <= 5
+        assert step.prompt_tokens <= self.CHUNK
         message = self.ranks.full(step.message)
         self.tell(step, message)
         self.under_way.append((step, self.compute(step, message), ints(message.slots)))

@@ -1,5 +1,6 @@
 """KV blocks: what the cache and the weights take, and what a machine or a container leaves."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ from precast.models.precision import (
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
 from precast.models.weights.size import weight_bytes
+from precast.models.windows import blocks_of_window
 from precast.sizing import KV_MEMORY_SHARE, PROCESS_BYTES, Sizing, size
 from precast.system.free_memory import FreeMemory, free_memory
 from tests.support.machines import cgroup2, meminfo, write_tree
-from tests.support.models import tensors, write_model
+from tests.support.models import config, tensors, write_model
 
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK = 2 * 2 * 2 * 32 * 8 * 4
@@ -41,6 +43,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sized(home: Path, nbytes: int, **flags: object) -> Sizing:
     settings = load_settings(DecodeWorkerSettings, home=home, model="tiny", **flags)
     return size(settings, settings.model_dir, FreeMemory(nbytes=nbytes, why="so much is left"))
+
+
+def write_config(folder: Path, **changes: object) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config(**changes)))
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
@@ -110,6 +117,67 @@ def test_a_container_of_8_gib_on_a_host_of_256(tmp_path: Path, home: Path) -> No
     sizing = size(settings, settings.model_dir, free)
     assert 2 * GIB < sizing.kv_bytes <= 7 * GIB * KV_MEMORY_SHARE
     assert "/sys/fs/cgroup/memory.max allows 8.0 GiB, 1.0 GiB of it are used" in sizing.why
+
+
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 26,
+    "head_dim": 256,
+    "num_key_value_heads": 1,
+    "sliding_window": 512,
+    "max_position_embeddings": 32768,
+}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 24,
+    "head_dim": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "max_position_embeddings": 131072,
+}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "full_layers", "times"), [(GEMMA, 4, 3.5), (GPT_OSS, 12, 1.8), (MISTRAL, 0, 6.0)]
+)
+def test_windows_leave_memory_to_more_tokens(
+    tmp_path: Path, model: dict[str, object], full_layers: int, times: float
+) -> None:
+    """Of contexts that fill the memory; every layer of a full one is counted as it is."""
+    write_config(tmp_path / "models" / "tiny", **model)
+    layers = model["num_hidden_layers"]
+    assert isinstance(layers, int)
+    sizing = sized(tmp_path, 32 * GIB, kv_dtype="bf16")
+    assert sizing.block_bytes * (layers - full_layers) == sizing.window_block_bytes * full_layers
+    every_layer = sizing.block_bytes + sizing.window_block_bytes
+    assert sizing.kv_bytes <= 32 * GIB * KV_MEMORY_SHARE
+    before = min(sizing.kv_bytes // every_layer, sizing.blocks)
+    windows = blocks_of_window(int(str(model["sliding_window"])), 32)
+    sequences = sizing.window_blocks // windows
+    assert sequences >= 2
+    assert min(sizing.blocks, sequences * sizing.context // 32) >= times * before
+
+
+def test_windows_of_a_small_cache_are_no_more_than_it_has(tmp_path: Path) -> None:
+    write_config(tmp_path / "models" / "tiny", **GEMMA)
+    assert sized(tmp_path, 8 * GIB, kv_blocks=100).window_blocks == 100
+    assert 1000 < sized(tmp_path, 8 * GIB, kv_blocks=10_000).window_blocks < 3000
 
 
 def test_a_context_that_the_model_has_not(home: Path) -> None:

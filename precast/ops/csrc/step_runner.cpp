@@ -39,11 +39,13 @@ class StepRunner : public torch::CustomClassHolder {
   }
 
   // Weights are inputs of the graphs, not constants in them, so all captured sizes share one copy.
-  // For each layer of the model: its weights, its layer model's index and its rope's index.
+  // For each layer of the model: its weights, its layer model's index, its rope's index, and 1 if it
+  // attends to a window, else 0.
   void bind(Tensors embed, std::vector<Tensors> layers, Tensors head, std::vector<int64_t> kinds,
-            std::vector<int64_t> ropes) {
-    TORCH_CHECK(kinds.size() == layers.size() && ropes.size() == layers.size(),
-                "every layer needs a kind and a rope");
+            std::vector<int64_t> ropes, std::vector<int64_t> windows) {
+    TORCH_CHECK(kinds.size() == layers.size() && ropes.size() == layers.size() &&
+                    windows.size() == layers.size(),
+                "every layer needs a kind, a rope and whether it has a window");
     for (const int64_t kind : kinds) {
       TORCH_CHECK(kind >= 0 && kind < static_cast<int64_t>(layers_.size()), "no layer kind ", kind);
     }
@@ -53,18 +55,21 @@ class StepRunner : public torch::CustomClassHolder {
     head_weights_ = std::move(head);
     kinds_ = std::move(kinds);
     ropes_ = std::move(ropes);
+    windows_ = std::move(windows);
   }
 
   // token_ids, positions: int64 [T], T up to the captured number of tokens. paging: slots,
-  // query_starts, context_lens, block_tables as paged_attention takes them. Tokens are added that write
-  // nothing and that no sequence has. Returns this rank's logits [R, V] of the tokens that `rows`, int64
-  // [R], names, of all T without it; the head runs on no others, and not at all for R = 0.
+  // query_starts, context_lens, block_tables as paged_attention takes them; window_paging: of layers with
+  // a window, or empty for the same. Tokens are added that write nothing and that no sequence has. Returns
+  // this rank's logits [R, V] of the tokens that `rows`, int64 [R], names, of all T without it; the head
+  // runs on no others, and not at all for R = 0.
   at::Tensor run(const at::Tensor& token_ids, const at::Tensor& positions, Tensors paging,
-                 const std::optional<at::Tensor>& rows) {
+                 Tensors window_paging, const std::optional<at::Tensor>& rows) {
     const int64_t live = token_ids.size(0);
     TORCH_CHECK(live <= tokens_ && positions.size(0) == live && paging.at(0).size(0) == live,
                 "a graph of ", tokens_, " tokens can't run ", live);
     paging[0] = padded(paging[0], tokens_, -1);
+    if (!window_paging.empty()) window_paging[0] = padded(window_paging[0], tokens_, -1);
     Tensors inputs{padded(token_ids, tokens_, 0), padded(positions, tokens_, 0)};
     append(inputs, embed_weights_);
     Tensors state = embed_.boxed_run(std::move(inputs));  // hidden states, each rope's cos and sin
@@ -73,7 +78,7 @@ class StepRunner : public torch::CustomClassHolder {
       const size_t cos = 1 + 2 * ropes_[i];
       inputs = {std::move(hidden), state.at(cos), state.at(cos + 1)};
       inputs.reserve(3 + paging.size() + layer_weights_[i].size());
-      append(inputs, paging);
+      append(inputs, windows_[i] != 0 && !window_paging.empty() ? window_paging : paging);
       append(inputs, layer_weights_[i]);
       hidden = std::move(layers_[kinds_[i]]->boxed_run(std::move(inputs))[0]);
     }
@@ -89,7 +94,7 @@ class StepRunner : public torch::CustomClassHolder {
   std::vector<std::unique_ptr<Loader>> layers_;
   Tensors embed_weights_, head_weights_;
   std::vector<Tensors> layer_weights_;
-  std::vector<int64_t> kinds_, ropes_;
+  std::vector<int64_t> kinds_, ropes_, windows_;
 };
 
 TORCH_LIBRARY_FRAGMENT(precast, m) {

@@ -21,13 +21,14 @@ from services.decode_worker.engine import suspects
 from services.decode_worker.engine.decode_on import decode_on
 from services.decode_worker.engine.drafter import Drafter
 from services.decode_worker.engine.kv_cache import BlockPool
+from services.decode_worker.engine.kv_room import KvRoom
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.prompts import prompt_chunks, unfinished_prompts
 from services.decode_worker.engine.sequence import FinishReason, Sequence
-from services.decode_worker.engine.sharing import adopt, publish, shared
 from services.decode_worker.engine.speculation import Sizes
 from services.decode_worker.engine.step import Chosen, ScheduledStep, StepBatch, make_step
 from services.decode_worker.engine.waiting import WaitingQueue
+from services.decode_worker.engine.windows import WindowBlocks
 
 
 class Outcome(NamedTuple):
@@ -53,12 +54,13 @@ class Scheduler:
         prefill_chunk: int,
         pace: Pace,
         graph_sizes: Sizes | None = None,
+        windows: WindowBlocks | None = None,
     ) -> None:
         """``graph_sizes``: steps are filled with drafts up to one of them; None: nothing is
-        drafted."""
-        self.blocks = BlockPool(blocks, block_size)
+        drafted. ``windows``: blocks of layers that attend to a window, if there are such."""
+        self._kv = KvRoom(BlockPool(blocks, block_size), windows)
         self._max_batch_size = max_batch_size
-        self._capacity = min(max_context_length, blocks * block_size)
+        self._capacity = min(max_context_length, self._kv.capacity)
         """Tokens of prompt and completion that one sequence may have."""
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
@@ -70,6 +72,16 @@ class Scheduler:
         self._same: StepBatch | None = None
         """The batch of the last step, if that was all of them and may decode on."""
         self._free_slots = list(range(max_batch_size))
+
+    @property
+    def blocks(self) -> BlockPool:
+        """Of layers that attend to everything."""
+        return self._kv.blocks
+
+    @property
+    def windows(self) -> WindowBlocks | None:
+        """Of layers that attend to a window."""
+        return self._kv.windows
 
     @property
     def running(self) -> int:
@@ -140,7 +152,7 @@ class Scheduler:
         self._note_losses(step)
         for sequence in self._running[::-1]:
             self._preempt(sequence)
-        self.blocks.lose()
+        self._kv.lose()
         return self._drop_given_up()
 
     def _note_losses(self, step: ScheduledStep | None) -> None:
@@ -176,14 +188,17 @@ class Scheduler:
     def _once_more(self, step_id: int) -> ScheduledStep | None:
         if self._same is None or not self.decodes_on:
             return None
-        return decode_on(step_id, self._same, self.blocks, self._left_after_draws)
+        return decode_on(step_id, self._same, self._kv, self._left_after_draws)
 
     def _schedule_anew(self, step_id: int) -> ScheduledStep | None:
         self._same = None
         self._admit()
         for sequence in self._running:
-            adopt(self.blocks, sequence)
+            self._kv.adopt(sequence)
         chosen, decoding = self._choose()
+        while not chosen and self._is_stuck():
+            self._preempt(self._last_in_line())
+            chosen, decoding = self._choose()
         if not chosen:
             return None
         size = self.blocks.block_size
@@ -201,12 +216,20 @@ class Scheduler:
         """What the next step has in it, and how many of them, its first, decode."""
         suspect = suspects.first_suspect(self._running)
         if suspect is not None:
-            return suspects.alone(suspect, self._prefill_chunk), int(suspect.to_prefill == 0)
+            alone = suspects.alone(suspect, self._prefill_chunk)
+            return self._kv.fitted(alone), int(suspect.to_prefill == 0)
         decoding = self._decoding()
         chosen = self._with_drafts(decoding)
         prompts = unfinished_prompts(self._running, self.blocks.block_size)
-        chosen += prompt_chunks(prompts, self._budget(len(decoding)), alone=not decoding)
-        return chosen, len(decoding)
+        chunks = prompt_chunks(prompts, self._budget(len(decoding)), alone=not decoding)
+        return chosen + self._kv.fitted(chunks), len(decoding)
+
+    def _is_stuck(self) -> bool:
+        """Whether nobody goes on because others have the blocks: those of windows are given step
+        by step."""
+        if self._kv.windows is None or len(self._running) < 2:
+            return False
+        return not any(one.computing for one in self._running)
 
     def apply(self, step: ScheduledStep, token_ids: list[int]) -> list[Outcome]:
         """Takes in the draws of the oldest step under way; -1 where one could not be drawn.
@@ -219,7 +242,7 @@ class Scheduler:
             if not one.sequence.alive:
                 pass  # it has ended meanwhile
             elif draws == 0:
-                publish(self.blocks, one.sequence)
+                self._kv.settle(one.sequence)
             elif draws == 1:
                 outcomes.append(self._take_one(one.sequence, place, token_ids[place]))
             else:
@@ -231,7 +254,7 @@ class Scheduler:
         """A sequence's only new token, without a draft."""
         sequence.drawing -= 1
         reason = self._append(sequence, token)
-        publish(self.blocks, sequence)
+        self._kv.settle(sequence)
         if reason is not None:
             self._drop(sequence)
         return Outcome(sequence, token, reason, place)
@@ -247,7 +270,7 @@ class Scheduler:
                 break
         if one.draft:
             self._drafter.checked(sequence, len(one.draft), len(found) - 1)
-        publish(self.blocks, sequence)
+        self._kv.settle(sequence)
         if found[-1].finished is not None:
             self._drop(sequence)
         return found
@@ -277,20 +300,15 @@ class Scheduler:
             sequence = self._waiting.first
             if sequence.computing:
                 return  # it was preempted in the step under way, whose token it is prefilled with
-            found = shared(self.blocks, sequence)
-            fresh = self.blocks.blocks_for(sequence.length) - len(found)
-            taken = fresh + sum(not self.blocks.is_held(block) for block in found)
+            found = self._kv.found(sequence)
             # A block is kept for each running sequence's next token, so that admission does not
             # push out at once what it admitted.
-            if taken + len(self._running) > self.blocks.free_blocks and self._running:
+            spare, chunk = len(self._running), self._prefill_chunk
+            if spare and not self._kv.fits(sequence, found, spare=spare, chunk=chunk):
                 return
             self._waiting.remove(sequence)
-            for block in found:
-                self.blocks.share(block)
-            sequence.blocks = found + self.blocks.allocate(fresh)
+            self._kv.begin(sequence, found)
             sequence.slot = self._free_slots.pop()
-            sequence.computed = len(found) * self.blocks.block_size
-            sequence.published = len(found)
             if sequence.is_fresh:
                 sequence.cached = sequence.computed
             self._running.append(sequence)
@@ -323,9 +341,8 @@ class Scheduler:
 
     def _room(self, sequence: Sequence, draft: list[int]) -> list[int]:
         """What of a draft there are blocks for: nobody gives up any for it."""
-        wanted = self.blocks.blocks_for(sequence.length + len(draft)) - len(sequence.blocks)
-        sequence.blocks += self.blocks.allocate(min(max(0, wanted), self.blocks.free_blocks))
-        return draft[: len(sequence.blocks) * self.blocks.block_size - sequence.length]
+        room = self._kv.extend(sequence, sequence.length + len(draft))
+        return draft[: room - sequence.length]
 
     def _left_after_draws(self, sequence: Sequence) -> int:
         return self._left(sequence, len(sequence.output) + sequence.drawing)
@@ -336,10 +353,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """A block for the sequence's next token, taken from the last in line if none is free."""
-        while len(sequence.blocks) < self.blocks.blocks_for(sequence.length):
-            if self.blocks.free_blocks:
-                sequence.blocks += self.blocks.allocate(1)
-                continue
+        while self._kv.extend(sequence, sequence.length) < sequence.length:
             last = self._last_in_line()
             self._preempt(last)
             if last is sequence:
@@ -367,8 +381,7 @@ class Scheduler:
         sequence.alive = False
 
     def _release(self, sequence: Sequence) -> None:
-        self.blocks.free(sequence.blocks)
-        sequence.blocks = []
+        self._kv.release(sequence)
         if sequence.slot >= 0:
             self._free_slots.append(sequence.slot)
         sequence.slot, sequence.sampling_sent = -1, False

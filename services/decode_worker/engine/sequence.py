@@ -89,6 +89,9 @@ class Sequence:
     cached: int = 0
     """Tokens of the prompt that were in the cache already, out of other sequences."""
     blocks: list[int] = field(default_factory=list)
+    window_blocks: list[int] = field(default_factory=list)
+    """Of layers that attend to a window, from its block ``window_first`` on."""
+    window_first: int = 0
     losses: int = 0
     """Times in a row that the ranks were lost in a step with this sequence in it (``suspects``)."""
     losses_in_all: int = 0

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from precast.config.settings import DecodeWorkerSettings
 from precast.log import get_logger
 from precast.models.config import load_config
+from precast.models.windows import model_window
 from precast.sizing import Sizing, size
 from precast.system.free_memory import free_memory, gib
 from precast.system.placement import Placement, RankPlacement, described, plan, this_machine
 from precast.system.shared_memory import new_segment_name
+from services.decode_worker.engine.windows import WindowBlocks
 from services.decode_worker.model_files import model_folder
 from services.decode_worker.ranks.protocol import Init
 
@@ -23,6 +25,8 @@ class Share:
     context: int
     """Tokens of a sequence, at the most."""
     kv_blocks: int
+    window_blocks: int = 0
+    """Of layers that attend to a window; 0: there are none."""
 
 
 def shares(settings: DecodeWorkerSettings) -> list[Share]:
@@ -34,7 +38,12 @@ def shares(settings: DecodeWorkerSettings) -> list[Share]:
     sizing = size(settings, model_folder(settings), free_memory())
     _log(placement, sizing)
     return [
-        Share(ranks=ranks, context=sizing.context, kv_blocks=sizing.blocks)
+        Share(
+            ranks=ranks,
+            context=sizing.context,
+            kv_blocks=sizing.blocks,
+            window_blocks=sizing.window_blocks,
+        )
         for ranks in placement.replicas
     ]
 
@@ -53,6 +62,7 @@ def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
             cores=rank.threads,
             cpus=rank.cpus,
             kv_blocks=share.kv_blocks,
+            window_blocks=share.window_blocks,
             block_size=settings.block_size,
             max_batch_size=settings.max_batch_size,
             max_context_length=share.context,
@@ -65,12 +75,24 @@ def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
     ]
 
 
+def window_blocks(settings: DecodeWorkerSettings, share: Share) -> WindowBlocks | None:
+    """The pool of blocks of layers that attend to a window, if there are such."""
+    if not share.window_blocks:
+        return None
+    window = model_window(load_config(model_folder(settings)))
+    return WindowBlocks(share.window_blocks, settings.block_size, window)
+
+
 def _log(placement: Placement, sizing: Sizing) -> None:
     log.info(
         "placement",
         ranks=[described(rank) for ranks in placement.replicas for rank in ranks],
-        kv=f"{gib(sizing.kv_bytes)} in {sizing.blocks} blocks",
+        kv=f"{gib(sizing.kv_bytes)} in {sizing.blocks} blocks{_windows(sizing)}",
         why=[*placement.reasons, sizing.why],
     )
     for warning in placement.warnings:
         log.warning("placement", reason=warning)
+
+
+def _windows(sizing: Sizing) -> str:
+    return f", {sizing.window_blocks} of windows" if sizing.window_blocks else ""

@@ -142,13 +142,14 @@ def make_step(
         token_ids += [LAST_DRAWN] * (first + one.count - max(first, sequence.known))
         token_ids += one.draft
         positions += range(first, last)
-        slots += [_slot(sequence, at, block_size) for at in range(first, last)]
+        slots += [_slot(sequence.blocks, at, block_size) for at in range(first, last)]
         starts.append(starts[-1] + one.tokens)
         contexts.append(last)
         tables[row, : len(sequence.blocks)] = sequence.blocks
     draws = tuple(one.draws for one in chosen)
     drawing = [one.sequence for one, count in zip(chosen, draws, strict=True) if count]
     drawn = [len(one.sequence.output) + one.sequence.drawing for one in chosen]
+    window_slots, window_tables = _window_paging(chosen, width, block_size)
     masked = _masked(chosen, draws)
     batch = StepBatch(chosen=tuple(chosen), draws=draws, decoding=decoding)
     scored = scored_parts(batch.sequences, batch.counts)
@@ -162,6 +163,8 @@ def make_step(
         context_lens=_ints(contexts),
         block_tables=tables.tobytes(),
         block_table_width=width,
+        window_slots=window_slots,
+        window_tables=window_tables,
         sampling_slots=_ints([one.sequence.slot for one in chosen]),
         draws=_ints(draws),
         drawn=_ints(drawn),
@@ -196,8 +199,23 @@ def _masked(chosen: Many[Chosen], draws: Many[int]) -> dict[int, Sequence]:
     }
 
 
-def _slot(sequence: Sequence, position: int, block_size: int) -> int:
-    return sequence.blocks[position // block_size] * block_size + position % block_size
+def _window_paging(chosen: Many[Chosen], width: int, block_size: int) -> tuple[bytes, bytes]:
+    """Slots and block tables of layers with a window; empty where sequences hold no blocks of
+    such."""
+    if not chosen[0].sequence.window_blocks:
+        return b"", b""
+    tables = np.zeros((len(chosen), width), dtype=np.int32)
+    slots: list[int] = []
+    for row, one in enumerate(chosen):
+        own, first = one.sequence.window_blocks, one.sequence.window_first
+        tables[row, first : first + len(own)] = own
+        start, behind = one.sequence.computed, first * block_size
+        slots += [_slot(own, at - behind, block_size) for at in range(start, start + one.tokens)]
+    return _ints(slots), tables.tobytes()
+
+
+def _slot(blocks: Many[int], position: int, block_size: int) -> int:
+    return blocks[position // block_size] * block_size + position % block_size
 
 
 def _ints(values: Many[int]) -> bytes:

@@ -231,6 +231,8 @@ def probe_step(step_id: int, rows: int) -> Step:
         context_lens=ints(np.full(rows, PROBE_CONTEXT)),
         block_tables=ints(np.zeros(rows)),
         block_table_width=1,
+        window_slots=ints(np.full(rows, -1)),
+        window_tables=ints(np.zeros(rows)),
         sampling_slots=ints(np.full(rows, -1)),
         draws=ints(np.zeros(rows)),
         drawn=ints(np.zeros(rows)),

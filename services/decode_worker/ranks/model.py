@@ -13,13 +13,15 @@ from precast.errors import ConfigError
 from precast.graphs.difference import relative_difference
 from precast.graphs.factors import needs_of, rank_factors
 from precast.graphs.runner import Graph
-from precast.models.config import load_config
+from precast.models.config import ModelConfig, load_config
 from precast.models.forward import gathered, hidden_states, logits
 from precast.models.kv_cache import LayerCache, new_cache
 from precast.models.layers import Paging, Shape
 from precast.models.load import Report, Weights, load_weights
+from precast.models.options import Kind
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
+from precast.models.windows import window_of
 from precast.ops import providers
 from precast.system.memory import MappedFile, mapped_zeros
 from services.decode_worker.ranks.protocol import MAX_DIFFERENCE, Init, Shadow
@@ -34,6 +36,8 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     paging: Paging
+    window_paging: Paging | None = None
+    """Of layers that attend to a window, if they have blocks of their own."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +64,13 @@ class RankModel:
     def hidden(self, batch: Batch) -> Tensor:
         """Runs a step eagerly up to its hidden states [T, H]."""
         return hidden_states(
-            self.shape, self.weights, self.caches, batch.token_ids, batch.positions, batch.paging
+            self.shape,
+            self.weights,
+            self.caches,
+            batch.token_ids,
+            batch.positions,
+            batch.paging,
+            batch.window_paging,
         )
 
     def logits(self, batch: Batch, drawing: Ints, hidden: Tensor) -> Tensor:
@@ -133,14 +143,14 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
         caches=[
             new_cache(
                 shape.kv_dtype,
-                blocks=init.kv_blocks,
+                blocks=_cache_blocks(init, config, layer.kind),
                 kv_heads=shape.kv_heads,
                 block_size=init.block_size,
                 head_dim=shape.head_dim,
                 token_major=selection.token_major_cache,
                 memory=memory,
             )
-            for _ in range(config.num_layers)
+            for layer in config.layers
         ],
         factors=rank_factors(
             shape,
@@ -153,8 +163,15 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
     )
 
 
+def _cache_blocks(init: Init, config: ModelConfig, kind: Kind) -> int:
+    own = init.window_blocks if window_of(config.options, kind) else 0
+    return own or init.kv_blocks
+
+
 def _replay(graph: Graph, batch: Batch, rows: Tensor | None) -> Tensor:
-    return graph.replay(batch.token_ids, batch.positions, batch.paging, rows)
+    return graph.replay(
+        batch.token_ids, batch.positions, batch.paging, rows, window_paging=batch.window_paging
+    )
 
 
 def _rows(batch: Batch, tokens: Ints) -> Tensor | None:

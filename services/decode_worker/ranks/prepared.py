@@ -36,17 +36,53 @@ class Prepared(NamedTuple):
 def prepare(step: Step, last: Ints) -> Prepared:
     """``last``: [slots] the token that was drawn last for each."""
     slots = np.frombuffer(step.sampling_slots, dtype=np.int32)
+    paging = Paging(
+        slots=_ints(step.slots),
+        query_starts=_ints(step.query_starts),
+        context_lens=_ints(step.context_lens),
+        block_tables=_ints(step.block_tables).view(-1, step.block_table_width),
+    )
     batch = Batch(
         token_ids=_token_ids(step, slots, last),
         positions=_ints(step.positions).long(),
-        paging=Paging(
-            slots=_ints(step.slots),
-            query_starts=_ints(step.query_starts),
-            context_lens=_ints(step.context_lens),
-            block_tables=_ints(step.block_tables).view(-1, step.block_table_width),
-        ),
+        paging=paging,
+        window_paging=_window_paging(step, paging) if step.window_tables else None,
     )
     return Prepared(batch=batch, draws=_draws(step, slots), greedy=step.greedy)
+
+
+def _window_paging(step: Step, paging: Paging) -> Paging:
+    return paging._replace(
+        slots=_ints(step.window_slots),
+        block_tables=_ints(step.window_tables).view(-1, step.block_table_width),
+    )
+
+
+class _Table:
+    """Where the tokens of a batch that decodes on live, in the cache of some of the layers."""
+
+    def __init__(self, paging: Paging, block_size: int) -> None:
+        self._block_size = block_size
+        self._rows = np.arange(len(paging.slots), dtype=np.int32)
+        self._slots = paging.slots.numpy()
+        self._table = paging.block_tables.numpy()
+        self.paging = paging
+
+    def next(self, columns: NDArray[np.int64], offsets: NDArray[np.int64], blocks: bytes) -> bool:
+        """Goes on to tokens in these columns of the table; ``blocks``: those that are new. Returns
+        whether the paging is another one."""
+        widens = bool(blocks) and self._add(np.frombuffer(blocks, dtype=np.int32), columns)
+        self._slots[:] = self._table[self._rows, columns] * self._block_size + offsets
+        return widens
+
+    def _add(self, pairs: Ints, columns: NDArray[np.int64]) -> bool:
+        rows, blocks = pairs[::2], pairs[1::2]
+        widens = bool(columns[rows].max() >= self._table.shape[1])
+        if widens:
+            self._table = np.pad(self._table, ((0, 0), (0, _MORE_BLOCKS)))
+            self.paging = self.paging._replace(block_tables=torch.from_numpy(self._table))
+        self._table[rows, columns[rows]] = blocks
+        return widens
 
 
 class RunningBatch:
@@ -57,12 +93,12 @@ class RunningBatch:
         self._block_size = block_size
         self._slots = prepared.draws.slots
         self._drawn = prepared.draws.drawn
-        self._rows = np.arange(len(self._slots), dtype=np.int32)
         self._ids = batch.token_ids.numpy()
         self._positions = batch.positions.numpy()
-        self._cache_slots = batch.paging.slots.numpy()
         self._contexts = batch.paging.context_lens.numpy()
-        self._tables = batch.paging.block_tables.numpy()
+        self._table = _Table(batch.paging, block_size)
+        window = batch.window_paging
+        self._window = _Table(window, block_size) if window is not None else None
         self._prepared = prepared
 
     def next(self, command: DecodeOn, last: Ints) -> Prepared:
@@ -72,23 +108,17 @@ class RunningBatch:
         self._drawn += 1
         self._ids[:] = last[self._slots]
         columns, offsets = np.divmod(self._positions, self._block_size)
-        if command.blocks:
-            self._add_blocks(np.frombuffer(command.blocks, dtype=np.int32), columns)
-        self._cache_slots[:] = self._tables[self._rows, columns] * self._block_size + offsets
+        widens = self._table.next(columns, offsets, command.blocks)
+        if self._window is not None:
+            widens |= self._window.next(columns, offsets, command.window_blocks)
+        if widens:
+            self._take_tables()
         return self._prepared
 
-    def _add_blocks(self, pairs: Ints, columns: NDArray[np.int64]) -> None:
-        rows, blocks = pairs[::2], pairs[1::2]
-        if columns[rows].max() >= self._tables.shape[1]:
-            self._tables = np.pad(self._tables, ((0, 0), (0, _MORE_BLOCKS)))
-            self._prepared = _with_tables(self._prepared, torch.from_numpy(self._tables))
-        self._tables[rows, columns[rows]] = blocks
-
-
-def _with_tables(prepared: Prepared, block_tables: Tensor) -> Prepared:
-    batch = prepared.batch
-    paging = batch.paging._replace(block_tables=block_tables)
-    return prepared._replace(batch=replace(batch, paging=paging))
+    def _take_tables(self) -> None:
+        window = self._window.paging if self._window is not None else None
+        batch = replace(self._prepared.batch, paging=self._table.paging, window_paging=window)
+        self._prepared = self._prepared._replace(batch=batch)
 
 
 def _draws(step: Step, slots: Ints) -> Draws:

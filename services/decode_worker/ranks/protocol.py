@@ -36,6 +36,9 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     cpus: tuple[int, ...] = ()
     """CPUs that the rank may run on, if not only on its threads' own; its memory is theirs."""
     kv_blocks: int
+    window_blocks: int = 0
+    """KV blocks of layers that attend to a window; 0: as many as the others have, and steps name
+    none of their own for them."""
     block_size: int
     max_batch_size: int
     max_context_length: int
@@ -172,6 +175,11 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     context_lens: bytes
     block_tables: bytes
     block_table_width: int
+    window_slots: bytes = b""
+    """``slots`` of layers that attend to a window, where these have blocks of their own."""
+    window_tables: bytes = b""
+    """``block_tables`` likewise. Entries behind the window name blocks that may be another's: they
+    are not read."""
     sampling_slots: bytes
     """[S] slot of how to draw (``StartSampling``); -1 in a step that was made up."""
     draws: bytes
@@ -211,6 +219,8 @@ class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     blocks: bytes = b""
     """int32 [G, 2]: those that have got another block, by their place, and that block; it is behind
     those that they had."""
+    window_blocks: bytes = b""
+    """The same of layers that attend to a window."""
     graph_size: int = 0
     shadow: bool = False
 
