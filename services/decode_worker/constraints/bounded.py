@@ -60,7 +60,7 @@ class ShortTokens:
         )
         self.fitting: Final = [_mask((lengths > 0) & (lengths <= left)) for left in range(MOST)]
         """Plain tokens of at most so many characters, a bit each."""
-        self._byte = {token[0]: number for number, token in enumerate(kept) if len(token) == 1}
+        self._byte = _bytes_in(kept)
 
     def spelled(self, text: bytes) -> list[int]:
         """As tokens of a byte. Raises ``KeyError`` if there is none for one."""
@@ -119,6 +119,11 @@ def _plain_length(token: bytes) -> int:
     return len(text) if _PLAIN.fullmatch(text) else 0
 
 
+def _bytes_in(tokens: Sequence[bytes]) -> dict[int, int]:
+    """Tokens of a single byte."""
+    return {token[0]: number for number, token in enumerate(tokens) if len(token) == 1}
+
+
 def _mask(tokens: NDArray[np.bool_]) -> Words:
     """[ceil(tokens / 32)]."""
     bits = np.zeros(-(-len(tokens) // 32) * 32, dtype=np.bool_)
@@ -173,6 +178,7 @@ class _Tokens:
         self.special_token_ids = list(ends)
         self.eos_token_id = ends[0] if ends else 0
         self.bos_token_id: int | None = None
+        self._byte = _bytes_in(self.tokens)
 
-    def __call__(self, _text: bytes) -> list[int]:
-        return []  # nothing is tokenised with it
+    def __call__(self, text: bytes) -> list[int]:
+        return [self._byte[byte] for byte in text if byte in self._byte]
