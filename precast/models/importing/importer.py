@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace as replaced
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Final
@@ -68,10 +69,9 @@ def import_model(
             # another process may have imported it meanwhile
             if kept := _kept(target, replace=replace, must_be_new=must_be_new):
                 return kept
-            _import(path or find_built_in(source), target, report)
+            return _import(path or find_built_in(source), target, report)
     except OSError as error:
         raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
-    return check_model(target)
 
 
 def import_file(source: Path, models_dir: Path, *, report: Report) -> ModelInfo:
@@ -109,7 +109,7 @@ def _kept(target: Path, *, replace: bool, must_be_new: bool) -> ModelInfo | None
     return check_model(target)
 
 
-def _import(source: Path, target: Path, report: Report) -> None:
+def _import(source: Path, target: Path, report: Report) -> ModelInfo:
     models_dir = target.parent
     _sweep(models_dir)
     partial = models_dir / f"{_PARTIAL}{target.name}"
@@ -117,11 +117,12 @@ def _import(source: Path, target: Path, report: Report) -> None:
     try:
         _fill(source, partial, report)
         report("checking")
-        check_model(partial)
+        found = check_model(partial)
         put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     remove_unheld(models_dir)
+    return replaced(found, name=target.name, path=target)
 
 
 def find_built_in(name: str) -> Path:

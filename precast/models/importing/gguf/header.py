@@ -83,6 +83,14 @@ class GgufFile:
         )
         return flat.reshape(last - first, entry.row_bytes)
 
+    def forget(self, name: str, first: int, last: int) -> None:
+        """These rows won't be read again: pages of a mapped file count as the process's memory."""
+        entry, page = self.tensors[name], mmap.PAGESIZE
+        start = entry.start + first * entry.row_bytes
+        end = entry.start + last * entry.row_bytes
+        begin = start // page * page
+        self._data[entry.part].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def text(self, key: str, default: str = "") -> str:
         return str(self._typed(key, str, "a string", default))
 

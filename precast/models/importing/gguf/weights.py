@@ -12,7 +12,7 @@ from precast.models.importing.gguf.parts import stored_names
 from precast.models.importing.gguf.tensors import Wanted
 from precast.ops.gguf_types import BLOCKS, GgufType
 
-_CHUNK: Final = 64 << 20
+_CHUNK: Final = 8 << 20
 """Bytes that are looked at together."""
 _NUMBERS: Final = {GgufType.F32: "<f4", GgufType.F16: "<f2"}
 
@@ -66,6 +66,7 @@ def _rows(file: GgufFile, name: str) -> Iterator[Block]:
     count, step = entry.nbytes // entry.row_bytes, max(1, _CHUNK // entry.row_bytes)
     for first in range(0, count, step):
         yield file.rows(name, first, min(first + step, count))
+        file.forget(name, first, min(first + step, count))
 
 
 def _finite(kind: GgufType, rows: Block) -> bool:
