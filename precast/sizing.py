@@ -13,7 +13,8 @@ from precast.errors import ConfigError
 from precast.models.config import ModelConfig, load_config
 from precast.models.precision import cached_head_bytes
 from precast.models.sharding import kv_heads_held
-from precast.models.weights.size import weight_bytes
+from precast.models.weights.adapter_folder import Adapter, read_adapter
+from precast.models.weights.size import adapter_bytes, weight_bytes
 from precast.models.windows import blocks_of_window, model_window, window_layers
 from precast.system.free_memory import FreeMemory, gib
 
@@ -77,6 +78,7 @@ def size(
     layers = _layers(settings, config)
     precision = settings.precision(config.own_quantization)
     weights = weight_bytes(config, precision, tp=settings.tp, positions=context)
+    weights += adapter_bytes(config, _adapters(settings, config))
     fixed = weights + (settings.tp + 1) * PROCESS_BYTES
     mine = free.nbytes // settings.replicas
     most = min(int(mine * kv_share), mine - fixed)
@@ -95,6 +97,10 @@ def size(
     if fixed + sizing.kv_bytes > mine:
         raise ConfigError(_too_large(settings, free, weights, sizing.kv_bytes))
     return sizing
+
+
+def _adapters(settings: DecodeWorkerSettings, config: ModelConfig) -> list[Adapter]:
+    return [read_adapter(name, folder, config) for name, folder in settings.adapter_folders]
 
 
 def _blocks(settings: DecodeWorkerSettings, context: int, layers: _Layers, most: int) -> int:

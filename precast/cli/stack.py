@@ -14,7 +14,7 @@ from typing import Final
 from precast.cli.forks import SERVICES as FORKED
 from precast.cli.on_demand.parts import HomeModel
 from precast.cli.supervisor import PROBE_S, ChildSpec
-from precast.config.settings import ServeSettings, describe
+from precast.config.settings import ServeSettings, adapter_of, describe
 from precast.errors import ConfigError
 
 LOOPBACK: Final = "127.0.0.1"
@@ -142,7 +142,7 @@ def _flags(settings: ServeSettings, model_host: str) -> dict[str, dict[str, obje
             "workers": settings.gateway_workers,
             "cors-origins": _text(settings.cors_origins),
             "drain-timeout-s": GATEWAY_DRAIN_S,
-            "expected-models": _text(models),
+            "expected-models": _text((*models, *(adapter_of(x)[0] for x in settings.adapter))),
         },
     }
     if model_host:
@@ -152,6 +152,8 @@ def _flags(settings: ServeSettings, model_host: str) -> dict[str, dict[str, obje
         port = 0 if index else settings.decode_port
         own = {"listen": f"{LOOPBACK}:{port}", "model": model}
         flags[name] = {**_worker_flags(settings), **own}
+        if settings.adapter and not index:
+            flags[name]["adapter"] = _text(settings.adapter)
     return flags
 
 

@@ -13,10 +13,18 @@
 A wrong value, or an unknown key in the file, raises ``ConfigError`` with one line.
 """
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from precast.config.secrets import masked
@@ -35,6 +43,7 @@ from precast.config.types import (
     RedisUrl,
     Seconds,
     StoreUrl,
+    absolute,
 )
 from precast.errors import ConfigError
 from precast.models.precision import (
@@ -231,6 +240,14 @@ class CompileWorkerSettings(CommonSettings):
     """Instruction sets to build for; empty: whichever a decode worker asks for."""
 
 
+def adapter_of(text: str) -> tuple[str, Path]:
+    """Name and folder out of ``name=folder``. Raises ValueError."""
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) or not folder:
+        raise ValueError(f"{text!r} must be name=folder")
+    return name, absolute(Path(folder))
+
+
 class DecodeWorkerSettings(CommonSettings):
     """``precast decode-worker``: a model replica, or several, with a process for each
     tensor-parallel rank."""
@@ -245,6 +262,9 @@ class DecodeWorkerSettings(CommonSettings):
     """Folder of the models; `models` in `home`."""
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of a folder in ``models_dir``."""
+    adapter: Names = ()
+    """LoRA adapters of the model, name=folder each, separated by commas: folders as PEFT writes
+    them, which requests choose by the names."""
     weight_dtype: WeightDtype = "fp32"
     """Of the embedding table, and of linears that are not quantised."""
     quantization: QuantizationSetting = "none"
@@ -334,6 +354,25 @@ class DecodeWorkerSettings(CommonSettings):
             raise ValueError(f"cores names {len(self.cores)} CPUs, too few for {what}")
         return self
 
+    @field_validator("adapter")
+    @classmethod
+    def _named(cls, adapters: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        names = [adapter_of(text)[0] for text in adapters]
+        for name in names:
+            if names.count(name) > 1 or name == info.data.get("model"):
+                raise ValueError(f"two models are called {name}")
+        return adapters
+
+    @property
+    def adapter_folders(self) -> tuple[tuple[str, Path], ...]:
+        """Names and folders."""
+        return tuple(map(adapter_of, self.adapter))
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The model's, then its adapters'."""
+        return (self.model, *(name for name, _ in self.adapter_folders))
+
     @property
     def graph_sizes(self) -> tuple[int, ...]:
         """Tokens of a step to have graphs for."""
@@ -412,10 +451,20 @@ class ServeSettings(CommonSettings):
     """As of the decode worker."""
     max_context_length: Count | None = None
     """As of the decode worker."""
+    adapter: Names = ()
+    """As of the decode worker, of `model`."""
     compile_port: Port = 7100
     """Of the compile worker, on loopback."""
     decode_port: Port = 7200
     """Of the decode worker, on loopback."""
+
+    @model_validator(mode="after")
+    def _adapters_run(self) -> Self:
+        for text in self.adapter:
+            adapter_of(text)
+        if self.adapter and self.models_on_demand:
+            raise ValueError("adapter: models on demand have none")
+        return self
 
 
 SETTINGS: tuple[type[CommonSettings], ...] = (

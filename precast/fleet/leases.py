@@ -96,6 +96,8 @@ class DecodeLease(_Lease):
 
     kind: ClassVar[str] = "decode"
     model: ModelName
+    adapters: Annotated[tuple[ModelName, ...], Field(max_length=64)] = ()
+    """Names under which it serves the model with adapters."""
     state: WorkerState
     running: Requests = 0
     waiting: Requests = 0

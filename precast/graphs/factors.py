@@ -9,17 +9,21 @@ from functools import cache
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
 
 from precast.errors import InvalidRequest
 from precast.models.layers import Shape
-from precast.models.options import check_architecture, from_factor, to_factor
-from precast.models.shape import ModelShape
+from precast.models.options import Options, check_architecture, from_factor, to_factor
+from precast.models.shape import MAX_ADAPTER_RANK, AdapterShape, AdapterTarget, ModelShape
 from precast.ops import providers
 from precast.ops.native import MAX_QUERY_GROUP, PACKING_VERSION, native_isa
 
 _PACKAGE = Path(__file__).parents[1]
 _GRAPH_SOURCES = (
     "models/layers.py",
+    "models/weights/adapters.py",
     "models/kv_cache.py",
     "models/weights/loader.py",
     "models/shape.py",
@@ -49,7 +53,7 @@ def rank_factors(shape: Shape, *, block_size: int, torch_version: str) -> dict[s
         "vocab_size": str(shape.vocab_size),
         "vocab_widths": ",".join(map(str, shape.vocab_widths)),
         "rms_norm_eps": repr(shape.rms_norm_eps),
-        "options": to_factor(shape.options),
+        "options": _options(shape),
         "tp_size": str(shape.tp_size),
         "weight_dtype": shape.weight_dtype,
         "quantization": shape.quantization,
@@ -106,10 +110,12 @@ def check_versions(factors: Mapping[str, str]) -> None:
 def shape_from(factors: Mapping[str, str]) -> Shape:
     """The shape that the factors describe. Raises InvalidRequest if they contradict each other."""
     widths = tuple(int(w) for w in factors["vocab_widths"].split(","))
+    options, adapters = _read_options(factors["architecture"], factors["options"])
     shape = ModelShape(
         vocab_widths=widths,
         rms_norm_eps=float(factors["rms_norm_eps"]),
-        options=from_factor(factors["architecture"], factors["options"]),
+        options=options,
+        adapters=adapters,
         architecture=factors["architecture"],
         hidden_size=int(factors["hidden_size"]),
         query_groups=_groups(factors["query_groups"]),
@@ -126,6 +132,41 @@ def shape_from(factors: Mapping[str, str]) -> Shape:
     if len(widths) != int(factors["tp_size"]):
         raise InvalidRequest("vocab_widths must have one entry for each of tp_size ranks")
     return shape
+
+
+class _Adapters(msgspec.Struct, frozen=True, kw_only=True):
+    """Beside an architecture's options, in the same factor: graphs without adapters have none."""
+
+    adapter_rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_ADAPTER_RANK)]
+    adapter_targets: tuple[AdapterTarget, ...]
+
+
+def _options(shape: Shape) -> str:
+    text = to_factor(shape.options)
+    if shape.adapters is None:
+        return text
+    own = _Adapters(adapter_rank=shape.adapters.rank, adapter_targets=shape.adapters.targets)
+    both = msgspec.json.decode(text) | msgspec.to_builtins(own)
+    return msgspec.json.encode(both, order="sorted").decode()
+
+
+def _read_options(architecture: str, text: str) -> tuple[Options, AdapterShape | None]:
+    """The two parts of what ``_options`` has written. Raises InvalidRequest."""
+    check_architecture(architecture)
+    try:
+        both = msgspec.json.decode(text, type=dict[str, Any])
+        own = {name: both.pop(name) for name in list(both) if name.startswith("adapter_")}
+        rest = msgspec.json.encode(both, order="sorted").decode() if own else text
+        options = from_factor(architecture, rest)
+        if not own:
+            return options, None
+        found = msgspec.convert(own, _Adapters)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"options {text}: {error}") from None
+    targets = found.adapter_targets
+    if not targets or tuple(sorted(set(targets))) != targets:
+        raise InvalidRequest(f"options {text}: adapter_targets: sorted, and at least one")
+    return options, AdapterShape(rank=found.adapter_rank, targets=targets)
 
 
 def _groups(text: str) -> tuple[int, ...]:

@@ -23,7 +23,8 @@ from precast.ops.packing import Format
 
 Shape = ModelShape[Any]
 Linear = list[Tensor]
-"""A packed linear's tensors: its weight, and its bias if it has one."""
+"""A packed linear's tensors: its weight, its bias if it has one, and each row's slot and all slots'
+A and B if there are adapters (``weights/adapters.py``)."""
 Activation = Callable[[Tensor], Tensor]
 """Of gate and up side by side, [T, 2 N], to activation(gate) * up."""
 
@@ -153,8 +154,9 @@ def attention(
         return reduce(shape, x.new_zeros(x.shape[0], shape.hidden_size))
     dim = shape.head_dim
     q_size, kv_size = shape.q_heads * dim, shape.kv_heads * dim
-    qkv = linear(shape.linear_format, x, weights.qkv, q_size + 2 * kv_size, qkv_bias)
-    q, k, v = qkv.split([q_size, kv_size, kv_size], -1)
+    widths = [q_size, kv_size, kv_size]
+    qkv = linear(shape.linear_format, x, weights.qkv, sum(widths), qkv_bias, widths)
+    q, k, v = qkv.split(widths, -1)
     if norm_all:
         q, k = _normed(shape, q, k, weights.qk_norms)
     q, k, v = (part.view(part.shape[0], -1, dim) for part in (q, k, v))
@@ -196,7 +198,8 @@ def gated_mlp(
     """down(activation(gate(x)) * up(x)): [T, H] to [T, H]; ``activate``: None is silu's; ``size``:
     columns on this rank, if they are not the model's ``intermediate_size``."""
     columns = shape.intermediate_size if size is None else size
-    gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * columns, bias)
+    widths = [columns, columns]
+    gate_up = linear(shape.linear_format, x, weights.gate_up, 2 * columns, bias, widths)
     x = (activate or silu_and_mul)(gate_up)
     return reduce(shape, linear(shape.linear_format, x, weights.down, shape.hidden_size, bias))
 
@@ -265,10 +268,21 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return y
 
 
-def linear(fmt: Format, x: Tensor, weights: Linear, out_features: int, bias: bool) -> Tensor:
-    """[T, K] to [T, out_features] through the kernel for the weights' format."""
+def linear(
+    fmt: Format,
+    x: Tensor,
+    weights: Linear,
+    out_features: int,
+    bias: bool,
+    widths: list[int] | None = None,
+) -> Tensor:
+    """[T, K] to [T, out_features] through the kernel for the weights' format, and what adapters add
+    to it. ``widths``: of the linears that it is made of, if they are several."""
     added = weights[1] if bias else None
     y: Tensor = torch.ops.precast.linear(x, weights[0], added, out_features, int(fmt))
+    adapters = weights[1 + bias :]
+    if adapters:
+        y = torch.ops.precast.lora(x, y, *adapters, widths or [out_features])
     return y
 
 

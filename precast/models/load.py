@@ -18,6 +18,7 @@ from precast.models.options import Kind, LayerPlan
 from precast.models.quantized.source import QuantizedCheckpoint
 from precast.models.rope import RopeConfig
 from precast.models.sharding import Shard
+from precast.models.weights.adapters import AdapterSource, RandomAdapters
 from precast.models.weights.checkpoint import Checkpoint
 from precast.models.weights.gguf_checkpoint import GgufCheckpoint
 from precast.models.weights.loader import (
@@ -80,6 +81,7 @@ def load_weights(
     positions: int,
     kept: Path | None = None,
     report: Report = _no_report,
+    adapters: AdapterSource | None = None,
 ) -> Weights:
     """Weights of one rank; rotary tables reach ``positions``. Raises ModelCorrupt.
 
@@ -88,7 +90,7 @@ def load_weights(
     called with each layer.
     """
     try:
-        return _load(folder, config, shard, shape, positions, kept, report)
+        return _load(folder, config, shard, shape, positions, kept, report, adapters)
     except (SafetensorError, OSError) as error:
         raise ModelCorrupt(f"{folder}: weights can't be read: {error}") from error
 
@@ -101,6 +103,7 @@ def _load(
     positions: int,
     kept: Path | None,
     report: Report,
+    adapters: AdapterSource | None,
 ) -> Weights:
     if "file" in (shape.quantization, shape.head_quantization) and not config.has_own_types:
         raise ConfigError(
@@ -108,14 +111,14 @@ def _load(
         )
     path = packed_path(kept, folder, shard, shape) if kept is not None else None
     if path is None:
-        return _read(folder, config, shard, shape, positions, None, None, report)
+        return _read(folder, config, shard, shape, positions, None, None, report, adapters)
     if path.is_dir():
         packed = PackedFolder(path)
-        weights = _read(folder, config, shard, shape, positions, packed, None, report)
+        weights = _read(folder, config, shard, shape, positions, packed, None, report, adapters)
         packed.close()
         return weights
     with keeping_packed(path) as (begun, keep):
-        return _read(folder, config, shard, shape, positions, begun, keep, report)
+        return _read(folder, config, shard, shape, positions, begun, keep, report, adapters)
 
 
 def _read(
@@ -127,11 +130,13 @@ def _read(
     packed: PackedFolder | None,
     keep: Keep | None,
     report: Report,
+    adapters: AdapterSource | None,
 ) -> Weights:
     """``packed``: where linears are that were packed before; ``keep`` gets those of each other
     layer."""
     source = _source(folder, config)
-    base = Loader(source=source, shape=shape, cut=cut_of(config, shard), arena=Arena())
+    cut = cut_of(config, shard)
+    base = Loader(source=source, shape=shape, cut=cut, arena=Arena(), adapters=adapters)
 
     def load(name: str, part: Callable[[Loader[Any]], _T]) -> _T:
         before = packed.read(name) if packed is not None else {}
@@ -217,7 +222,8 @@ def random_weights(
 ) -> Weights:
     """Random weights of the shape's formats, for layers of the plan."""
     source, arena = _Random(generator), Arena()
-    load = Loader(source=source, shape=shape, cut=_whole(shape), arena=arena)
+    adapters = None if shape.adapters is None else RandomAdapters(shape.adapters, generator)
+    load = Loader(source=source, shape=shape, cut=_whole(shape), arena=arena, adapters=adapters)
     module, hidden = architecture_of(shape), shape.hidden_size
     angles = torch.rand(
         shape.options.ropes, positions, shape.rotary_dim // 2, generator=generator

@@ -1,7 +1,7 @@
 """Everything static that a rank's graphs depend on."""
 
 from dataclasses import asdict, dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from precast.models.config import ModelConfig
 from precast.models.options import Kind, Options
@@ -9,7 +9,19 @@ from precast.models.precision import Precision
 from precast.models.sharding import Shard
 from precast.ops.packing import Format
 
+MAX_ADAPTER_RANK: Final = 256
+AdapterTarget = Literal["down", "gate_up", "output", "qkv"]
 O_co = TypeVar("O_co", bound=Options, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterShape:
+    """What graphs depend on of low-rank adapters. How many there are is no part of it."""
+
+    rank: int
+    """Of the largest; the others are filled up with zeros."""
+    targets: tuple[AdapterTarget, ...]
+    """Linears that one of them changes, sorted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +45,8 @@ class ModelShape(Generic[O_co]):
     head_quantization: str
     """Format of the output projection, likewise."""
     kv_dtype: str
+    adapters: AdapterShape | None = None
+    """None: there are none."""
 
     @property
     def q_heads(self) -> int:
@@ -68,7 +82,12 @@ class ModelShape(Generic[O_co]):
         return self.options.rotary_dim or self.head_dim
 
 
-def shape_of(config: ModelConfig, shard: Shard, precision: Precision) -> ModelShape[Options]:
+def shape_of(
+    config: ModelConfig,
+    shard: Shard,
+    precision: Precision,
+    adapters: AdapterShape | None = None,
+) -> ModelShape[Options]:
     return ModelShape(
         architecture=config.architecture,
         hidden_size=config.hidden_size,
@@ -79,5 +98,6 @@ def shape_of(config: ModelConfig, shard: Shard, precision: Precision) -> ModelSh
         vocab_size=len(shard.vocab),
         rms_norm_eps=config.rms_norm_eps,
         options=config.options.on_rank(len(shard.experts), len(shard.shared)),
+        adapters=adapters,
         **asdict(precision),
     )

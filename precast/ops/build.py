@@ -96,6 +96,7 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         "step_runner",
     )
     units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in torch_units]
+    units.append(("lora", SOURCES / "lora.cpp", [*torch_flags, "-O3"]))
     return units
 
 

@@ -38,6 +38,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, f
     return x.new_empty((x.shape[0], out_features))
 
 
+def has_adapters() -> bool:
+    """Whether the library has the operator that adds them: one that was built before it serves all
+    the rest."""
+    return hasattr(torch.ops.precast, "lora")
+
+
+if has_adapters():
+
+    @torch.library.register_fake("precast::lora")
+    def _lora(
+        x: Tensor, y: Tensor, slots: Tensor, a: Tensor, b: Tensor, widths: Sequence[int]
+    ) -> Tensor:
+        return y.new_empty(y.shape)
+
+
 @torch.library.register_fake("precast::embedding")
 def _embedding(ids: Tensor, weight: Tensor, features: int, fmt: int) -> Tensor:
     return ids.new_empty((ids.shape[0], features), dtype=torch.float32)

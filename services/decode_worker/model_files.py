@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from precast.config.settings import DecodeWorkerSettings
 from precast.models.config import ModelConfig, load_config
 from precast.models.importing.catalog import check_vocabulary, check_weights
+from precast.models.weights.adapter_folder import read_adapter
 from precast.system.held_folders import held_folder
 from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
@@ -25,7 +26,10 @@ def open_model(settings: DecodeWorkerSettings) -> tuple[ModelConfig, Tokenizer]:
 
     Replicas are forked from a process that has called it.
     """
-    return _open(model_folder(settings))
+    found = _open(model_folder(settings))
+    for name, folder in settings.adapter_folders:
+        read_adapter(name, folder, found[0])
+    return found
 
 
 def digest_of_tokenizer(settings: DecodeWorkerSettings) -> str:

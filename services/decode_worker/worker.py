@@ -154,7 +154,7 @@ class Worker:
         sequence = make_sequence(
             request_id,
             start,
-            model=self._settings.model,
+            models=self._settings.served_names,
             vocab_size=self._config.vocab_size,
             hidden_size=self._config.hidden_size,
             eos_token_ids=self._eos,
@@ -243,6 +243,7 @@ class Worker:
             address=address,
             pid=os.getpid(),
             model=self._settings.model,
+            adapters=self._settings.served_names[1:],
             state=self.state,
             running=self._engine.running,
             waiting=self._engine.waiting,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
@@ -174,8 +174,13 @@ def model_routes(pool: WorkerPool, models: Models) -> APIRouter:
             for name, one in (await models.listed()).items()
         }
         for name, created in pool.models.items():
-            length = pool.max_context_length(name)
-            found[name] = responses.Model(id=name, created=created, max_model_len=length)
+            base = pool.base_of(name)
+            found[name] = responses.Model(
+                id=name,
+                created=created,
+                max_model_len=pool.max_context_length(name),
+                parent=UNSET if base == name else base,
+            )
         return dict(sorted(found.items()))
 
     @router.get("")

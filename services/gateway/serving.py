@@ -82,7 +82,7 @@ class Generation:
             _Choice(
                 progress=Progress(start=start),
                 since=now,
-                prefix=prefix_of(start.prompt_token_ids, start.cache_salt),
+                prefix=prefix_of(start.prompt_token_ids, f"{start.model}\0{start.cache_salt}"),
             )
             for start in starts
         ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from precast.graphs.runner import Graph
 from precast.models.layers import Paging
+from tests.support.adapters import Mixed, mixed, write_adapter
 from tests.support.architectures import Loaded, forward, load, reference, write_model
 from tests.support.capture import run_capture
 
@@ -48,3 +49,32 @@ def test_graphs_replay_a_checkpoint(name: str, kinds: tuple[str, ...], tmp_path:
     assert {1, 2} <= set(sizes)
     for actual, eager in zip(replayed, forward(model), strict=True):
         assert torch.equal(actual, eager)
+
+
+@pytest.mark.timeout(240)
+def test_one_graph_serves_any_adapters_of_its_rank(tmp_path: Path) -> None:
+    """Each sequence's own, however many there are, with eager steps' bits."""
+    folder = write_model(tmp_path / "model", "llama")
+    targets = (("q_proj", "gate_proj"), ("o_proj", "down_proj"), ("v_proj",))
+    adapters = [
+        write_adapter(tmp_path / str(seed), folder, seed=seed, targets=own)
+        for seed, own in enumerate(targets)
+    ]
+    three, two = (mixed(folder, adapters[:count]) for count in (3, 2))
+    package = capture(three, tmp_path)
+    for model in (three, two):
+        for actual, eager in zip(_replayed(model, package), forward(model), strict=True):
+            assert torch.equal(actual, eager)
+    plain = forward(load(folder))
+    assert torch.equal(forward(two)[0], plain[0])
+    assert not torch.allclose(forward(two)[1], plain[1], atol=0.1)
+
+
+def _replayed(model: Mixed, package: Path) -> list[Tensor]:
+    graph = Graph(package, TOKENS, model.shape, model.weights, model.caches)
+
+    def replay(tokens: Tensor, positions: Tensor, paging: Paging) -> Tensor:
+        model.choose(paging)
+        return graph.replay(tokens, positions, paging)
+
+    return forward(model, replay)

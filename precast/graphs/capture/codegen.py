@@ -14,6 +14,7 @@ from precast.graphs.capture.compiler import inductor_options
 from precast.graphs.capture.export import Part
 from precast.graphs.targets import TARGETS
 from precast.ops import providers
+from precast.ops.native import has_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,9 @@ def _direct_calls() -> dict[str, Any]:
         ),
         ops.broadcast.default: shim("broadcast", tensors("x") + ", int64_t root"),
     }
+    if has_adapters():
+        adapted = tensors("x y slots a b") + ", const int64_t* widths, int64_t widths_len"
+        shims[ops.lora.default] = shim("lora", adapted)
     selection = providers.active()
     native = {op: text for op, text in shims.items() if selection.is_native(op._opname)}
     return {"aot_inductor.custom_ops_to_c_shims": native}

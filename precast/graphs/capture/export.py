@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from precast.models.architectures import architecture_of
 from precast.models.forward import hidden_states, logits
@@ -244,8 +244,17 @@ def _layer_part(
             id(paging.block_tables): {0: dynamic, 1: dynamic},
             id(cache.k): {0: dynamic},
             id(cache.v): {0: dynamic},
+            **{id(tensor): {0: dynamic} for tensor in _of_adapters(weights)},
         },
     )
+
+
+def _of_adapters(weights: Any) -> list[Tensor]:
+    """Rows' slots, A and B: how many adapters there are is no part of a graph. No other weight is
+    of their types and dimensions."""
+    leaves: list[Tensor] = tree_leaves(weights)
+    kinds = ((torch.int32, 1), (torch.float32, 3))
+    return [leaf for leaf in leaves if (leaf.dtype, leaf.dim()) in kinds]
 
 
 def _part(

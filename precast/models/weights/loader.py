@@ -22,6 +22,8 @@ from precast.models.layers import (
 )
 from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
+from precast.models.weights.adapter_folder import target_of
+from precast.models.weights.adapters import AdapterSource, fill
 from precast.ops import providers
 from precast.ops.packing import Format, pack_into, packed_size_of
 from precast.ops.scaled import Weight, below, floats, in_order
@@ -94,6 +96,8 @@ class Loader(Generic[O_co]):
     """Linears that were packed before, by name."""
     packed: dict[str, Tensor] = field(default_factory=dict)
     """Those that this loader has given out."""
+    adapters: AdapterSource | None = None
+    """As ``shape`` says; None: there are none."""
 
     def norm(self, name: str, size: int | None = None) -> Tensor:
         """float32 [size], by default [H]; a copy, as everything is that serves: a checkpoint that
@@ -236,10 +240,12 @@ class Loader(Generic[O_co]):
             rows = below([share(part) for part in parts])
             return rows if order is None else in_order(rows, order)
 
+        adapted = self._adapted(parts, Part(0, hidden, hidden), order)
         if not bias:
-            return self.linear(parts[0].name, weight)
+            return self.linear(parts[0].name, weight) + adapted
         added = torch.cat([self._bias(p.name, p.total)[p.start : p.stop] for p in parts])
-        return self.linear(parts[0].name, weight, added if order is None else added[order])
+        added = added if order is None else added[order]
+        return self.linear(parts[0].name, weight, added) + adapted
 
     def columns(self, name: str, part: Part, bias: bool = False) -> Linear:
         """A linear of this rank's columns. Ranks' results are summed: the first adds the bias."""
@@ -252,7 +258,29 @@ class Loader(Generic[O_co]):
         added = self._bias(name, hidden) if bias else None
         if added is not None and part.start > 0:
             added = torch.zeros_like(added)
-        return self.linear(name, weight, added)
+        adapted = self._adapted([Rows(name, 0, hidden, hidden)], part, None)
+        return self.linear(name, weight, added) + adapted
+
+    def _adapted(self, parts: Sequence[Rows], columns: Part, order: Tensor | None) -> list[Tensor]:
+        """Rows' slots, A [slots, K, parts * rank] and B [slots, rank, N] of all adapters for a
+        linear of these rows and columns; nothing where none changes any of the kind. Each rank has
+        its rows of B, or its columns of A: what ranks add up is the whole."""
+        shape, source = self.shape.adapters, self.adapters
+        if shape is None or source is None or target_of(parts[0].name) not in shape.targets:
+            return []
+        sizes = [part.stop - part.start for part in parts]
+        inputs = slice(columns.start, columns.stop)
+        width = columns.stop - columns.start
+        a = torch.zeros(source.count + 1, width, len(parts) * shape.rank)
+        b = torch.zeros(source.count + 1, shape.rank, sum(sizes))
+        for number in range(source.count):
+            for at, part in enumerate(parts):
+                found = source.get(number, part.name, part.total, columns.total)
+                if found is not None:
+                    own, rows = found[0][:, inputs], found[1][part.start : part.stop]
+                    fill(a[number + 1], b[number + 1], at, sum(sizes[:at]), rows, own, shape.rank)
+        b = b if order is None else b[:, :, order]
+        return [source.slots, self.arena.copy(a), self.arena.copy(b.contiguous())]
 
     def _bias(self, name: str, size: int) -> Tensor:
         return floats(self.source.get(f"{name}.bias", (size,)))

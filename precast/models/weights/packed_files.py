@@ -51,7 +51,8 @@ def packed_path(root: Path, folder: Path, shard: Shard, shape: Shape) -> Path:
     name = model_name(folder)
     digests = content_digests(weight_files(folder), root / _SOURCES / f"{name}.json")
     formats = (PACKING_VERSION, providers.active().abi)
-    parts = [sorted(digests), repr(shard), repr(dataclasses.asdict(shape)), formats]
+    of_weights = {k: v for k, v in dataclasses.asdict(shape).items() if k != "adapters"}
+    parts = [sorted(digests), repr(shard), repr(of_weights), formats]
     return root / name / blake3(msgspec.json.encode(parts)).hexdigest()[:32]
 
 

@@ -1,11 +1,13 @@
 """How much memory a model's packed weights take, from its configuration: neither torch nor the
 weights are loaded."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from precast.models.config import ModelConfig
 from precast.models.precision import Precision, row_bytes
 from precast.models.quantized.mxfp4 import Mxfp4, own_type
+from precast.models.weights.adapter_folder import Adapter, shape_of_adapters, target_of
 from precast.models.weights.expected import expected_tensors
 from precast.ops.gguf_types import GgufType, packed_row_bytes
 
@@ -35,6 +37,20 @@ def weight_bytes(config: ModelConfig, precision: Precision, *, tp: int, position
             total += _linear(shape, precision.quantization, precision, types.get(name))
     rotary = 4 * positions * config.rotary_dim * len(config.ropes)  # cosines and sines
     return total + tp * rotary
+
+
+def adapter_bytes(config: ModelConfig, adapters: Sequence[Adapter]) -> int:
+    """Of all adapters' weights side by side, to within a few percent as above."""
+    shape = shape_of_adapters(adapters)
+    if shape is None:
+        return 0
+    sides = [
+        rows + columns
+        for name, (rows, *rest) in expected_tensors(config).items()
+        if target_of(name.removesuffix(".weight")) in shape.targets
+        for columns in rest
+    ]
+    return 4 * (len(adapters) + 1) * shape.rank * sum(sides)
 
 
 def _vocabulary(shape: tuple[int, ...], own: GgufType | None, precision: Precision) -> int:

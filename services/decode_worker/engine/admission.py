@@ -3,6 +3,7 @@
 import math
 import secrets
 from collections.abc import Mapping
+from collections.abc import Sequence as Many
 from typing import Final
 
 import numpy as np
@@ -29,20 +30,21 @@ def make_sequence(
     request_id: str,
     start: pb.StartGeneration,
     *,
-    model: str,
+    models: Many[str],
     vocab_size: int,
     hidden_size: int,
     eos_token_ids: frozenset[int],
 ) -> Sequence:
-    """Raises InvalidRequest or ModelNotFound, naming the field."""
+    """``models``: the worker's model, then its adapters. Raises InvalidRequest or ModelNotFound,
+    naming the field."""
     if not 0 < len(request_id) <= MAX_REQUEST_ID:
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID} characters")
     if len(start.trace_id) > MAX_REQUEST_ID:
         raise InvalidRequest(f"trace_id has more than {MAX_REQUEST_ID} characters")
     if len(start.traceparent) > MAX_REQUEST_ID:
         raise InvalidRequest(f"traceparent has more than {MAX_REQUEST_ID} characters")
-    if start.model != model:
-        raise ModelNotFound(f"this worker serves {model}, not {start.model!r}")
+    if start.model not in models:
+        raise ModelNotFound(f"this worker serves {', '.join(models)}, not {start.model!r}")
     _check_prompt(start, vocab_size)
     looks_at_prompt = start.HasField("prompt_logprobs") or start.HasField("embed")
     _check_stop(start.stop, prompt_only=looks_at_prompt)
@@ -62,6 +64,7 @@ def make_sequence(
         stop_token_ids=stop_token_ids,
         priority=start.priority,
         cache_salt=start.cache_salt,
+        adapter=models.index(start.model),
         output=output,
         resumed=len(output),
     )

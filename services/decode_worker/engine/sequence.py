@@ -12,6 +12,7 @@ from services.decode_worker.engine.pooling import Pooling
 from services.decode_worker.engine.speculation import Drafting
 
 _SALT_CONTEXT: Final = "precast prefix cache salt"
+_ADAPTER_CONTEXT: Final = "precast prefix cache adapter"
 
 
 class FinishReason(enum.Enum):
@@ -62,6 +63,8 @@ class Sequence:
     """Higher ones get slots first."""
     cache_salt: str = ""
     """Blocks are shared only with sequences of the same one."""
+    adapter: int = 0
+    """Its place among the worker's, from 1 on; 0: none. Blocks are shared likewise."""
     output: list[int] = field(default_factory=list)
     resumed: int = 0
     """Tokens of the output that the sequence began with."""
@@ -173,8 +176,8 @@ class Sequence:
         return self.prompt[start:stop] + self.output[: max(0, stop - split)]
 
     def block_key(self, index: int, block_size: int) -> bytes:
-        """What a whole block's keys and values depend on: its tokens and all before them; and the
-        salt."""
+        """What a whole block's keys and values depend on: its tokens and all before them; adapter
+        and salt."""
         assert (index + 1) * block_size <= self.known, "a token of the block is still being drawn"
         while len(self._keys) <= index:
             start = len(self._keys) * block_size
@@ -186,6 +189,10 @@ class Sequence:
     def _root(self) -> bytes:
         """What the first block's key begins with. Derived, so that no salt can be made up that
         stands for another sequence's tokens."""
-        if not self.cache_salt:
-            return b""
-        return blake3(self.cache_salt.encode(), derive_key_context=_SALT_CONTEXT).digest()
+        root = b""
+        if self.cache_salt:
+            root = blake3(self.cache_salt.encode(), derive_key_context=_SALT_CONTEXT).digest()
+        if self.adapter:
+            named = root + self.adapter.to_bytes(4, "little")
+            root = blake3(named, derive_key_context=_ADAPTER_CONTEXT).digest()
+        return root

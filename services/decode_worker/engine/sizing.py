@@ -68,6 +68,7 @@ def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
             max_context_length=share.context,
             group_id=group_id,
             kernel_provider=settings.kernel_provider,
+            adapters=tuple((name, str(folder)) for name, folder in settings.adapter_folders),
             log_level=settings.log_level,
             log_format=settings.log_format,
         )

@@ -174,6 +174,7 @@ def make_step(
             if count
         ),
         masked=_ints(list(masked)),
+        adapters=_adapters(chosen),
         scored=scored_rows(scored),
         pooled=pooled_rows(pooled),
         goes_on=batch.is_plain,
@@ -197,6 +198,12 @@ def _masked(chosen: Many[Chosen], draws: Many[int]) -> dict[int, Sequence]:
         for place, one, count in zip(places, chosen, draws, strict=False)
         if count and one.sequence.matcher is not None
     }
+
+
+def _adapters(chosen: Many[Chosen]) -> bytes:
+    """Empty where no sequence has one: that is what most steps are."""
+    each = [one.sequence.adapter for one in chosen]
+    return _ints(each) if any(each) else b""
 
 
 def _window_paging(chosen: Many[Chosen], width: int, block_size: int) -> tuple[bytes, bytes]:

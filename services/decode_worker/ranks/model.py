@@ -21,6 +21,8 @@ from precast.models.load import Report, Weights, load_weights
 from precast.models.options import Kind
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
+from precast.models.weights.adapter_folder import read_adapter, shape_of_adapters
+from precast.models.weights.adapters import AdapterFolders
 from precast.models.windows import window_of
 from precast.ops import providers
 from precast.system.memory import MappedFile, mapped_zeros
@@ -38,6 +40,8 @@ class Batch:
     paging: Paging
     window_paging: Paging | None = None
     """Of layers that attend to a window, if they have blocks of their own."""
+    adapters: Tensor | None = None
+    """int32 [T] each token's adapter, 0 for none; None: there are none at all."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +57,8 @@ class RankModel:
     graphs: dict[int, Graph] = field(default_factory=dict)
     trials: dict[int, Graph] = field(default_factory=dict)
     """Graphs on trial (``shadow_trial.py``), by size."""
+    adapter_slots: Tensor | None = None
+    """int32: of each row of a step, what ``choose_adapters`` has said."""
 
     def step(self, batch: Batch, drawing: Ints, graph_size: int) -> Tensor:
         """Runs a step with the graph of a captured size, eagerly for 0. Returns this rank's logits
@@ -60,6 +66,14 @@ class RankModel:
         if graph_size:
             return _replay(self.graphs[graph_size], batch, _rows(batch, drawing))
         return self.logits(batch, drawing, self.hidden(batch))
+
+    def choose_adapters(self, batch: Batch) -> None:
+        """To be called before what follows runs a step, eagerly or by a graph: it finds the rows'
+        adapters among the weights. Rows that pad a step have none."""
+        if self.adapter_slots is not None:
+            self.adapter_slots.zero_()
+            if batch.adapters is not None:
+                self.adapter_slots[: len(batch.adapters)] = batch.adapters
 
     def hidden(self, batch: Batch) -> Tensor:
         """Runs a step eagerly up to its hidden states [T, H]."""
@@ -130,11 +144,13 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
             f"{config.max_position_embeddings} positions"
         )
     part = shard(config, init.tp_rank, init.tp_size)
-    shape = shape_of(config, part, init.precision)
+    adapters = [read_adapter(name, Path(folder), config) for name, folder in init.adapters]
+    shape = shape_of(config, part, init.precision, shape_of_adapters(adapters))
     selection = providers.select(init.kernel_provider, needs_of(shape))
     providers.start(selection)  # before weights are packed, because each has its own formats
+    source = AdapterFolders(adapters) if adapters else None
     weights = load_weights(
-        folder, config, part, shape, init.max_context_length, Path(init.packed_dir), report
+        folder, config, part, shape, init.max_context_length, Path(init.packed_dir), report, source
     )
     memory = mapped_zeros if kv_file is None else MappedFile(kv_file).next
     return RankModel(
@@ -160,6 +176,7 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
         vocab_size=config.vocab_size,
         load_s=time.perf_counter() - started,
         kernels=providers.described(selection),
+        adapter_slots=None if source is None else source.slots,
     )
 
 

@@ -47,6 +47,7 @@ def prepare(step: Step, last: Ints) -> Prepared:
         positions=_ints(step.positions).long(),
         paging=paging,
         window_paging=_window_paging(step, paging) if step.window_tables else None,
+        adapters=_adapters(step),
     )
     return Prepared(batch=batch, draws=_draws(step, slots), greedy=step.greedy)
 
@@ -141,6 +142,15 @@ def _token_ids(step: Step, slots: Ints, last: Ints) -> Tensor:
     drawn = np.flatnonzero(ids == LAST_DRAWN)
     ids[drawn] = last[slots[drawn]]
     return torch.from_numpy(ids)
+
+
+def _adapters(step: Step) -> Tensor | None:
+    """int32 [T]"""
+    if not step.adapters:
+        return None
+    starts = np.frombuffer(step.query_starts, dtype=np.int32)
+    each = np.frombuffer(step.adapters, dtype=np.int32)
+    return torch.from_numpy(np.repeat(each, starts[1:] - starts[:-1]))
 
 
 def _ints(data: bytes) -> Tensor:

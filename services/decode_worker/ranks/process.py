@@ -204,6 +204,7 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
     started = time.perf_counter()
     prepared = _prepared(init, rank, step)
     batch, draws, _ = prepared
+    rank.model.choose_adapters(batch)
     shadow, scores, pooled = None, list[Logprobs | None](), b""
     if isinstance(step, Step) and step.shows_hidden:
         hidden = rank.model.hidden(batch)

@@ -45,6 +45,8 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     group_id: str
     """Names the group's shared-memory segment: unique to this start of this group."""
     kernel_provider: str
+    adapters: tuple[tuple[str, str], ...] = ()
+    """Name and folder of each adapter; steps name them by their places, from 1 on."""
     log_level: str = "info"
     log_format: str = "console"
 
@@ -191,6 +193,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     masked: bytes = b""
     """Places, among the draws, of those whose tokens follow a grammar. ``Masks`` come before the
     next step, when the tokens before these draws are known; they are waited for."""
+    adapters: bytes = b""
+    """[S] each sequence's adapter, 0 for none; empty where there are none at all."""
     greedy: bool
     """Whether all that draw want the likeliest token as it stands, and nothing else: ranks then
     gather no logits."""

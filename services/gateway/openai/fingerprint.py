@@ -10,7 +10,7 @@ from services.gateway.routing.pool import WorkerPool
 
 def fingerprint(pool: WorkerPool, model: str) -> str:
     """Of the model as its workers have it, and of the build."""
-    leases = (worker.lease for worker in pool.workers if worker.lease.model == model)
+    leases = (worker.lease for worker in pool.workers if worker.serves(model))
     found = {(one.tokenizer_digest, one.weight_dtype, one.quantization) for one in leases}
     return _digest(model, tuple(sorted(found)))
 

@@ -216,10 +216,11 @@ class Planner:
     async def _tokenizer(self, model: str) -> ModelTokenizer:
         """The one that the model's workers have: of its folder, or of the folder that was there
         before, where a worker goes on with that. Raises ``ApiError`` or ``WorkerUnavailable``."""
-        tokenizer = await self._read_tokenizer(model)
+        folder = self._pool.base_of(model)
+        tokenizer = await self._read_tokenizer(folder)
         if self._pool.reads_as(model, tokenizer.digest):
             return tokenizer
-        for earlier in await self._tokenizers.earlier(model):
+        for earlier in await self._tokenizers.earlier(folder):
             if self._pool.reads_as(model, earlier.digest):
                 return earlier
         raise self._pool.tokenizers_differ(model, tokenizer.digest)

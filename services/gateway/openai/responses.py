@@ -182,6 +182,8 @@ class Model(Struct, frozen=True, kw_only=True):
     owned_by: str = "precast"
     max_model_len: int
     """Extension: tokens of prompt and completion together."""
+    parent: str | UnsetType = UNSET
+    """Extension: the model whose adapter it is."""
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

@@ -92,8 +92,12 @@ class WorkerPool:
     @property
     def models(self) -> dict[str, int]:
         """Names of the models that live workers serve, and when each was first seen (Unix, s)."""
-        names = sorted({worker.lease.model for worker in self.workers})
+        names = sorted({name for worker in self.workers for name in worker.names})
         return {name: int(self._first_seen.get(name, 0.0)) for name in names}
+
+    def base_of(self, model: str) -> str:
+        """The model whose adapter this is; itself if it is none, or not known."""
+        return next((worker.lease.model for worker in self._serving(model)), model)
 
     def max_context_length(self, model: str) -> int:
         """Tokens that the largest worker of this model takes.
@@ -165,7 +169,7 @@ class WorkerPool:
         self._changed = asyncio.Event()
 
     def _serving(self, model: str) -> list[Worker]:
-        return [worker for worker in self.workers if worker.lease.model == model]
+        return [worker for worker in self.workers if worker.serves(model)]
 
     def _none_serves(self, model: str) -> PrecastError:
         if model in self._first_seen or model in self._expected:
@@ -200,7 +204,8 @@ class WorkerPool:
         by_address: defaultdict[str, list[DecodeLease]] = defaultdict(list)
         for lease in leases:
             if len(self._first_seen) < _MAX_MODELS:
-                self._first_seen.setdefault(lease.model, time.time())
+                for name in (lease.model, *lease.adapters):
+                    self._first_seen.setdefault(name, time.time())
             by_address[lease.address].append(lease)
         for address, found in by_address.items():
             self._observe(address, found)

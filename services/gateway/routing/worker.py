@@ -78,6 +78,14 @@ class Worker:
         return self._beat.worker_id if self._beat is not None else self.lease.worker_id
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of its model, and of that with an adapter each."""
+        return (self.lease.model, *self.lease.adapters)
+
+    def serves(self, model: str) -> bool:
+        return model == self.lease.model or model in self.lease.adapters
+
+    @property
     def state(self) -> WorkerState:
         if self._beat is not None:
             return _STATES.get(self._beat.state, "starting")

@@ -1,0 +1,89 @@
+"""Adapters' weights as graphs take them: those of all adapters side by side, a slot each.
+
+Slot 0 stands for no adapter. A rank writes each row's slot of a step into one tensor that all
+layers have, so that no graph has to be told of it.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from precast.errors import ConfigError
+from precast.models.shape import AdapterShape
+from precast.models.weights.adapter_folder import WEIGHTS, Adapter
+from precast.ops.native import has_adapters
+
+MAX_ROWS: Final = 8192
+"""Tokens of a step, at the most."""
+RANDOM_ADAPTERS: Final = 2
+Pair = tuple[Tensor, Tensor]
+
+
+class AdapterSource(Protocol):
+    """Where adapters' weights come from."""
+
+    slots: Tensor
+    """int32 [MAX_ROWS]"""
+    count: int
+
+    def get(
+        self, number: int, module: str, rows: int, columns: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """A [rank, columns] and B [rows, rank], scaled, of an adapter; None: it leaves the linear
+        as it is."""
+
+
+class AdapterFolders:
+    """What PEFT has written."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        """Raises ConfigError if the native library is too old for them."""
+        if not has_adapters():
+            raise ConfigError("native kernels are older than adapters: run `make native`")
+        self._adapters = adapters
+        self.count = len(adapters)
+        self.slots = torch.zeros(MAX_ROWS, dtype=torch.int32)
+
+    def get(
+        self, number: int, module: str, rows: int, columns: int
+    ) -> tuple[Tensor, Tensor] | None:
+        del rows, columns  # they were compared with the model's as the header was read
+        adapter = self._adapters[number]
+        if module not in adapter.ranks:
+            return None
+        name = f"base_model.model.{module}"
+        with safe_open(adapter.path / WEIGHTS, framework="pt") as file:
+            a, b = (file.get_tensor(f"{name}.lora_{side}.weight").float() for side in "AB")
+        return a, b * adapter.scale(module)
+
+
+class RandomAdapters:
+    """For graphs to be tried with: rows by turns with one, with another, and with none."""
+
+    def __init__(self, shape: AdapterShape, generator: torch.Generator) -> None:
+        self._shape = shape
+        self._generator = generator
+        self.count = RANDOM_ADAPTERS
+        self.slots = (torch.arange(MAX_ROWS) % (RANDOM_ADAPTERS + 1)).int()
+
+    def get(
+        self, number: int, module: str, rows: int, columns: int
+    ) -> tuple[Tensor, Tensor] | None:
+        del number, module
+        rank = self._shape.rank
+        a = torch.randn(rank, columns, generator=self._generator) * columns**-0.5
+        b = torch.randn(rows, rank, generator=self._generator) * rank**-0.5
+        return a, b * 0.3
+
+
+def fill(
+    a: Tensor, b: Tensor, at: int, column: int, rows: Tensor, inputs: Tensor, rank: int
+) -> None:
+    """Puts B's rows and A's columns of one part of a linear into a slot: ``a`` [K, parts * rank],
+    ``b`` [rank, N]; ``at``: the part's number; ``column``: its first of N."""
+    own = len(inputs)
+    a[:, at * rank : at * rank + own] = inputs.T
+    b[:own, column : column + len(rows)] = rows.T
