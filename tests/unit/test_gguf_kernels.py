@@ -28,12 +28,15 @@ def test_rows_and_inputs_that_are_multiples_of_nothing(kind: GgufType) -> None:
     inputs = BLOCKS[kind].inputs
     for rows, columns in [(1, inputs), (17, 3 * inputs), (50, 5 * inputs)]:
         raw = random_rows(kind, rows, columns)
-        x = torch.randn(6, columns)
+        x = torch.randn(75, columns)
         whole = packed([raw])
         values = ops.unpack(torch.arange(rows), whole, columns, MIXED)
         assert torch.equal(values, values_of(raw))
         one = ops.linear(x[2:3], whole, None, rows, MIXED)
-        assert torch.equal(ops.linear(x, whole, None, rows, MIXED)[2:3], one)
+        for few in (6, 9, 75):  # tiles of rows, and weights that are unpacked for all of them
+            assert torch.equal(ops.linear(x[:few], whole, None, rows, MIXED)[2:3], one)
+        last = ops.linear(x, whole, None, rows, MIXED)[74:]
+        assert torch.equal(last, ops.linear(x[74:], whole, None, rows, MIXED))
         close = 0.1 * float(one.norm())
         torch.testing.assert_close(one, x[2:3] @ values.T, rtol=0.0, atol=close)
 

@@ -25,7 +25,8 @@ struct Starts {
 
 // group_dots calls use(row, panel, vector, dots, part) for MR rows, each 32 inputs at x + 32 row, each vector
 // of the columns of NP panels, `stride` bytes apart, and each part of the group, the first one first. Weights
-// are those of `steps` times four inputs: 8, and less in kInt8's last group.
+// are those of `steps` times four inputs: 8, and less in kInt8's last group. `Unpacked`: they are bytes, as
+// load_weights gives them.
 
 #if defined(__AVX512VNNI__)
 // Bits of bytes moved by `by`, to the left if it is positive; callers mask what comes from their neighbours.
@@ -43,7 +44,7 @@ inline __m512i table_of() {
 
 // Values without a sign: weight_offset(F) too much.
 template <Format F>
-inline __m512i load_weights(const uint8_t* w, int step) {
+inline __m512i load_weights(const uint8_t* w, int step, int = 0) {
   constexpr int kBits = F == Format::kInt8 ? 8 : block_of(F).bits;
   if constexpr (kBits == 8) {
     return _mm512_xor_si512(_mm512_loadu_si512(w + step * kStepBytes), _mm512_set1_epi8(-128));
@@ -63,7 +64,12 @@ inline __m512i load_weights(const uint8_t* w, int step) {
   return low;
 }
 
-template <Format F, int MR, int NP, typename Use>
+template <Format F, bool Unpacked>
+inline __m512i weights_of(const uint8_t* w, int step, int) {
+  return Unpacked ? _mm512_load_si512(w + step * kStepBytes) : load_weights<F>(w, step);
+}
+
+template <Format F, int MR, int NP, bool Unpacked = false, typename Use>
 inline void group_dots(const uint8_t* w, int64_t stride, int steps, const int8_t* x, Starts starts, Use&& use) {
   constexpr int U = MR * NP < 4 ? 2 : 1;  // few sums: the instruction takes several cycles
   constexpr int kParts = parts_of(F), kOwn = kSteps / kParts;
@@ -75,7 +81,7 @@ inline void group_dots(const uint8_t* w, int64_t stride, int steps, const int8_t
     }
     const auto step = [&](int s) {
       __m512i weights[NP];
-      for (int p = 0; p < NP; ++p) weights[p] = load_weights<F>(w + p * stride, s);
+      for (int p = 0; p < NP; ++p) weights[p] = weights_of<F, Unpacked>(w + p * stride, s, 0);
       for (int r = 0; r < MR; ++r) {
         const __m512i inputs = _mm512_set1_epi32(load4(x + r * kGroup + s * 4));
         for (int p = 0; p < NP; ++p) {
@@ -143,12 +149,17 @@ inline __m256i load_weights(const uint8_t* w, int step, int v) {
   return low;
 }
 
+template <Format F, bool Unpacked>
+inline __m256i weights_of(const uint8_t* w, int step, int v) {
+  return Unpacked ? load_as<__m256i>(w + step * kStepBytes + v * 32) : load_weights<F>(w, step, v);
+}
+
 // The largest value without a sign.
 constexpr int most_of(Format f) {
   return f == Format::kMXFP4 ? 24 : block_of(f).bits == 6 ? 63 : block_of(f).bits == 5 ? 31 : 15;
 }
 
-template <Format F, int MR, typename Use>
+template <Format F, int MR, bool Unpacked, typename Use>
 inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts starts, Use&& use) {
   constexpr int kParts = parts_of(F), kOwn = kSteps / kParts;
   // Sums of pairs that fit 16 bits: 8 * 2 * 15 * 127 < 32768.
@@ -159,7 +170,7 @@ inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts sta
 #pragma GCC unroll 8
     for (int s = first; s < first + kRun; ++s) {
       __m256i weights[kVectors];
-      for (int v = 0; v < kVectors; ++v) weights[v] = load_weights<F>(w, s, v);
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_of<F, Unpacked>(w, s, v);
       for (int r = 0; r < MR; ++r) {
         const __m256i four = load_inputs(x + r * kGroup + s * 4);
         for (int v = 0; v < kVectors; ++v) {
@@ -190,14 +201,14 @@ inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts sta
 
 // |x| is at most 127 and |w| at most 128, which some checkpoints' own weights have: as a byte without
 // sign it is what it should be, and the 16-bit sums of pairs (127 * 128 * 2 < 32768) can't saturate.
-template <Format F, int MR, typename Use>
+template <Format F, int MR, bool Unpacked, typename Use>
 inline void group_dots_of_bytes(const uint8_t* w, int steps, const int8_t* x, Use&& use) {
   __m256i dots[MR][kVectors];
   clear(dots);
   const auto step = [&](int s) {
     __m256i weights[kVectors], sizes[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      weights[v] = load_weights<F>(w, s, v);
+      weights[v] = weights_of<F, Unpacked>(w, s, v);
       sizes[v] = _mm256_abs_epi8(weights[v]);
     }
     for (int r = 0; r < MR; ++r) {
@@ -244,14 +255,19 @@ inline vint load_weights(const uint8_t* w, int step, int v) {
   }
 }
 
-template <Format F, int MR, typename Use>
+template <Format F, bool Unpacked>
+inline vint weights_of(const uint8_t* w, int step, int v) {
+  return Unpacked ? load_as<vint>(w + step * kStepBytes + v * kLanes * 4) : load_weights<F>(w, step, v);
+}
+
+template <Format F, int MR, bool Unpacked, typename Use>
 inline void group_dots_of_bytes(const uint8_t* w, int steps, const int8_t* x, Use&& use) {
   constexpr int kParts = parts_of(F), kOwn = kSteps / kParts;
   for (int part = 0; part < kParts; ++part) {
     vint dots[MR][kVectors] = {};
     for (int s = part * kOwn; s < std::min(steps, (part + 1) * kOwn); ++s) {
       for (int v = 0; v < kVectors; ++v) {
-        const vint weights = load_weights<F>(w, s, v);
+        const vint weights = weights_of<F, Unpacked>(w, s, v);
         for (int r = 0; r < MR; ++r) dots[r][v] = dot4(dots[r][v], weights, x + r * kGroup + s * 4);
       }
     }
@@ -262,16 +278,16 @@ inline void group_dots_of_bytes(const uint8_t* w, int steps, const int8_t* x, Us
 }
 #endif
 
-template <Format F, int MR, int NP, typename Use>
+template <Format F, int MR, int NP, bool Unpacked = false, typename Use>
 inline void group_dots(const uint8_t* w, int64_t, int steps, const int8_t* x, [[maybe_unused]] Starts starts,
                        Use&& use) {
   static_assert(NP == 1);
 #if defined(__AVX2__)
   if constexpr (block_of(F).bits < 8 && F != Format::kInt8 && !has_curve(F)) {
-    return group_dots_of_few_bits<F, MR>(w, x, starts, use);
+    return group_dots_of_few_bits<F, MR, Unpacked>(w, x, starts, use);
   }
 #endif
-  group_dots_of_bytes<F, MR>(w, steps, x, use);  // these weights have no offset here
+  group_dots_of_bytes<F, MR, Unpacked>(w, steps, x, use);  // these weights have no offset here
 }
 #endif
 

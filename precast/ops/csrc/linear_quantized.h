@@ -9,6 +9,7 @@
 #include "group_dots.h"
 #include "linear_amx.h"
 #include "linear_fold.h"
+#include "linear_unpacked.h"
 #include "unpack.h"
 
 namespace precast {
@@ -129,6 +130,12 @@ void linear_quantized(const LinearArgs& a, int64_t begin, int64_t end) {
   int64_t panel = begin;
   const auto panels = [&](auto np) {
     for (; panel + np <= end; panel += np) {
+      if constexpr (unpacks_once(F)) {
+        if (a.m >= kUnpackedFrom) {
+          unpacked_panels<F, kRows, np>(a, panel);
+          continue;
+        }
+      }
       for (int64_t first = 0; first < a.m; first += kRowBlock) block_of_rows<F, np>(a, panel, first);
     }
   };
