@@ -10,9 +10,11 @@ from precast.errors import Overloaded, WrongState
 class Draining:
     """Whether a worker admits requests, and which ones it has admitted."""
 
-    def __init__(self, abort: Callable[[str], object]) -> None:
-        """``abort`` ends the request of an id."""
+    def __init__(self, abort: Callable[[str], object], on_change: Callable[[], None]) -> None:
+        """``abort`` ends the request of an id. ``on_change`` is called when requests are admitted
+        no more, and when they are again."""
         self._abort = abort
+        self._on_change = on_change
         self._running: set[str] = set()
         self._round = 0
         """Counts how often the worker went out of service or came back."""
@@ -41,6 +43,7 @@ class Draining:
         self._stopping |= stopping
         if not self.on:
             self.on, self._round = True, self._round + 1
+            self._on_change()
         before, this = len(self._running), self._round
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
@@ -62,4 +65,5 @@ class Draining:
         was, self.on = self.on, False
         self._round += was
         self._changed.set()
+        self._on_change()
         return was

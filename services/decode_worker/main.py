@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from typing import Final
 
 import uvloop
@@ -54,8 +55,9 @@ _WARM_S: Final = 5.0
 constraints."""
 _GAUGE_INTERVAL_S: Final = 1.0
 _START_POLL_S: Final = 0.02
-_STATE_POLL_S: Final = 0.1
-"""How often the state is looked at: each look wakes a process that may have one stream to serve."""
+_STATE_POLL_S: Final = 1.0
+"""How often the state is looked at though nothing is known to have changed: each look wakes a
+process that may have one stream to serve."""
 
 
 def run(settings: DecodeWorkerSettings, launcher: RankLauncher, share: Share) -> int:
@@ -78,7 +80,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
             "UNSIGNED GRAPHS ARE ALLOWED: whoever reaches the compile worker runs code here"
         )
     pace = Pace(settings.max_decode_gap_ms / 1e3)
-    changed = asyncio.Event()
+    changed, state_changed = asyncio.Event(), asyncio.Event()
     graphs = GraphManager(settings.graph_sizes, changed.set)
     scheduler = Scheduler(
         blocks=share.kv_blocks,
@@ -105,6 +107,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         launcher=launcher,
         metrics=metrics,
         pace=pace,
+        on_change=state_changed.set,
     )
     running = asyncio.create_task(engine.run(), name="engine")
     worker_id = f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -123,6 +126,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         constraints=constraints,
         tokenizer_digest=digest_of_tokenizer(settings),
         tracer=tracer,
+        on_change=state_changed.set,
     )
     registry = Registry.connect(settings.redis_url)
     tls = Tls.load(settings.tls_dir, Role.DECODE_WORKER)
@@ -146,7 +150,9 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
                         _get_graphs(worker_id, settings, engine, graphs, registry, tls)
                     ),
                     asyncio.create_task(_follow_changes(changed, heartbeat)),
-                    asyncio.create_task(_follow_state(worker, server, heartbeat, started)),
+                    asyncio.create_task(
+                        _follow_state(worker, state_changed, server, heartbeat, started)
+                    ),
                     asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
                     asyncio.create_task(_adapt(settings, engine, graphs)),
                     asyncio.create_task(_open_constraints(engine, constraints)),
@@ -225,11 +231,12 @@ async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:
 
 
 async def _follow_state(
-    worker: Worker, server: Server, heartbeat: Heartbeat, started: float
+    worker: Worker, changed: asyncio.Event, server: Server, heartbeat: Heartbeat, started: float
 ) -> None:
     """Keeps the health service, the lease and gateways in step with the worker's state."""
     known, first = "starting", True
     while True:
+        changed.clear()
         if (state := worker.state) != known:
             known = state
             worker.tell_change()
@@ -239,7 +246,9 @@ async def _follow_state(
                 first = False
                 start_s = round(time.monotonic() - started, 2)
                 log.info("decode worker ready", port=server.port, start_s=start_s)
-        await asyncio.sleep(_START_POLL_S if first else _STATE_POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_POLL_S if first else _STATE_POLL_S):
+                await changed.wait()
 
 
 async def _set_gauges(metrics: Metrics, engine: Engine, scheduler: Scheduler) -> None:

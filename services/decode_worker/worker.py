@@ -73,7 +73,9 @@ class Worker:
         constraints: ConstraintCompiler,
         tokenizer_digest: str = "",
         tracer: Tracer | None = None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_change`` is called when it admits requests no more, and when it does again."""
         self._worker_id = worker_id
         self._settings = settings
         self._config = config
@@ -86,7 +88,7 @@ class Worker:
         self._tokenizer_digest = tokenizer_digest
         self._tracer = tracer
         self._eos = frozenset(config.eos_token_ids)
-        self._draining = Draining(self.abort)
+        self._draining = Draining(self.abort, on_change)
         self._constraints = constraints
         self._pending = PendingRequests(constraints, self._admit, _code_of)
         self._changed = asyncio.Event()

@@ -48,13 +48,16 @@ class Engine:
         launcher: RankLauncher,
         metrics: Metrics,
         pace: Pace,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """``inits`` gives each start of the group its ranks' first commands."""
+        """``inits`` gives each start of the group its ranks' first commands. ``on_change`` is
+        called when a group is ``up`` and when it is not any more."""
         self._scheduler = scheduler
         self._graphs = graphs
         self._inits = inits
         self._launcher = launcher
         self._metrics = metrics
+        self._on_change = on_change
         self._delivery = Delivery(scheduler, metrics)
         self._steps = StepLoop(
             scheduler=scheduler,
@@ -146,6 +149,7 @@ class Engine:
             self._graphs.group_started(group.ready)
             self.up = True
             self.started.set()
+            self._on_change()
             log.info(
                 "ranks ready",
                 ranks=len(group.ready),
@@ -156,6 +160,7 @@ class Engine:
             await self._steps.run(group)
         finally:
             self.up = False
+            self._on_change()
             await group.stop()
             self._crashed = group.crashed()
 
