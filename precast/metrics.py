@@ -41,7 +41,10 @@ class PlainHistogram(Collector):
 
     def of(self, value: str) -> Series:
         """The one of a label's value, of which there must be few."""
-        return self._series.setdefault(value, Series(self._bounds))
+        series = self._series.get(value)
+        if series is None:
+            series = self._series.setdefault(value, Series(self._bounds))
+        return series
 
     def observe(self, value: float) -> None:
         """Of a histogram without a label."""

@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, cast
 
 from google.protobuf.message import Message
@@ -65,6 +65,8 @@ class LocalLink(asyncio.Protocol):
         """The transport's own, to send past it."""
         self._writable = asyncio.Event()
         self._writable.set()
+        self.is_writable = True
+        """Whether the peer reads what it is sent."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended."""
 
@@ -76,23 +78,21 @@ class LocalLink(asyncio.Protocol):
         """``on_message`` is called with each message that has come or will; ``on_tokens`` with
         those of tokens, which come behind others."""
         early, self._early = self._early, []
-        self._on_message, self._on_tokens = on_message, on_tokens
+        self._on_message, self._on_tokens = on_message, on_tokens if self.kinds else None
         for message in early:
             on_message(message)
+        self._hand_out_tokens()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
 
     def data_received(self, data: bytes) -> None:
-        # Nearly always: one whole message, and nothing that waits for the rest of it.
-        size = self._header.size
-        if not self._buffer and len(data) >= size:
-            length, *kind = self._header.unpack_from(data)
-            if len(data) == size + length:
-                self._take(kind, data[size:])
-                self._hand_out_tokens()
-                return
+        # Nearly always: one whole message of tokens, and nothing that waits for the rest of it.
+        waits = self._buffer or self._tokens
+        if self._on_tokens is not None and not waits and _is_whole_tokens(data):
+            self._on_tokens(step_tokens.decode(memoryview(data)[_LENGTH_AND_KIND.size :]))
+            return
         self._buffer += data
         self._take_whole()
 
@@ -127,13 +127,15 @@ class LocalLink(asyncio.Protocol):
             self._on_tokens(step_tokens.merged(tokens))
 
     def pause_writing(self) -> None:
+        self.is_writable = False
         self._writable.clear()
 
     def resume_writing(self) -> None:
+        self.is_writable = True
         self._writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._writable.set()
+        self.resume_writing()
         if self._socket is not None:
             self._socket.close()
         if not self.lost.done():
@@ -160,15 +162,12 @@ class LocalLink(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         if self._socket is not None and not transport.get_write_buffer_size():
-            with suppress(OSError):  # it is full, or broken: the transport finds out
+            try:
                 sent = self._socket.send(data)
+            except OSError:  # it is full, or broken: the transport finds out
+                sent = 0
         if sent < len(data):
             transport.write(data[sent:])
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether the peer reads what it is sent."""
-        return self._writable.is_set()
 
     async def writable(self) -> None:
         """Waits for a slow peer. Raises ``TimeoutError`` if it is too slow."""
@@ -293,6 +292,12 @@ async def _answer(link: _ServerLink, handler: Handler, parse: Callable[[bytes], 
         async for response in responses:
             await link.writable()
             link.send(response)
+
+
+def _is_whole_tokens(data: bytes) -> bool:
+    """Whether it is one message of tokens, of a connection with kinds."""
+    size = len(data) - _LENGTH_AND_KIND.size
+    return size > 0 and data[4] == _TOKENS and int.from_bytes(data[:4], "little") == size
 
 
 def of_our_user(connected: socket.socket) -> bool:

@@ -46,6 +46,6 @@ def encode(tokens: StepTokens) -> bytes:
     return _encoder.encode(tokens)
 
 
-def decode(data: bytes) -> StepTokens:
+def decode(data: bytes | memoryview) -> StepTokens:
     """Raises ``msgspec.DecodeError``."""
     return _decoder.decode(data)

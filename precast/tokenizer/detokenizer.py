@@ -6,7 +6,7 @@ The work for a token doesn't depend on how many tokens came before it.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from precast.tokenizer.stop_strings import StopStrings
@@ -50,6 +50,16 @@ class Detokenizer:
         self._keep_stop_string = keep_stop_string
         self._may_stop = bool(stop_strings)
         self._held = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is looked for in the text."""
+        return not self._may_stop
+
+    @property
+    def push_plain(self) -> Callable[[int], str]:
+        """``push_token`` where it ``is_plain``."""
+        return self._decoder.push
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """Text that can be sent now, and whether a stop string was hit (nothing follows then)."""

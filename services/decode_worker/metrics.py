@@ -1,7 +1,7 @@
 """A decode worker's Prometheus metrics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -119,15 +119,20 @@ class Metrics:
     def serve(self, host: str, port: int) -> None:
         start_http_server(port, host, registry=self.registry)
 
-    def step(self, decode_tokens: int, prompt_tokens: int, graph_size: int, step_us: int) -> None:
-        tokens = decode_tokens + prompt_tokens
+    def steps(
+        self, decode_tokens: int, prompt_tokens: int, graph_size: int, steps_us: Sequence[int]
+    ) -> None:
+        """Steps of so many tokens each, and what they took."""
+        tokens, times = decode_tokens + prompt_tokens, len(steps_us)
         if decode_tokens:
-            self._tokens.inc(decode_tokens, "decode")
+            self._tokens.inc(decode_tokens * times, "decode")
         if prompt_tokens:
-            self._tokens.inc(prompt_tokens, "prefill")
-        self._steps.inc(1, str(graph_size))
+            self._tokens.inc(prompt_tokens * times, "prefill")
+        self._steps.inc(times, str(graph_size))
         if graph_size > tokens:
-            self._padding.inc(graph_size - tokens)
+            self._padding.inc((graph_size - tokens) * times)
         phase = "prefill" if prompt_tokens else "decode"
-        self._sizes.of(phase).observe(tokens)
-        self._seconds.of(phase).observe(step_us / 1e6)
+        self._sizes.of(phase).observe(tokens, times)
+        seconds = self._seconds.of(phase)
+        for step_us in steps_us:
+            seconds.observe(step_us / 1e6)

@@ -1,19 +1,20 @@
 """Requests that run, and what steps gave them: each is told of its tokens once, and ends once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from typing import Final, NamedTuple
 
 from precast.log import get_logger
 from precast.ops.draw_status import DrawStatus
 from precast.proto.decode.v1 import decode_service_pb2 as pb
+from services.decode_worker.engine.plain_run import LEAST, MOST, PlainRun
 from services.decode_worker.engine.pooled_parts import take_sums
 from services.decode_worker.engine.prompt_scores import PromptScores, take_scores
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import FinishReason, Sequence
-from services.decode_worker.engine.step import ScheduledStep
+from services.decode_worker.engine.step import ScheduledStep, StepBatch
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.protocol import Logprobs, StepDone
 
@@ -43,6 +44,8 @@ class Delivery:
         """Outcomes of the last step that nobody was told of yet."""
         self._scores: list[tuple[Request, PromptScores]] = []
         """Of prompts, likewise; they come before outcomes."""
+        self.settle: Callable[[], None] = lambda: None
+        """Called before requests that steps are under way for change by what is no step."""
 
     def knows(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -54,6 +57,7 @@ class Delivery:
 
     def abort(self, request_id: str) -> bool:
         """Ends a request and frees its blocks; returns whether it was there."""
+        self.settle()
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
@@ -68,6 +72,24 @@ class Delivery:
             if request is not None and not request.started_s:
                 request.started_s = time.monotonic()
                 self._metrics.queue_seconds.observe(request.started_s - request.came_s)
+
+    def plain_run(self, batch: StepBatch) -> PlainRun | None:
+        """The short way for the next steps of a batch; None if there is none. Blocks of windows
+        come and go with each step."""
+        if self._unsent or self._scores or self._scheduler.windows is not None:
+            return None
+        requests = [r for s in batch.sequences if (r := self._request_of(s)) and r.is_plain]
+        alike = {(one.outbox, one.told_s) for one in requests}
+        if len(requests) < len(batch.sequences) or len(alike) > 1:
+            return None
+        steps = min(MOST, self._scheduler.steps_left(batch))
+        drafting = self._scheduler.watched(batch) if steps >= LEAST else None
+        if drafting is None:
+            return None
+        scheduler = self._scheduler
+        return PlainRun(
+            requests, scheduler.blocks, steps, drafting, scheduler.settle, self._fail_text
+        )
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
         """The oldest step is over; what it gave is told by the next ``tell``."""
@@ -114,6 +136,7 @@ class Delivery:
     def _fail_text(self, request: Request, error: Exception) -> None:
         """A fault of one request's text is the others' no business."""
         log.error("request failed", request_id=request.request_id, exc_info=error)
+        self.settle()
         self._end(request)
         request.fail(pb.ERROR_CODE_INTERNAL, f"internal error ({type(error).__name__})")
 

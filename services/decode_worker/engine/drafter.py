@@ -51,6 +51,16 @@ class Drafter:
         costs = self._pace.decode_costs(len(decoding), sizes)
         return lengths(list(zip(rates, guesses, strict=True)), len(decoding), costs)
 
+    def watched(self, decoding: Many[Sequence]) -> list[tuple[int, Drafting]] | None:
+        """Of those whose next tokens may be guessed once more of them are known, with their places.
+        None: some can be now."""
+        sizes = self._graph_sizes() if self._graph_sizes is not None else ()
+        if len(decoding) >= max(sizes, default=0):
+            return []
+        if any(sequence.draft(2) for sequence in decoding):
+            return None
+        return [(at, s.drafting) for at, s in enumerate(decoding) if s.drafting is not None]
+
     def checked(self, sequence: Sequence, drafted: int, right: int) -> None:
         """What follows the tokens of a draft that were right was not computed."""
         assert sequence.drafting is not None

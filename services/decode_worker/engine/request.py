@@ -55,6 +55,13 @@ class Request:
         return self.end is not None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is wanted of its next tokens but the text of each, as it comes."""
+        held_back = self.deliver_at_end or self.prompt_only or not self.told_s or self.ended
+        scored = self.sequence.sampling.logprobs >= 0 or self.sequence.prompt_logprobs >= 0
+        return not held_back and not scored and self.detokenizer.is_plain
+
+    @property
     def request_id(self) -> str:
         return self.sequence.request_id
 

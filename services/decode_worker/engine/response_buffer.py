@@ -120,6 +120,18 @@ class Outbox:
                 self._sink.send(response)
         self._read.set()
 
+    @property
+    def sends_now(self) -> bool:
+        """Whether tokens may be sent past what waits: no other ones do."""
+        sink = self._sink
+        waits = self._outputs or self._yielding
+        return sink is not None and not waits and sink.kinds and sink.is_writable
+
+    def send_now(self, tokens: StepTokens) -> None:
+        """Only where it ``sends_now``."""
+        assert self._sink is not None, "asked for before sends_now"
+        self._sink.send_tokens(tokens)
+
     def _tokens_alone(self) -> StepTokens | None:
         """What waits, if it is a few tokens and their text and nothing else."""
         if self._endings or self._prompts or self._heartbeat is not None:

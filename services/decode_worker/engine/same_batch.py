@@ -65,14 +65,24 @@ class SameBatch:
         self._leave()
 
     def _take_in(self, done: StepDone) -> None:
+        run = self._under_way.run_on(done)
+        if run is not None:
+            try:
+                if len(self._under_way) < 2:
+                    self._plan()
+            finally:
+                run.tell()
+            return
         self._under_way.finish(done)
         if len(self._under_way) < 2:
             self._plan()
         self._delivery.tell()
+        self._under_way.begin_run()
 
     def _plan(self) -> None:
         """Sends the next step now, or in time."""
-        self._cancel_timer()
+        if self._timer is not None:
+            self._cancel_timer()
         left = 0.0
         if self._under_way.expected_s > SHORT_S:
             left = self._group.sent_steps.left_s(self._under_way.next_due_s)
@@ -84,6 +94,9 @@ class SameBatch:
     def _send(self) -> None:
         self._timer = None
         step = None
+        if not self._interrupted() and self._under_way.repeat(self._group):
+            return
+        self._under_way.settle()
         if not self._interrupted() and (self._under_way.repeats or self._settled()):
             step = self._scheduler.decode_on(self._under_way.next_id)
         if step is None:

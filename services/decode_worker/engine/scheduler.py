@@ -25,7 +25,7 @@ from services.decode_worker.engine.kv_room import KvRoom
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.prompts import prompt_chunks, unfinished_prompts
 from services.decode_worker.engine.sequence import FinishReason, Sequence
-from services.decode_worker.engine.speculation import Sizes
+from services.decode_worker.engine.speculation import Drafting, Sizes
 from services.decode_worker.engine.step import Chosen, ScheduledStep, StepBatch, make_step
 from services.decode_worker.engine.waiting import WaitingQueue
 from services.decode_worker.engine.windows import WindowBlocks
@@ -184,6 +184,18 @@ class Scheduler:
         if self._same is None or self._drafter.may_follow(self._same.sequences):
             return None
         return self._once_more(step_id)
+
+    def settle(self, sequence: Sequence) -> None:
+        """Steps of the sequence are over: what they have written is there to stay."""
+        self._kv.settle(sequence)
+
+    def steps_left(self, batch: StepBatch) -> int:
+        """Steps that may follow those under way before one of its sequences ends for its length."""
+        return min(self._left_after_draws(sequence) for sequence in batch.sequences)
+
+    def watched(self, batch: StepBatch) -> list[tuple[int, Drafting]] | None:
+        """Its sequences to which drafts may come, by their places; None: they may now."""
+        return self._drafter.watched(batch.sequences)
 
     def _once_more(self, step_id: int) -> ScheduledStep | None:
         if self._same is None or not self.decodes_on:

@@ -34,7 +34,7 @@ class Chosen:
         return 1 + len(self.draft) if ends else 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepBatch:
     """Who is in a step. Steps that only decode on have it in common."""
 

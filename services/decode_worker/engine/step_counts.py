@@ -1,6 +1,8 @@
 """What steps there were: for the status, for autotune and for metrics."""
 
-from services.decode_worker.engine.step import ScheduledStep
+from collections.abc import Sequence
+
+from services.decode_worker.engine.step import StepBatch
 from services.decode_worker.graphs.autotune.stats import StepStats
 from services.decode_worker.metrics import Metrics
 
@@ -16,13 +18,16 @@ class StepCounts:
         self.eager_prompt_steps = 0
         """Steps with tokens of prompts."""
 
-    def count(self, step: ScheduledStep, graph_size: int, step_us: int) -> None:
-        """A step is over that replayed the graph of ``graph_size``; 0: it ran eagerly."""
-        if step.prompt_tokens:
-            self.graph_prompt_steps += graph_size > 0
-            self.eager_prompt_steps += graph_size == 0
+    def count(self, batch: StepBatch, graph_size: int, steps_us: Sequence[int]) -> None:
+        """Steps of a batch are over that took so long each and replayed the graph of
+        ``graph_size``; 0: they ran eagerly."""
+        times = len(steps_us)
+        if batch.prompt_tokens:
+            self.graph_prompt_steps += times * (graph_size > 0)
+            self.eager_prompt_steps += times * (graph_size == 0)
         else:
-            self.graph_steps += graph_size > 0
-            self.eager_steps += graph_size == 0
-        self.stats.count(step.tokens, graph_size, decoding=not step.prompt_tokens)
-        self._metrics.step(step.decode_tokens, step.prompt_tokens, graph_size, step_us)
+            self.graph_steps += times * (graph_size > 0)
+            self.eager_steps += times * (graph_size == 0)
+        decoding = not batch.prompt_tokens
+        self.stats.count(batch.tokens, graph_size, decoding=decoding, times=times)
+        self._metrics.steps(batch.decode_tokens, batch.prompt_tokens, graph_size, steps_us)

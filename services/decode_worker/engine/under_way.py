@@ -2,14 +2,16 @@
 
 import time
 from collections import deque
+from itertools import groupby
 from typing import Final, NamedTuple
 
 import msgspec
 
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
+from services.decode_worker.engine.plain_run import PlainRun
 from services.decode_worker.engine.scheduler import Scheduler
-from services.decode_worker.engine.step import ScheduledStep
+from services.decode_worker.engine.step import ScheduledStep, StepBatch
 from services.decode_worker.engine.step_counts import StepCounts
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
@@ -69,6 +71,11 @@ class StepsUnderWay:
         self._like: _Sent | None = None
         """What the next step of its batch is like."""
         self.next_id = 0
+        self._run: PlainRun | None = None
+        """The steps that are dealt with in the short way."""
+        self._like_run: _Sent | None = None
+        """What each of them is like."""
+        delivery.settle = self.settle
         self._ranks_wait_since = 0.0
         """When they had nothing to do any more while sequences were running; 0: they have."""
 
@@ -146,6 +153,51 @@ class StepsUnderWay:
         message = msgspec.structs.replace(step.message, graph_size=like.graph_size)
         group.send_step(message, timeout_s=like.limit_s)
 
+    def begin_run(self) -> None:
+        """From now on steps are dealt with in the short way (``plain_run.py``), if they may be."""
+        like = self._like
+        if self._run is not None or like is None or not like.decodes_on:
+            return
+        batch = like.step.batch
+        if all(sent.decodes_on and sent.step.batch is batch for sent in self._sent):
+            self._run, self._like_run = self._delivery.plain_run(batch), like._replace(repeats=True)
+
+    def run_on(self, done: StepDone) -> PlainRun | None:
+        """``finish`` in the short way; None, with nothing done, where that is not possible. Else
+        ``tell`` of the run is the last that is to be done."""
+        run = self._run
+        if run is None:
+            return None
+        if len(self._sent) > 1 and run.take(done):
+            self._sent.popleft()
+            return run
+        self.settle()
+        return None
+
+    def repeat(self, group: RankGroup) -> bool:
+        """Schedules and sends the next step in the short way; false likewise."""
+        run, like = self._run, self._like_run
+        if run is None or like is None:
+            return False
+        message = run.next_step(self.next_id, like.graph_size)
+        if message is None:
+            self.settle()
+            return False
+        self.next_id += 1
+        self._sent.append(like)
+        group.send_next(message, timeout_s=like.limit_s)
+        return True
+
+    def settle(self) -> None:
+        """There is no short way any more, and everything is as if there had been none."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        run.settle(self._metrics)
+        self._graphs.repeated(run.sent, len(run.step_us))
+        assert self._like_run is not None
+        self._uncounted += [(self._like_run, step_us) for step_us in run.step_us]
+
     def finish(self, done: StepDone) -> None:
         """The ranks have answered the oldest one."""
         sent = self._sent.popleft()
@@ -170,12 +222,14 @@ class StepsUnderWay:
     def count(self) -> None:
         """Counts and measures the steps that are over. What the next one is like is found out
         again."""
+        self.settle()
         steps, self._uncounted = self._uncounted, []
         self._like = None
         for sent, step_us in steps:
             step = sent.step
             self._pace.observe(step.decode_tokens, step.prompt_tokens, step_us / 1e6)
-            self._counts.count(step, sent.graph_size, step_us)
+        for (batch, graph_size), alike in groupby(steps, _kind):
+            self._counts.count(batch, graph_size, [step_us for _, step_us in alike])
         if repeats := sum(sent.repeats for sent, _ in steps):
             self._graphs.count_repeats(steps[-1][0].step.tokens, repeats)
 
@@ -186,6 +240,11 @@ class StepsUnderWay:
         self._sent.clear()
         self._ranks_wait_since = 0.0
         return running
+
+
+def _kind(counted: tuple[_Sent, int]) -> tuple[StepBatch, int]:
+    sent, _ = counted
+    return sent.step.batch, sent.graph_size
 
 
 def limit_s(tokens: int, expected_s: float | None) -> float:

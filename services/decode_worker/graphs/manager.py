@@ -212,6 +212,12 @@ class GraphManager:
         """A step is sent that is like the one assigned last."""
         self._replaying.append(None)
 
+    def repeated(self, sent: int, ran: int) -> None:
+        """So many steps were sent like the one assigned last, and so many are over."""
+        self._replaying.extend([None] * sent)
+        for _ in range(ran):
+            self._replaying.popleft()
+
     def count_repeats(self, tokens: int, times: int) -> None:
         """So many steps of so many tokens were not asked for."""
         self._table.count_missed(tokens, times)

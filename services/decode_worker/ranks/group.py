@@ -147,6 +147,13 @@ class RankGroup:
             rank.send(data)
         self.sent_steps.add(timeout_s)
 
+    def send_next(self, step: DecodeOn, *, timeout_s: float) -> None:
+        """``send_step`` of nothing but what nearly every step is."""
+        data = frame(step)
+        for rank in self._ranks:
+            rank.send(data)
+        self.sent_steps.add(timeout_s)
+
     def send_masks(self, masks: Masks) -> None:
         """Of the oldest step under way. Doesn't raise, as ``send_step``."""
         data = frame(masks)

@@ -37,7 +37,8 @@ class RankLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole frame, and nothing that waits for the rest of it.
-        if not self._buffer and _is_whole(data):
+        body = len(data) - FRAME_HEADER.size
+        if not self._buffer and body >= 0 and FRAME_HEADER.unpack_from(data)[0] == body:
             self._on_reply(self, decode_reply(memoryview(data)[FRAME_HEADER.size :]))
             return
         self._buffer += data
@@ -62,13 +63,15 @@ class RankLink(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         """Now: the event loop would send it only after all that is done in its turn."""
-        assert self.transport is not None
-        sent = 0
-        if self.is_open and not self.transport.get_write_buffer_size():
-            with suppress(OSError):  # it is full, or broken: the transport finds out
+        transport, sent = self.transport, 0
+        assert transport is not None
+        if not transport.is_closing() and not transport.get_write_buffer_size():
+            try:
                 sent = self._connection.send(data)
+            except OSError:  # it is full, or broken: the transport finds out
+                sent = 0
         if sent < len(data):
-            self.transport.write(data[sent:])
+            transport.write(data[sent:])
 
     def send_with(self, data: bytes, descriptor: int) -> None:
         """``send``, and a descriptor of this process with it; the first of all messages."""
@@ -86,10 +89,3 @@ class RankLink(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
-
-
-def _is_whole(data: bytes) -> bool:
-    if len(data) < FRAME_HEADER.size:
-        return False
-    (size,) = FRAME_HEADER.unpack_from(data)
-    return len(data) == FRAME_HEADER.size + int(size)

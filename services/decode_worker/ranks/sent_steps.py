@@ -52,10 +52,10 @@ class SentSteps:
             return
         self._limits.popleft()
         self._since, self._watch = time.monotonic(), None
-        self._answers.append(done)
-        if self._follower is not None:
-            self._follower.answered(self._answers.popleft())
+        if self._follower is not None:  # who has had those before
+            self._follower.answered(done)
         else:
+            self._answers.append(done)
             self._tell()
 
     def follow(self, follower: Follower) -> None:

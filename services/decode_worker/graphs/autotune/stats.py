@@ -37,16 +37,16 @@ class StepStats:
     padding_tokens: int = 0
     _window: Window = field(default_factory=lambda: Window(decode=Counter(), replayed=Counter()))
 
-    def count(self, tokens: int, size: int, *, decoding: bool) -> None:
-        """A step of ``tokens`` has run with the graph of ``size``; 0: eagerly."""
-        (self.decode if decoding else self.prompt)[tokens] += 1
-        self.replayed[size] += 1
-        self._window.replayed[size] += 1
+    def count(self, tokens: int, size: int, *, decoding: bool, times: int = 1) -> None:
+        """Steps of ``tokens`` have run with the graph of ``size``; 0: eagerly."""
+        (self.decode if decoding else self.prompt)[tokens] += times
+        self.replayed[size] += times
+        self._window.replayed[size] += times
         if decoding:
-            self._window.decode[tokens] += 1
+            self._window.decode[tokens] += times
         if size:
-            self.live_tokens += tokens
-            self.padding_tokens += size - tokens
+            self.live_tokens += tokens * times
+            self.padding_tokens += (size - tokens) * times
 
     def take_window(self) -> Window | None:
         """Steps since the last window, once there are enough."""

@@ -1,0 +1,149 @@
+"""Steps of which each request of a batch gets a token, and wants nothing of it but its text.
+
+Between two steps the processor's caches belong to the model: a token costs the leader what it has
+to touch for it, many times what there is to compute. So of such a step no more is done than to send
+the next one out and its tokens on. What else has to be known of it is made up for many steps at
+once (``settle``): before anything else happens to one of the requests, and after ``MOST`` steps.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
+from typing import Final
+
+import numpy as np
+
+from precast.rpc.step_tokens import StepTokens
+from services.decode_worker.engine.kv_cache import BlockPool
+from services.decode_worker.engine.request import Request
+from services.decode_worker.engine.sequence import Sequence
+from services.decode_worker.engine.speculation import Drafting
+from services.decode_worker.metrics import Metrics
+from services.decode_worker.ranks.protocol import DecodeOn, StepDone
+
+MOST: Final = 32
+"""Steps of a run."""
+LEAST: Final = 4
+"""Steps that a run is worth beginning for."""
+
+
+class PlainRun:
+    """Steps of one batch; it begins with those under way that were sent before."""
+
+    def __init__(
+        self,
+        requests: Many[Request],
+        blocks: BlockPool,
+        steps: int,
+        drafting: Many[tuple[int, Drafting]],
+        settle: Callable[[Sequence], None],
+        fail: Callable[[Request, Exception], None],
+    ) -> None:
+        """``steps``: that may be sent. ``drafting``: of those whose next tokens may be guessed,
+        with their places. ``settle`` is told whose steps are over. ``fail`` ends a request whose text can't be made."""
+        self._requests = requests
+        self._blocks = blocks
+        self._outbox = requests[0].outbox
+        self._texts_of = [one.detokenizer.push_plain for one in requests]
+        self._ends = frozenset[int]().union(*(one.hidden_token_ids for one in requests))
+        self._handles = [one.recipient.handle for one in requests]
+        self._counts = [1] * len(requests)
+        self._drafting = drafting
+        self._settle = settle
+        self._fail = fail
+        self._left = steps
+        self._due = _growing([one.sequence for one in requests], blocks.block_size, steps)
+        self.sent = 0
+        """Steps that were sent."""
+        self._tokens: list[list[int]] = []
+        """Of each step that was taken in."""
+        self._told_s: list[float] = []
+        """When each was."""
+        self.step_us: list[int] = []
+        """What each took."""
+
+    def take(self, done: StepDone) -> bool:
+        """Takes in what a step gave; false, with nothing done, where that is not so simple. Then
+        ``tell`` is to be called."""
+        tokens = memoryview(done.token_ids).cast("i").tolist()
+        if done.failed or not self._ends.isdisjoint(tokens) or not self._outbox.sends_now:
+            return False
+        self._tokens.append(tokens)
+        self._told_s.append(time.monotonic())
+        self.step_us.append(done.step_us)
+        if self._drafting and self._guesses(tokens):
+            self._left = 0
+        return True
+
+    def tell(self) -> None:
+        """Sends on what was taken in last: the last that is done for a step, for whoever reads it
+        may get the processor at once."""
+        tokens, texts, failed = self._tokens[-1], list[str](), list[tuple[Request, Exception]]()
+        for text_of, token in zip(self._texts_of, tokens, strict=True):
+            try:
+                texts.append(text_of(token))
+            except Exception as error:  # the others go on
+                failed.append((self._requests[len(texts)], error))
+                texts.append("")
+        self._outbox.send_now(StepTokens(self._handles, self._counts, tokens, texts))
+        for request, why in failed:
+            self._fail(request, why)
+
+    def next_step(self, step_id: int, graph_size: int) -> DecodeOn | None:
+        """Of the same batch once more; None: what else there may be has to be looked at."""
+        if not self._left:
+            return None
+        places = self._due.get(self.sent)
+        grown = self._grow(places) if places is not None else b""
+        if grown is None:
+            return None
+        self._left -= 1
+        self.sent += 1
+        return DecodeOn(step_id=step_id, blocks=grown, graph_size=graph_size)
+
+    def settle(self, metrics: Metrics) -> None:
+        """Requests and sequences are as if each step had been dealt with by itself."""
+        taken = len(self._tokens)
+        for place, request in enumerate(self._requests):
+            sequence = request.sequence
+            sequence.output += [tokens[place] for tokens in self._tokens]
+            sequence.computed += self.sent
+            sequence.computing += self.sent - taken
+            sequence.drawing += self.sent - taken
+            request.completion_tokens += taken
+            self._settle(sequence)
+        self._time(metrics)
+
+    def _time(self, metrics: Metrics) -> None:
+        before = self._requests[0].told_s
+        series = metrics.inter_token_seconds.of("")
+        for now in self._told_s:
+            series.observe(now - before, len(self._requests))
+            before = now
+        for request in self._requests:
+            request.told_s = before
+
+    def _guesses(self, tokens: list[int]) -> bool:
+        """Whether anything can be guessed of what follows the token that is being drawn."""
+        for place, drafting in self._drafting:
+            drafting.lookup.extend([tokens[place]])
+        return any(drafting.draft(2) for _, drafting in self._drafting)
+
+    def _grow(self, places: list[int]) -> bytes | None:
+        """A block for each of them; places and blocks, int32 [G, 2]. None if there are too few."""
+        if len(places) > self._blocks.free_blocks:
+            return None
+        found = self._blocks.allocate(len(places))
+        for place, block in zip(places, found, strict=True):
+            self._requests[place].sequence.blocks.append(block)
+        return np.array(list(zip(places, found, strict=True)), dtype=np.int32).tobytes()
+
+
+def _growing(sequences: Many[Sequence], size: int, steps: int) -> Mapping[int, list[int]]:
+    """In which of the next steps who needs another block: places by the number of the step."""
+    due = dict[int, list[int]]()
+    for place, sequence in enumerate(sequences):
+        room = len(sequence.blocks) * size - sequence.computed
+        for step in range(room, steps, size):
+            due.setdefault(step, []).append(place)
+    return due
