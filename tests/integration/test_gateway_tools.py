@@ -50,7 +50,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         marks = ("<|im_start|>", "<|im_end|>")
         make_model_folder(folder / "models", "qwen", template=QWEN, special=marks)
         stack.worker(max_context_length=4096)
-        stack.worker(max_context_length=4096, model="qwen")
+        # A token at a time: what comes together is one delta.
+        stack.worker(max_context_length=4096, model="qwen", step_ms=1)
         yield stack.gateway(wait_for=2)
 
 

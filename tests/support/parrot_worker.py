@@ -33,7 +33,7 @@ from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.rpc.local_link import serving_locally
 from precast.rpc.server import Service, start_server, wants_columns, wants_heartbeats
 from precast.tokenizer.token_table import TokenTable
-from services.decode_worker.engine.response_buffer import Ending, Outbox, Output, Recipient
+from services.decode_worker.engine.response_buffer import Ending, Outbox, Output, Recipient, Sink
 
 FAULTS: Final = {
     "!invalid": pb.ERROR_CODE_INVALID_ARGUMENT,
@@ -148,38 +148,34 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self.changed = asyncio.Event()
         """The state has changed."""
         self._outs: dict[str, tuple[asyncio.Task[None], Recipient, Outbox]] = {}
-        self._prompts: dict[int, list[pb.TokenLogprob]] = {}
-        """Probabilities of prompts, by handle, that go out with the next step."""
+        self._told: set[Outbox] = set()
+        """Those with tokens of this turn of the loop, which go out at its end, as of a step."""
 
     async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         columns = self._options.columns and wants_columns(context)
-        responses = self._generate_on(requests, columns, wants_heartbeats(context))
+        responses = self._generate_on(requests, Outbox(columns=columns), wants_heartbeats(context))
         async with aclosing(responses):
             async for response in responses:
                 yield response
 
-    async def local(self, requests: Any, _: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def local(self, requests: Any, link: Sink) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Generate, for gateways of the same host."""
-        async with aclosing(self._generate_on(requests, self._options.columns, True)) as responses:
+        out = Outbox(columns=self._options.columns)
+        if out.columns:
+            out.attach(link)
+        async with aclosing(self._generate_on(requests, out, True)) as responses:
             async for response in responses:
                 yield response
 
     async def _generate_on(
-        self, requests: Any, columns: bool, heartbeats: bool
+        self, requests: Any, out: Outbox, heartbeats: bool
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        out = Outbox(columns=columns)
         mine: set[str] = set()
         reader = asyncio.create_task(self._read(requests, out, mine))
         beats = self._options.heartbeats and heartbeats
         heart = asyncio.create_task(self._beat(out, wanted=beats))
         try:
             async for response in out.responses():
-                for handle in response.step.handles if response.HasField("step") else ():
-                    if tokens := self._prompts.pop(handle, None):
-                        response.step.prompt_logprobs.add(handle=handle, tokens=tokens)
-                for ended in response.step.ends if response.HasField("step") else ():
-                    if tokens := self._prompts.pop(ended.handle, None):
-                        response.step.prompt_logprobs.add(handle=ended.handle, tokens=tokens)
                 yield response
         finally:
             reader.cancel()
@@ -258,19 +254,19 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             refusal = f"constraint: json_schema: not supported: {REFUSED}"
             out.end(_error(recipient, pb.ERROR_CODE_INVALID_ARGUMENT, refusal))
             return
-        speech = self._speech(recipient, start)
+        speech = self._speech(start)
+        if start.HasField("prompt_logprobs") and out.columns:
+            out.prompt(recipient, speech.prompt_logprobs())
         if await self._say(recipient, speech, out, said):
             self._finish(recipient, speech, out)
 
-    def _speech(self, recipient: Recipient, start: pb.StartGeneration) -> Speech:
+    def _speech(self, start: pb.StartGeneration) -> Speech:
         speech = Speech(
             table=self._table,
             start=start,
             max_context_length=self._options.max_context_length,
             words=self._words(self._tokenizer.decode(list(start.prompt_token_ids)), start),
         )
-        if start.HasField("prompt_logprobs"):
-            self._prompts[recipient.handle] = speech.prompt_logprobs()
         if not start.stop.max_tokens:
             speech.finished = pb.FINISH_REASON_LENGTH
         return speech
@@ -288,9 +284,20 @@ class Parrot(pb_grpc.DecodeServiceServicer):
                 kept.add(*speech.step())
             else:
                 out.token(recipient, *speech.step())
+                self._tell(out)
         if kept.token_ids:
             out.whole(kept)
         return True
+
+    def _tell(self, out: Outbox) -> None:
+        if not self._told:
+            asyncio.get_running_loop().call_soon(self._tell_all)
+        self._told.add(out)
+
+    def _tell_all(self) -> None:
+        told, self._told = self._told, set()
+        for out in told:
+            out.flush()
 
     def _finish(self, recipient: Recipient, speech: Speech, out: Outbox) -> None:
         finished = pb.GenerationFinished(
