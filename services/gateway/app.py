@@ -7,7 +7,9 @@ from socket import gethostname
 from typing import Final
 
 from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from precast.access.api_keys import KeyRing
 from precast.config.settings import GatewaySettings
@@ -44,6 +46,13 @@ _POSTS: Final = (
 )
 _FREE: Final = ("/health", "/ready")
 """What load balancers ask, who have no key."""
+
+
+class _App(FastAPI):
+    """Without what FastAPI puts around each request for its own routes: here are plain ones."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Starlette.build_middleware_stack(self)
 
 
 def create_app(
@@ -84,7 +93,7 @@ def create_app(
                 await tracer.close()
             await registry.close()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app = _App(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
 
     async def end_requests() -> None:
         models.end()
@@ -106,13 +115,15 @@ def create_app(
     )
     bodies = Bodies(settings, metrics, keys)
     planner = Planner(pool, TokenizerStore(settings.models_dir), parsers)
-    routes = generation_routes(planner, pool, metrics, settings, bodies, conversations, models)
-    app.include_router(routes)
-    app.include_router(kept_routes(conversations))
-    app.include_router(token_routes(planner, bodies, models))
-    app.include_router(model_routes(pool, models))
-    app.include_router(health_routes(pool, models))
-    app.include_router(reference_routes(reference))
+    for paths in (
+        generation_routes(planner, pool, metrics, settings, bodies, conversations, models),
+        kept_routes(conversations),
+        token_routes(planner, bodies, models),
+        model_routes(pool, models),
+        health_routes(pool, models),
+        reference_routes(reference),
+    ):
+        app.routes.extend(paths.routes)
     return app
 
 

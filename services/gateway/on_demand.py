@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from precast.config.settings import GatewaySettings
 from precast.errors import WorkerUnavailable
 from precast.rpc.model_link import ListedModel, ModelLink
-from services.gateway.openai.streaming import ClientGone, unless_disconnected
+from services.gateway.presence import ClientGone, WhileConnected
 from services.gateway.routing.pool import STOPPING, WorkerPool
 
 _FOUND_S: Final = 10.0
@@ -174,8 +174,8 @@ class _HeldModel:
 
     async def __aenter__(self) -> Self:
         try:
-            taking = self._models.take(self._model)
-            self._number = await unless_disconnected(self._request.receive, taking)
+            async with WhileConnected(self._request.scope, self._request.receive):
+                self._number = await self._models.take(self._model)
         except ClientGone:
             raise ClientDisconnect from None
         return self

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from functools import cache
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from precast.config.settings import GatewaySettings
+from services.gateway.http.paths import Paths
 from services.gateway.metrics import Metrics
 from services.gateway.on_demand import Models
 from services.gateway.openai import errors
@@ -23,8 +25,8 @@ def private_app(
     """The app of ``metrics_port``."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     errors.install(app)
-    app.include_router(health_routes(pool, models))
-    app.include_router(reference_routes(reference))
+    app.routes.extend(health_routes(pool, models).routes)
+    app.routes.extend(reference_routes(reference).routes)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -48,28 +50,28 @@ def reference_of(settings: GatewaySettings) -> Callable[[], bytes]:
     return reference
 
 
-def reference_routes(reference: Callable[[], bytes]) -> APIRouter:
+def reference_routes(reference: Callable[[], bytes]) -> Paths:
     """``/openapi.json``, on both ports."""
-    router = APIRouter()
+    router = Paths()
 
     @router.get("/openapi.json")
-    def openapi() -> Response:  # on a thread: making it must not hold up streams
+    def openapi(_: Request) -> Response:  # on a thread: making it must not hold up streams
         return Response(reference(), media_type="application/json")
 
     return router
 
 
-def health_routes(pool: WorkerPool, models: Models) -> APIRouter:
+def health_routes(pool: WorkerPool, models: Models) -> Paths:
     """``/health`` and ``/ready``, on both ports."""
-    router = APIRouter()
+    router = Paths()
 
     @router.get("/health")
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         """The process answers; says nothing of workers."""
         return JSONResponse({"status": "ok"})
 
     @router.get("/ready")
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         """A worker is ready, or can be started."""
         count = sum(worker.ready for worker in pool.workers)
         if not count and not models.startable:

@@ -4,7 +4,6 @@ import time
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from fastapi import APIRouter
 from msgspec import UNSET, Struct
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from precast.access.api_keys import KeyRing
 from precast.config.settings import GatewaySettings
 from services.gateway.access.tenant import tenant
 from services.gateway.http.body import BodyReader, check_content_type
+from services.gateway.http.paths import Paths
 from services.gateway.metrics import Metrics
 from services.gateway.on_demand import Models
 from services.gateway.openai import errors, responses
@@ -66,8 +66,8 @@ def generation_routes(
     bodies: Bodies,
     conversations: Conversations,
     models: Models,
-) -> APIRouter:
-    router = APIRouter(prefix="/v1")
+) -> Paths:
+    router = Paths("/v1")
 
     def answer(plan: Plan, started: float, headers: dict[str, str]) -> Response:
         timeout_s = settings.request_timeout_s
@@ -123,11 +123,12 @@ def generation_routes(
     return router
 
 
-def kept_routes(conversations: Conversations) -> APIRouter:
-    router = APIRouter(prefix="/v1/responses")
+def kept_routes(conversations: Conversations) -> Paths:
+    router = Paths("/v1/responses")
 
-    @router.api_route("/{response_id}", methods=["GET", "DELETE"])  # as one: for its Allow header
-    async def kept(response_id: str, request: Request) -> Response:
+    @router.on("/{response_id}", "GET", "DELETE")
+    async def kept(request: Request) -> Response:
+        response_id = request.path_params["response_id"]
         whose = tenant(request.scope)
         if request.method == "GET":
             return _json(await conversations.get(response_id, whose))
@@ -137,8 +138,8 @@ def kept_routes(conversations: Conversations) -> APIRouter:
     return router
 
 
-def token_routes(planner: Planner, bodies: Bodies, models: Models) -> APIRouter:
-    router = APIRouter()
+def token_routes(planner: Planner, bodies: Bodies, models: Models) -> Paths:
+    router = Paths()
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -153,19 +154,20 @@ def token_routes(planner: Planner, bodies: Bodies, models: Models) -> APIRouter:
             return _json(await planner.detokenize(body), headers)
 
     @router.get("/tokenizer_info")
-    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+    async def tokenizer_info(request: Request) -> Response:
+        model = request.query_params.get("model")
         async with models.held(model, request):
             return _json(await planner.tokenizer_info(model))
 
     @router.get("/version")
-    async def version() -> Response:
+    async def version(_: Request) -> Response:
         return _json(Version(version=__version__))
 
     return router
 
 
-def model_routes(pool: WorkerPool, models: Models) -> APIRouter:
-    router = APIRouter(prefix="/v1/models")
+def model_routes(pool: WorkerPool, models: Models) -> Paths:
+    router = Paths("/v1/models")
 
     async def served() -> dict[str, responses.Model]:
         """Models that run, and those that can be started, by name."""
@@ -184,11 +186,12 @@ def model_routes(pool: WorkerPool, models: Models) -> APIRouter:
         return dict(sorted(found.items()))
 
     @router.get("")
-    async def every_model() -> Response:
+    async def every_model(_: Request) -> Response:
         return _json(responses.ModelList(data=list((await served()).values())))
 
     @router.get("/{model:path}")
-    async def one_model(model: str) -> Response:
+    async def one_model(request: Request) -> Response:
+        model = request.path_params["model"]
         found = (await served()).get(model)
         if found is None:
             raise errors.model_not_found(model)

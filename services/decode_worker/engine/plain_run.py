@@ -40,7 +40,8 @@ class PlainRun:
         fail: Callable[[Request, Exception], None],
     ) -> None:
         """``steps``: that may be sent. ``drafting``: of those whose next tokens may be guessed,
-        with their places. ``settle`` is told whose steps are over. ``fail`` ends a request whose text can't be made."""
+        with their places. ``settle`` is told whose steps are over. ``fail`` ends a request whose
+        text can't be made."""
         self._requests = requests
         self._blocks = blocks
         self._outbox = requests[0].outbox

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from services.gateway.body_writer import offer
 from services.gateway.openai.errors import ApiError
+from services.gateway.presence import Presence, offer_presence
 
 _LINGER_S: Final = 10.0
 """How long a client may take to read the end of its answer after the connection was closed."""
@@ -52,6 +53,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._waiting_since = self.loop.time()
         self._begun: _BegunAnswer | None = None
+        self._client = Presence()
 
     @property
     def busy(self) -> bool:
@@ -76,6 +78,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._begun is not None:
             self._begun.stop()
         super().connection_lost(exc)
+        self._client.end()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -142,6 +145,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if cycle.scope["http_version"] == "1.0":
             app = _until_the_end(cycle, app)
         offer(cycle)
+        offer_presence(cycle.scope, self._client)
         super()._start_asgi_task(cycle, self._closed_in_time(app))
 
     def _closed_in_time(self, app: ASGIApp) -> Any:  # uvicorn's types of messages are its own

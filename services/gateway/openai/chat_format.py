@@ -36,6 +36,10 @@ class ChatFormat:
         choices = (api.ChatChunkChoice(index=i, delta=mark) for i in range(len(plan.starts)))
         self._texts = [TextEvents(self._chunk(choice)) for choice in choices] if plan.stream else []
 
+    @property
+    def text_events(self) -> Sequence[TextEvents]:
+        return self._texts if self._is_plain else ()
+
     def opening(self, index: int) -> bytes:
         delta = api.ChatDelta(role="assistant", content="")
         chosen = api.ChatChunkChoice(index=index, delta=delta)

@@ -34,6 +34,10 @@ class CompletionFormat:
         choices = (api.CompletionChoice(index=i, text=MARK) for i in range(len(plan.starts)))
         self._texts = [TextEvents(self._chunk(choice)) for choice in choices] if plan.stream else []
 
+    @property
+    def text_events(self) -> Sequence[TextEvents]:
+        return self._texts if self._is_plain else ()
+
     def opening(self, index: int) -> bytes:
         plan = self._plan
         echo = "" if plan.echoes_logprobs else plan.echoes[index]

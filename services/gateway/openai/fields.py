@@ -2,7 +2,7 @@
 
 import re
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 
 from pydantic import BeforeValidator, PlainValidator, WithJsonSchema
 
@@ -142,5 +142,6 @@ def prompts_of(value: str | list[str] | list[int] | list[list[int]]) -> list[str
     """One entry a prompt: text or token ids."""
     if isinstance(value, str):
         return [value]
-    ids = [item for item in value if isinstance(item, int)]
-    return [ids] if ids else [item for item in value if not isinstance(item, int)]
+    if value and isinstance(value[0], int):  # then all of them are
+        return [value]
+    return cast("list[str | list[int]]", value)

@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct, UnsetType, structs
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
+from services.gateway.openai.events import TextEvents
 from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta
 
@@ -35,6 +36,11 @@ class Choice:
 
 class Format(Protocol):
     """How one endpoint shows a generation."""
+
+    @property
+    def text_events(self) -> Sequence[TextEvents]:
+        """For each choice, of a stream whose deltas are shown as text and nothing else; none of
+        others."""
 
     def opening(self, index: int) -> bytes:
         """The event before the first delta of a choice, if there is one."""

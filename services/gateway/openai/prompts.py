@@ -186,7 +186,7 @@ def _arguments(text: str, *, as_text: bool) -> Any:
 
 def check_ids(field: str, ids: Sequence[int], tokenizer: ModelTokenizer) -> None:
     """Raises ``ApiError`` 400 for an id that the model doesn't have."""
-    wrong = next((token for token in ids if token >= tokenizer.vocab_size), None)
-    if wrong is not None:
+    wrong = max(ids, default=0)
+    if wrong >= tokenizer.vocab_size:
         reason = f"token id {wrong} is not in the vocabulary of {tokenizer.vocab_size}"
         raise invalid(f"Invalid '{field}': {reason}.", field)

@@ -11,8 +11,9 @@ import asyncio
 import json
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -33,8 +34,9 @@ from services.gateway.openai.plan import Plan
 from services.gateway.openai.refusals import named_refusal
 from services.gateway.openai.responses import Usage, encode
 from services.gateway.openai.token_watch import TokenWatch
+from services.gateway.presence import ClientGone, WhileConnected
 from services.gateway.request_id import request_id
-from services.gateway.routing.event_queue import Delta, Event
+from services.gateway.routing.event_queue import Delta, Event, EventQueue, TextFollower
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.serving import Generation
 from services.gateway.tracing import span_of
@@ -52,11 +54,6 @@ _SSE_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 _Header = tuple[bytes, bytes]
-_T = TypeVar("_T")
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its answer was complete."""
 
 
 class GenerationResponse(Response):
@@ -75,13 +72,20 @@ class GenerationResponse(Response):
         """``headers``: of an answer that is no error."""
         super().__init__()
         self._plan = plan
-        self._format = make_format(plan)
         self._extra = [(key.encode(), value.encode()) for key, value in headers.items()]
         self._pool = pool
         self._metrics = metrics
         self._started = started
         self._timeout_s = timeout_s
-        self._watch = TokenWatch(plan, metrics, started)
+
+    @cached_property
+    def _format(self) -> Format:
+        """Made when the workers have got their part already, as ``_watch`` is."""
+        return make_format(self._plan)
+
+    @cached_property
+    def _watch(self) -> TokenWatch:
+        return TokenWatch(self._plan, self._metrics, self._started)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender, span = _Sender(send, writer_of(scope)), span_of(scope)
@@ -90,7 +94,8 @@ class GenerationResponse(Response):
         if span is not None:
             self._trace(span)
         try:
-            await unless_disconnected(receive, self._before_deadline(self._answer(sender)))
+            async with WhileConnected(scope, receive):
+                await self._before_deadline(self._answer(sender))
         except ClientGone:
             self._metrics.disconnects.labels(self._plan.model).inc()
         except Exception as error:
@@ -148,20 +153,25 @@ class GenerationResponse(Response):
 
     async def _answer(self, sender: "_Sender") -> None:
         """Runs the choices, so many at once as fit into a worker's queue: embeddings have more."""
-        plan, watch = self._plan, self._watch
-        kind = _Stream if plan.stream else _Whole
-        answer: _Answer = kind(len(plan.starts), self._format, sender, self._extra)
+        plan = self._plan
+        answer: _Answer | None = None
         for first in range(0, len(plan.starts), MAX_CHOICES):
-            await self._run(first, plan.starts[first : first + MAX_CHOICES], answer)
+            starts = plan.starts[first : first + MAX_CHOICES]
+            async with self._generation(starts) as generation:
+                answer = answer or self._begin(sender)
+                await self._run(first, len(starts), generation.events, answer)
+        assert answer is not None, "a plan without choices"
+        watch = self._watch
         await answer.end(total_usage(plan, watch.ends, watch.reasoning_tokens))
 
-    async def _run(
-        self, first: int, starts: Sequence[pb.StartGeneration], answer: "_Answer"
-    ) -> None:
-        """The one loop that every event of some choices, the ``first`` and those behind it, passes,
-        or passes by: deltas that come while it waits are shown at once."""
+    def _begin(self, sender: "_Sender") -> "_Answer":
+        kind = _Stream if self._plan.stream else _Whole
+        return kind(len(self._plan.starts), self._format, sender, self._extra)
+
+    async def _run(self, first: int, running: int, queue: EventQueue, answer: "_Answer") -> None:
+        """The one loop that every event of the ``running`` choices from the ``first`` on passes, or
+        passes by: deltas that come while it waits are shown at once."""
         watch = self._watch
-        running = len(starts)
 
         def follow(index: int, delta: Delta) -> bool:
             if not answer.is_open:
@@ -170,16 +180,15 @@ class GenerationResponse(Response):
             answer.show_delta(first + index, delta)
             return True
 
-        async with self._generation(starts) as generation:
-            generation.events.follow(follow)
-            while running:
-                events = await generation.events.take(WAITING_S)
-                if first:
-                    events = [(first + index, event) for index, event in events]
-                for index, event in events:
-                    watch.see(index, event)
-                    running -= isinstance(event, pb.GenerationFinished)
-                await answer.show(events)
+        queue.follow(follow, answer.text_follower(first, watch))
+        while running:
+            events = await queue.take(WAITING_S)
+            if first:
+                events = [(first + index, event) for index, event in events]
+            for index, event in events:
+                watch.see(index, event)
+                running -= isinstance(event, pb.GenerationFinished)
+            await answer.show(events, last=not running)
 
     def _generation(self, starts: Sequence[pb.StartGeneration]) -> Generation:
         plan = self._plan
@@ -203,8 +212,13 @@ class _Answer(Protocol):
     def show_delta(self, index: int, delta: Delta) -> None:
         """While ``is_open``; not the first one of its choice."""
 
-    async def show(self, events: Sequence[tuple[int, Event]]) -> None:
-        """What has come; nothing for a while if it is empty."""
+    def text_follower(self, first: int, watch: TokenWatch) -> TextFollower | None:
+        """A shorter way for deltas of text alone, of choices from the ``first`` on, if there is
+        one; it tells ``watch`` too."""
+
+    async def show(self, events: Sequence[tuple[int, Event]], *, last: bool) -> None:
+        """What has come; nothing for a while if it is empty. ``last``: ``end`` or more choices
+        follow at once."""
 
     async def end(self, usage: Usage) -> None:
         """All choices have finished."""
@@ -228,7 +242,10 @@ class _Whole:
     def show_delta(self, index: int, delta: Delta) -> None:
         self._choices[index].add(delta)
 
-    async def show(self, events: Sequence[tuple[int, Event]]) -> None:
+    def text_follower(self, first: int, watch: TokenWatch) -> None:
+        return None
+
+    async def show(self, events: Sequence[tuple[int, Event]], *, last: bool) -> None:
         for index, event in events:
             if isinstance(event, Delta):
                 self._choices[index].add(event)
@@ -252,6 +269,8 @@ class _Stream:
         self._sender = sender
         self._extra = headers
         self._opened: set[int] = set()
+        self._unsent = b""
+        """What is shown with the end."""
 
     @property
     def is_open(self) -> bool:
@@ -260,13 +279,30 @@ class _Stream:
     def show_delta(self, index: int, delta: Delta) -> None:
         self._sender.write(self._format.delta(index, delta))
 
-    async def show(self, events: Sequence[tuple[int, Event]]) -> None:
+    def text_follower(self, first: int, watch: TokenWatch) -> TextFollower | None:
+        writer, events = self._sender.writer, self._format.text_events
+        if writer is None or not events:
+            return None
+
+        def follow(index: int, tokens: int, text: str, now: float) -> bool:
+            if not writer.is_open:
+                return False
+            watch.see_tokens(first + index, tokens, now)
+            writer.write(events[first + index].event(text))
+            return True
+
+        return follow
+
+    async def show(self, events: Sequence[tuple[int, Event]], *, last: bool) -> None:
         data = b"".join([self._event(index, event) for index, event in events])
-        if data or not events:
+        if last:
+            self._unsent += data
+        elif data or not events:
             await self._send(data or WAITING)
 
     async def end(self, usage: Usage) -> None:
-        await self._sender.body(self._format.ending(usage), more=False)
+        await self._begin()
+        await self._sender.body(self._unsent + self._format.ending(usage), more=False)
 
     def _event(self, index: int, event: Event) -> bytes:
         opening = b""
@@ -278,9 +314,12 @@ class _Stream:
         return opening + self._format.delta(index, event)
 
     async def _send(self, data: bytes) -> None:
+        await self._begin()
+        await self._sender.body(data, more=True)
+
+    async def _begin(self) -> None:
         if not self._sender.started:
             await self._sender.start(200, [*_SSE_HEADERS, *self._extra])
-        await self._sender.body(data, more=True)
 
 
 class _Sender:
@@ -288,18 +327,18 @@ class _Sender:
 
     def __init__(self, send: Send, writer: BodyWriter | None) -> None:
         self._send = send
-        self._writer = writer
+        self.writer: Final = writer
         self.started = False
 
     @property
     def is_open(self) -> bool:
         """Whether ``write`` may be called."""
-        return self._writer is not None and self._writer.is_open
+        return self.writer is not None and self.writer.is_open
 
     def write(self, piece: bytes) -> None:
         """A piece of the body, without waiting."""
-        assert self._writer is not None, "asked for before is_open"
-        self._writer.write(piece)
+        assert self.writer is not None, "asked for before is_open"
+        self.writer.write(piece)
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
@@ -317,26 +356,3 @@ class _Sender:
 
 def _json_headers() -> list[tuple[bytes, bytes]]:
     return [(b"content-type", b"application/json")]
-
-
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of ``work``; it is cancelled when the client leaves first.
-
-    Raises ``ClientGone`` then. The request's body must have been read.
-    """
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -64,12 +64,12 @@ class TokenWatch:
         if self._reasons:
             self._thoughts[index].add(delta.token_ids)
         if self._timed:
-            self._seen[index] = self._seen.get(index, 0) + delta.tokens
-            self.used += delta.tokens
-            self._time(index, delta.tokens)
+            self.see_tokens(index, delta.tokens, time.monotonic())
 
-    def _time(self, index: int, tokens: int) -> None:
-        now = time.monotonic()
+    def see_tokens(self, index: int, tokens: int, now: float) -> None:
+        """Of a stream of a model that doesn't reason."""
+        self._seen[index] = self._seen.get(index, 0) + tokens
+        self.used += tokens
         last = self._last.get(index)
         if last is not None and tokens:
             self._inter_token.observe((now - last) / tokens, tokens)

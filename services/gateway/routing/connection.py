@@ -51,7 +51,6 @@ _ERRORS: Final[dict[int, type[PrecastError]]] = {
 }
 
 
-_NO_REPORTS: Final[Mapping[int, Sequence[pb.TokenLogprob]]] = {}
 _FAILURES: Final = (pb.ERROR_CODE_INTERNAL, pb.ERROR_CODE_UNAVAILABLE)
 
 
@@ -295,9 +294,17 @@ class WorkerConnection:
             self._end(ended.handle, ended.finished if ended.HasField("finished") else ended.error)
 
     def _handle_tokens(self, step: StepTokens) -> None:
-        """A step's message that has tokens alone."""
-        self._heard = time.monotonic()
-        self._columns(step.handles, step.token_counts, step.token_ids, step.texts, _NO_REPORTS)
+        """A step's message that has tokens alone: nearly every one."""
+        self._heard = now = time.monotonic()
+        places, token_ids, taken, done = self._places, step.token_ids, 0, 0
+        for handle, count, text in zip(step.handles, step.token_counts, step.texts, strict=True):
+            ids = token_ids[taken : taken + count]
+            taken += count
+            if (place := places.get(handle)) is not None:  # None: it was aborted meanwhile
+                place.tokens += ids
+                done += place.done(count)
+                place.queue.put_text(place.index, ids, text, now)
+        self._on_done(done)
 
     def _columns(
         self,

@@ -49,6 +49,9 @@ class Delta:
 Event = Delta | GenerationFinished
 Follower = Callable[[int, Delta], bool]
 """Takes a delta of a choice; false: it can't take it now."""
+TextFollower = Callable[[int, int, str, float], bool]
+"""The same for what nearly every delta is, text and how many tokens it is of; with the time at
+which it came (monotonic, s)."""
 
 
 class EventQueue:
@@ -66,15 +69,33 @@ class EventQueue:
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._follower: Follower | None = None
+        self._text_follower: TextFollower | None = None
         self._wait_s = 0.0
         self._since = 0.0
         """When the reader began to wait, or the follower took the last delta (monotonic, s)."""
         self._timer: asyncio.TimerHandle | None = None
 
-    def follow(self, follower: Follower) -> None:
+    def follow(self, follower: Follower, texts: TextFollower | None = None) -> None:
         """``follower`` gets deltas that come while somebody waits in ``take``, which goes on
-        waiting. Ends, errors, and what it doesn't take are for ``take``."""
-        self._follower = follower
+        waiting. Ends, errors, and what it doesn't take are for ``take``. ``texts``, if there is
+        one, gets those in its place that are text and nothing else."""
+        self._follower, self._text_follower = follower, texts
+
+    def put_text(self, index: int, token_ids: list[int], text: str, now: float) -> None:
+        """``put`` of tokens and their text, which came at ``now``. What is touched for a token is
+        what it costs, so the usual way of it is all here."""
+        follower, reader = self._text_follower, self._reader
+        waited_for = reader is not None and not reader.done() and not self._ready
+        if follower is not None and waited_for and text and self._shown[index]:
+            try:
+                followed = follower(index, len(token_ids), text, now)
+            except Exception as error:  # the request's fault, and not its worker's
+                self.fail(error)
+                return
+            if followed:
+                self._since = now
+                return
+        self.put(index, Delta(tokens=len(token_ids), text=text, token_ids=token_ids))
 
     def put(self, index: int, delta: Delta) -> None:
         if self._shown[index]:

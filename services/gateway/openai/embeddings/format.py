@@ -4,13 +4,14 @@ import base64
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from msgspec import Raw, Struct
 
 from precast.errors import Unavailable
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
+from services.gateway.openai.events import TextEvents
 from services.gateway.openai.formats import Choice
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.responses import Usage, encode
@@ -49,6 +50,8 @@ class EmbeddingList(Struct, frozen=True, kw_only=True):
 
 class EmbeddingFormat:
     """The answer to one request, which has no stream."""
+
+    text_events: Final[tuple[TextEvents, ...]] = ()
 
     def __init__(self, plan: Plan) -> None:
         assert isinstance(plan.origin, EmbeddingRequest), "it is planned from one"

@@ -10,6 +10,7 @@ import msgspec
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
 from services.gateway.openai.call_ids import new_call_id
+from services.gateway.openai.events import TextEvents
 from services.gateway.openai.formats import Choice, finish_reason
 from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.parts import CallArguments, CallBegun, Content, Part, Reasoning
@@ -22,6 +23,8 @@ _REASONS: Final = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "en
 
 class MessagesFormat:
     """The answer to one request, which has one choice."""
+
+    text_events: Final[tuple[TextEvents, ...]] = ()
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

@@ -3,12 +3,13 @@
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
+from services.gateway.openai.events import TextEvents
 from services.gateway.openai.formats import Choice, finish_reason
 from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.plan import Plan
@@ -22,6 +23,8 @@ _Json = dict[str, Any]
 
 class ResponsesFormat:
     """The answer to one request, which has one choice."""
+
+    text_events: Final[tuple[TextEvents, ...]] = ()
 
     def __init__(self, plan: Plan) -> None:
         assert isinstance(plan.origin, Origin), "it is planned from one"
