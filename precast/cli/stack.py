@@ -185,11 +185,12 @@ def _redis(settings: ServeSettings) -> tuple[str, int | None]:
     """
     from precast.system.redis_server import answers, free_port, loopback_port
 
-    asked_for = {row.name: row.source for row in describe(settings)}["redis_url"] != "default"
+    sources = {row.name: row.source for row in describe(settings)}
+    asked_for = {sources["redis_url"], sources["redis_password_file"]} != {"default"}
     port = loopback_port(settings.redis_url)
     if asked_for and answers(settings.redis_url):
         return settings.redis_url, None
-    if port is None:
+    if port is None or settings.redis_password_file is not None:
         raise ConfigError(f"redis_url = {settings.redis_url!r}: no Redis answers there")
     if _in_use(LOOPBACK, port):
         if asked_for:

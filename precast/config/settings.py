@@ -39,6 +39,7 @@ from precast.config.types import (
     Names,
     Origins,
     OtlpUrl,
+    PasswordFile,
     Port,
     RedisUrl,
     Seconds,
@@ -77,6 +78,8 @@ class CommonSettings(BaseSettings):
 
     home: AbsolutePath = Path("~/.precast")
     """Folder that holds models, artifacts, keys and logs."""
+    redis_password_file: PasswordFile | None = None
+    """File with the password of ``redis_url``'s user, where it should stand in no variable."""
     redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     """Where the services meet."""
     tls_dir: AbsolutePath | None = None

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_settings import NoDecode
 
 from precast.rpc.address import Address
 from precast.system.process import parse_cpus
+from precast.system.redis_password import password_in, with_password
 
 
 def absolute(path: Path) -> Path:
@@ -68,6 +69,19 @@ def _redis_url(value: str) -> str:
     return value
 
 
+def _with_its_password(value: str, info: ValidationInfo) -> str:
+    file = info.data.get("redis_password_file")
+    return value if file is None else with_password(value, password_in(file))
+
+
+def _password_file(path: Path) -> Path:
+    try:
+        password_in(path)
+    except ValueError as error:
+        raise ValueError(f"a file with a password: {error}") from None
+    return path
+
+
 def _otlp_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
@@ -94,10 +108,11 @@ Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)
 ]
 AddressText = Annotated[str, AfterValidator(_address)]
-RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url), AfterValidator(_with_its_password)]
 OtlpUrl = Annotated[str, AfterValidator(_otlp_url)]
 StoreUrl = Annotated[str, AfterValidator(_store_url)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+PasswordFile = Annotated[Path, AfterValidator(absolute), AfterValidator(_password_file)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1)]

@@ -2,20 +2,36 @@
 
 URL is ``http://host:port/path`` (healthy: status 200), ``grpc://host:port`` (the standard health
 service says SERVING) or ``redis://host:port`` (it answers a ping). Says why not in one line.
+
+``PRECAST_TLS_DIR`` and ``PRECAST_REDIS_PASSWORD_FILE`` count as for the services. Settings are not
+loaded for them: this runs every few seconds.
 """
 
+import functools
 import http.client
+import os
 import sys
-from typing import Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 from urllib.parse import SplitResult, urlsplit
+
+if TYPE_CHECKING:
+    import grpc
 
 TIMEOUT_S: Final = 3.0
 
 
-def failure(url: str) -> str | None:
+def failure(
+    url: str, *, tls_dir: Path | None = None, redis_password_file: Path | None = None
+) -> str | None:
     """Why the service at ``url`` is not healthy, or None if it is."""
     parts = urlsplit(url)
-    checks = {"http": _http, "grpc": _grpc, "redis": _redis}
+    checks: dict[str, Callable[[SplitResult], str | None]] = {
+        "http": _http,
+        "grpc": functools.partial(_grpc, tls_dir=tls_dir),
+        "redis": functools.partial(_redis, password_file=redis_password_file),
+    }
     if parts.scheme not in checks or not parts.hostname:
         return "must be an http://, grpc:// or redis:// URL"
     return checks[parts.scheme](parts)
@@ -34,11 +50,17 @@ def _http(url: SplitResult) -> str | None:
     return None if status == 200 else f"status {status}"
 
 
-def _grpc(url: SplitResult) -> str | None:
+def _grpc(url: SplitResult, tls_dir: Path | None) -> str | None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(url.netloc) as channel:
+    from precast.errors import ConfigError
+
+    try:
+        opened = _channel(url.netloc, tls_dir)
+    except ConfigError as error:
+        return str(error)
+    with opened as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S
@@ -49,18 +71,45 @@ def _grpc(url: SplitResult) -> str | None:
     return None if answer.status == serving else "not serving"
 
 
-def _redis(url: SplitResult) -> str | None:
+def _channel(address: str, tls_dir: Path | None) -> "grpc.Channel":
+    import grpc
+
+    from precast.rpc.tls import NAME, Tls
+
+    tls = None if tls_dir is None else Tls.of_this_machine(tls_dir)
+    if tls is None:
+        return grpc.insecure_channel(address)
+    named = [("grpc.ssl_target_name_override", NAME)]
+    return grpc.secure_channel(address, tls.of_channel(), options=named)
+
+
+def _redis(url: SplitResult, password_file: Path | None) -> str | None:
+    from precast.system.redis_password import password_in, with_password
     from precast.system.redis_server import answers
 
-    return None if answers(url.geturl(), TIMEOUT_S) else "no answer"
+    whole = url.geturl()
+    try:
+        whole = with_password(whole, password_in(password_file)) if password_file else whole
+    except ValueError as error:
+        return str(error)
+    return None if answers(whole, TIMEOUT_S) else "no answer"
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m precast.rpc.healthcheck URL")
-    reason = failure(sys.argv[1])
+    reason = failure(
+        sys.argv[1],
+        tls_dir=_path("PRECAST_TLS_DIR"),
+        redis_password_file=_path("PRECAST_REDIS_PASSWORD_FILE"),
+    )
     if reason is not None:
         sys.exit(f"{sys.argv[1]}: {reason}")
+
+
+def _path(variable: str) -> Path | None:
+    named = os.environ.get(variable)
+    return Path(named) if named else None
 
 
 if __name__ == "__main__":

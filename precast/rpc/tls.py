@@ -51,6 +51,13 @@ class Tls:
             raise ConfigError(f"tls_dir {error.filename}: {error.strerror}") from None
         return cls(authority=authority, certificate=certificate, key=key)
 
+    @classmethod
+    def of_this_machine(cls, folder: Path) -> Self | None:
+        """As one of the roles that it plays, for what all of them may do. Raises
+        ``ConfigError``."""
+        role = next((role for role in Role if (folder / role / KEY_FILE).exists()), Role.ADMIN)
+        return cls.load(folder, role)
+
     def of_server(self) -> grpc.ServerCredentials:
         return grpc.ssl_server_credentials(
             [(self.key, self.certificate)], self.authority, require_client_auth=True

@@ -1,7 +1,10 @@
 """A stack of containers out of ``deploy/docker-compose.yml``, under a project name of its own."""
 
+import functools
+import itertools
 import json
 import os
+import re
 import subprocess
 import time
 import uuid
@@ -15,13 +18,17 @@ import httpx
 
 from precast.proto.admin.v1 import admin_service_pb2_grpc
 from precast.proto.decode.v1 import decode_service_pb2, decode_service_pb2_grpc
+from precast.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, NAME, Role, Tls
 from precast.system.process import available_cpus
 
 ROOT = Path(__file__).parents[2]
 FILES = ("deploy/docker-compose.yml", "deploy/docker-compose.test.yml")
 MODEL = "smollm2-135m-instruct"
 DECODE_WORKERS = ("decode-worker-1", "decode-worker-2")
-IMAGES = ("redis", "decode-worker-1", "decode-worker-2", "gateway", "models", "compile-worker")
+SERVICES = ("redis", "compile-worker", *DECODE_WORKERS, "gateway")
+"""That keep running."""
+IMAGES = ("redis", *DECODE_WORKERS, "gateway", "credentials", "models", "compile-worker")
+CREDENTIALS = "/var/lib/precast/credentials"
 BUILD_DEADLINE_S = 1200
 START_DEADLINE_S = 240
 
@@ -84,8 +91,9 @@ class Stack:
         """Start everything and wait until it is healthy; fails with the services' logs."""
         wait = ("--wait", "--wait-timeout", str(START_DEADLINE_S))
         try:
-            # models starts as a dependency; named here, --wait would take its end for a failure
-            self.compose("up", "-d", *wait, *LONG_RUNNING, deadline_s=START_DEADLINE_S + 60)
+            # models and credentials start as dependencies: named here, --wait would take their
+            # end for a failure
+            self.compose("up", "-d", *wait, *SERVICES, deadline_s=START_DEADLINE_S + 60)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.compose('logs', '--tail=40')}") from None
 
@@ -95,14 +103,9 @@ class Stack:
     def leftovers(self) -> list[str]:
         """Containers, volumes and networks of this project that exist."""
         label = f"label=com.docker.compose.project={self.project}"
-        listings = (["ps", "-aq"], ["volume", "ls", "-q"], ["network", "ls", "-q"])
-        return [
-            line
-            for listing in listings
-            for line in subprocess.run(
-                ["docker", *listing, "--filter", label], capture_output=True, text=True, timeout=30
-            ).stdout.split()
-        ]
+        listings = (("ps", "-aq"), ("volume", "ls", "-q"), ("network", "ls", "-q"))
+        found = (docker(*listing, "--filter", label).split() for listing in listings)
+        return list(itertools.chain.from_iterable(found))
 
     def shell(self, service: str, script: str, *, check: bool = True) -> str:
         """Output of a shell script in a running container."""
@@ -116,17 +119,49 @@ class Stack:
         """Where the host reaches a container's port. It changes when the container restarts."""
         return self.compose("port", service, str(port))
 
-    def complete(self, max_tokens: int = 16, **fields: object) -> httpx.Response:
-        body = {"model": MODEL, "prompt": "The capital of France is", "temperature": 0}
+    def run(self, service: str, *command: str, entrypoint: str | None = None) -> str:
+        """Output of a command in a container of its own."""
+        entry = () if entrypoint is None else ("--entrypoint", entrypoint)
+        return self.compose("run", "--rm", "-T", "--no-deps", *entry, service, *command)
+
+    @functools.cached_property
+    def api_key(self) -> str:
+        """Of the first start."""
+        return self.run("credentials", "api-key")
+
+    @functools.cached_property
+    def admin_tls(self) -> Tls:
+        names = [f"{CREDENTIALS}/{Role.ADMIN}/{name}" for name in _TLS_FILES]
+        return _tls(self.run("admin", *names, entrypoint="cat"))
+
+    def tls(self, service: str, role: Role) -> Tls:
+        """What a running service shows."""
+        names = " ".join(f"{CREDENTIALS}/{role}/{name}" for name in _TLS_FILES)
+        return _tls(self.shell(service, f"cat {names}"))
+
+    def channel(self, service: str, port: int, tls: Tls) -> grpc.Channel:
+        options = [("grpc.ssl_target_name_override", NAME)]
+        return grpc.secure_channel(self.address(service, port), tls.of_channel(), options)
+
+    def post(self, path: str, body: dict[str, Any], key: str | None = None) -> httpx.Response:
+        """With the API key of the first start, or another one; "": with none."""
+        key = self.api_key if key is None else key
         return httpx.post(
-            f"http://{self.address('gateway', 8000)}/v1/completions",
-            json=body | {"max_tokens": max_tokens} | fields,
+            f"http://{self.address('gateway', 8000)}{path}",
+            json=body,
+            headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=60,
         )
 
+    def complete(
+        self, max_tokens: int = 16, key: str | None = None, **fields: object
+    ) -> httpx.Response:
+        body = {"model": MODEL, "prompt": "The capital of France is", "temperature": 0}
+        return self.post("/v1/completions", body | {"max_tokens": max_tokens} | fields, key)
+
     def status(self, worker: str) -> decode_service_pb2.GetStatusResponse:
         """A decode worker's own account of itself; ``grpc.RpcError`` if it can't be reached."""
-        with grpc.insecure_channel(self.address(worker, 7200)) as channel:
+        with self.channel(worker, 7200, self.admin_tls) as channel:
             stub = decode_service_pb2_grpc.DecodeServiceStub(channel)
             return stub.GetStatus(decode_service_pb2.GetStatusRequest(), timeout=5)
 
@@ -142,17 +177,41 @@ class Stack:
         return sorted(self.graphs(worker)) == [*self.batch_sizes, self.prefill_bucket]
 
     def admin(self) -> tuple[grpc.Channel, admin_service_pb2_grpc.AdminServiceStub]:
-        channel = grpc.insecure_channel(self.address("compile-worker", 7100))
+        channel = self.channel("compile-worker", 7100, self.admin_tls)
         return channel, admin_service_pb2_grpc.AdminServiceStub(channel)
+
+
+_TLS_FILES = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
+
+
+def _tls(pem: str) -> Tls:
+    """Out of the three files, one after the other."""
+    block = re.compile(r"-----BEGIN [^-]+-----.+?-----END [^-]+-----\n?", re.DOTALL)
+    authority, certificate, key = (found.encode() for found in block.findall(pem))
+    return Tls(authority=authority, certificate=certificate, key=key)
+
+
+def docker(*arguments: str) -> str:
+    """What a command of Docker's says, which must not fail."""
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def code_of(channel: grpc.Channel, method: str) -> grpc.StatusCode:
+    """How a call ends that asks for nothing."""
+    untyped: Any = channel
+    try:
+        untyped.unary_unary(f"/precast.{method}")(b"", timeout=5)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def warnings_in(logs: str) -> str:
     """The last lines of services' logs that are more than routine."""
     telling = ("warning", "error", "failed", "Traceback")
     return "\n".join([line for line in logs.splitlines() if any(w in line for w in telling)][-20:])
-
-
-LONG_RUNNING = ("redis", "compile-worker", *DECODE_WORKERS, "gateway")
 
 
 def engine_missing() -> str | None:

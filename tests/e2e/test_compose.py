@@ -3,18 +3,24 @@
 Needs nothing but a ``docker compose`` that works. The tests run in order on one stack.
 """
 
+import json
 import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import grpc
 import httpx
 import pytest
 from compose_stack import (
+    CREDENTIALS,
     DECODE_WORKERS,
     MODEL,
+    SERVICES,
     Stack,
+    code_of,
+    docker,
     engine_missing,
     events,
     wait_until,
@@ -22,6 +28,7 @@ from compose_stack import (
 )
 
 from precast.proto.admin.v1 import admin_service_pb2 as admin
+from precast.rpc.tls import KEY_FILE, Role
 
 pytestmark = [
     pytest.mark.skipif(
@@ -91,15 +98,14 @@ def test_it_completes_before_the_graphs_are_there(stack: Stack) -> None:
 
 
 def test_chat_streams(stack: Stack) -> None:
-    answer = httpx.post(
-        f"http://{stack.address('gateway', 8000)}/v1/chat/completions",
-        json={
+    answer = stack.post(
+        "/v1/chat/completions",
+        {
             "model": MODEL,
             "messages": [{"role": "user", "content": "Say hello."}],
             "max_tokens": 8,
             "stream": True,
         },
-        timeout=60,
     )
     assert answer.status_code == 200, answer.text
     deltas = [event["choices"][0]["delta"] for event in events(answer) if event["choices"]]
@@ -107,8 +113,87 @@ def test_chat_streams(stack: Stack) -> None:
 
 
 def test_no_service_runs_as_root(stack: Stack) -> None:
-    for service in ("redis", "compile-worker", *DECODE_WORKERS, "gateway"):
+    for service in SERVICES:
         assert stack.shell(service, "id -u") != "0"
+
+
+def test_http_is_closed_without_an_api_key(stack: Stack) -> None:
+    """The first start makes one, and shows it then."""
+    assert stack.api_key in stack.compose("logs", "credentials")
+    assert stack.complete(1).status_code == 200
+    wrong = stack.api_key[:-1] + ("a" if stack.api_key[-1] != "a" else "b")
+    for key in ("", wrong):
+        refused = stack.complete(1, key=key)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_redis_is_closed_without_its_password(stack: Stack) -> None:
+    ping = "python -m precast.rpc.healthcheck redis://redis:6379/0"
+    assert stack.shell("gateway", f"{ping} && echo open") == "open"
+    bare = f"PRECAST_REDIS_PASSWORD_FILE= {ping} 2>/dev/null || echo closed"
+    assert stack.shell("gateway", bare) == "closed"
+    assert "NOAUTH" in stack.shell("redis", "redis-cli keys '*'", check=False)
+
+
+DECODE, COMPILE = ("decode-worker-1", 7200), ("compile-worker", 7100)
+DOORS = [
+    (DECODE, "decode.v1.DecodeService/GetStatus", {Role.GATEWAY, Role.ADMIN}),
+    (DECODE, "decode.v1.DecodeService/Undrain", {Role.ADMIN}),
+    (COMPILE, "graphs.v1.GraphsService/ListGraphs", {Role.DECODE_WORKER, Role.ADMIN}),
+    (COMPILE, "admin.v1.AdminService/ListJobs", {Role.ADMIN}),
+]
+
+
+@pytest.mark.parametrize(("where", "method", "roles"), DOORS)
+def test_grpc_is_open_to_its_roles_alone(
+    stack: Stack, where: tuple[str, int], method: str, roles: set[Role]
+) -> None:
+    certificates = {
+        Role.GATEWAY: stack.tls("gateway", Role.GATEWAY),
+        Role.DECODE_WORKER: stack.tls("decode-worker-2", Role.DECODE_WORKER),
+        Role.ADMIN: stack.admin_tls,
+    }
+    found = {}
+    for role, tls in certificates.items():
+        with stack.channel(*where, tls) as channel:
+            found[role] = code_of(channel, method)
+    closed = {role for role, code in found.items() if code is grpc.StatusCode.PERMISSION_DENIED}
+    assert set(certificates) - closed == roles, found
+    assert grpc.StatusCode.UNAVAILABLE not in found.values()
+    with grpc.insecure_channel(stack.address(*where)) as channel:
+        assert code_of(channel, method) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("service", "role"),
+    [("gateway", Role.GATEWAY), *((name, Role.DECODE_WORKER) for name in DECODE_WORKERS)],
+)
+def test_each_service_has_its_own_secrets_alone(stack: Stack, service: str, role: Role) -> None:
+    assert stack.shell(service, f"find {CREDENTIALS} -name '*.key'") == (
+        f"{CREDENTIALS}/{role}/{KEY_FILE}"
+    )
+    assert stack.shell(service, f"find {CREDENTIALS} -type f -perm /077") == ""
+    refused = stack.shell(service, f"touch {CREDENTIALS}/own 2>/dev/null || echo refused")
+    assert refused == "refused"
+
+
+@pytest.mark.parametrize("image", ["gateway", "credentials", "decode-worker", "compile-worker"])
+def test_no_image_has_secrets(stack: Stack, image: str) -> None:
+    find = ("run", "--rm", "--entrypoint", "find", f"precast/{image}")
+    assert docker(*find, "/var/lib/precast", "-type", "f", "-not", "-name", ".*") == ""
+
+
+def test_a_second_start_changes_no_credentials(stack: Stack) -> None:
+    assert stack.run("credentials") == ""
+    assert stack.complete(1).status_code == 200
+
+
+def test_commands_show_the_admins_certificate(stack: Stack) -> None:
+    listed = json.loads(stack.run("admin", "workers", "list", "--json"))
+    assert sorted(lease["address"] for lease in listed) == [
+        f"{name}:7200" for name in DECODE_WORKERS
+    ]
+    assert isinstance(json.loads(stack.run("admin", "graphs", "list", "--json")), list)
 
 
 def test_only_the_compile_worker_has_a_compiler(stack: Stack) -> None:
@@ -128,7 +213,7 @@ def test_the_signing_key_stays_with_the_compile_worker(stack: Stack) -> None:
     assert stack.shell("compile-worker", key) == "there"
     for worker in DECODE_WORKERS:
         assert stack.shell(worker, key) == ""
-        assert stack.shell(worker, "find /var/lib/precast -name '*.key' 2>/dev/null") == ""
+        assert stack.shell(worker, "find /var/lib/precast -name 'signing*key'") == ""
         refused = stack.shell(worker, "touch /var/lib/precast/keys/trusted/own.pub || echo refused")
         assert refused == "refused"
 

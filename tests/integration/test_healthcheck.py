@@ -4,11 +4,15 @@ import asyncio
 import http.server
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import redis
 
+from precast.access.authority import make
 from precast.rpc.healthcheck import failure
 from precast.rpc.server import start_server
+from precast.rpc.tls import Role, Tls
 from tests.support.ports import free_port
 
 pytestmark = pytest.mark.timeout(30)
@@ -45,8 +49,37 @@ async def test_grpc() -> None:
     await server.stop(0)
 
 
+@pytest.mark.asyncio
+async def test_grpc_with_certificates(tmp_path: Path) -> None:
+    """As any role of the machine: this one has what a gateway has."""
+    make(tmp_path / "all")
+    tls = Tls.load(tmp_path / "all", Role.DECODE_WORKER)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "all" / Role.GATEWAY).rename(tmp_path / "own" / Role.GATEWAY)
+    server = await start_server("127.0.0.1:0", [], tls=tls)
+    url = f"grpc://127.0.0.1:{server.port}"
+    assert await asyncio.to_thread(failure, url, tls_dir=tmp_path / "own") is None
+    assert "UNAVAILABLE" in str(await asyncio.to_thread(failure, url))
+    assert "No such file" in str(await asyncio.to_thread(failure, url, tls_dir=tmp_path))
+    await server.stop(0)
+
+
 def test_redis(redis_url: str) -> None:
     assert failure(redis_url) is None
+
+
+def test_redis_with_a_password(tmp_path: Path, redis_url: str) -> None:
+    """Of a user, so that others of this server's clients need none."""
+    with redis.Redis.from_url(redis_url) as client:
+        client.acl_setuser("checker", enabled=True, passwords=["+p@ss word"], commands=["+@all"])
+    file = tmp_path / "password"
+    mine = redis_url.replace("redis://", "redis://checker@")
+    file.write_text("p@ss word\n")
+    assert failure(mine, redis_password_file=file) is None
+    file.write_text("another\n")
+    assert failure(mine, redis_password_file=file) == "no answer"
+    file.write_text("\n")
+    assert "must hold one line" in str(failure(mine, redis_password_file=file))
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc", "redis"])

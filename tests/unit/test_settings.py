@@ -166,6 +166,37 @@ def test_a_password_is_not_shown(url: str, shown: str) -> None:
     assert rows(settings)["redis_url"][0] == shown
 
 
+@pytest.mark.parametrize(
+    ("url", "whole"),
+    [
+        ("redis://cache:6379/0", "redis://:p%40ss%3A@cache:6379/0"),
+        ("rediss://ann@cache?ssl_ca_certs=x", "rediss://ann:p%40ss%3A@cache?ssl_ca_certs=x"),
+        ("unix:///run/redis?db=1", "unix://:p%40ss%3A@/run/redis?db=1"),
+        ("redis://:p%40ss%3A@cache", "redis://:p%40ss%3A@cache"),
+        (None, "redis://:p%40ss%3A@127.0.0.1:6379/0"),
+    ],
+)
+def test_a_password_out_of_a_file(url: str | None, whole: str) -> None:
+    Path("password").write_text("p@ss:\n")
+    settings = load_settings(GatewaySettings, redis_url=url, redis_password_file="password")
+    assert settings.redis_url == whole
+    assert "p%40ss" not in rows(settings)["redis_url"][0]
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", "two\nlines", b"\xff"])
+def test_what_is_no_file_with_a_password(content: str | bytes | None) -> None:
+    if content is not None:
+        Path("password").write_bytes(content.encode() if isinstance(content, str) else content)
+    assert "redis_password_file = " in refusal(GatewaySettings, redis_password_file="password")
+
+
+def test_two_passwords_for_one_redis() -> None:
+    Path("password").write_text("one")
+    told = refusal(GatewaySettings, redis_url="redis://:other@h", redis_password_file="password")
+    assert "redis_password_file" in told
+    assert "other@" not in told
+
+
 @pytest.mark.parametrize("url", ["rediz://user:secret@h/0", "rediz://h/0?password=secret"])
 def test_a_password_is_not_in_errors(url: str) -> None:
     with pytest.raises(ConfigError) as error:
