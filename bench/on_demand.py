@@ -154,7 +154,8 @@ def wake(home: Path, starts: int, console: Console) -> None:
     (home / "models").mkdir(parents=True)
     (home / "models" / DEMO).symlink_to(model)
     (home / "precast.toml").write_text(EAGER)
-    with serving(home, "--models-on-demand", "--idle-timeout=1") as stack:
+    flags = ("--models-on-demand", "--idle-timeout=1", "--batch-sizes=1", "--prefill-buckets=")
+    with serving(home, *flags) as stack:
         stack.wait_line("Precast serves", READY_S)
         time.sleep(3)  # other services have begun
         times = []

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from precast.models.json_file import read_object
 
 
@@ -42,10 +44,32 @@ def _of_tokenizer(folder: Path) -> int | None:
     for number, entry in dict(settings.get("added_tokens_decoder") or {}).items():
         if isinstance(entry, dict) and entry.get("content") == text:
             return int(number)
-    if not (folder / "tokenizer.json").is_file():
+    path = folder / "tokenizer.json"
+    if not path.is_file():
         return None
+    if (found := _added_token(path, text)) is not None:
+        return found
     # imported here: a compile worker reads configurations too and has no tokenizers
     from precast.tokenizer.load import load_tokenizer
 
     known: int | None = load_tokenizer(folder).token_to_id(text)
     return known
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _AddedTokens(msgspec.Struct):
+    added_tokens: list[_AddedToken]
+
+
+def _added_token(path: Path, text: str) -> int | None:
+    """The id of a token that the tokenizer adds to its vocabulary, as those that end an answer
+    mostly are: found without making a tokenizer of the file, which takes 0.2 s."""
+    try:
+        added = msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens
+    except (OSError, msgspec.MsgspecError, RecursionError):
+        return None  # whoever makes a tokenizer of it says what is wrong
+    return next((token.id for token in added if token.content == text), None)

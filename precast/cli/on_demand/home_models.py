@@ -91,6 +91,9 @@ class HomeModels:
             DecodeWorkerSettings, **{**given, "home": self._home, "model": folder.name}
         )
         sizing = size(settings, folder, self._free, kv_share=KV_SHARE)
+        # as the worker will have it, which is told how many blocks
+        settings = settings.model_copy(update={"kv_blocks": sizing.blocks})
+        sizing = size(settings, folder, self._free)
         return HomeModel(
             name=folder.name,
             created=int(folder.stat().st_mtime),
