@@ -1,5 +1,6 @@
 """Captured graphs replay checkpoints as transformers computes them, with eager steps' bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,16 @@ from torch import Tensor
 from precast.graphs.runner import Graph
 from precast.models.layers import Paging
 from tests.support.adapters import Mixed, mixed, write_adapter
-from tests.support.architectures import Loaded, forward, load, reference, write_model
+from tests.support.architectures import (
+    BLOCK_SIZE,
+    BLOCKS,
+    SEQUENCES,
+    Loaded,
+    forward,
+    load,
+    reference,
+    write_model,
+)
 from tests.support.capture import run_capture
 
 TOKENS = 24
@@ -21,6 +31,14 @@ def capture(model: Loaded, out: Path) -> Path:
     done = run_capture({**model.factors, "num_tokens": str(TOKENS)}, out)
     assert done.returncode == 0, done.stderr
     return out / "graph.pt2"
+
+
+def elsewhere(paging: Paging) -> Paging:
+    """The same step with the sequences' blocks in another order."""
+    total, size = BLOCKS * len(SEQUENCES), BLOCK_SIZE
+    slots, tables = paging.slots, paging.block_tables
+    moved = (slots // size + 5) % total * size + slots % size
+    return paging._replace(slots=moved.int(), block_tables=((tables + 5) % total).int())
 
 
 @pytest.mark.timeout(240)
@@ -41,9 +59,9 @@ def test_graphs_replay_a_checkpoint(name: str, kinds: tuple[str, ...], tmp_path:
 
     def replay(tokens: Tensor, positions: Tensor, paging: Paging) -> Tensor:
         sizes.append(len(tokens))
-        return graph.replay(tokens, positions, paging)
+        return graph.replay(tokens, positions, paging, window_paging=elsewhere(paging))
 
-    replayed = forward(model, replay)
+    replayed = forward(replace(model, window_paging=elsewhere), replay)
     for actual, expected in zip(replayed, reference(folder), strict=True):
         assert float((actual - expected).abs().max() / expected.abs().max()) < BOUND
     assert {1, 2} <= set(sizes)
