@@ -81,6 +81,19 @@ template <bool kPairs, int MR, int NV, typename T, typename Sums>
   }
 }
 
+// Of neighbouring keys in several panels: all of a step's keys are loaded before its factors, each of which
+// is then needed once. Panel by panel, GCC keeps twelve factors for the next panel, and has no registers left
+// for as many sums.
+template <int MR, int NV, int kRun, typename Sums>
+[[gnu::always_inline]] inline void add_panels(const float* q, const float* const* keys, Sums& sums) {
+  vfloat value[NV];
+  for (int v = 0; v < NV; ++v) value[v] = load(keys[v / kRun] + v % kRun * kLanes);
+  for (int r = 0; r < MR; ++r) {
+    const vfloat factor = splat(q[r]);
+    for (int v = 0; v < NV; ++v) sums[r][v] = multiply_add(value[v], factor, sums[r][v]);
+  }
+}
+
 template <bool kPairs, int NV>
 [[gnu::always_inline]] inline void put_right(vfloat* sums) {
   if constexpr (kPairs) {
@@ -111,6 +124,11 @@ inline void score_keys(const float* q, const Block& block, int first, int dim,
   vfloat acc[MR][NV];
   clear(acc);
   for (int d = 0; d < dim; ++d, q += MR) {
+    if constexpr (Block::kConverted && kRuns > 1) {
+      add_panels<MR, NV, kRun>(q, keys, acc);
+      for (int p = 0; p < kRuns; ++p) keys[p] += block.key_stride;
+      continue;
+    }
     for (int p = 0; p < kRuns; ++p) {
       if constexpr (!Block::kConverted) {
         soon(next[p]);
