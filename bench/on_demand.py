@@ -125,6 +125,7 @@ def take_turns(home: Path, rounds: int, console: Console) -> bool:
         with memory.watching(stack), ThreadPoolExecutor(CLIENTS) as clients:
             answers = Counter(clients.map(lambda name: ask(stack, name), order))
         took = time.monotonic() - begun
+        stack.stop()
         starts = sum(
             path.read_text().count("decode worker ready") for path in (home / "logs").glob("*.log")
         )
@@ -163,6 +164,7 @@ def wake(home: Path, starts: int, console: Console) -> None:
             times.append(first_token(stack))
             children = psutil.Process(stack.process.pid).children
             poll(lambda: not any(map(_leads, children())), READY_S, "it sleeps")  # noqa: B023
+        stack.stop()
     first, *others = times
     console.print(
         f"from cold to a first token of {DEMO}: {first:.2f} s with packing, then "

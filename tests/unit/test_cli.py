@@ -257,6 +257,18 @@ def test_serve_runs_a_worker_for_each_model(redis_server: RedisServer) -> None:
         named(load_settings(ServeSettings, model="org/b", more_models="b"))
 
 
+def test_serve_gives_adapters_to_its_first_model(redis_server: RedisServer) -> None:
+    given = {"port": free_port(), "compile_port": free_port(), "decode_port": 0}
+    given |= {"redis_url": redis_server.url, "model": "a", "more_models": "b"}
+    plan = stack.plan(load_settings(ServeSettings, **given, adapter="x=/x,y=/y"))
+    commands = {spec.name: set(spec.command) for spec in plan.specs}
+    assert "--adapter=x=/x,y=/y" in commands["decode-worker"]
+    assert not any(word.startswith("--adapter") for word in commands["decode-worker-b"])
+    assert "--expected-models=a,b,x,y" in commands["gateway"]
+    with pytest.raises(ConfigError, match="models on demand have none"):
+        load_settings(ServeSettings, adapter="x=/x", models_on_demand=True)
+
+
 def test_serve_on_demand_starts_no_worker_and_tells_gateways_whom_to_ask(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
