@@ -89,9 +89,11 @@ class LocalLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole message of tokens, and nothing that waits for the rest of it.
-        waits = self._buffer or self._tokens
-        if self._on_tokens is not None and not waits and _is_whole_tokens(data):
-            self._on_tokens(step_tokens.decode(memoryview(data)[_LENGTH_AND_KIND.size :]))
+        size = len(data) - _LENGTH_AND_KIND.size
+        alone = size > 0 and not self._buffer and not self._tokens
+        on_tokens = self._on_tokens if alone else None
+        if on_tokens is not None and _LENGTH_AND_KIND.unpack_from(data) == (size, _TOKENS):
+            on_tokens(step_tokens.decode(memoryview(data)[_LENGTH_AND_KIND.size :]))
             return
         self._buffer += data
         self._take_whole()
@@ -292,12 +294,6 @@ async def _answer(link: _ServerLink, handler: Handler, parse: Callable[[bytes], 
         async for response in responses:
             await link.writable()
             link.send(response)
-
-
-def _is_whole_tokens(data: bytes) -> bool:
-    """Whether it is one message of tokens, of a connection with kinds."""
-    size = len(data) - _LENGTH_AND_KIND.size
-    return size > 0 and data[4] == _TOKENS and int.from_bytes(data[:4], "little") == size
 
 
 def of_our_user(connected: socket.socket) -> bool:

@@ -2,7 +2,7 @@
 one host: a tenth of what the same ``StepOutput`` costs to make and to read."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Final
 
@@ -42,10 +42,6 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(StepTokens)
 
 
-def encode(tokens: StepTokens) -> bytes:
-    return _encoder.encode(tokens)
-
-
-def decode(data: bytes | memoryview) -> StepTokens:
-    """Raises ``msgspec.DecodeError``."""
-    return _decoder.decode(data)
+encode: Final[Callable[[StepTokens], bytes]] = _encoder.encode
+decode: Final[Callable[[bytes | memoryview], StepTokens]] = _decoder.decode
+"""Raises ``msgspec.DecodeError``."""

@@ -16,6 +16,7 @@ import numpy as np
 from precast.rpc.step_tokens import StepTokens
 from services.decode_worker.engine.kv_cache import BlockPool
 from services.decode_worker.engine.request import Request
+from services.decode_worker.engine.response_buffer import Sink
 from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.engine.speculation import Drafting
 from services.decode_worker.metrics import Metrics
@@ -56,6 +57,8 @@ class PlainRun:
         self._due = _growing([one.sequence for one in requests], blocks.block_size, steps)
         self.sent = 0
         """Steps that were sent."""
+        self._sink: Sink
+        """Where the tokens go that were taken in last."""
         self._tokens: list[list[int]] = []
         """Of each step that was taken in."""
         self._told_s: list[float] = []
@@ -67,8 +70,10 @@ class PlainRun:
         """Takes in what a step gave; false, with nothing done, where that is not so simple. Then
         ``tell`` is to be called."""
         tokens = memoryview(done.token_ids).cast("i").tolist()
-        if done.failed or not self._ends.isdisjoint(tokens) or not self._outbox.sends_now:
+        sink = self._outbox.sink_now
+        if sink is None or done.failed or not self._ends.isdisjoint(tokens):
             return False
+        self._sink = sink
         self._tokens.append(tokens)
         self._told_s.append(time.monotonic())
         self.step_us.append(done.step_us)
@@ -86,7 +91,7 @@ class PlainRun:
             except Exception as error:  # the others go on
                 failed.append((self._requests[len(texts)], error))
                 texts.append("")
-        self._outbox.send_now(StepTokens(self._handles, self._counts, tokens, texts))
+        self._sink.send_tokens(StepTokens(self._handles, self._counts, tokens, texts))
         for request, why in failed:
             self._fail(request, why)
 

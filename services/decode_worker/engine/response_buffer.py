@@ -121,16 +121,12 @@ class Outbox:
         self._read.set()
 
     @property
-    def sends_now(self) -> bool:
-        """Whether tokens may be sent past what waits: no other ones do."""
+    def sink_now(self) -> Sink | None:
+        """Where tokens may be sent now, past what waits; None while other tokens do."""
         sink = self._sink
-        waits = self._outputs or self._yielding
-        return sink is not None and not waits and sink.kinds and sink.is_writable
-
-    def send_now(self, tokens: StepTokens) -> None:
-        """Only where it ``sends_now``."""
-        assert self._sink is not None, "asked for before sends_now"
-        self._sink.send_tokens(tokens)
+        if sink is None or self._outputs or self._yielding:
+            return None
+        return sink if sink.kinds and sink.is_writable else None
 
     def _tokens_alone(self) -> StepTokens | None:
         """What waits, if it is a few tokens and their text and nothing else."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from services.decode_worker.engine.delivery import Delivery
+from services.decode_worker.engine.plain_run import PlainRun
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.under_way import StepsUnderWay
 from services.decode_worker.ranks.group import RankGroup
@@ -57,22 +58,26 @@ class SameBatch:
 
     def answered(self, done: StepDone) -> None:
         try:
-            self._take_in(done)
+            run = self._under_way.run_on(done)
+            if run is None:
+                self._take_in(done)
+            else:
+                self._go_on(run)
         except Exception as error:
             self._fail(error)
 
     def ended(self) -> None:
         self._leave()
 
+    def _go_on(self, run: PlainRun) -> None:
+        """A step is over that was dealt with in the short way."""
+        try:
+            if len(self._under_way) < 2:
+                self._plan()
+        finally:
+            run.tell()
+
     def _take_in(self, done: StepDone) -> None:
-        run = self._under_way.run_on(done)
-        if run is not None:
-            try:
-                if len(self._under_way) < 2:
-                    self._plan()
-            finally:
-                run.tell()
-            return
         self._under_way.finish(done)
         if len(self._under_way) < 2:
             self._plan()

@@ -52,8 +52,8 @@ class SentSteps:
             return
         self._limits.popleft()
         self._since, self._watch = time.monotonic(), None
-        if self._follower is not None:  # who has had those before
-            self._follower.answered(done)
+        if (follower := self._follower) is not None:  # who has had those before
+            follower.answered(done)
         else:
             self._answers.append(done)
             self._tell()

@@ -1,5 +1,6 @@
 """Bodies of answers. ``msgspec`` structs, because one is encoded for every token."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -13,9 +14,8 @@ def encode(body: Struct | dict[str, Any]) -> bytes:
     return _encoder.encode(body)
 
 
-def encode_text(text: str) -> bytes:
-    """A JSON string as UTF-8, in its quotes."""
-    return _encoder.encode(text)
+encode_text: Final[Callable[[str], bytes]] = _encoder.encode
+"""A JSON string as UTF-8, in its quotes."""
 
 
 class PromptTokensDetails(Struct, frozen=True, kw_only=True):
