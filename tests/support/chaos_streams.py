@@ -119,13 +119,15 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     """The answer to a request, which must not fail."""
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     if not body["stream"]:
-        whole = await client.post(path, json=body)
-        assert whole.status_code == 200, whole.text
-        return _answer([whole.json()])
+        answer = await client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return _answer([answer.json()])
     body = {**body, "stream_options": {"include_usage": True}}
     async with client.stream("POST", path, json=body) as response:
-        assert response.status_code == 200, await response.aread()
-        lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
+        whole = (await response.aread()).decode()
+        assert response.status_code == 200, whole
+    # httpx would also end lines at what other characters Unicode has for that
+    lines = [line for line in whole.split("\n") if line.startswith("data: ")]
     *events, done = lines
     assert done == "data: [DONE]", done
     return _answer([json.loads(event.removeprefix("data: ")) for event in events])
