@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,19 @@ async def test_events_come_in_order() -> None:
     queue.put(0, delta(1))
     queue.finish(0, FINISHED)
     assert await queue.take(SOON_S) == [(0, delta(1)), (0, FINISHED)]
+
+
+def test_a_wait_that_is_nearly_over_and_the_next() -> None:
+    """uvloop has no timers below half a millisecond: it calls back at once."""
+
+    async def take_twice() -> None:
+        queue = EventQueue(1, never_again)
+        first = asyncio.create_task(queue.take(0.0003))
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(queue.take(SOON_S), 5) == []
+        first.cancel()
+
+    uvloop.run(take_twice())
 
 
 async def test_take_waits_for_what_comes_later_and_no_longer_than_it_may() -> None:

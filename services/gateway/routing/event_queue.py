@@ -74,6 +74,8 @@ class EventQueue:
         self._since = 0.0
         """When the reader began to wait, or the follower took the last delta (monotonic, s)."""
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        """When it looks, by the loop's clock. uvloop's timers don't say it where it is at once."""
 
     def follow(self, follower: Follower, texts: TextFollower | None = None) -> None:
         """``follower`` gets deltas that come while somebody waits in ``take``, which goes on
@@ -182,18 +184,22 @@ class EventQueue:
         loop = asyncio.get_running_loop()
         self._reader = loop.create_future()
         self._since, self._wait_s = time.monotonic(), timeout_s
-        if self._timer is None or self._timer.when() > loop.time() + timeout_s:
+        if self._timer is None or self._due > loop.time() + timeout_s:
             self.close()
-            self._timer = loop.call_later(timeout_s, self._tick, loop)
+            self._look_in(timeout_s, loop)
         try:
             await self._reader
         finally:
             self._reader = None
 
+    def _look_in(self, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._due = loop.time() + seconds
+        self._timer = loop.call_later(seconds, self._tick, loop)
+
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         left = self._since + self._wait_s - time.monotonic()
         if self._reader is not None and left > 0:
-            self._timer = loop.call_later(left, self._tick, loop)
+            self._look_in(left, loop)
         else:
             self._timer = None
             self._wake()
