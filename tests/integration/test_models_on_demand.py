@@ -15,12 +15,12 @@ from tests.support.models import write_model
 from tests.support.processes import words
 from tests.support.serve_stack import Serve, poll, serving
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 NAMES = ("first", "second", "third")
 MEMORY_MB = 1_100
 """A tiny model counts 512 MB for its processes."""
 IDLE_S = 4
-DEADLINE_S = 60.0
+DEADLINE_S = 90.0
 WORDS = "decode-worker"
 FLAGS = (
     "--models-on-demand",
