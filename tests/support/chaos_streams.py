@@ -37,7 +37,7 @@ from tests.support.processes import words
 MODEL: Final = "tiny"
 WORKERS: Final = 3
 CONTEXT: Final = 2048
-TIMEOUT_S: Final = 120.0
+TIMEOUT_S: Final = 300.0
 DRAIN_S: Final = 1
 SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
@@ -324,7 +324,7 @@ def run(home: Path, *, streams: int, tokens: int, seed: int, pause_s: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.support.chaos_streams")
     parser.add_argument("--streams", type=int, default=500)
-    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pause-s", type=float, default=4.0, help="between two faults, about")
     arguments = parser.parse_args()
