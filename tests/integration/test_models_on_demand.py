@@ -17,8 +17,8 @@ from tests.support.serve_stack import Serve, poll, serving
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ("first", "second", "third")
-MEMORY_MB = 1_100
-"""A tiny model counts 512 MB for its processes."""
+MEMORY_MB = 1_600
+"""A tiny model counts 768 MB for its processes."""
 IDLE_S = 4
 DEADLINE_S = 90.0
 WORDS = "decode-worker"

@@ -10,7 +10,7 @@ from precast.errors import ModelCorrupt, ModelNotFound, PrecastError
 from precast.log import get_logger
 from precast.models.config import load_config
 from precast.models.importing.catalog import check_name, check_weights
-from precast.sizing import size
+from precast.sizing import PROCESS_BYTES, size
 from precast.system.free_memory import FreeMemory, gib
 
 log = get_logger(__name__)
@@ -99,7 +99,7 @@ class HomeModels:
             created=int(folder.stat().st_mtime),
             context_length=sizing.context,
             kv_blocks=sizing.blocks,
-            nbytes=sizing.nbytes,
+            nbytes=sizing.nbytes + PROCESS_BYTES,  # ranks are forked from a process of their own
         )
 
 
