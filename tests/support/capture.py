@@ -30,6 +30,5 @@ def run_capture(
         given.seek(0)
         descriptors = [file.fileno() for file in (given, said, failed)]
         code = capture_forks.order(str(capture_forks.path()), arguments, descriptors)
-        assert code is not None, "another instruction set than the test run's"
         texts = [file.seek(0) or file.read() for file in (said, failed)]
     return subprocess.CompletedProcess(arguments, code, *texts)

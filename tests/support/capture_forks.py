@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from precast.system.process import ONE_THREAD, die_with_parent, fork
-from tests.support.forked import ISA
 
 ROOT: Final = Path(__file__).parents[2]
 _MAX_BYTES: Final = 128 << 10
@@ -49,35 +48,20 @@ def preload() -> None:
 
 
 def main() -> int:
-    """A capture elsewhere. The kernels read the instruction set when they are loaded, so that one
-    with another set is made here."""
+    """A capture elsewhere."""
     orders, *arguments = sys.argv[1:]
     with tempfile.TemporaryFile("w+") as factors:
         factors.write(sys.stdin.read())
         factors.seek(0)
-        code = order(orders, arguments, (factors.fileno(), 1, 2))
-        if code is None:
-            from precast.graphs.capture import entry
-
-            entry.preload()
-            factors.seek(0)
-            sys.stdin = factors
-            return _capture([_PROGRAM, *arguments])
-        return code
+        return order(orders, arguments, (factors.fileno(), 1, 2))
 
 
-def order(orders: str, arguments: Sequence[str], descriptors: Sequence[int]) -> int | None:
-    """The exit code of a capture; None if its instruction set is not the one there."""
+def order(orders: str, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """The exit code of a capture with the instruction set that the process at ``orders`` has."""
     with _connect(orders) as connection:
-        if connection.recv(64).decode() != _isa():
-            return None
         message = {"arguments": [_PROGRAM, *arguments], "environment": dict(os.environ)}
         socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors))
         return int(connection.recv(64) or b"1")
-
-
-def _isa() -> str:
-    return os.environ.get(ISA) or "the CPU's"
 
 
 def _connect(orders: str) -> socket.socket:
@@ -127,7 +111,6 @@ def _serve(listener: socket.socket) -> None:
             _hear(connection, running, listener)
         if listener in ready:
             connection, _ = listener.accept()
-            connection.send(_isa().encode())
             running[connection] = 0
 
 
