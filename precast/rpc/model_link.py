@@ -148,7 +148,7 @@ class _Connection:
     def _release(self, number: int) -> None:
         if (hold := self._held.pop(number, None)) is not None:
             hold.release()
-        elif (task := self._asking.get(number)) is not None:
+        elif (task := self._asking.pop(number, None)) is not None:  # it may not have begun
             task.cancel()
 
     async def _answer(self, ask: _Ask) -> None:
@@ -160,7 +160,7 @@ class _Connection:
             log.exception("a model's start failed unexpectedly", model=ask.model)
             self._say(_refusal(ask.number, WorkerUnavailable("internal error")))
         finally:
-            del self._asking[ask.number]
+            self._asking.pop(ask.number, None)
 
     async def _do(self, ask: _Ask) -> _Answer:
         if ask.what == "list":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,13 +10,20 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.http.protocol import ConnectionLimits, limited
+from services.gateway.presence import WhileConnected
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LARGE = 50 << 20
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """``/wait`` never answers; ``/large`` has more to say than any buffer holds."""
+    """``/wait`` never answers, nor does ``/read``, which reads the body; ``/large`` has more to say
+    than any buffer holds."""
+    if scope["path"] == "/read":
+        while (await receive())["more_body"]:
+            pass
+        async with WhileConnected(scope, receive):
+            await asyncio.sleep(60)
     if scope["path"] == "/wait":
         await receive()
         while (await receive())["type"] != "http.disconnect":
@@ -133,6 +141,21 @@ async def test_a_client_that_does_not_read_is_dropped(server: uvicorn.Server) ->
     while server.server_state.connections:
         assert asyncio.get_running_loop().time() < deadline
         await asyncio.sleep(0.05)
+
+
+async def test_a_client_that_leaves_after_a_large_body_is_noticed(server: uvicorn.Server) -> None:
+    """All of the body is read at once, after the head: the server stops reading for that much."""
+    [listener] = server.servers[0].sockets
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    with socket.create_connection(("127.0.0.1", listener.getsockname()[1])) as client:
+        client.sendall(b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n")
+        await asyncio.sleep(0.2)
+        client.sendall(bytes(200_000))  # without a turn of the loop that reads it
+        await asyncio.sleep(0.2)
+        assert len(server.server_state.connections) == 1
+    async with asyncio.timeout(5):
+        while server.server_state.connections:
+            await asyncio.sleep(0.02)
 
 
 async def test_pipelined_requests_are_answered_in_order(server: uvicorn.Server) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from precast.config.settings import DecodeWorkerSettings, load_settings
+from precast.config.settings import DecodeWorkerSettings, ServeSettings, load_settings
 from precast.errors import ConfigError, InvalidRequest
 from precast.graphs.factors import shape_from
 from precast.graphs.key import parse_spec
@@ -213,6 +213,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         ({"use_dora": True}, no_change, "use_dora = True can't be served"),
         ({"bias": "all"}, no_change, "bias = all can't be served"),
+        ({"init_lora_weights": "pissa"}, no_change, "init_lora_weights = pissa can't be served"),
+        ({"lora_alpha": 10**400}, no_change, "one"),
         ({"modules_to_save": ["lm_head"]}, no_change, r"modules_to_save = \['lm_head'\] can't"),
         ({"peft_type": "IA3"}, no_change, "peft_type 'IA3' is not LORA"),
         ({"lora_alpha": "six"}, no_change, "lora_alpha = six is no number"),
@@ -260,11 +262,19 @@ def test_the_rank_is_bounded(tmp_path: Path) -> None:
         ("a/b=/x", "'a/b=/x' must be name=folder"),
         ("a=/x,a=/y", "two models are called a"),
         ("m=/x", "two models are called m"),
+        (",".join(f"a{number}=/x" for number in range(65)), "more than 64 adapters"),
     ],
 )
 def test_settings_name_each_once(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_settings(DecodeWorkerSettings, model="m", adapter=text)
+
+
+def test_settings_that_adapters_do_not_allow() -> None:
+    with pytest.raises(ConfigError, match="prefill_chunk = 8192: a step with adapters has at most"):
+        load_settings(DecodeWorkerSettings, model="m", adapter="a=/x", prefill_chunk=8192)
+    with pytest.raises(ConfigError, match="two models are called b"):
+        load_settings(ServeSettings, model="m", more_models="b", adapter="b=/x")
 
 
 def test_their_memory_is_known_before(tmp_path: Path) -> None:

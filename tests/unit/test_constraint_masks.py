@@ -159,6 +159,7 @@ LENGTH = {"type": "string", "maxLength": 5}
         ({"type": "string", "format": "email"}, True),
         ({"anyOf": [LENGTH, {"const": "Constantinople"}]}, False),
         ({"anyOf": [LENGTH, {"type": ["string", "null"], "minLength": 9}]}, False),
+        ({"anyOf": [closed({"c": LENGTH}), closed({"c": {"const": "Constantinople"}})]}, False),
         ({"type": "string", "pattern": "^[^a]{3}[a-z]+$"}, False),
         ({"type": "object", "patternProperties": {"^x": LENGTH}}, False),
         ({"enum": ["<>|^`~#@%&*$!?;=()_QZXJKqzxjkw"]}, False),

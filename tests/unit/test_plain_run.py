@@ -17,7 +17,7 @@ from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.engine import delivery as delivery_module
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
-from services.decode_worker.engine.plain_run import PlainRun
+from services.decode_worker.engine.plain_run import PlainRun, _without
 from services.decode_worker.engine.request import Request
 from services.decode_worker.engine.response_buffer import Outbox, Recipient
 from services.decode_worker.engine.scheduler import Scheduler
@@ -237,7 +237,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found, settle = list[int](), PlainRun.settle
 
     def counted(run: PlainRun, metrics: Metrics) -> None:
-        found.append(len(run.step_us))
+        found.append(run.taken)
         settle(run, metrics)
 
     monkeypatch.setattr(PlainRun, "settle", counted)
@@ -385,3 +385,8 @@ async def test_a_run_ends_where_drafts_may_follow(table: TokenTable, short: list
     await leader.until(1, Ranks())
     assert leader.scheduler.drafted > 0
     assert leader.client.tokens[1] == [at % 256 for at in range(59, 99)]
+
+
+def test_a_text_that_can_not_be_made_is_left_out() -> None:
+    columns = StepTokens([7, 8, 9], [1, 1, 1], [3, 4, 5], ["a", "", "c"])
+    assert _without(columns, {1}) == StepTokens([7, 9], [1, 1], [3, 5], ["a", "c"])

@@ -19,8 +19,6 @@ from precast.models.weights.expected import expected_tensors
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
-MAX_ADAPTERS: Final = 64
-"""Beside one model."""
 _PREFIX: Final = "base_model.model."
 _SIDES: Final = (".lora_A.weight", ".lora_B.weight")
 _TARGETS: Final[Mapping[str, AdapterTarget]] = {
@@ -39,6 +37,9 @@ _REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None,),
+    # others begin from a base that they have changed
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 """Entries of the configuration, and their values that can be served."""
 
@@ -72,7 +73,7 @@ def read_adapter(name: str, folder: Path, config: ModelConfig) -> Adapter:
     """``config``: the model's. Raises ConfigError with one line."""
     try:
         return _read(name, folder, config)
-    except (ModelCorrupt, OSError, SafetensorError) as error:
+    except (ModelCorrupt, OSError, OverflowError, SafetensorError) as error:
         raise ConfigError(f"adapter {name}: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from precast.errors import ConfigError
+from precast.models.adapter_limits import MAX_ADAPTED_TOKENS
 from precast.models.shape import AdapterShape
 from precast.models.weights.adapter_folder import WEIGHTS, Adapter
 from precast.ops.native import has_adapters
 
-MAX_ROWS: Final = 8192
+MAX_ROWS: Final = MAX_ADAPTED_TOKENS
 """Tokens of a step, at the most."""
 RANDOM_ADAPTERS: Final = 2
 Pair = tuple[Tensor, Tensor]

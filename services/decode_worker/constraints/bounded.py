@@ -39,7 +39,8 @@ _MORE: Final = frozenset(
 )
 """Keywords that may ask more of a string than a length."""
 _CASES: Final = ("anyOf", "oneOf")
-_NO_STRINGS: Final = frozenset({"null", "boolean", "integer", "number", "object", "array"})
+_NO_STRINGS: Final = frozenset({"null", "boolean", "integer", "number"})
+"""Types of which no part is a string: two objects may say different things of one property."""
 
 
 class ShortTokens:
@@ -145,7 +146,7 @@ def _only_bounded(part: Any) -> bool:
 
 
 def _several_strings(cases: Any) -> bool:
-    """Whether more than one of them may be a string: together they would be more than a length."""
+    """Whether more than one of them may have a string: that may be more than a length."""
     if not isinstance(cases, list):
         return False
     kinds = [case.get("type") if isinstance(case, dict) else None for case in cases]

@@ -125,7 +125,10 @@ class Vocabulary:
         return BoundedStrings(self._short, inner, probe)
 
     def _text_of(self, token: int) -> bytes:
-        return b"" if self._tokens.is_special_token(token) else self.bytes_of(token)
+        """Nothing for special tokens and for ids without a token, which the library names so."""
+        found = self.bytes_of(token)
+        no_text = self._tokens.is_special_token(token) or found == b"<[%d]>" % token
+        return b"" if no_text else found
 
 
 def _source(grammar: Grammar) -> str:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from precast.log import get_logger
 from precast.ops.draw_status import DrawStatus
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.decode_worker.engine.plain_run import LEAST, MOST, PlainRun
+from services.decode_worker.engine.plain_run import LEAST, MOST, MOST_S, PlainRun
 from services.decode_worker.engine.pooled_parts import take_sums
 from services.decode_worker.engine.prompt_scores import PromptScores, take_scores
 from services.decode_worker.engine.request import Request
@@ -73,16 +73,20 @@ class Delivery:
                 request.started_s = time.monotonic()
                 self._metrics.queue_seconds.observe(request.started_s - request.came_s)
 
-    def plain_run(self, batch: StepBatch) -> PlainRun | None:
-        """The short way for the next steps of a batch; None if there is none. Blocks of windows
-        come and go with each step."""
+    def plain_run(self, batch: StepBatch, step_s: float) -> PlainRun | None:
+        """The short way for the next steps of a batch, each of about ``step_s``; None if there is
+        none. Blocks of windows come and go with each step."""
         if self._unsent or self._scores or self._scheduler.windows is not None:
+            return None
+        first = self._request_of(batch.sequences[0])
+        if first is None or first.outbox.sink_now is None:  # over gRPC, or to a slow reader
             return None
         requests = [r for s in batch.sequences if (r := self._request_of(s)) and r.is_plain]
         alike = {(one.outbox, one.told_s) for one in requests}
         if len(requests) < len(batch.sequences) or len(alike) > 1:
             return None
-        steps = min(MOST, self._scheduler.steps_left(batch))
+        soon = max(LEAST, int(MOST_S / max(step_s, 1e-4)))
+        steps = min(MOST, soon, self._scheduler.steps_left(batch))
         drafting = self._scheduler.watched(batch) if steps >= LEAST else None
         if drafting is None:
             return None

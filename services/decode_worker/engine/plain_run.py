@@ -7,10 +7,11 @@ once (``settle``): before anything else happens to one of the requests, and afte
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Many
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from precast.rpc.step_tokens import StepTokens
@@ -24,6 +25,8 @@ from services.decode_worker.ranks.protocol import DecodeOn, StepDone
 
 MOST: Final = 32
 """Steps of a run."""
+MOST_S: Final = 0.5
+"""Of a run: what is made up at its end, metrics among it, is no later."""
 LEAST: Final = 4
 """Steps that a run is worth beginning for."""
 
@@ -63,8 +66,6 @@ class PlainRun:
         """Of each step that was taken in."""
         self._told_s: list[float] = []
         """When each was."""
-        self.step_us: list[int] = []
-        """What each took."""
 
     def take(self, done: StepDone) -> bool:
         """Takes in what a step gave; false, with nothing done, where that is not so simple. Then
@@ -76,7 +77,6 @@ class PlainRun:
         self._sink = sink
         self._tokens.append(tokens)
         self._told_s.append(time.monotonic())
-        self.step_us.append(done.step_us)
         if self._drafting and self._guesses(tokens):
             self._left = 0
         return True
@@ -84,16 +84,22 @@ class PlainRun:
     def tell(self) -> None:
         """Sends on what was taken in last: the last that is done for a step, for whoever reads it
         may get the processor at once."""
-        tokens, texts, failed = self._tokens[-1], list[str](), list[tuple[Request, Exception]]()
+        tokens, texts, failed = self._tokens[-1], list[str](), dict[int, Exception]()
         for text_of, token in zip(self._texts_of, tokens, strict=True):
             try:
                 texts.append(text_of(token))
             except Exception as error:  # the others go on
-                failed.append((self._requests[len(texts)], error))
+                failed[len(texts)] = error
                 texts.append("")
-        self._sink.send_tokens(StepTokens(self._handles, self._counts, tokens, texts))
-        for request, why in failed:
-            self._fail(request, why)
+        columns = StepTokens(self._handles, self._counts, tokens, texts)
+        self._sink.send_tokens(_without(columns, failed) if failed else columns)
+        for place, why in failed.items():
+            self._fail(self._requests[place], why)
+
+    @property
+    def taken(self) -> int:
+        """Steps that were taken in."""
+        return len(self._tokens)
 
     def next_step(self, step_id: int, graph_size: int) -> DecodeOn | None:
         """Of the same batch once more; None: what else there may be has to be looked at."""
@@ -109,7 +115,7 @@ class PlainRun:
 
     def settle(self, metrics: Metrics) -> None:
         """Requests and sequences are as if each step had been dealt with by itself."""
-        taken = len(self._tokens)
+        taken = self.taken
         for place, request in enumerate(self._requests):
             sequence = request.sequence
             sequence.output += [tokens[place] for tokens in self._tokens]
@@ -143,6 +149,12 @@ class PlainRun:
         for place, block in zip(places, found, strict=True):
             self._requests[place].sequence.blocks.append(block)
         return np.array(list(zip(places, found, strict=True)), dtype=np.int32).tobytes()
+
+
+def _without(columns: StepTokens, places: Container[int]) -> StepTokens:
+    kept = [place for place in range(len(columns.handles)) if place not in places]
+    rows = msgspec.structs.astuple(columns)
+    return StepTokens(*([column[place] for place in kept] for column in rows))
 
 
 def _growing(sequences: Many[Sequence], size: int, steps: int) -> Mapping[int, list[int]]:

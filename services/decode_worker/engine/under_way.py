@@ -160,7 +160,8 @@ class StepsUnderWay:
             return
         batch = like.step.batch
         if all(sent.decodes_on and sent.step.batch is batch for sent in self._sent):
-            self._run, self._like_run = self._delivery.plain_run(batch), like._replace(repeats=True)
+            self._run = self._delivery.plain_run(batch, like.expected_s)
+            self._like_run = like._replace(repeats=True)
 
     def run_on(self, done: StepDone) -> PlainRun | None:
         """``finish`` in the short way; None, with nothing done, where that is not possible. Else
@@ -169,7 +170,7 @@ class StepsUnderWay:
         if run is None:
             return None
         if len(self._sent) > 1 and run.take(done):
-            self._sent.popleft()
+            self._uncounted.append((self._sent.popleft(), done.step_us))
             return run
         self.settle()
         return None
@@ -194,9 +195,7 @@ class StepsUnderWay:
         if run is None:
             return
         run.settle(self._metrics)
-        self._graphs.repeated(run.sent, len(run.step_us))
-        assert self._like_run is not None
-        self._uncounted += [(self._like_run, step_us) for step_us in run.step_us]
+        self._graphs.repeated(run.sent, run.taken)
 
     def finish(self, done: StepDone) -> None:
         """The ranks have answered the oldest one."""

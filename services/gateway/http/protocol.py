@@ -98,6 +98,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        if not self.pipeline:  # a body that came at once has paused it, and nobody would see an end
+            self.flow.resume_reading()
         self._in_body = False
         self._headers_are_here()
 
