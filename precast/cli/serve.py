@@ -214,7 +214,11 @@ async def _models_on_demand(
     host = ModelHost(
         models=HomeModels(settings, stacks.passed_on(settings), bound),
         start=lambda model: WorkerProcess(
-            stacks.on_demand(settings, model), forks, registry, supervisor.children
+            model.name,
+            stacks.on_demand(settings, model),
+            forks,
+            registry,
+            supervisor.children,
         ),
         bound=bound,
         idle_s=settings.idle_timeout,

@@ -21,9 +21,15 @@ class WorkerProcess:
     """From its start to its end; ``precast.cli.on_demand.parts.ModelProcess``."""
 
     def __init__(
-        self, spec: ChildSpec, forks: Forks, registry: Registry, children: list[Child]
+        self,
+        model: str,
+        spec: ChildSpec,
+        forks: Forks,
+        registry: Registry,
+        children: list[Child],
     ) -> None:
         """Starts it. ``children``: where it is listed while it runs."""
+        self._model = model
         self._child = Child(spec=spec)
         self._registry = registry
         self._children = children
@@ -62,7 +68,8 @@ class WorkerProcess:
             leases = await self._registry.decode_workers()
         except RegistryUnavailable:
             return False
-        return any(lease.pid == pid and lease.state == "ready" for lease in leases)
+        mine = (pid, self._model, "ready")  # of two hosts at one Redis pids may be equal
+        return any((lease.pid, lease.model, lease.state) == mine for lease in leases)
 
     async def _until_it_has_begun(self) -> None:
         """One that is being forked can't be told anything yet."""
