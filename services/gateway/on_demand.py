@@ -4,7 +4,7 @@ takes (``precast.rpc.model_link``)."""
 import asyncio
 import time
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol, Self
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,31 +23,15 @@ _LOOK_S: Final = 0.2
 """How often the list of workers is read meanwhile."""
 
 
-class Held(Protocol):
-    """A context manager: within it the model of a request can be asked."""
-
-    async def __aenter__(self) -> Self: ...
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+class Held(AbstractAsyncContextManager["Held"], Protocol):
+    """Within it the model of a request can be asked."""
 
     def until_sent(self, answer: Response) -> Response:
         """The answer, of which the model is held until its end instead of the context's."""
 
 
-class Models(Protocol):
-    """How requests come by their models. An async context manager."""
-
-    async def __aenter__(self) -> Self: ...
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+class Models(AbstractAsyncContextManager["Models"], Protocol):
+    """How requests come by their models."""
 
     @property
     def startable(self) -> bool:

@@ -33,26 +33,28 @@ def qwen3(data: Metadata, sizes: Sizes) -> Config:
 def qwen3_moe(data: Metadata, sizes: Sizes) -> Config:
     return {
         **qwen3(data, sizes),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": sizes.expert_mlp,
+        **_qwen_experts(data, sizes),
         "norm_topk_prob": True,
-        "num_experts": sizes.experts,
-        "num_experts_per_tok": data.positive("expert_used_count"),
     }
 
 
 def qwen2_moe(data: Metadata, sizes: Sizes) -> Config:
     return {
         **qwen(data, sizes),
+        **_qwen_experts(data, sizes),
+        "norm_topk_prob": False,
+        "qkv_bias": bool(biased(data.file, ATTENTION)),
+        "shared_expert_intermediate_size": sizes.shared_mlp,
+    }
+
+
+def _qwen_experts(data: Metadata, sizes: Sizes) -> Config:
+    return {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "moe_intermediate_size": sizes.expert_mlp,
-        "norm_topk_prob": False,
         "num_experts": sizes.experts,
         "num_experts_per_tok": data.positive("expert_used_count"),
-        "qkv_bias": bool(biased(data.file, ATTENTION)),
-        "shared_expert_intermediate_size": sizes.shared_mlp,
     }
 
 
