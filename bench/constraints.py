@@ -60,7 +60,7 @@ def enlarged(tokenizer: Tokenizer, size: int) -> str:
 def masks(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ends = [token for token in (tokenizer.token_to_id(_END),) if token is not None]
-    print("masks of a row, us: p50, p90, p99, largest; compiling a grammar, ms: p50, largest")
+    print("masks of a row, us: p50, p95, p99, largest; compiling a grammar, ms: p50, largest")
     for size in (tokenizer.get_vocab_size(), LARGE):
         began = time.thread_time()
         vocabulary = Vocabulary(enlarged(tokenizer, size), size, ends)
@@ -92,7 +92,7 @@ def times(matcher: Matcher, ids: list[int]) -> list[float]:
 
 
 def _spread(values: list[float]) -> str:
-    points = [*np.percentile(values, (50, 90, 99)), max(values)]
+    points = [*np.percentile(values, (50, 95, 99)), max(values)]
     return " ".join(f"{point:.0f}" for point in points)
 
 

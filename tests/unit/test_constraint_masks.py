@@ -15,11 +15,10 @@ from tokenizers import Tokenizer
 from precast.tokenizer.detokenizer import Detokenizer
 from precast.tokenizer.token_table import TokenTable
 from services.decode_worker.constraints.grammar import Grammar
-from services.decode_worker.constraints.matcher import Matcher
 from services.decode_worker.constraints.trial import trial
 from tests.support import models
-from tests.support.constraints import accepts, allowed, json_grammar, set_bits, vocabulary
-from tests.support.json_schemas import CASES, UNSUPPORTED, SchemaCase, closed, composed
+from tests.support.constraints import accepts, allowed, json_grammar, vocabulary
+from tests.support.json_schemas import CASES, UNSUPPORTED, SchemaCase
 from tests.support.tokenizers import byte_level, sentence_piece, word_piece
 
 BYTES = models._tokenizer()
@@ -123,53 +122,6 @@ def test_whatever_ends_is_valid(case: SchemaCase, seed: int) -> None:
             return
         output.append(draw.choice(allowed(matcher)))
         matcher.take(output[-1])
-
-
-def test_masks_within_bounded_strings_are_the_same() -> None:
-    """As those that llguidance makes by itself, for whatever beginnings."""
-    draw, made = random.Random(5), 0
-    for schema in composed(160):
-        matcher = VOCABULARIES["byte-level"].compile(json_grammar(schema))
-        for _ in range(25 if matcher._bounded else 0):
-            words = np.zeros(matcher.width, dtype=np.int32)
-            if matcher._bounded and matcher._bounded.fill(matcher._inner, words):
-                made += 1
-                assert set_bits(words) == without_shortcut(matcher), schema
-            matcher.take(draw.choice(without_shortcut(matcher)))
-            if matcher.is_complete:
-                break
-    assert made > 30
-
-
-def without_shortcut(matcher: Matcher) -> list[int]:
-    plain = matcher.copy()
-    plain._bounded = None
-    return allowed(plain)
-
-
-LENGTH = {"type": "string", "maxLength": 5}
-
-
-@pytest.mark.parametrize(
-    ("more", "bounded"),
-    [
-        ({}, True),
-        ({"enum": ["a", "<"]}, True),
-        ({"anyOf": [LENGTH, {"type": "null"}]}, True),
-        ({"type": "string", "format": "email"}, True),
-        ({"anyOf": [LENGTH, {"const": "Constantinople"}]}, False),
-        ({"anyOf": [LENGTH, {"type": ["string", "null"], "minLength": 9}]}, False),
-        ({"anyOf": [closed({"c": LENGTH}), closed({"c": {"const": "Constantinople"}})]}, False),
-        ({"type": "string", "pattern": "^[^a]{3}[a-z]+$"}, False),
-        ({"type": "object", "patternProperties": {"^x": LENGTH}}, False),
-        ({"enum": ["<>|^`~#@%&*$!?;=()_QZXJKqzxjkw"]}, False),
-    ],
-)
-def test_where_a_string_is_more_than_bounded_masks_are_made_in_full(
-    more: Any, bounded: bool
-) -> None:
-    matcher = VOCABULARIES["bytes"].compile(json_grammar(closed({"a": LENGTH, "b": more})))
-    assert (matcher._bounded is not None) == bounded
 
 
 def test_formats_of_dates_are_strict_wherever_they_are() -> None:

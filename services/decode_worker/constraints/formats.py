@@ -1,8 +1,11 @@
-"""Formats of strings that llguidance takes too lightly: it has leap seconds in any minute, and the
-29th of February in any year."""
+"""Formats of strings that are written as patterns: dates, of which llguidance has leap seconds in
+any minute and the 29th of February in any year, and addresses, whose masks are then known
+(``patterns``)."""
 
 import json
 from typing import Any, Final
+
+from services.decode_worker.constraints.addresses import EMAIL, HOSTNAME, URI
 
 _YEAR_4: Final = r"(\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
 """Divisible by 4, and if by 100, then by 400 too."""
@@ -17,6 +20,9 @@ _PATTERNS: Final = {
     "date": f"^{_DATE}$",
     "time": f"^{_TIME}$",
     "date-time": f"^{_DATE}[tT]{_TIME}$",
+    "email": f"^{EMAIL}$",
+    "hostname": f"^{HOSTNAME}$",
+    "uri": f"^{URI}$",
 }
 _VALUES: Final = frozenset({"const", "enum", "default", "examples"})
 """Keywords behind which there are values, and no schemas."""

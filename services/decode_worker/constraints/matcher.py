@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from services.decode_worker.constraints.bounded import BoundedStrings, ShortTokens
 from services.decode_worker.constraints.formats import with_strict_formats
 from services.decode_worker.constraints.grammar import JSON_OPTIONS, Grammar
+from services.decode_worker.constraints.known_strings import KnownStrings, OtherTokens
+from services.decode_worker.constraints.marked_schema import MarkedSchema, marked
+from services.decode_worker.constraints.patterns import KnownPattern, PatternBook
+from services.decode_worker.constraints.plain_tokens import PlainTokens
+from services.decode_worker.constraints.warming import warm
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
@@ -28,11 +32,11 @@ class Matcher:
     """Where an output stands in its grammar."""
 
     def __init__(
-        self, inner: "LLMatcher", width: int, tokens: "Vocabulary", bounded: BoundedStrings | None
+        self, inner: "LLMatcher", width: int, tokens: "Vocabulary", strings: KnownStrings | None
     ) -> None:
         self._inner = inner
         self._tokens = tokens
-        self._bounded = bounded
+        self._strings = strings
         self._given_up = ""
         self.width: Final = width
         """Words of a mask."""
@@ -41,8 +45,8 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         """At the same place, going its own way from there."""
-        bounded = None if self._bounded is None else self._bounded.copy()
-        return Matcher(self._inner.deep_copy(), self.width, self._tokens, bounded)
+        strings = None if self._strings is None else self._strings.copy()
+        return Matcher(self._inner.deep_copy(), self.width, self._tokens, strings)
 
     @property
     def error(self) -> str:
@@ -73,15 +77,15 @@ class Matcher:
         """The output goes on by a token; an error if the grammar does not allow it."""
         if not self.error and not self._inner.is_stopped():
             self._inner.consume_token(token)
-            if self._bounded is not None and not self._bounded.take(self._tokens.bytes_of(token)):
-                self._bounded = None
+            if self._strings is not None and not self._strings.take(self._tokens.bytes_of(token)):
+                self._strings = None
 
     def fill(self, words: Words) -> None:
         """Sets int32 [width] to the tokens that may follow, a bit each: bit i % 32 of word i // 32.
         Other Python threads run meanwhile."""
         if words.shape != (self.width,) or not words.flags.c_contiguous:
             raise ValueError(f"a mask of {words.shape}, not ({self.width},)")
-        if self._bounded is None or not self._bounded.fill(self._inner, words):
+        if self._strings is None or not self._strings.fill(words):
             self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
 
 
@@ -101,28 +105,44 @@ class Vocabulary:
         except Exception as error:  # of the library's own kinds
             raise ValueError(str(error).splitlines()[0]) from None
         self.width: Final = -(-vocab_size // 32)
-        self._short = ShortTokens(list(map(self._text_of, range(vocab_size))), eos_token_ids)
+        texts = list(map(self._text_of, range(vocab_size)))
+        plain = PlainTokens(texts)
+        self._others = OtherTokens(texts, eos_token_ids, plain)
+        self._patterns = PatternBook(plain)
 
     def bytes_of(self, token: int) -> bytes:
         found: bytes = self._tokens.decode_bytes([token])
         return found
 
-    def compile(self, grammar: Grammar) -> Matcher:
-        """At the grammar's beginning, perhaps with an error. Other Python threads run meanwhile."""
+    def compile(self, grammar: Grammar, *, quick: bool = True) -> Matcher:
+        """At the grammar's beginning, perhaps with an error. Other Python threads run meanwhile.
+        ``quick``: its masks are to be made soon, which takes up to half a second beforehand."""
+        found = self._compiled(grammar, quick=quick)
+        if quick and not found.error:
+            warm(found, self._others.spelled(b'"]},'))
+        return found
+
+    def _compiled(self, grammar: Grammar, *, quick: bool) -> Matcher:
         from llguidance import LLMatcher
 
         source = _source(grammar)
         inner = LLMatcher(self._tokens, source, log_level=0, limits=_limits())
-        return Matcher(inner, self.width, self, self._bounded(grammar, source))
+        schema = marked(with_strict_formats(grammar.text)) if _is_schema(grammar) else None
+        strings = None
+        if schema is not None and self._others.has_marks and not inner.get_error():
+            unknown: list[KnownPattern | None] = [None] * len(schema.strings)
+            known = self._patterns.known(schema.strings) if quick else unknown
+            strings = self._strings(schema, known)
+        return Matcher(inner, self.width, self, strings)
 
-    def _bounded(self, grammar: Grammar, source: str) -> BoundedStrings | None:
+    def _strings(
+        self, schema: MarkedSchema, known: Sequence[KnownPattern | None]
+    ) -> KnownStrings | None:
         from llguidance import LLMatcher
 
-        probe = self._short.probe(grammar.text) if grammar.kind == "json_schema" else None
-        if probe is None:
-            return None
-        inner = LLMatcher(self._short.tokenizer, source, log_level=0, limits=_limits())
-        return BoundedStrings(self._short, inner, probe)
+        source = LLMatcher.grammar_from_json_schema(schema.text, overrides=JSON_OPTIONS)
+        inner = LLMatcher(self._others.tokenizer, source, log_level=0, limits=_limits())
+        return None if inner.get_error() else KnownStrings(self._others, inner, known)
 
     def _text_of(self, token: int) -> bytes:
         """Nothing for special tokens and for ids without a token, which the library names so."""
@@ -144,6 +164,10 @@ def _source(grammar: Grammar) -> str:
     else:
         source = LLMatcher.grammar_from_lark(grammar.text)
     return source
+
+
+def _is_schema(grammar: Grammar) -> bool:
+    return grammar.kind == "json_schema"
 
 
 def _limits() -> "LLParserLimits":

@@ -17,7 +17,7 @@ MAX_MASK_S: Final = 0.1
 
 def trial(vocabulary: Vocabulary, grammar: Grammar) -> str:
     """Why the grammar is refused; empty if it is not."""
-    matcher = vocabulary.compile(grammar)
+    matcher = vocabulary.compile(grammar, quick=False)
     if matcher.error:
         return refusal(grammar.kind, matcher.error)
     if matcher.warnings:
