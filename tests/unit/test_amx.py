@@ -11,7 +11,9 @@ from torch import Tensor
 
 from precast.models.kv_cache import fill_cache, new_cache
 from precast.ops import native
+from precast.ops.gguf_types import BLOCKS
 from precast.ops.packing import Format, pack
+from tests.support import gguf_kernels
 
 QUANTIZED = [Format.INT8, Format.Q8_0, Format.Q4_0, Format.Q4_1]
 ROWS = (1, 11, 12, 16, 17, 30, 65)
@@ -21,7 +23,8 @@ needs_amx = pytest.mark.skipif(native.native_isa() != "amx", reason="no AMX in u
 
 
 def linear_digest() -> str:
-    """Of every format's outputs, for inputs that end within a group and outputs within a panel."""
+    """Of the outputs of every format, and of every type of a file, for inputs that end within a
+    group or a block and outputs that end within a panel."""
     torch.manual_seed(0)
     native.start_threads((-1, -1))
     digest = hashlib.blake2b()
@@ -31,6 +34,12 @@ def linear_digest() -> str:
             for rows in ROWS:
                 y = torch.ops.precast.linear(torch.randn(rows, k), packed, bias, n, int(fmt))
                 digest.update(y.numpy().tobytes())
+    for kind in gguf_kernels.QUANTIZED:
+        k = 3 * BLOCKS[kind].inputs
+        weight = gguf_kernels.packed([gguf_kernels.random_rows(kind, 40, k)])
+        for rows in ROWS:
+            y = torch.ops.precast.linear(torch.randn(rows, k), weight, None, 40, int(Format.MIXED))
+            digest.update(y.numpy().tobytes())
     return digest.hexdigest()
 
 

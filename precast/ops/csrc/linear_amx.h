@@ -8,7 +8,6 @@
 #if defined(__AMX_INT8__)
 
 #include <utility>
-#include <vector>
 
 #include "amx.h"
 #include "linear_fold.h"
@@ -22,10 +21,10 @@ constexpr int64_t kMatrixRowsFrom = 12;
 static_assert(kMatrixRows == kRowBlock && kVectors == 1);
 constexpr int kGroupValues = kGroup * kPanel;
 
-// Formats of two groups to a block; the others' tiles are those of AVX-512.
-constexpr bool has_matrices(Format f) {
-  return f == Format::kInt8 || f == Format::kQ8_0 || f == Format::kQ4_0 || f == Format::kQ4_1;
-}
+// Formats whose panels are matrices as they are: 1.1 to 1.2 times as fast from 32 rows on. The others' tiles are
+// those of AVX-512. Unpacked into matrices of bytes first, 4 bits took 1.1 to 1.3 times as long with 16 rows, and as
+// long with 64: what takes the time is the sums of each group of 32, as floats, and not their products.
+constexpr bool has_matrices(Format f) { return f == Format::kInt8 || f == Format::kQ8_0; }
 
 // A panel's weights as matrices, a group each, and their scales.
 struct MatrixPanel {
@@ -36,31 +35,6 @@ struct MatrixPanel {
   const float* column_scales;   // kInt8's
   uint8_t short_group[kGroupValues];
 };
-
-inline uint8_t* unpacked_panel(int64_t groups) {
-  thread_local std::vector<uint8_t> memory;
-  const size_t bytes = static_cast<size_t>(groups) * kGroupValues + kLineBytes;
-  if (memory.size() < bytes) memory.resize(bytes);
-  const auto at = reinterpret_cast<uintptr_t>(memory.data());
-  return memory.data() + (kLineBytes - at % kLineBytes) % kLineBytes;
-}
-
-// Halves of bytes as bytes, without the offset that kQ4_0's have.
-template <Format F>
-inline void unpack_halves(const uint8_t* panel, int64_t groups, uint8_t* to) {
-  const __m512i mask = _mm512_set1_epi8(15);
-  const __m512i offset = _mm512_set1_epi8(F == Format::kQ4_0 ? 8 : 0);
-  for (int64_t g = 0; g < groups; ++g, to += kGroupValues) {
-    const uint8_t* from = panel + g / 2 * block_bytes(F) + g % 2 * group_bytes(F);
-    for (int64_t s = 0; s < 4 * kStepBytes; s += kStepBytes) {
-      const __m512i both = _mm512_loadu_si512(from + s);
-      const __m512i low = _mm512_and_si512(both, mask);
-      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-      _mm512_storeu_si512(to + s, _mm512_sub_epi8(low, offset));
-      _mm512_storeu_si512(to + 4 * kStepBytes + s, _mm512_sub_epi8(high, offset));
-    }
-  }
-}
 
 template <Format F>
 inline void find_matrices(const LinearArgs& a, const uint8_t* panel, MatrixPanel& m) {
@@ -74,20 +48,13 @@ inline void find_matrices(const LinearArgs& a, const uint8_t* panel, MatrixPanel
     m.last = panel + groups / 2 * block_bytes(F) - block_bytes(F) + kGroupValues;
     return;
   }
+  const int64_t size = padded_k(F, a.k) * kPanel, before = (groups - 1) * kGroupValues;
+  m.values = panel;
   m.to_second = m.to_first = kGroupValues;
-  if constexpr (F == Format::kInt8) {
-    const int64_t size = padded_k(F, a.k) * kPanel, before = (groups - 1) * kGroupValues;
-    m.values = panel;
-    m.last = m.short_group;
-    std::memset(m.short_group, 0, sizeof(m.short_group));
-    std::memcpy(m.short_group, panel + before, size - before);
-    m.column_scales = reinterpret_cast<const float*>(panel + size);
-  } else {
-    uint8_t* unpacked = unpacked_panel(groups);
-    unpack_halves<F>(panel, groups, unpacked);
-    m.values = unpacked;
-    m.last = unpacked + (groups - 1) * kGroupValues;
-  }
+  m.last = m.short_group;
+  std::memset(m.short_group, 0, sizeof(m.short_group));
+  std::memcpy(m.short_group, panel + before, size - before);
+  m.column_scales = reinterpret_cast<const float*>(panel + size);
 }
 
 // What a tile is computed from, group by group: the distances are those from a group to the next.
