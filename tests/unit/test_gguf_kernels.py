@@ -86,6 +86,8 @@ def test_extremes_do_not_saturate(kind: GgufType, sign: float) -> None:
         x = torch.sign(values[row : row + 1]) * sign
         got = ops.linear(x, packed([raw]), None, 16, MIXED)
         assert torch.allclose(got, x @ values.T, rtol=1e-4, atol=float(values.abs().max()) * 1e-2)
+        many = ops.linear(x.expand(17, -1), packed([raw]), None, 16, MIXED)
+        assert torch.equal(many, got.expand(17, -1))
 
 
 @pytest.mark.parametrize("kind", [GgufType.Q4_K, GgufType.Q5_0, GgufType.F16])

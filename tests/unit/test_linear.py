@@ -79,7 +79,9 @@ def test_extremes_do_not_saturate(fmt: Format, sign: float) -> None:
     x = weight[:1] * sign
     expected = x @ unpack(packed, 16, 512, fmt).T
     assert expected.abs().min() > 400
-    torch.testing.assert_close(run(x, packed, None, 16, fmt), expected, rtol=1e-4, atol=0)
+    one = run(x, packed, None, 16, fmt)
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=0)
+    assert torch.equal(run(x.expand(17, -1), packed, None, 16, fmt), one.expand(17, -1))
 
 
 def test_int8_weights_are_rounded_to_the_nearest_step() -> None:

@@ -28,6 +28,36 @@ struct Starts {
 // are those of `steps` times four inputs: 8, and less in kInt8's last group. `Unpacked`: they are bytes, as
 // load_weights gives them.
 
+// Whether weights that are unpacked once have 16 bits each. With AVX2, bytes with signs take four instructions for
+// 32 products: the input's sign to the weight's, the product, and two to widen its sums. Products of 16 bits take
+// four too, but only two of them multiply, where three did: those have two ports of three on Intel's cores.
+constexpr bool is_wide([[maybe_unused]] Format f) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  return f == Format::kInt8 || block_of(f).bits == 8 || has_curve(f);
+#else
+  return false;
+#endif
+}
+
+// group_dots of such weights, as put_weights has them, with inputs as widen_inputs has them.
+template <int MR, typename Use>
+inline void group_dots_of_wide(const uint8_t* w, const int16_t* x, Use&& use);
+
+// Writes what load_weights gave into a group of unpacked weights. Wide ones: rows of 64 bytes, [16 columns][2
+// inputs], the first and third of each four inputs; behind all of those the second and fourth.
+template <Format F, typename V>
+inline void put_weights(uint8_t* group, int step, int v, V four) {
+  uint8_t* to = group + step * kStepBytes + v * kLanes * 4;
+  if constexpr (is_wide(F)) {
+    typedef int16_t Pairs __attribute__((vector_size(kLanes * 4)));
+    const Pairs pairs = (Pairs)four, even = (pairs << 8) >> 8, odd = pairs >> 8;
+    std::memcpy(to, &even, sizeof(even));
+    std::memcpy(to + kSteps * kStepBytes, &odd, sizeof(odd));
+  } else {
+    std::memcpy(to, &four, sizeof(four));
+  }
+}
+
 #if defined(__AVX512VNNI__)
 // Bits of bytes moved by `by`, to the left if it is positive; callers mask what comes from their neighbours.
 inline __m512i moved(__m512i x, int by) {
@@ -196,6 +226,27 @@ inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts sta
     for (int r = 0; r < MR; ++r) {
       for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], part);
     }
+  }
+}
+
+template <int MR, typename Use>
+inline void group_dots_of_wide(const uint8_t* w, const int16_t* x, Use&& use) {
+  __m256i dots[MR][kVectors];
+  clear(dots);
+#pragma GCC unroll 16
+  for (int s = 0; s < kGroup / 2; ++s) {
+    __m256i weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = load_as<__m256i>(w + s * kStepBytes + v * 32);
+    for (int r = 0; r < MR; ++r) {
+      const __m256i two = _mm256_set1_epi32(load_as<int32_t>(x + r * kGroup + s * 2));
+      for (int v = 0; v < kVectors; ++v) {
+        dots[r][v] = _mm256_add_epi32(dots[r][v], _mm256_madd_epi16(weights[v], two));
+        settle(dots[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], 0);
   }
 }
 

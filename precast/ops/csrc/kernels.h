@@ -87,6 +87,7 @@ inline int64_t panel_bytes(Format f, int64_t k) {
 // entry is a group of a row: see input_at.
 struct QuantizedInputs {
   int8_t* values;   // [entries, kGroup]; zeros past K
+  int16_t* wide;    // null, or the same in 16 bits, of each group first those at even places
   float* scales;    // [entries]; value = scale * q
   int32_t* starts;  // what sums of integer products begin at, to make up for the weights' offset
   float* sums;      // scale * sum of q
@@ -124,6 +125,9 @@ struct Kernels {
   const char* isa;
   // Panels that a tile of several rows has: threads get whole tiles.
   int tile_panels;
+
+  // Whether so many rows' inputs are wanted in 16 bits as well.
+  bool (*takes_wide)(Format format, int64_t rows);
 
   // Symmetric quantisation of args.x: q = round(x / scale), scale = max|x| / 127 over the group. Writes
   // units [begin, end) of args.inputs, of input_units(args): a unit is a group of a block of rows.

@@ -31,6 +31,7 @@ void sum(const float* const* arrays, int count, float* out, int64_t n) {
 const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
   static const Kernels table = {PRECAST_STR(PRECAST_ISA),
                                 kPanels,
+                                takes_wide,
                                 quantize_inputs,
                                 find_starts,
                                 linear,

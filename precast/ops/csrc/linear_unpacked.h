@@ -22,26 +22,44 @@ constexpr int kStretchGroups = 8;  // of inputs; a whole number of any format's 
 constexpr int64_t kStretchRows = 64;
 static_assert(kStretchRows % kRowBlock == 0);
 
-// Whether it pays. Where bytes are multiplied as bytes without unsigned ones, the multiplications are what
-// takes the time: iq4_nl and q8_0 with AVX2.
+// Whether it pays. kInt8's weights are what AVX-512 multiplies already.
 constexpr bool unpacks_once([[maybe_unused]] Format f) {
 #if defined(__AVX512VNNI__)
   return is_grouped(f);
 #elif defined(__AVX2__)
-  return is_grouped(f) && block_of(f).bits < 8 && !has_curve(f);
+  return is_quantized(f);
 #else
   return false;
 #endif
 }
 constexpr int64_t kUnpackedFrom = 8;  // rows
 
+bool takes_wide(Format format, int64_t rows) { return is_wide(format) && rows >= kUnpackedFrom; }
+
 // A panel's groups, as group_dots takes weights that are unpacked, and their parameters as floats.
 template <Format F>
 struct UnpackedPanel {
-  alignas(64) uint8_t weights[kStretchGroups][kGroup * kPanel];
-  float scales[kStretchGroups][parts_of(F)][kPanel];
+  alignas(64) uint8_t weights[kStretchGroups][kGroup * kPanel * (is_wide(F) ? 2 : 1)];
+  float scales[is_grouped(F) ? kStretchGroups : 1][parts_of(F)][kPanel];
   float minima[has_minima(F) ? kStretchGroups : 1][kPanel];
+
+  GroupParameters parameters(int group, int part, int v) const {
+    GroupParameters own{};
+    if constexpr (is_grouped(F)) own.scales = load(scales[group][part] + v * kLanes);
+    if constexpr (has_minima(F)) own.minima = load(minima[group] + v * kLanes);
+    return own;
+  }
 };
+
+// A group's weights; kInt8's last group may have fewer than kSteps, with inputs of zero behind them.
+template <Format F>
+inline void unpack_weights(const uint8_t* from, int steps, uint8_t* to) {
+#pragma GCC unroll 8
+  for (int s = 0; s < kSteps; ++s) {
+    if (F == Format::kInt8 && s == steps) break;
+    for (int v = 0; v < kVectors; ++v) put_weights<F>(to, s, v, load_weights<F>(from, s, v));
+  }
+}
 
 template <Format F>
 [[gnu::noinline]] void unpack_panel(const uint8_t* panel, int64_t first, int count, UnpackedPanel<F>& to) {
@@ -49,14 +67,7 @@ template <Format F>
   for (int g = 0; g < count; ++g) {
     const uint8_t* block = panel + (first + g) / kGroups * block_bytes(F);
     const int64_t group = (first + g) % kGroups;
-    const uint8_t* from = block + values_at(F) + group * group_bytes(F);
-#pragma GCC unroll 8
-    for (int s = 0; s < kSteps; ++s) {
-      for (int v = 0; v < kVectors; ++v) {
-        const auto four = load_weights<F>(from, s, v);
-        std::memcpy(to.weights[g] + s * kStepBytes + v * kLanes * 4, &four, sizeof(four));
-      }
-    }
+    unpack_weights<F>(block + values_at(F) + group * group_bytes(F), kSteps, to.weights[g]);
     for (int part = 0; part < parts_of(F); ++part) {
       for (int v = 0; v < kVectors; ++v) {
         const auto own = group_parameters<F>(block + parameters_at(F), group, part, v);
@@ -64,6 +75,16 @@ template <Format F>
         if constexpr (has_minima(F)) store(to.minima[g] + v * kLanes, own.minima);
       }
     }
+  }
+}
+
+// As above, of kInt8, whose panel has `steps` times four inputs.
+template <Format F>
+[[gnu::noinline]] void unpack_int8(const uint8_t* panel, int64_t first, int64_t steps, UnpackedPanel<F>& to) {
+  if ((first + kStretchGroups) * kSteps > steps) std::memset(to.weights, 0, sizeof(to.weights));
+  for (int g = 0; g < kStretchGroups && (first + g) * kSteps < steps; ++g) {
+    const int64_t at = (first + g) * kSteps;
+    unpack_weights<F>(panel + at * kStepBytes, static_cast<int>(std::min<int64_t>(kSteps, steps - at)), to.weights[g]);
   }
 }
 
@@ -87,14 +108,16 @@ inline void add_stretch(const LinearArgs& a, const Stretched<F>& w, Prefetch& ah
   int64_t at = w.at;
   for (int g = 0; g < w.count; ++g, at += w.rows) {
     ahead.ask(lines);
-    group_dots<F, MR, NP, true>(
-        w.panels->weights[g], sizeof(UnpackedPanel<F>), kSteps, a.inputs.values + at * kGroup,
-        {a.inputs.starts + at, a.inputs.entries}, [&](int r, int p, int v, vint dots, int part) {
-          GroupParameters own{load(w.panels[p].scales[g][part] + v * kLanes), vfloat{}};
-          if constexpr (has_minima(F)) own.minima = load(w.panels[p].minima[g] + v * kLanes);
-          totals[r][p][v] =
-              add_group<F>(totals[r][p][v], dots, a.inputs.scales[at + r], a.inputs.sums[at + r], own);
-        });
+    const auto add = [&](int r, int p, int v, vint dots, int part) {
+      totals[r][p][v] = add_group<F>(totals[r][p][v], dots, a.inputs.scales[at + r], a.inputs.sums[at + r],
+                                     w.panels[p].parameters(g, part, v));
+    };
+    if constexpr (is_wide(F)) {
+      group_dots_of_wide<MR>(w.panels->weights[g], a.inputs.wide + at * kGroup, add);
+    } else {
+      group_dots<F, MR, NP, true>(w.panels->weights[g], sizeof(UnpackedPanel<F>), kSteps,
+                                  a.inputs.values + at * kGroup, {a.inputs.starts + at, a.inputs.entries}, add);
+    }
   }
   for (int r = 0; r < MR; ++r) {
     for (int p = 0; p < NP; ++p) {
@@ -130,7 +153,14 @@ inline void stretched_rows(const LinearArgs& a, int64_t panel, int64_t begin, in
   std::memset(sums, 0, sizeof(float) * (end - begin) * NP * kPanel);
   for (int64_t g = 0; g < groups; g += kStretchGroups) {
     const int count = static_cast<int>(std::min<int64_t>(kStretchGroups, groups - g));
-    for (int p = 0; p < NP; ++p) unpack_panel<F>(a.weight + (panel + p) * stride, g, count, unpacked[p]);
+    for (int p = 0; p < NP; ++p) {
+      const uint8_t* from = a.weight + (panel + p) * stride;
+      if constexpr (F == Format::kInt8) {
+        unpack_int8(from, g, padded_k(F, a.k) / 4, unpacked[p]);
+      } else {
+        unpack_panel<F>(from, g, count, unpacked[p]);
+      }
+    }
     for (int64_t first = begin; first < end; first += kRowBlock) {
       const int64_t rows = rows_of_block(a.m, first);
       add_stretch_to_block<F, MR, NP>(a, {unpacked, count, first * a.groups + g * rows, rows}, ahead, lines,
@@ -139,9 +169,11 @@ inline void stretched_rows(const LinearArgs& a, int64_t panel, int64_t begin, in
   }
   for (int64_t row = begin; row < end; ++row) {
     for (int p = 0; p < NP; ++p) {
+      const uint8_t* behind = a.weight + (panel + p) * stride + padded_k(F, a.k) * kPanel;
+      const auto* scales = F == Format::kInt8 ? reinterpret_cast<const float*>(behind) : nullptr;
       vfloat own[kVectors];
       for (int v = 0; v < kVectors; ++v) own[v] = load(sums + ((row - begin) * NP + p) * kPanel + v * kLanes);
-      write_row(a, row, (panel + p) * kPanel, own);
+      write_row(a, row, (panel + p) * kPanel, own, scales);
     }
   }
 }

@@ -37,21 +37,23 @@ Format format_of(int64_t format) {
 }
 
 // Quantised inputs live as long as the thread that calls operators, and grow to the largest it has seen.
-// `parts`: of a weight, each with starts of its own; 0: a weight of args.format alone.
-void quantize_inputs(LinearArgs& args, int64_t parts = 0) {
+// `wide`: in 16 bits as well. `parts`: of a weight, each with starts of its own; 0: a weight of args.format alone.
+void quantize_inputs(LinearArgs& args, bool wide, int64_t parts = 0) {
   thread_local std::vector<int8_t> values;
+  thread_local std::vector<int16_t> wide_values;
   thread_local std::vector<float> scales, sums;
   thread_local std::vector<int32_t> starts, halves;
   // And some behind the last row, for tiles that read more rows than there are.
   const int64_t entries = args.m * args.groups + kRowBlock;
   const bool by_halves = parts > 0 || has_halves(args.format);
   values.resize(entries * kGroup);
+  if (wide) wide_values.resize(entries * kGroup);
   scales.resize(entries);
   sums.resize(entries);
   starts.resize(entries * std::max<int64_t>(1, by_halves ? 2 * std::max<int64_t>(parts, 1) : 1));
   if (by_halves) halves.resize(2 * entries);
-  args.inputs = {values.data(), scales.data(), starts.data(), sums.data(), by_halves ? halves.data() : nullptr,
-                 entries};
+  args.inputs = {values.data(), wide ? wide_values.data() : nullptr, scales.data(), starts.data(), sums.data(),
+                 by_halves ? halves.data() : nullptr, entries};
   const int64_t units = input_units(args);
   if (args.m < 4) {
     kernels().quantize_inputs(args, 0, units);
@@ -87,9 +89,12 @@ MixedWeight mixed_of(const at::Tensor& weight, int64_t k, const char* what) {
 // All parts in one go: their units lie one behind the other.
 void multiply_mixed(LinearArgs args, const MixedWeight& weight) {
   args.groups = mixed_groups(weight);
-  bool quantized = false;
-  for (int64_t i = 0; i < weight.count; ++i) quantized |= is_quantized(weight.parts[i].format);
-  if (quantized) quantize_inputs(args, weight.count);
+  bool quantized = false, wide = false;
+  for (int64_t i = 0; i < weight.count; ++i) {
+    quantized |= is_quantized(weight.parts[i].format);
+    wide |= kernels().takes_wide(weight.parts[i].format, args.m);
+  }
+  if (quantized) quantize_inputs(args, wide, weight.count);
   const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
   LinearArgs parts[kMaxParts];
   int64_t units[kMaxParts + 1] = {}, row = 0;
@@ -149,7 +154,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
               "linear: weight must be packed as uint8 [", panels_of(n), ", ",
               panel_bytes(args.format, args.k), "]");
   args.weight = weight.const_data_ptr<uint8_t>();
-  if (is_quantized(args.format)) quantize_inputs(args);
+  if (is_quantized(args.format)) quantize_inputs(args, kernels().takes_wide(args.format, args.m));
   ThreadPool::instance().will_read({args.weight, static_cast<int64_t>(weight.nbytes())});
   multiply(args, weight.size(0));
   return y;

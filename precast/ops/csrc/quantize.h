@@ -57,6 +57,16 @@ inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
   return sum;
 }
 
+// A group's inputs, those at even places first, as linears multiply weights of 16 bits with them.
+inline void widen_inputs(const int8_t* q, int16_t* to) {
+  int16_t pairs[kGroup / 2];
+  std::memcpy(pairs, q, sizeof(pairs));
+  for (int i = 0; i < kGroup / 2; ++i) {
+    to[i] = static_cast<int16_t>(pairs[i] << 8) >> 8;
+    to[kGroup / 2 + i] = pairs[i] >> 8;
+  }
+}
+
 void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
   const int64_t groups = a.groups;
   const int32_t offset = weight_offset(a.format);
@@ -81,6 +91,7 @@ void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
         sum = sums[0] + sums[a.inputs.entries];
       }
       for (int64_t i = count; i < kGroup; ++i) q[i] = 0;
+      if (a.inputs.wide != nullptr) widen_inputs(q, a.inputs.wide + at * kGroup);
       a.inputs.scales[at] = largest / 127.0f;
       a.inputs.starts[at] = -offset * sum;
       a.inputs.sums[at] = static_cast<float>(sum) * a.inputs.scales[at];
