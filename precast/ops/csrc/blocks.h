@@ -71,22 +71,34 @@ inline vfloat half_power(vint exponents) {
 
 inline vint widen_unsigned(const uint8_t* p) { return widen(reinterpret_cast<const int8_t*>(p)) & 255; }
 
-// `parameters`: of a block; `group`: its number in the block; `half`: of has_halves.
+// d, where it is fp32.
+inline vfloat block_scales(const uint8_t* parameters, int v) {
+  return load(reinterpret_cast<const float*>(parameters) + v * kLanes);
+}
+
+// Of has_halves, whole numbers.
+inline vint half_scales(const uint8_t* parameters, int64_t group, int half, int v) {
+  const uint8_t* s = parameters + 4 * kPanel + (2 * group + half) * kPanel + v * kLanes;
+  return widen(reinterpret_cast<const int8_t*>(s));
+}
+
+// `parameters`: of a block; `group`: its number in the block; `half`: of has_halves, whose scales have to be
+// multiplied by block_scales.
 template <Format F>
 inline GroupParameters group_parameters(const uint8_t* parameters, int64_t group, int half, int v) {
   const int64_t at = v * kLanes, own = group * kPanel + at;
   const auto* halves = reinterpret_cast<const Float16*>(parameters);
   if constexpr (F == Format::kMXFP4) return {half_power(widen_unsigned(parameters + own)), vfloat{}};
   if constexpr (F == Format::kQ4_K || F == Format::kQ5_K) {
-    const uint8_t* s = parameters + 4 * kPanel + own;
+    const uint8_t* bytes = parameters + 4 * kPanel + own;
     const vfloat e = -load(halves + kPanel + at);
-    return {load(halves + at) * to_float(widen_unsigned(s)),
-            e * to_float(widen_unsigned(s + block_of(F).groups * kPanel))};
+    return {load(halves + at) * to_float(widen_unsigned(bytes)),
+            e * to_float(widen_unsigned(bytes + block_of(F).groups * kPanel))};
   }
-  if constexpr (F == Format::kQ6_K || F == Format::kIQ4_XS) {
-    const int64_t part = F == Format::kQ6_K ? (2 * group + half) * kPanel + at : own;
+  if constexpr (has_halves(F)) return {to_float(half_scales(parameters, group, half, v)), vfloat{}};
+  if constexpr (F == Format::kIQ4_XS) {
     const auto* s = reinterpret_cast<const int8_t*>(parameters + 4 * kPanel);
-    return {load(reinterpret_cast<const float*>(parameters) + at) * load(s + part), vfloat{}};
+    return {block_scales(parameters, v) * load(s + own), vfloat{}};
   }
   GroupParameters found{load(halves + own), vfloat{}};
   if constexpr (F == Format::kQ4_1 || F == Format::kQ5_1) found.minima = load(halves + 2 * kPanel + own);

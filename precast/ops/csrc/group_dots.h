@@ -23,14 +23,9 @@ struct Starts {
   int64_t to_second;
 };
 
-// group_dots calls use(row, panel, vector, dots, part) for MR rows, each 32 inputs at x + 32 row, each vector
-// of the columns of NP panels, `stride` bytes apart, and each part of the group, the first one first. Weights
-// are those of `steps` times four inputs: 8, and less in kInt8's last group. `Unpacked`: they are bytes, as
-// load_weights gives them.
-
 // Whether weights that are unpacked once have 16 bits each. With AVX2, bytes with signs take four instructions for
-// 32 products: the input's sign to the weight's, the product, and two to widen its sums. Products of 16 bits take
-// four too, but only two of them multiply, where three did: those have two ports of three on Intel's cores.
+// 32 products: one moves the weight's sign to the input, one multiplies, two widen the sums and add them. Products
+// of 16 bits take four too. But of the former, three have only two of an Intel core's three ports; of these, two.
 constexpr bool is_wide([[maybe_unused]] Format f) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
   return f == Format::kInt8 || block_of(f).bits == 8 || has_curve(f);
@@ -38,6 +33,22 @@ constexpr bool is_wide([[maybe_unused]] Format f) {
   return false;
 #endif
 }
+
+// Whether halves' scales are multiplied with sums of 16 bits, in the place of ones that only widen these.
+constexpr bool weighs_pairs([[maybe_unused]] Format f) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  return has_halves(f);
+#else
+  return false;
+#endif
+}
+
+// As group_dots, of unpacked weights of such a format: whole groups' sums times their scales. `scales`: three rows
+// of pairs of 16 bits, the first half's scales twice, the second's twice, and both times -32. `halves`: sums of
+// inputs, of a group's second half `to_second` further.
+template <int MR, typename Use>
+inline void group_dots_of_pairs(const uint8_t* w, const int8_t* x, const int32_t* scales, const int32_t* halves,
+                                int64_t to_second, Use&& use);
 
 // group_dots of such weights, as put_weights has them, with inputs as widen_inputs has them.
 template <int MR, typename Use>
@@ -57,6 +68,11 @@ inline void put_weights(uint8_t* group, int step, int v, V four) {
     std::memcpy(to, &four, sizeof(four));
   }
 }
+
+// group_dots calls use(row, panel, vector, dots, part) for MR rows, each 32 inputs at x + 32 row, each vector
+// of the columns of NP panels, `stride` bytes apart, and each part of the group, the first one first. Weights
+// are those of `steps` times four inputs: 8, and less in kInt8's last group. `Unpacked`: they are bytes, as
+// load_weights gives them.
 
 #if defined(__AVX512VNNI__)
 // Bits of bytes moved by `by`, to the left if it is positive; callers mask what comes from their neighbours.
@@ -226,6 +242,38 @@ inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts sta
     for (int r = 0; r < MR; ++r) {
       for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], part);
     }
+  }
+}
+
+template <int MR, typename Use>
+inline void group_dots_of_pairs(const uint8_t* w, const int8_t* x, const int32_t* scales, const int32_t* halves,
+                                int64_t to_second, Use&& use) {
+  __m256i dots[MR][kVectors];
+  for (int r = 0; r < MR; ++r) {
+    const __m256i sums = _mm256_set1_epi32((halves[r] & 0xffff) | halves[to_second + r] << 16);
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256i both = load_as<__m256i>(scales + 2 * kPanel + v * kLanes);
+      dots[r][v] = _mm256_madd_epi16(both, sums);
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kSteps; s += 2) {
+    __m256i weights[2][kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < 2; ++i) weights[i][v] = load_as<__m256i>(w + (s + i) * kStepBytes + v * 32);
+    }
+    for (int r = 0; r < MR; ++r) {
+      const __m256i a = load_inputs(x + r * kGroup + s * 4), b = load_inputs(x + r * kGroup + s * 4 + 4);
+      for (int v = 0; v < kVectors; ++v) {
+        const __m256i first = _mm256_maddubs_epi16(weights[0][v], a), second = _mm256_maddubs_epi16(weights[1][v], b);
+        const __m256i own = load_as<__m256i>(scales + s / (kSteps / 2) * kPanel + v * kLanes);
+        dots[r][v] = _mm256_add_epi32(dots[r][v], _mm256_madd_epi16(_mm256_add_epi16(first, second), own));
+        settle(dots[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], 0);
   }
 }
 

@@ -18,7 +18,9 @@ namespace {
 // Rows and panels of a register tile. AVX-512: a broadcast of inputs is a load, and one is issued a cycle
 // beside one dot product of 64 bytes, so inputs are used for three panels; with sums of a group and totals,
 // 4 by 3 fill the registers.
+// Half groups are kept until the other half is there: 4 by 2.
 constexpr int kRows = 4, kPanels = kVectors == 1 ? 3 : 1;
+constexpr int panels_of_tile(Format f) { return has_halves(f) && kPanels > 2 ? 2 : kPanels; }
 
 // Rows of inputs against panels: where a tile begins.
 struct Tile {
@@ -60,12 +62,24 @@ inline void int8_tile(const LinearArgs& a, const Tile& t) {
   }
 }
 
+// Adds a block's sums to a tile's totals.
+template <Format F, int MR, int NP>
+inline void add_block(vfloat (&totals)[MR][NP][kVectors], const vfloat (&sums)[MR][NP][kVectors],
+                      const uint8_t* block, int64_t stride) {
+  for (int p = 0; p < NP; ++p) {
+    for (int v = 0; v < kVectors; ++v) {
+      const vfloat scales = block_scales(block + parameters_at(F) + p * stride, v);
+      for (int r = 0; r < MR; ++r) totals[r][p][v] = multiply_add(sums[r][p][v], scales, totals[r][p][v]);
+    }
+  }
+}
+
 // One scale for each group of a row and of a column.
 template <Format F, int MR, int NP>
 inline void grouped_tile(const LinearArgs& a, const Tile& t) {
   const int64_t groups = input_groups(F, a.k), stride = panel_bytes(F, a.k);
   const uint8_t* block = a.weight + t.panel * stride;
-  vfloat totals[MR][NP][kVectors];
+  vfloat totals[MR][NP][kVectors], sums[MR][NP][kVectors], first[MR][NP][kVectors];
   clear(totals);
   int64_t at = t.at;
   Prefetch ahead = t.ahead;
@@ -76,18 +90,24 @@ inline void grouped_tile(const LinearArgs& a, const Tile& t) {
     group_dots<F, MR, NP>(
         block + values_at(F) + group * group_bytes(F), stride, kSteps, a.inputs.values + at * kGroup,
         {a.inputs.starts + at, a.inputs.entries}, [&](int r, int p, int v, vint dots, int part) {
-          totals[r][p][v] =
-              add_group<F>(totals[r][p][v], dots, a.inputs.scales[at + r], a.inputs.sums[at + r],
-                           group_parameters<F>(parameters + p * stride, group, part, v));
+          const auto own = group_parameters<F>(parameters + p * stride, group, part, v);
+          const float scale = a.inputs.scales[at + r];
+          if constexpr (has_halves(F)) {
+            add_half(sums[r][p][v], first[r][p][v], dots, scale, own.scales, part);
+          } else {
+            totals[r][p][v] = add_group<F>(totals[r][p][v], dots, scale, a.inputs.sums[at + r], own);
+          }
         });
     at += t.rows;
   };
   for (int64_t b = 0; b < groups; b += kGroups, block += block_bytes(F)) {
+    if constexpr (has_halves(F)) clear(sums);
     for (int pair = 0; pair < kPairs; ++pair) {
       ahead.ask(lines);
       add(2 * pair);
       add(2 * pair + 1);
     }
+    if constexpr (has_halves(F)) add_block<F>(totals, sums, block, stride);
   }
   for (int p = 0; p < NP; ++p) {
     for (int r = 0; r < MR; ++r) {
@@ -140,7 +160,7 @@ void linear_quantized(const LinearArgs& a, int64_t begin, int64_t end) {
     }
   };
   // A single row reads one panel after the other: memory is what it waits for.
-  if (a.m > 1) panels(std::integral_constant<int, kPanels>{});
+  if (a.m > 1) panels(std::integral_constant<int, panels_of_tile(F)>{});
   panels(std::integral_constant<int, 1>{});
 }
 

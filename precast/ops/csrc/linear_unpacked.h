@@ -3,7 +3,7 @@
 //
 // Of 2048 inputs on one core with AVX-512, against unpacking for each tile of rows: q4_1 1.12 and 1.27 times as
 // fast at 16 and 64 rows, q5_K 1.5 and 1.7, q6_K 1.25 and 1.4, iq4_xs 1.25 and 1.7; with AVX2 q4_1 1.05 and 1.13,
-// q5_K 1.3 and 1.5, q6_K 1.3 and 1.5.
+// q5_K 1.3 and 1.5, q6_K 1.4 and 1.6, iq4_nl 1.2, int8 and q8_0 1.1.
 //
 // Sums of integers and of floats are those of the other tiles, in the same order: a row has the same bits
 // whichever tile it is in.
@@ -41,7 +41,9 @@ template <Format F>
 struct UnpackedPanel {
   alignas(64) uint8_t weights[kStretchGroups][kGroup * kPanel * (is_wide(F) ? 2 : 1)];
   float scales[is_grouped(F) ? kStretchGroups : 1][parts_of(F)][kPanel];
+  int32_t pairs[weighs_pairs(F) ? kStretchGroups : 1][3][kPanel];  // instead: see group_dots_of_pairs
   float minima[has_minima(F) ? kStretchGroups : 1][kPanel];
+  float block_scales[kPanel];  // of has_halves, of whose blocks a stretch has one
 
   GroupParameters parameters(int group, int part, int v) const {
     GroupParameters own{};
@@ -61,6 +63,13 @@ inline void unpack_weights(const uint8_t* from, int steps, uint8_t* to) {
   }
 }
 
+inline void put_pairs(const uint8_t* parameters, int64_t group, int v, int32_t (&to)[3][kPanel]) {
+  const vint first = half_scales(parameters, group, 0, v), second = half_scales(parameters, group, 1, v);
+  const vint pairs[3] = {(first & 0xffff) | first << 16, (second & 0xffff) | second << 16,
+                         (-32 * first & 0xffff) | (-32 * second) << 16};
+  for (int i = 0; i < 3; ++i) std::memcpy(to[i] + v * kLanes, pairs + i, sizeof(vint));
+}
+
 template <Format F>
 [[gnu::noinline]] void unpack_panel(const uint8_t* panel, int64_t first, int count, UnpackedPanel<F>& to) {
   constexpr int kGroups = block_of(F).groups;
@@ -68,9 +77,12 @@ template <Format F>
     const uint8_t* block = panel + (first + g) / kGroups * block_bytes(F);
     const int64_t group = (first + g) % kGroups;
     unpack_weights<F>(block + values_at(F) + group * group_bytes(F), kSteps, to.weights[g]);
-    for (int part = 0; part < parts_of(F); ++part) {
-      for (int v = 0; v < kVectors; ++v) {
-        const auto own = group_parameters<F>(block + parameters_at(F), group, part, v);
+    const uint8_t* parameters = block + parameters_at(F);
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (has_halves(F)) store(to.block_scales + v * kLanes, block_scales(parameters, v));
+      if constexpr (weighs_pairs(F)) put_pairs(parameters, group, v, to.pairs[g]);
+      for (int part = 0; part < (weighs_pairs(F) ? 0 : parts_of(F)); ++part) {
+        const auto own = group_parameters<F>(parameters, group, part, v);
         store(to.scales[g][part] + v * kLanes, own.scales);
         if constexpr (has_minima(F)) store(to.minima[g] + v * kLanes, own.minima);
       }
@@ -96,23 +108,37 @@ struct Stretched {
   int64_t at, rows;  // entry of a tile's first row in the first group; entries from a group to the next
 };
 
-// Adds a stretch to the sums [MR][NP][kPanel] of a tile's rows.
+// Adds a stretch to the sums [MR][NP][kPanel] of a tile's rows; where halves have scales, as a block's sum.
 template <Format F, int MR, int NP>
 inline void add_stretch(const LinearArgs& a, const Stretched<F>& w, Prefetch& ahead, int64_t lines, float* sums) {
-  vfloat totals[MR][NP][kVectors];
+  static_assert(!has_halves(F) || block_of(F).groups == kStretchGroups);
+  vfloat totals[MR][NP][kVectors], first[MR][NP][kVectors];
   for (int r = 0; r < MR; ++r) {
     for (int p = 0; p < NP; ++p) {
-      for (int v = 0; v < kVectors; ++v) totals[r][p][v] = load(sums + (r * NP + p) * kPanel + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) {
+        totals[r][p][v] = has_halves(F) ? vfloat{} : load(sums + (r * NP + p) * kPanel + v * kLanes);
+      }
     }
   }
   int64_t at = w.at;
   for (int g = 0; g < w.count; ++g, at += w.rows) {
     ahead.ask(lines);
     const auto add = [&](int r, int p, int v, vint dots, int part) {
-      totals[r][p][v] = add_group<F>(totals[r][p][v], dots, a.inputs.scales[at + r], a.inputs.sums[at + r],
-                                     w.panels[p].parameters(g, part, v));
+      const GroupParameters own = w.panels[p].parameters(g, part, v);
+      const float scale = a.inputs.scales[at + r];
+      if constexpr (has_halves(F)) {
+        add_half(totals[r][p][v], first[r][p][v], dots, scale, own.scales, part);
+      } else {
+        totals[r][p][v] = add_group<F>(totals[r][p][v], dots, scale, a.inputs.sums[at + r], own);
+      }
     };
-    if constexpr (is_wide(F)) {
+    if constexpr (weighs_pairs(F)) {
+      const auto add_whole = [&](int r, int p, int v, vint dots, int) {
+        totals[r][p][v] = multiply_add(to_float(dots), splat(a.inputs.scales[at + r]), totals[r][p][v]);
+      };
+      group_dots_of_pairs<MR>(w.panels->weights[g], a.inputs.values + at * kGroup, w.panels->pairs[g][0],
+                              a.inputs.halves + at, a.inputs.entries, add_whole);
+    } else if constexpr (is_wide(F)) {
       group_dots_of_wide<MR>(w.panels->weights[g], a.inputs.wide + at * kGroup, add);
     } else {
       group_dots<F, MR, NP, true>(w.panels->weights[g], sizeof(UnpackedPanel<F>), kSteps,
@@ -121,7 +147,11 @@ inline void add_stretch(const LinearArgs& a, const Stretched<F>& w, Prefetch& ah
   }
   for (int r = 0; r < MR; ++r) {
     for (int p = 0; p < NP; ++p) {
-      for (int v = 0; v < kVectors; ++v) store(sums + (r * NP + p) * kPanel + v * kLanes, totals[r][p][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = sums + (r * NP + p) * kPanel + v * kLanes;
+        const vfloat d = load(w.panels[p].block_scales + v * kLanes);
+        store(to, has_halves(F) ? multiply_add(totals[r][p][v], d, load(to)) : totals[r][p][v]);
+      }
     }
   }
 }

@@ -21,7 +21,8 @@ inline void unpack_grouped_row(const uint8_t* panel, int64_t k, int64_t column, 
     const int64_t group = i / kGroup % kGroups, first = i % kGroup;
     const auto own =
         group_parameters<F>(block + parameters_at(F), group, static_cast<int>(first / kSize), v);
-    const float scale = own.scales[lane], minimum = own.minima[lane];
+    const vfloat scales = has_halves(F) ? block_scales(block + parameters_at(F), v) * own.scales : own.scales;
+    const float scale = scales[lane], minimum = own.minima[lane];
     const uint8_t* values = block + values_at(F) + group * group_bytes(F);
     for (int64_t j = 0; j < kSize && i + j < k; ++j) {
       y[i + j] = scale * value_of<F>(values, column, first + j) + minimum;
