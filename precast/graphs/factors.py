@@ -77,7 +77,6 @@ def needs_of(shape: Shape) -> providers.Needs:
         kv_dtype=shape.kv_dtype,
         head_dim=shape.head_dim,
         uneven_groups=len(set(shape.query_groups)) > 1,
-        sinks=shape.architecture == "gpt_oss",
     )
 
 

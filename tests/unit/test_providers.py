@@ -1,8 +1,10 @@
 """Kernel providers: every one gives the same results, and the choice among them has reasons."""
 
 import importlib
+import importlib.util
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,22 @@ from torch import Tensor
 
 from precast.errors import ConfigError
 from precast.models.kv_cache import LayerCache, new_cache, read_cache
-from precast.ops import providers
+from precast.ops import native, providers
 from precast.ops.native import ABI_VERSION
 from precast.ops.packing import Format, pack
-from precast.ops.providers import reference, sgl_kernel
+from precast.ops.providers import reference, sgl_kernel, sgl_trial
 from precast.ops.providers.base import Choice, Needs
 from precast.system.cpu import Cpu, narrowed, parse_cpuinfo, this_cpu
 
 UPSTREAM = Path(__file__).parents[1] / "support" / "upstream"
-AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
-SERVER = Cpu(model="with AMX", flags=AVX512 | {"amx_tile", "amx_int8", "amx_bf16"})
+INSTALLED = importlib.util.find_spec("sgl_kernel") is not None
+"""Upstream's own: its operators are tested then, on this CPU, in place of the stand-in's."""
+AVX2 = frozenset({"avx2", "fma", "f16c"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16"})
+SERVER = Cpu(model="with AMX", flags=AVX512 | AMX)
+RUNS = this_cpu() if INSTALLED else SERVER
+"""Whose kernels are called."""
 BF16 = Needs(weight_dtype="bf16", formats=frozenset({Format.BF16}), kv_dtype="bf16", head_dim=32)
 BLOCK, BLOCKS = 16, 12
 
@@ -34,13 +42,18 @@ def native_again() -> Iterator[None]:
 
 
 @pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(UPSTREAM)
+def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not INSTALLED:
+        monkeypatch.syspath_prepend(UPSTREAM)
     importlib.import_module("sgl_kernel")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the stand-in's tensors are tiny
+    yield
+    torch.set_num_threads(threads)
 
 
 def small_arguments(name: str) -> tuple[Tensor | float, ...]:
-    return {
+    arguments: dict[str, tuple[Tensor | float, ...]] = {
         "rms_norm": (torch.randn(5, 72), torch.randn(72), 1e-5),
         "rotary": (torch.randn(5, 3, 40), torch.rand(5, 20), torch.rand(5, 20)),
         "silu_and_mul": (torch.randn(5, 2 * 37) * 20,),
@@ -48,18 +61,29 @@ def small_arguments(name: str) -> tuple[Tensor | float, ...]:
         "sigmoid_and_mul": (torch.randn(5, 1) * 4, torch.randn(5, 37)),
         "soft_cap": (torch.randn(5, 37) * 20, 30.0),
         "route": (torch.randn(5, 11) * 3, 4, True),
-    }[name]
+    }
+    return arguments[name]
 
 
-SERVED_UPSTREAM = ["rms_norm", "rotary", "silu_and_mul"]
-SMALL = [*SERVED_UPSTREAM, "gelu_tanh_and_mul", "sigmoid_and_mul", "soft_cap", "route"]
+SERVED_UPSTREAM = ["rms_norm", "rotary", "silu_and_mul", "gelu_tanh_and_mul"]
+SMALL = [*SERVED_UPSTREAM, "sigmoid_and_mul", "soft_cap", "route"]
 
 
-def paging(dim: int, heads: int = 6, kv_heads: int = 2) -> dict[str, Any]:
+def short_paging(dim: int) -> dict[str, Any]:
     """A prompt, a later chunk of one, two decodes, one of them in its first token, and padding."""
-    new, contexts = [7, 5, 1, 1, 1], [7, 25, 33, 1, 0]
     tables = torch.randperm(BLOCKS)[: 4 * 3].view(4, 3)
-    tables = torch.cat((tables, torch.zeros(1, 3))).to(torch.int32)
+    return paging(dim, [7, 5, 1, 1, 1], [7, 25, 33, 1, 0], torch.cat((tables, torch.zeros(1, 3))))
+
+
+def long_paging(dim: int) -> dict[str, Any]:
+    """A chunk of several of upstream's blocks, and a decode."""
+    tables = torch.cat((torch.randperm(BLOCKS - 2), torch.tensor([BLOCKS - 2]).repeat(BLOCKS - 2)))
+    return paging(dim, [80, 1], [100, 9], tables.view(2, -1))
+
+
+def paging(dim: int, new: list[int], contexts: list[int], tables: Tensor) -> dict[str, Any]:
+    """Arguments of attention for sequences of ``new`` tokens at the ends of their contexts."""
+    heads, kv_heads, tables = 6, 2, tables.to(torch.int32)
     slots = [
         int(tables[s, at // BLOCK]) * BLOCK + at % BLOCK if contexts[s] else -1
         for s, count in enumerate(new)
@@ -71,7 +95,7 @@ def paging(dim: int, heads: int = 6, kv_heads: int = 2) -> dict[str, Any]:
         "k": torch.randn(tokens, kv_heads, dim),
         "v": torch.randn(tokens, kv_heads, dim),
         "slots": torch.tensor(slots, dtype=torch.int32),
-        "query_starts": torch.tensor([0, 7, 12, 13, 14, 15], dtype=torch.int32),
+        "query_starts": torch.tensor([0, *new]).cumsum(0).to(torch.int32),
         "context_lens": torch.tensor(contexts, dtype=torch.int32),
         "block_tables": tables,
     }
@@ -106,11 +130,15 @@ def full_cache(kv_dtype: str, dim: int, token_major: bool = False) -> LayerCache
 
 
 def attend(
-    cache: LayerCache, given: dict[str, Any], window: int = 0, softcap: float = 0.0
+    cache: LayerCache,
+    given: dict[str, Any],
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     q, k, v, *rest = given.values()
     out: Tensor = torch.ops.precast.paged_attention(
-        q, k, v, cache.k, cache.v, *rest, q.shape[2] ** -0.5, window, softcap
+        q, k, v, cache.k, cache.v, *rest, q.shape[2] ** -0.5, window, softcap, [], sinks
     )
     return out
 
@@ -156,7 +184,7 @@ def test_embedding_agrees_with_the_reference(fmt: Format) -> None:
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0), (20, 2.0)])
 def test_attention_agrees_with_the_reference(kv_dtype: str, window: int, softcap: float) -> None:
-    given = paging(20)
+    given = short_paging(20)
     results, caches = [], []
     for name in ("native", "reference"):
         providers.start(providers.select(name, BF16))
@@ -179,7 +207,7 @@ def test_operators_trace(provider: str) -> None:
         packed = pack(torch.randn(20, 8), fmt)
         torch.library.opcheck(ops.linear, (torch.randn(3, 8), packed, None, 20, int(fmt)))
         torch.library.opcheck(ops.embedding, (torch.tensor([1, 19]), packed, 8, int(fmt)))
-    given = paging(16)
+    given = short_paging(16)
     q, k, v, *rest = given.values()
     cache = full_cache("fp32", 16)
     torch.library.opcheck(ops.paged_attention, (q, k, v, *cache, *rest, 0.25, 0, 0.0))
@@ -220,21 +248,60 @@ def test_all_operators_are_served_where_everything_is_there(upstream: None) -> N
     assert {n for n, c in selection.choices.items() if c == none} == {
         "embedding",
         "fused_experts",
-        "gelu_tanh_and_mul",
         "route",
         "sigmoid_and_mul",
         "soft_cap",
     }
     assert {c.provider for c in selection.choices.values() if c != none} == {"sgl_kernel"}
     assert selection.provider == "sgl_kernel"
-    assert selection.abi.endswith(":linear+paged_attention+rms_norm+rotary+silu_and_mul")
+    _, names, version = selection.abi.split(":")
+    assert names == "gelu_tanh_and_mul+linear+paged_attention+rms_norm+rotary+silu_and_mul"
+    assert version == f"{sys.modules['sgl_kernel'].__version__}-2"  # what pack makes
 
 
-def test_a_cpu_without_avx512_never_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_avx2_never_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", pytest.fail)
-    found = reasons(BF16, Cpu(model="old", flags=frozenset({"avx2"})))
-    assert set(found.values()) == {"this CPU has no AVX-512"}
+    found = reasons(BF16, Cpu(model="old", flags=frozenset({"avx2", "fma"})))
+    assert set(found.values()) == {"this CPU has no f16c"}
     assert sgl_kernel.select(BF16, Cpu(model="old", flags=frozenset())).provider == "native"
+
+
+HALF_A_LIBRARY = """
+exec(open({stand_in!r}).read())
+import os, signal
+
+def replace(name, function):
+    _library.impl(name, function, "CPU", allow_override=True)
+
+def raises(x):
+    raise RuntimeError("not compiled")
+
+replace("rmsnorm_cpu", lambda x, weight, eps: torch.zeros_like(x))
+replace("gelu_tanh_and_mul_cpu", raises)
+replace("rotary_embedding_cpu", lambda *_: os.kill(os.getpid(), signal.SIGILL))
+"""
+
+
+def test_a_library_is_tried_by_another_process_where_it_may_not_run(
+    upstream: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Operators that are wrong, left out or beyond the CPU are native, each with its reason."""
+    (tmp_path / "sgl_kernel.py").write_text(
+        HALF_A_LIBRARY.format(stand_in=str(UPSTREAM / "sgl_kernel" / "__init__.py"))
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    sgl_trial.failures.cache_clear()
+    found = reasons(BF16, Cpu(model="no AVX-512", flags=AVX2))
+    sgl_trial.failures.cache_clear()
+    trial = "a trial of sgl_kernel"
+    assert found == {
+        "silu_and_mul": "",
+        "rms_norm": f"{trial} gave a wrong result",
+        "gelu_tanh_and_mul": f"{trial} failed: not compiled",
+        "rotary": f"{trial} ended with SIGILL: it is built for another CPU",
+        "paged_attention": f"{trial} ended with SIGILL: it is built for another CPU",
+        "linear": "this CPU has no AMX",
+    }
 
 
 def test_without_amx_linears_are_native(upstream: None) -> None:
@@ -245,7 +312,7 @@ def test_without_amx_linears_are_native(upstream: None) -> None:
 
 def test_a_missing_library_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sgl_kernel", None)
-    assert all("sgl_kernel can't be loaded" in text for text in reasons(BF16, SERVER).values())
+    assert set(reasons(BF16, SERVER).values()) == {"sgl_kernel is not installed"}
 
 
 def test_another_schema_is_the_reason(upstream: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,11 +329,10 @@ def test_another_schema_is_the_reason(upstream: None, monkeypatch: pytest.Monkey
         ({"kv_dtype": "int8"}, {"paged_attention"}, "kv_dtype is int8: it takes bf16"),
         ({"head_dim": 40}, {"paged_attention"}, "head_dim is 40"),
         ({"uneven_groups": True}, {"paged_attention"}, "this rank's KV heads have different"),
-        ({"sinks": True}, {"paged_attention"}, "this model's attention has sinks"),
         ({"formats": frozenset({Format.Q4_0, Format.INT8})}, {"linear"}, "weights are q4_0"),
         (
             {"weight_dtype": "fp32"},
-            {"linear", "rms_norm", "rotary", "silu_and_mul"},
+            {"linear", *SERVED_UPSTREAM},
             "weight_dtype is fp32: it takes bf16 and fp16",
         ),
     ],
@@ -280,6 +346,23 @@ def test_types_that_are_not_served(
     assert all(found[name].startswith(reason) for name in operators)
 
 
+def test_linears_in_fp16_need_amx_that_has_it(upstream: None) -> None:
+    """Elsewhere upstream's give wrong results, without a word."""
+    older = Cpu(model="AMX of bf16 and int8", flags=SERVER.flags - {"amx_fp16"})
+    by_weights = Needs(
+        weight_dtype="fp16", formats=frozenset({Format.INT8}), kv_dtype="bf16", head_dim=32
+    )
+    by_format = Needs(
+        weight_dtype="bf16", formats=frozenset({Format.FP16}), kv_dtype="bf16", head_dim=32
+    )
+    for needs in (by_weights, by_format):
+        found = reasons(needs, older)
+        assert found.pop("linear").startswith("weights are fp16")
+        assert set(found.values()) == {""}
+        newer = Cpu(model="AMX of fp16 too", flags=SERVER.flags | AMX)
+        assert reasons(needs, newer)["linear"] == ""
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", SERVED_UPSTREAM)
 def test_upstream_small_operators_agree(upstream: None, name: str, dtype: str) -> None:
@@ -287,7 +370,7 @@ def test_upstream_small_operators_agree(upstream: None, name: str, dtype: str) -
     kept = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
     expected = getattr(reference, name)(*arguments)
     needs = Needs(weight_dtype=dtype, formats=frozenset(), kv_dtype="fp32", head_dim=40)
-    providers.start(sgl_kernel.select(needs, SERVER))
+    providers.start(sgl_kernel.select(needs, RUNS))
     actual = getattr(torch.ops.precast, name)(*arguments)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
     # Upstream's rotary writes into its arguments: ours must be as they were.
@@ -298,36 +381,71 @@ def test_upstream_small_operators_agree(upstream: None, name: str, dtype: str) -
     )
 
 
+def test_upstream_takes_no_rows(upstream: None) -> None:
+    """As in a step that draws no token."""
+    providers.start(sgl_kernel.select(BF16, RUNS))
+    for name in SERVED_UPSTREAM:
+        first, *rest = small_arguments(name)
+        assert isinstance(first, Tensor)
+        others = [a[:0] if isinstance(a, Tensor) and a.dim() == 2 else a for a in rest]
+        empty = getattr(torch.ops.precast, name)(first[:0], *others)
+        assert empty.shape == (0, *getattr(reference, name)(first, *rest).shape[1:])
+    given = paging(32, [0], [0], torch.zeros(1, 1))
+    assert attend(full_cache("bf16", 32, token_major=True), given).shape == (0, 6, 32)
+
+
 @pytest.mark.parametrize("fmt", [Format.BF16, Format.FP16, Format.INT8])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (37, 100), (1, 1)])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("rows", "with_bias"), [(0, False), (3, False), (3, True), (40, True)])
 def test_upstream_linears_agree(
-    upstream: None, fmt: Format, n: int, k: int, with_bias: bool
+    upstream: None, fmt: Format, n: int, k: int, rows: int, with_bias: bool
 ) -> None:
-    """Any shape: upstream's come in tiles of 16 by 32."""
+    """Any shape: upstream's come in tiles. It has a kernel for up to 4 rows and one for more."""
     weight, bias = torch.randn(n, k) / k**0.5, torch.randn(n) if with_bias else None
-    x = torch.randn(3, k)
+    x = torch.randn(rows, k)
     expected = torch.nn.functional.linear(x, weight, bias)
     needs = Needs(weight_dtype="bf16", formats=frozenset({fmt}), kv_dtype="fp32", head_dim=32)
-    selection = sgl_kernel.select(needs, SERVER)
+    selection = sgl_kernel.select(needs, RUNS)
     providers.start(selection)
-    assert selection.pack is not None
+    if selection.pack is None:
+        pytest.skip(selection.choices["linear"].reason)  # upstream's own on this CPU
     packed = selection.pack(weight, fmt)
     assert packed.dtype == torch.uint8
     actual = torch.ops.precast.linear(x, packed, bias, n, int(fmt))
     torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0)])
-def test_upstream_attention_agrees(upstream: None, amx: bool, window: int, softcap: float) -> None:
+SHORT = [(0, 0.0, False), (1, 0.0, False), (5, 0.0, True), (0, 3.0, False), (0, 0.0, True)]
+"""Window, cap and whether there are sinks."""
+
+
+@pytest.mark.parametrize(
+    ("amx", "paged", "window", "softcap", "with_sinks"),
+    [
+        *((amx, short_paging, *options) for amx in (False, True) for options in SHORT),
+        (False, long_paging, 5, 0.0, False),
+        (True, long_paging, 0, 0.0, True),
+        (True, long_paging, 5, 0.0, False),
+        (True, long_paging, 0, 3.0, False),
+    ],
+)
+def test_upstream_attention_agrees(
+    upstream: None,
+    amx: bool,
+    paged: Callable[[int], dict[str, Any]],
+    window: int,
+    softcap: float,
+    with_sinks: bool,
+) -> None:
     """With AMX prompts go through the extend kernel, without token by token through decode."""
-    given = paging(32)
+    given = paged(32)
+    sinks = torch.randn(given["q"].shape[1]) if with_sinks else None
     expected_cache = full_cache("bf16", 32)
-    expected = attend(expected_cache, given, window, softcap)
-    providers.start(sgl_kernel.select(BF16, SERVER if amx else Cpu(model="no tiles", flags=AVX512)))
+    expected = attend(expected_cache, given, window, softcap, sinks)
+    cpu = RUNS if amx else Cpu(model="no tiles", flags=RUNS.flags - AMX)
+    providers.start(sgl_kernel.select(BF16, cpu))
     cache = full_cache("bf16", 32, token_major=True)
-    actual = attend(cache, given, window, softcap)
+    actual = attend(cache, given, window, softcap, sinks)
     torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
     for ours, theirs in zip(read_cache(cache), read_cache(expected_cache), strict=True):
         assert torch.equal(ours, theirs)
@@ -335,21 +453,20 @@ def test_upstream_attention_agrees(upstream: None, amx: bool, window: int, softc
 
 def test_upstream_attention_refuses_a_cache_of_our_layout(upstream: None) -> None:
     cache = full_cache("bf16", 32)
-    providers.start(sgl_kernel.select(BF16, SERVER))
+    providers.start(sgl_kernel.select(BF16, RUNS))
     with pytest.raises(RuntimeError, match="view size is not compatible"):
-        attend(cache, paging(32))
+        attend(cache, short_paging(32))
 
 
 def test_operators_trace_with_upstream(upstream: None) -> None:
-    selection = sgl_kernel.select(BF16, SERVER)
+    selection = sgl_kernel.select(BF16, RUNS)
     providers.start(selection)
-    assert selection.pack is not None
     ops = torch.ops.precast
     for name in SMALL:
         torch.library.opcheck(getattr(ops, name), small_arguments(name))
-    packed = selection.pack(torch.randn(20, 8), Format.BF16)
+    packed = (selection.pack or pack)(torch.randn(20, 8), Format.BF16)
     torch.library.opcheck(ops.linear, (torch.randn(3, 8), packed, None, 20, int(Format.BF16)))
-    q, k, v, *rest = paging(32).values()
+    q, k, v, *rest = short_paging(32).values()
     cache = full_cache("bf16", 32, token_major=True)
     torch.library.opcheck(ops.paged_attention, (q, k, v, *cache, *rest, 0.25, 0, 0.0))
 
@@ -366,13 +483,13 @@ def test_cpuinfo_is_read() -> None:
 @pytest.mark.parametrize(
     ("isa", "left"),
     [
-        ("", AVX512 | {"avx2", "amx_tile", "fma"}),
-        ("amx", AVX512 | {"avx2", "amx_tile", "fma"}),
-        ("avx512", AVX512 | {"avx2", "fma"}),
-        ("avx2", {"avx2", "fma"}),
+        ("", AVX512 | {"amx_tile"}),
+        ("amx", AVX512 | {"amx_tile"}),
+        ("avx512", AVX512),
+        ("avx2", AVX2),
         ("scalar", set()),
     ],
 )
 def test_a_lesser_instruction_set_hides_what_goes_beyond(isa: str, left: set[str]) -> None:
-    whole = Cpu(model="any", flags=AVX512 | {"avx2", "amx_tile", "fma"})
+    whole = Cpu(model="any", flags=AVX512 | {"amx_tile"})
     assert narrowed(whole, isa) == Cpu(model="any", flags=frozenset(left))

@@ -40,8 +40,6 @@ class Needs:
     head_dim: int
     uneven_groups: bool = False
     """Whether KV heads differ in how many query heads attend to them."""
-    sinks: bool = False
-    """Whether attention has sinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +65,10 @@ class Selection:
     """Whether a token's keys and values lie side by side in memory."""
     rounds: bool = False
     """Whether activations are rounded to less than float32."""
+    torch_threads: bool = False
+    """Whether kernels run on torch's threads instead of our own."""
+    version: str = ""
+    """Of what is not native: weights that it packed are for no other."""
 
     @property
     def provider(self) -> str:
@@ -76,9 +78,8 @@ class Selection:
     @property
     def abi(self) -> str:
         """In a graph's key: our operators' version, and what is not native."""
-        return ":".join(
-            [str(ABI_VERSION), *(["+".join(sorted(self.kernels))] if self.kernels else [])]
-        )
+        others = ["+".join(sorted(self.kernels)), self.version] if self.kernels else []
+        return ":".join(part for part in (str(ABI_VERSION), *others) if part)
 
     def is_native(self, operator: str) -> bool:
         return operator not in self.kernels

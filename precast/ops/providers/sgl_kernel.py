@@ -1,30 +1,38 @@
 """SGLang's CPU kernels (its package ``sgl_kernel``, built for CPUs) behind our operators.
 
 They take bfloat16 and float16 only, and a check that fails within one of their parallel regions
-ends the process. So what they can't serve is found out before: by the CPU's features before the
-library is loaded (one that is built for AVX-512 stops with SIGILL elsewhere), by the operators'
-schemas, and by the types that the model asks for.
+ends the process. So what they can't serve is found out before: by the CPU's features, by the
+operators' schemas, and by the types that the model asks for. Built as upstream builds it the
+library needs AVX-512 and stops with SIGILL elsewhere; one that was built for AVX2 has some of the
+operators. So where a CPU lacks what upstream builds for, a process of its own tries first
+(``sgl_trial.py``).
 """
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from precast.ops.packing import Format
 from precast.ops.providers import sgl_adapters as adapters
+from precast.ops.providers import sgl_attention, sgl_trial
 from precast.ops.providers.base import NATIVE, OPERATORS, Choice, Kernel, Needs, Selection
 from precast.system.cpu import Cpu
 
 NAME: Final = "sgl_kernel"
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS: Final = frozenset({Format.BF16, Format.FP16, Format.INT8})
+_BUILT_FOR: Final = frozenset({"avx512_bf16", "avx512_vnni"})
+"""Beyond x86-64-v4. It has AMX instructions too, but runs those in some operators only."""
+_LEAST: Final = frozenset({"avx2", "fma", "f16c"})
 
 SCHEMAS: Final = {
     "rmsnorm_cpu": "(Tensor input, Tensor weight, float eps) -> Tensor",
     "silu_and_mul_cpu": "(Tensor input) -> Tensor",
+    "gelu_tanh_and_mul_cpu": "(Tensor input) -> Tensor",
     "rotary_embedding_cpu": "(Tensor positions, Tensor query, Tensor key, int head_size, "
     "Tensor cos_sin_cache, bool is_neox) -> (Tensor, Tensor)",
     "decode_attention_cpu": "(Tensor query, Tensor k_cache, Tensor v_cahce, Tensor(a!) output, "
@@ -40,19 +48,14 @@ SCHEMAS: Final = {
     "Tensor indices, int? row_dim) -> ()",
     "convert_weight_packed": "(Tensor weight) -> Tensor",
     "weight_packed_linear": "(Tensor mat1, Tensor mat2, Tensor? bias, bool is_vnni) -> Tensor",
-    "per_token_quant_int8_cpu": "(Tensor A) -> (Tensor, Tensor)",
-    "int8_scaled_mm_cpu": "(Tensor mat1, Tensor mat2, Tensor scales1, Tensor scales2, "
-    "Tensor? bias, ScalarType out_dtype, bool is_vnni) -> Tensor",
+    "int8_scaled_mm_with_quant": "(Tensor mat1, Tensor mat2, Tensor scales2, Tensor? bias, "
+    "ScalarType out_dtype, bool is_vnni) -> Tensor",
 }
 """What the adapters were written against."""
 
 USES: Final[Mapping[str, tuple[str, ...]]] = {
-    "linear": (
-        "convert_weight_packed",
-        "weight_packed_linear",
-        "per_token_quant_int8_cpu",
-        "int8_scaled_mm_cpu",
-    ),
+    "gelu_tanh_and_mul": ("gelu_tanh_and_mul_cpu",),
+    "linear": ("convert_weight_packed", "weight_packed_linear", "int8_scaled_mm_with_quant"),
     "paged_attention": ("decode_attention_cpu", "extend_attention_cpu", "store_cache_cpu"),
     "rms_norm": ("rmsnorm_cpu",),
     "rotary": ("rotary_embedding_cpu",),
@@ -75,14 +78,21 @@ def select(needs: Needs, cpu: Cpu) -> Selection:
         pack=adapters.pack if "linear" in served else None,
         token_major_cache="paged_attention" in served,
         rounds=bool(served),
+        torch_threads=bool(served),
+        version=f"{_library_version()}-{adapters.LAYOUT}" if served else "",
     )
+
+
+def _library_version() -> str:
+    return str(getattr(importlib.import_module(NAME), "__version__", "unknown"))
 
 
 def _kernels(needs: Needs, cpu: Cpu) -> dict[str, Kernel]:
     dtype = DTYPES.get(needs.weight_dtype, torch.bfloat16)
     return {
-        "linear": partial(adapters.linear, dtype),
-        "paged_attention": partial(adapters.paged_attention, cpu.amx),
+        "gelu_tanh_and_mul": partial(adapters.gelu_tanh_and_mul, dtype),
+        "linear": adapters.linear,
+        "paged_attention": partial(sgl_attention.paged_attention, cpu.amx),
         "rms_norm": partial(adapters.rms_norm, dtype),
         "rotary": partial(adapters.rotary, dtype),
         "silu_and_mul": partial(adapters.silu_and_mul, dtype),
@@ -93,14 +103,28 @@ def _missing(operator: str, needs: Needs, cpu: Cpu) -> str:
     """Why upstream can't serve the operator; empty if it can."""
     if operator not in USES:
         return "it has no such operator"
-    return _cpu_lacks(operator, cpu) or _library_lacks(operator) or _unserved(operator, needs)
+    if reason := _cpu_lacks(operator, needs, cpu):
+        return reason
+    if importlib.util.find_spec(NAME) is None:
+        return f"{NAME} is not installed"
+    failed = "" if _as_built(cpu) else sgl_trial.failures().get(operator, "")
+    return failed or _library_lacks(operator) or _unserved(operator, needs)
 
 
-def _cpu_lacks(operator: str, cpu: Cpu) -> str:
-    if not cpu.avx512:
-        return "this CPU has no AVX-512"
-    if operator == "linear" and not cpu.amx:
-        return "this CPU has no AMX"
+def _as_built(cpu: Cpu) -> bool:
+    """Whether the CPU has all that upstream builds for, AMX aside."""
+    return cpu.avx512 and cpu.flags >= _BUILT_FOR
+
+
+def _cpu_lacks(operator: str, needs: Needs, cpu: Cpu) -> str:
+    if lacking := sorted(_LEAST - cpu.flags):
+        return f"this CPU has no {', '.join(lacking)}"
+    if operator == "linear":
+        if not (cpu.amx and _as_built(cpu)):
+            return "this CPU has no AMX"
+        floats = {needs.weight_dtype, *(fmt.name.lower() for fmt in needs.formats)}
+        if "fp16" in floats and "amx_fp16" not in cpu.flags:
+            return "weights are fp16: this CPU has no amx_fp16"
     return ""
 
 
@@ -108,9 +132,9 @@ def _library_lacks(operator: str) -> str:
     try:
         importlib.import_module(NAME)
     except (ImportError, OSError) as error:
-        return f"{NAME} can't be loaded: {str(error).splitlines()[0]}"
+        return f"{NAME} can't be loaded: {str(error).strip().splitlines()[0]}"
     for name in USES[operator]:
-        packet = getattr(torch.ops.sgl_kernel, name, None)
+        packet: Any = getattr(torch.ops.sgl_kernel, name, None)
         if packet is None:
             return f"{NAME} has no operator {name}"
         found = str(packet.default._schema).partition("::")[2].removeprefix(name)
@@ -125,8 +149,6 @@ def _unserved(operator: str, needs: Needs) -> str:
             return f"kv_dtype is {needs.kv_dtype}: it takes bf16"
         if needs.uneven_groups:
             return "this rank's KV heads have different numbers of query heads"
-        if needs.sinks:
-            return "this model's attention has sinks"
         # Its vectors hold 32 values, and heads are not padded.
         return (
             "" if needs.head_dim % 32 == 0 else f"head_dim is {needs.head_dim}: not 32's multiple"

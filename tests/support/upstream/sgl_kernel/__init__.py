@@ -1,14 +1,17 @@
 """A stand-in for SGLang's CPU kernels: upstream's operators, schemas and quirks in plain torch.
 
 Not installed: tests put its folder on PYTHONPATH. What upstream checks, this checks; what would end
-the process there, or read beyond a tensor, is an AssertionError here. Undeclared mutation, aliases
-and types that upstream's own fakes get wrong are kept.
+the process there, read beyond a tensor or give a wrong result, is an AssertionError here.
+Undeclared mutation, aliases and arguments that upstream ignores are kept. True to upstream's commit
+7f8f0300 of August 2026, which was run beside it.
 """
 
 import torch
 from torch import Tensor
 
+__version__ = "0.4.6.post1"
 TILE_N, TILE_K = 16, 32
+INT8_TILE_N = 32
 FLOATS = (torch.bfloat16, torch.float16)
 _library = torch.library.Library("sgl_kernel", "DEF")
 
@@ -46,6 +49,14 @@ def silu_and_mul_cpu(input: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(input.dtype)
 
 
+@_operator("gelu_tanh_and_mul_cpu(Tensor input) -> Tensor")
+def gelu_tanh_and_mul_cpu(input: Tensor) -> Tensor:
+    _check_float(input)
+    assert input.is_contiguous()
+    gate, up = input.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(input.dtype)
+
+
 @_operator(
     "rotary_embedding_cpu(Tensor positions, Tensor query, Tensor key, int head_size, "
     "Tensor cos_sin_cache, bool is_neox) -> (Tensor, Tensor)"
@@ -61,7 +72,7 @@ def rotary_embedding_cpu(
     half = cos.shape[-1]
     for tensor in (query, key):
         assert tensor.shape[1] % head_size == 0
-        heads = tensor.view(tensor.shape[0], -1, head_size)
+        heads = tensor.view(tensor.shape[0], tensor.shape[1] // head_size, head_size)
         first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
         heads[..., :half] = (first * cos - second * sin).to(tensor.dtype)
         heads[..., half : 2 * half] = (second * cos + first * sin).to(tensor.dtype)
@@ -85,9 +96,16 @@ def store_cache_cpu(
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float, cap: float, window: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    cap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """q [T, heads, D], the last tokens of keys and values [C, kv_heads, D]."""
+    """q [T, heads, D], the last tokens of keys and values [C, kv_heads, D]. A window counts the
+    query's own token; 0 is none."""
     group = q.shape[1] // keys.shape[1]
     keys, values = (t.float().repeat_interleave(group, 1) for t in (keys, values))
     scores = torch.einsum("thd,chd->htc", q.float(), keys) * scale
@@ -96,9 +114,14 @@ def _attend(
     context = len(keys)
     behind = torch.arange(context - len(q), context)[:, None] - torch.arange(context)[None]
     hidden = behind < 0
-    if window >= 0:  # tokens before the query's own
-        hidden |= behind > window
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    if window > 0:
+        hidden |= behind >= window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        assert sinks.dtype == q.dtype and sinks.shape == q.shape[1:2]
+        column = sinks.float()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat((scores, column), -1)
+    weights = scores.softmax(-1)[..., :context]
     return torch.einsum("htc,chd->thd", weights, values).to(q.dtype)
 
 
@@ -142,7 +165,7 @@ def decode_attention_cpu(
     assert query.is_contiguous() and k_cache.dim() == v_cahce.dim() == 3 and dim % 32 == 0
     assert attn_logits.dtype == torch.float32 and loc.dtype == torch.int64
     assert attn_logits.shape == (rows, heads, 8, dim + 1) and loc.shape == (rows,)
-    assert not is_cross_attn and encoder_lens is None and sinks is None
+    assert not is_cross_attn and encoder_lens is None
     if key is not None and value is not None:
         store_cache_cpu(key, value, k_cache, v_cahce, loc, None)
     _check_paging(req_to_token, req_pool_indices, seq_lens, len(k_cache))
@@ -158,6 +181,7 @@ def decode_attention_cpu(
             sm_scale,
             logit_cap,
             sliding_window_size,
+            sinks,
         )[0]
 
 
@@ -189,7 +213,8 @@ def extend_attention_cpu(
     sinks: Tensor | None,
     tree_mask: Tensor | None = None,
 ) -> None:
-    """The prefix comes out of the buffers, the new tokens out of k_extend and v_extend."""
+    """The prefix comes out of the buffers, the new tokens out of k_extend and v_extend. logit_cap
+    is ignored."""
     assert k_extend is not None and v_extend is not None and not is_cross_attn
     _check_float(q_extend, k_extend, v_extend, o_extend, k_buffer, v_buffer)
     assert extend_seq_lens.dtype == extend_start_loc.dtype == req_to_token.dtype
@@ -207,7 +232,7 @@ def extend_attention_cpu(
         keys = torch.cat((k_buffer[prefix], k_extend[new]))
         values = torch.cat((v_buffer[prefix], v_extend[new]))
         o_extend[new] = _attend(
-            q_extend[new], keys, values, sm_scale, logit_cap, sliding_window_size
+            q_extend[new], keys, values, sm_scale, 0.0, sliding_window_size, sinks
         )
 
 
@@ -222,6 +247,7 @@ def convert_weight_packed(weight: Tensor) -> Tensor:
     assert weight.dim() == 2 and weight.is_contiguous()
     assert weight.shape[0] % TILE_N == 0 and weight.shape[1] % TILE_K == 0
     if weight.dtype == torch.int8:
+        assert weight.shape[0] % INT8_TILE_N == 0
         sums = (weight.sum(1, dtype=torch.int32) * 128).view(-1, 1).view(torch.int8)
         weight = torch.cat((weight, sums), dim=1)
     else:
@@ -232,41 +258,36 @@ def convert_weight_packed(weight: Tensor) -> Tensor:
 @_operator("weight_packed_linear(Tensor mat1, Tensor mat2, Tensor? bias, bool is_vnni) -> Tensor")
 def weight_packed_linear(mat1: Tensor, mat2: Tensor, bias: Tensor | None, vnni: bool) -> Tensor:
     _check_float(mat1, mat2)
-    assert vnni and mat1.dim() == 2 and mat1.shape[1] == mat2.shape[1]
+    assert vnni and mat1.dim() == 2 and mat1.shape[1] == mat2.shape[1] and len(mat1) > 0
     assert bias is None or (bias.dtype == torch.float32 and bias.shape == mat2.shape[:1])
     y = mat1.float() @ _swap(mat2).float().T
     return (y if bias is None else y + bias).to(mat1.dtype)
 
 
-@_operator("per_token_quant_int8_cpu(Tensor A) -> (Tensor, Tensor)")
-def per_token_quant_int8_cpu(A: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
-    """uint8: the value plus 128."""
-    _check_float(A)
-    assert A.dim() == 2 and A.is_contiguous()
-    largest = A.float().abs().amax(1).clamp(min=1e-7)
-    steps = (A.float() * (127 / largest)[:, None]).round() + 128
-    return steps.to(torch.uint8), largest / 127
-
-
 @_operator(
-    "int8_scaled_mm_cpu(Tensor mat1, Tensor mat2, Tensor scales1, Tensor scales2, Tensor? bias, "
+    "int8_scaled_mm_with_quant(Tensor mat1, Tensor mat2, Tensor scales2, Tensor? bias, "
     "ScalarType out_dtype, bool is_vnni) -> Tensor"
 )
-def int8_scaled_mm_cpu(
+def int8_scaled_mm_with_quant(
     mat1: Tensor,
     mat2: Tensor,
-    scales1: Tensor,
     scales2: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
     vnni: bool,
 ) -> Tensor:
-    assert mat1.dtype == torch.uint8 and mat2.dtype == torch.int8 and vnni
-    assert scales1.dtype == scales2.dtype == torch.float32 and out_dtype in FLOATS
+    """Rounds each row of mat1 to 8 bits first. float16 is in the schema alone."""
+    assert mat1.dtype == out_dtype == torch.bfloat16 and vnni
+    assert mat1.dim() == 2 and len(mat1) > 0
+    assert mat2.dtype == torch.int8 and scales2.dtype == torch.float32
     assert mat2.shape[1] == mat1.shape[1] + 4 and scales2.shape == mat2.shape[:1]
-    assert bias is None or bias.dtype == torch.float32
-    rows = _swap(mat2)
-    sums = rows[:, -4:].contiguous().view(torch.int32).view(-1)
-    exact = mat1.double() @ rows[:, :-4].double().T - sums.double()
-    y = exact.float() * scales1[:, None] * scales2
+    assert bias is None or (bias.dtype == torch.float32 and bias.shape == mat2.shape[:1])
+    steps, step_scales = _rounded(mat1)
+    y = (steps.double() @ _swap(mat2)[:, :-4].double().T).float() * step_scales * scales2
     return (y if bias is None else y + bias).to(out_dtype)
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 steps [M, K] and their float32 scales [M, 1]."""
+    largest = x.float().abs().amax(1, keepdim=True).clamp(min=1e-7)
+    return (x.float() * (127 / largest)).round().to(torch.int8), largest / 127
