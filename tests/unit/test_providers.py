@@ -471,6 +471,21 @@ def test_operators_trace_with_upstream(upstream: None) -> None:
     torch.library.opcheck(ops.paged_attention, (q, k, v, *cache, *rest, 0.25, 0, 0.0))
 
 
+def test_upstream_runs_on_as_many_threads_as_our_own_kernels(upstream: None) -> None:
+    before, mask = torch.get_num_threads(), os.sched_getaffinity(0)
+    cores = native.thread_cores()
+    native.start_threads((-1, -1, -1))
+    try:
+        providers.start(sgl_kernel.select(BF16, RUNS))
+        assert torch.get_num_threads() == 3
+        assert os.sched_getaffinity(0) == mask
+        providers.start(providers.select("native", BF16))
+        assert torch.get_num_threads() == 1
+    finally:
+        native.start_threads(cores)
+        torch.set_num_threads(before)
+
+
 def test_cpuinfo_is_read() -> None:
     text = "processor: 0\nmodel name: Some CPU\nflags: fpu amx_tile avx512f\n\nprocessor: 1\n"
     cpu = parse_cpuinfo(text)

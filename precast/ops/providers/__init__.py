@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 from precast.errors import ConfigError
-from precast.ops.providers import reference, sgl_kernel
+from precast.ops.providers import reference, sgl_kernel, threads
 from precast.ops.providers.base import (
     NATIVE,
     OPERATORS,
@@ -71,6 +71,10 @@ def start(selection: Selection) -> None:
             warnings.simplefilter("ignore")  # that a kernel is overridden is the point
             for name, kernel in selection.kernels.items():
                 _overrides.impl(name, kernel, "CPU", allow_override=True)
+    if selection.torch_threads:
+        threads.share()
+    else:
+        threads.take_back()
     _active = selection
 
 
