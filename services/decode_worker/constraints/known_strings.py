@@ -64,12 +64,20 @@ class KnownStrings:
     """A second matcher, at the same place as the first."""
 
     def __init__(
-        self, tokens: OtherTokens, inner: "LLMatcher", patterns: Sequence[KnownPattern | None]
+        self,
+        tokens: OtherTokens,
+        inner: "LLMatcher",
+        patterns: Sequence[KnownPattern | None],
+        *,
+        asks_unknown: bool,
     ) -> None:
-        """``patterns``: for each that a string may have; None for one that is not known."""
+        """``patterns``: for each that a string may have; None for one that is not known.
+        ``asks_unknown``: whether strings may be something else."""
         self._tokens = tokens
         self._inner = inner
         self._patterns = patterns
+        self._signs = (FREE, UNKNOWN) if asks_unknown else (FREE,)
+        """Marks of strings that no pattern is known of."""
         self._text = JsonText()
         self._states: dict[int, int] = {}
         """Of the patterns that the string may have in which it stands."""
@@ -77,7 +85,9 @@ class KnownStrings:
         """Bytes of that string that they have read."""
 
     def copy(self) -> "KnownStrings":
-        other = KnownStrings(self._tokens, self._inner.deep_copy(), self._patterns)
+        asks_unknown = UNKNOWN in self._signs
+        inner = self._inner.deep_copy()
+        other = KnownStrings(self._tokens, inner, self._patterns, asks_unknown=asks_unknown)
         other._text = self._text.copy()
         other._states, other._read = dict(self._states), self._read
         return other
@@ -124,7 +134,7 @@ class KnownStrings:
 
     def _begun(self) -> list[int]:
         """Patterns that a string may have that begins here; none if it may be something else."""
-        if self._takes(FREE) or self._takes(UNKNOWN):
+        if any(map(self._takes, self._signs)):
             return []
         found = [at for at in range(len(self._patterns)) if self._takes(mark_of(at))]
         return [] if any(self._patterns[at] is None for at in found) else found

@@ -51,7 +51,9 @@ class Bounds:
 class MarkedSchema:
     text: str
     strings: tuple[Bounds, ...]
-    """Whose marks are those behind the first two."""
+    """Each has a mark, as ``mark_of`` gives it."""
+    has_unknown: bool
+    """Whether there are strings of which more is said."""
 
 
 class _Beyond(Exception):
@@ -83,12 +85,13 @@ def marked(schema: str) -> MarkedSchema | None:
         text = json.dumps(marks.part(json.loads(schema), 0))
     except (_Beyond, RecursionError):
         return None
-    return MarkedSchema(text=text, strings=tuple(marks.strings))
+    return MarkedSchema(text=text, strings=tuple(marks.strings), has_unknown=marks.unknown)
 
 
 class _Marks:
     def __init__(self) -> None:
         self.strings: dict[Bounds, str] = {}
+        self.unknown = False
 
     def part(self, schema: Any, depth: int) -> Any:
         """A schema, with marks."""
@@ -101,6 +104,7 @@ class _Marks:
         _check_joined(schema)
         found = self._inner(schema, depth + 1)
         sign = self._mark(schema)
+        self.unknown |= sign == UNKNOWN
         return found if sign is None else _with_mark(found, sign)
 
     def _inner(self, schema: dict[str, Any], depth: int) -> dict[str, Any]:

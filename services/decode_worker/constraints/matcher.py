@@ -90,8 +90,8 @@ class Matcher:
 
 
 class Vocabulary:
-    """The tokens of a model, as grammars need them. Made once: it takes 0.5 s, 2 s for 150,000
-    tokens, in which no other Python thread runs."""
+    """The tokens of a model, as grammars need them. Made once: it takes 0.7 s, 2 s for 150,000
+    tokens, in most of which no other Python thread runs."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """``tokenizer``: what is in ``tokenizer.json``. Raises ValueError for one of a kind whose
@@ -142,7 +142,11 @@ class Vocabulary:
 
         source = LLMatcher.grammar_from_json_schema(schema.text, overrides=JSON_OPTIONS)
         inner = LLMatcher(self._others.tokenizer, source, log_level=0, limits=_limits())
-        return None if inner.get_error() else KnownStrings(self._others, inner, known)
+        return (
+            None
+            if inner.get_error()
+            else KnownStrings(self._others, inner, known, asks_unknown=schema.has_unknown)
+        )
 
     def _text_of(self, token: int) -> bytes:
         """Nothing for special tokens and for ids without a token, which the library names so."""

@@ -63,11 +63,12 @@ class PlainTokens:
         self.width: Final = -(-len(tokens) // 32)
         found = sorted((texts[at], at) for at in np.flatnonzero(self.lengths).tolist())
         codes = _codes([text for text, _ in found])
-        self.characters, inverse = np.unique(codes, return_inverse=True)
+        self.characters: Final = _distinct(codes)
         """Numbers of all that there are."""
         numbers = np.array([at for _, at in found], dtype=np.int32)
-        places = inverse.reshape(codes.shape).astype(np.int32)
-        self._levels = list(_levels(places, self.lengths[numbers], numbers))
+        place = np.zeros(LAST + 1, dtype=np.int32)
+        place[self.characters] = np.arange(len(self.characters), dtype=np.int32)
+        self._levels = list(_levels(place[codes], self.lengths[numbers], numbers))
 
     def fitting(self, left: int) -> Words:
         """Those of at most so many characters."""
@@ -146,6 +147,13 @@ def _codes(texts: Sequence[str]) -> Numbers:
     """[texts, LONGEST]: the numbers of their characters, 0 behind them."""
     whole = "".join(text.ljust(LONGEST, "\0") for text in texts).encode("utf-32-le")
     return np.frombuffer(whole, dtype=np.int32).reshape(len(texts), LONGEST)
+
+
+def _distinct(codes: Numbers) -> Numbers:
+    """Sorted."""
+    found = np.zeros(LAST + 1, dtype=np.bool_)
+    found[codes] = True
+    return np.flatnonzero(found).astype(np.int32)
 
 
 def _levels(characters: Numbers, lengths: Numbers, numbers: Numbers) -> Iterator[_Level]:
