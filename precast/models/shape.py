@@ -1,13 +1,15 @@
 """Everything static that a rank's graphs depend on."""
 
 from dataclasses import asdict, dataclass
-from typing import Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar
 
 from precast.models.config import ModelConfig
 from precast.models.options import Kind, Options
 from precast.models.precision import Precision
 from precast.models.sharding import Shard
-from precast.ops.packing import Format
+
+if TYPE_CHECKING:
+    from precast.ops.packing import Format
 
 MAX_ADAPTER_RANK: Final = 256
 AdapterTarget = Literal["down", "gate_up", "output", "qkv"]
@@ -61,14 +63,16 @@ class ModelShape(Generic[O_co]):
         return len(self.vocab_widths)
 
     @property
-    def linear_format(self) -> Format:
+    def linear_format(self) -> "Format":
         return self.format_of(self.quantization)
 
     @property
-    def head_format(self) -> Format:
+    def head_format(self) -> "Format":
         return self.format_of(self.head_quantization)
 
-    def format_of(self, quantization: str) -> Format:
+    def format_of(self, quantization: str) -> "Format":
+        from precast.ops.packing import Format  # it brings torch, and a leader has shapes too
+
         if quantization == "file":
             return Format.MIXED
         return Format[(self.weight_dtype if quantization == "none" else quantization).upper()]
