@@ -13,7 +13,7 @@ keys; they still do so now and then, for workers of a version that doesn't.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, ClassVar, Final, Literal, Self, TypeVar
 
@@ -172,6 +172,8 @@ class Registry:
         self._scanned: dict[str, tuple[float, frozenset[str]]] = {}
         """When all keys were last looked through for leases of a kind (monotonic, s), and which
         there were."""
+        self._known: dict[str, list[str]] = {}
+        """Keys of leases of a kind when they were read last."""
         self._ignored: dict[str, str] = {}
         """Keys of leases that were reported as wrong, and why."""
 
@@ -216,17 +218,29 @@ class Registry:
 
     async def _list(self, kind: type[_L]) -> list[_L]:
         async with bounded():
-            keys = await self._keys(kind.kind)
-            values = await self._client.mget(keys) if keys else []
+            keys, values = await self._read(kind.kind)
             expired = [key for key, value in zip(keys, values, strict=True) if value is None]
             await self._forget(kind.kind, expired)
         found = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
         records = [self._parse(kind, key, value) for key, value in found]
         return [record for record in records if record is not None]
 
-    async def _keys(self, kind: str) -> list[str]:
-        """Keys of leases that there may be, in order."""
-        members = await self._client.smembers(_set_key(kind))
+    async def _read(self, kind: str) -> tuple[list[str], list[bytes | str | None]]:
+        """Keys of leases that there may be, in order, and what they hold: one trip to Redis where
+        they are those of the last time."""
+        known = self._known.get(kind, [])
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.smembers(_set_key(kind))
+            if known:
+                pipeline.mget(known)
+            members, *values = await pipeline.execute()
+        keys = self._known[kind] = await self._keys(kind, members)
+        if keys and keys == known:
+            return keys, values[0]
+        return keys, (await self._client.mget(keys) if keys else [])
+
+    async def _keys(self, kind: str, members: Iterable[bytes]) -> list[str]:
+        """``members``: of the set of this kind."""
         at, scanned = self._scanned.get(kind, (float("-inf"), frozenset()))
         if time.monotonic() - at >= SCAN_INTERVAL_S:
             found = self._client.scan_iter(match=_key(kind, "*"), count=1000)
