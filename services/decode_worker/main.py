@@ -53,7 +53,6 @@ _OPEN_AFTER_S: Final = 0.2
 _WARM_S: Final = 5.0
 """After its start a worker has other things to do with its processors than to get ready for
 constraints."""
-_GAUGE_INTERVAL_S: Final = 1.0
 _START_POLL_S: Final = 0.02
 _STATE_POLL_S: Final = 1.0
 """How often the state is looked at though nothing is known to have changed: each look wakes a
@@ -133,6 +132,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
     server = await start_server(
         settings.listen, [grpc_server.service(worker)], serving=False, tls=tls
     )
+    _watch(metrics, engine, scheduler)
     if settings.metrics_port:
         metrics.serve(settings.metrics_host, settings.metrics_port)
     address = advertised(settings.advertise, server.port)
@@ -153,7 +153,6 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
                     asyncio.create_task(
                         _follow_state(worker, state_changed, server, heartbeat, started)
                     ),
-                    asyncio.create_task(_set_gauges(metrics, engine, scheduler)),
                     asyncio.create_task(_adapt(settings, engine, graphs)),
                     asyncio.create_task(_open_constraints(engine, constraints)),
                 ],
@@ -251,14 +250,13 @@ async def _follow_state(
                 await changed.wait()
 
 
-async def _set_gauges(metrics: Metrics, engine: Engine, scheduler: Scheduler) -> None:
-    while True:
-        metrics.running.set(engine.running)
-        metrics.waiting.set(engine.waiting)
-        metrics.kv_free.set(scheduler.blocks.free_blocks)
-        if scheduler.windows is not None:
-            metrics.window_free.set(scheduler.windows.free_blocks)
-        await asyncio.sleep(_GAUGE_INTERVAL_S)
+def _watch(metrics: Metrics, engine: Engine, scheduler: Scheduler) -> None:
+    """Gauges are read when they are scraped."""
+    metrics.running.set_function(lambda: engine.running)
+    metrics.waiting.set_function(lambda: engine.waiting)
+    metrics.kv_free.set_function(lambda: scheduler.blocks.free_blocks)
+    if (windows := scheduler.windows) is not None:
+        metrics.window_free.set_function(lambda: windows.free_blocks)
 
 
 async def _drain(worker: Worker, heartbeat: Heartbeat) -> None:
