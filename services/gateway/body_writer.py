@@ -32,6 +32,16 @@ class BodyWriter:
         if piece:
             self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
+    def write_now(self, piece: bytes) -> bool:
+        """Sends it, which is not empty, if it ``is_open``."""
+        cycle = self._cycle
+        if not cycle.chunked_encoding or cycle.response_complete or cycle.disconnected:
+            return False
+        if cycle.flow.write_paused:
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
+
 
 def offer(cycle: RequestResponseCycle) -> None:
     """Lets the application find the request's writer."""
