@@ -61,8 +61,8 @@ class LocalLink(asyncio.Protocol):
         """That have come, behind the messages before them."""
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
-        self._socket: socket.socket | None = None
-        """The transport's own, to send past it."""
+        self._write: Callable[[bytes], object] = _drop
+        """Of the transport, which sends at once where that can be."""
         self._writable = asyncio.Event()
         self._writable.set()
         self.is_writable = True
@@ -85,7 +85,7 @@ class LocalLink(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        self._write = self._transport.write
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole message of tokens, and nothing that waits for the rest of it.
@@ -93,7 +93,7 @@ class LocalLink(asyncio.Protocol):
         alone = size > 0 and not self._buffer and not self._tokens
         on_tokens = self._on_tokens if alone else None
         if on_tokens is not None and _LENGTH_AND_KIND.unpack_from(data) == (size, _TOKENS):
-            on_tokens(step_tokens.decode(memoryview(data)[_LENGTH_AND_KIND.size :]))
+            on_tokens(step_tokens.decode(data[_LENGTH_AND_KIND.size :]))
             return
         self._buffer += data
         self._take_whole()
@@ -138,8 +138,7 @@ class LocalLink(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.resume_writing()
-        if self._socket is not None:
-            self._socket.close()
+        self._write = _drop
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -151,25 +150,12 @@ class LocalLink(asyncio.Protocol):
     def send(self, message: Message) -> None:
         data = message.SerializeToString()
         header = (len(data), _PROTOBUF) if self.kinds else (len(data),)
-        self._send(self._header.pack(*header) + data)
+        self._write(self._header.pack(*header) + data)
 
     def send_tokens(self, tokens: StepTokens) -> None:
         """Only where there are ``kinds``."""
         data = step_tokens.encode(tokens)
-        self._send(_LENGTH_AND_KIND.pack(len(data), _TOKENS) + data)
-
-    def _send(self, data: bytes) -> None:
-        """Now, where that can be: the event loop would do it after all else of its turn."""
-        transport, sent = self._transport, 0
-        if transport is None or transport.is_closing():
-            return
-        if self._socket is not None and not transport.get_write_buffer_size():
-            try:
-                sent = self._socket.send(data)
-            except OSError:  # it is full, or broken: the transport finds out
-                sent = 0
-        if sent < len(data):
-            transport.write(data[sent:])
+        self._write(_LENGTH_AND_KIND.pack(len(data), _TOKENS) + data)
 
     async def writable(self) -> None:
         """Waits for a slow peer. Raises ``TimeoutError`` if it is too slow."""
@@ -250,7 +236,7 @@ class _ServerLink(LocalLink):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self._socket is not None and of_our_user(self._socket):
+        if of_our_user(transport.get_extra_info("socket")):
             self._begin(self)
         else:
             self.abort()
@@ -300,6 +286,10 @@ def of_our_user(connected: socket.socket) -> bool:
     """Whether the peer of a connected Unix socket is a process of the same user."""
     raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return bool(_CREDENTIALS.unpack(raw)[1] == os.geteuid())
+
+
+def _drop(_: bytes) -> None:
+    """There is nobody to send it to."""
 
 
 def _address(name: str, *, kinds: bool) -> str:

@@ -45,14 +45,14 @@ def damage(step: Step, reply: Reply | None) -> Reply | None:
     assert isinstance(reply, StepDone)
     given = np.frombuffer(step.token_ids, dtype=np.int32)
     starts = np.frombuffer(step.query_starts, dtype=np.int32)
-    tokens = np.frombuffer(reply.token_ids, dtype=np.int32).copy()
+    tokens = list(reply.token_ids)
     draws = np.frombuffer(step.draws, dtype=np.int32).tolist()
     places = accumulate(draws, initial=0)
     for place, count, (first, last) in zip(places, draws, pairwise(starts), strict=False):
         if count and DAMAGED in given[first:last]:
             tokens[place] = -1
             reply.failed[place] = DrawStatus.NOT_FINITE
-    return structs.replace(reply, token_ids=tokens.tobytes())
+    return structs.replace(reply, token_ids=tokens)
 
 
 if __name__ == "__main__":

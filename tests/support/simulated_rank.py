@@ -76,8 +76,7 @@ def _draw(step: Step, step_s: float) -> StepDone:
     ]
     return StepDone(
         step_id=step.step_id,
-        token_ids=(np.concatenate(places) % VOCABULARY).astype(np.int32).tobytes(),
-        logprobs=(),
+        token_ids=(np.concatenate(places) % VOCABULARY).tolist(),
         scores=_scores(step),
         step_us=int(step_s * 1e6),
     )

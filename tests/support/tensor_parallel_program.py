@@ -141,11 +141,10 @@ def generate(inits: list[Init]) -> tuple[dict[str, str], list[dict[str, object]]
             connection.sendall(frame(step(index, contexts, new)))
         done = reply(connections[0])
         assert isinstance(done, StepDone), done
-        tokens = np.frombuffer(done.token_ids, dtype=np.int32).tolist()
         tops = [entry.top_logprobs for entry in done.logprobs if entry is not None]
-        answers.append({"tokens": tokens, "top_logprobs": tops})
+        answers.append({"tokens": done.token_ids, "top_logprobs": tops})
         contexts = [past + len(n) for past, n in zip(contexts, new, strict=True)]
-        drawn = iter(tokens)
+        drawn = iter(done.token_ids)
         new = [[next(drawn) if draws else 0] for draws in draws_of(index)]
     for connection in connections:
         connection.sendall(frame(Shutdown()))

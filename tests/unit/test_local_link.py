@@ -162,6 +162,8 @@ def test_the_handler_ends_with_its_client_and_the_link_with_its_server(run: Any)
             await ended.wait()
             assert not second.lost.done()
         await second.lost
+        second.send(pb.AbortRequest(request_id="x"))  # to nobody
+        second.send_tokens(StepTokens([1], [1], [1], ["x"]))
         assert await connect_locally(name) is None
 
     run(talk())

@@ -23,6 +23,7 @@ from services.decode_worker.engine.response_buffer import Outbox, Recipient
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sequence import SamplingSpec
 from services.decode_worker.engine.sequence import Sequence as Tokens
+from services.decode_worker.engine.step import ScheduledStep
 from services.decode_worker.engine.step_loop import StepLoop
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
@@ -300,6 +301,26 @@ async def test_who_wants_more_than_text_has_it(
     await leader.until(2, Ranks())
     assert not short
     assert leader.client.tokens[1] == [at % 256 for at in range(1, 41)]
+
+
+async def test_one_run_follows_another(
+    table: TokenTable, short: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a step in the long way between."""
+    monkeypatch.setattr(delivery_module, "MOST", 8)
+    leader, long = Leader(table), list[StepDone]()
+    take_in = leader.delivery.take_in
+
+    def counted(step: ScheduledStep, done: StepDone) -> None:
+        long.append(done)
+        take_in(step, done)
+
+    monkeypatch.setattr(leader.delivery, "take_in", counted)
+    leader.add(1, [1], 90)
+    await leader.until(1, Ranks())
+    assert len(short) >= 10
+    assert len(long) + sum(short) == 90
+    assert len(long) <= 8  # the first ones and the last ones
 
 
 async def test_an_aborted_request_has_what_it_was_told_of(

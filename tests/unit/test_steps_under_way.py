@@ -33,8 +33,7 @@ class Ranks:
     def answer(self) -> StepDone:
         step = self.sent[self.answered]
         self.answered += 1
-        token = (5).to_bytes(4, "little", signed=True)
-        return StepDone(step_id=step.step_id, token_ids=token, logprobs=(), step_us=STEP_US)
+        return StepDone(step_id=step.step_id, token_ids=[5], step_us=STEP_US)
 
 
 class Bench:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from precast.log import get_logger
 from precast.ops.draw_status import DrawStatus
 from precast.proto.decode.v1 import decode_service_pb2 as pb
-from services.decode_worker.engine.plain_run import LEAST, MOST, MOST_S, PlainRun
+from services.decode_worker.engine.plain_run import LEAST, MOST, MOST_S, PlainRun, RunSteps
 from services.decode_worker.engine.pooled_parts import take_sums
 from services.decode_worker.engine.prompt_scores import PromptScores, take_scores
 from services.decode_worker.engine.request import Request
@@ -73,9 +73,9 @@ class Delivery:
                 request.started_s = time.monotonic()
                 self._metrics.queue_seconds.observe(request.started_s - request.came_s)
 
-    def plain_run(self, batch: StepBatch, step_s: float) -> PlainRun | None:
-        """The short way for the next steps of a batch, each of about ``step_s``; None if there is
-        none. Blocks of windows come and go with each step."""
+    def plain_run(self, batch: StepBatch, like: RunSteps) -> PlainRun | None:
+        """The short way for the next steps of a batch; None if there is none. Blocks of windows
+        come and go with each step."""
         if self._unsent or self._scores or self._scheduler.windows is not None:
             return None
         first = self._request_of(batch.sequences[0])
@@ -85,14 +85,14 @@ class Delivery:
         alike = {(one.outbox, one.told_s) for one in requests}
         if len(requests) < len(batch.sequences) or len(alike) > 1:
             return None
-        soon = max(LEAST, int(MOST_S / max(step_s, 1e-4)))
+        soon = max(LEAST, int(MOST_S / max(like.expected_s, 1e-4)))
         steps = min(MOST, soon, self._scheduler.steps_left(batch))
         drafting = self._scheduler.watched(batch) if steps >= LEAST else None
         if drafting is None:
             return None
         scheduler = self._scheduler
         return PlainRun(
-            requests, scheduler.blocks, steps, drafting, scheduler.settle, self._fail_text
+            requests, scheduler.blocks, like, steps, drafting, scheduler.settle, self._fail_text
         )
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
@@ -189,8 +189,7 @@ class Delivery:
                 self._fail_draw(request, DrawStatus.NOT_FINITE)
 
     def _outcomes(self, step: ScheduledStep, done: StepDone) -> Iterator[_Outcome]:
-        tokens = memoryview(done.token_ids).cast("i").tolist()
-        for sequence, token, finished, place in self._scheduler.apply(step, tokens):
+        for sequence, token, finished, place in self._scheduler.apply(step, done.token_ids):
             if (request := self._request_of(sequence)) is None:
                 continue
             if token < 0:

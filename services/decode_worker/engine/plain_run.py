@@ -6,13 +6,13 @@ the next one out and its tokens on. What else has to be known of it is made up f
 once (``settle``): before anything else happens to one of the requests, and after ``MOST`` steps.
 """
 
-import time
 from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from struct import Struct
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from precast.rpc.step_tokens import StepTokens
 from services.decode_worker.engine.kv_cache import BlockPool
@@ -21,14 +21,33 @@ from services.decode_worker.engine.response_buffer import Sink
 from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.engine.speculation import Drafting
 from services.decode_worker.metrics import Metrics
+from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import DecodeOn, StepDone
 
-MOST: Final = 32
+MOST: Final = 64
 """Steps of a run."""
 MOST_S: Final = 0.5
 """Of a run: what is made up at its end, metrics among it, is no later."""
 LEAST: Final = 4
 """Steps that a run is worth beginning for."""
+SHORT_S: Final = 0.012
+"""Steps that are followed at once: about what the first token of another request waits longer."""
+
+
+_PAIR: Final = Struct("<ii")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSteps:
+    """What the steps of a run are like."""
+
+    first_id: int
+    graph_size: int
+    expected_s: float
+    """How long each should take; 0: not known."""
+    limit_s: float
+    under_way: int
+    """Those that were sent before."""
 
 
 class PlainRun:
@@ -38,6 +57,7 @@ class PlainRun:
         self,
         requests: Many[Request],
         blocks: BlockPool,
+        like: RunSteps,
         steps: int,
         drafting: Many[tuple[int, Drafting]],
         settle: Callable[[Sequence], None],
@@ -48,6 +68,7 @@ class PlainRun:
         text can't be made."""
         self._requests = requests
         self._blocks = blocks
+        self._like = like
         self._outbox = requests[0].outbox
         self._texts_of = [one.detokenizer.push_plain for one in requests]
         self._ends = frozenset[int]().union(*(one.hidden_token_ids for one in requests))
@@ -58,25 +79,32 @@ class PlainRun:
         self._fail = fail
         self._left = steps
         self._due = _growing([one.sequence for one in requests], blocks.block_size, steps)
+        self.short: Final = like.expected_s <= SHORT_S
+        """Whether each step is to be followed at once."""
         self.sent = 0
         """Steps that were sent."""
+        self.under_way = like.under_way
+        """Steps that the ranks have not answered."""
         self._sink: Sink
         """Where the tokens go that were taken in last."""
         self._tokens: list[list[int]] = []
         """Of each step that was taken in."""
+        self.steps_us: list[int] = []
+        """What each took the ranks."""
         self._told_s: list[float] = []
-        """When each was."""
+        """When each was taken in (monotonic)."""
 
-    def take(self, done: StepDone) -> bool:
-        """Takes in what a step gave; false, with nothing done, where that is not so simple. Then
-        ``tell`` is to be called."""
-        tokens = memoryview(done.token_ids).cast("i").tolist()
-        sink = self._outbox.sink_now
-        if sink is None or done.failed or not self._ends.isdisjoint(tokens):
+    def take(self, done: StepDone, now: float) -> bool:
+        """Takes in what a step gave; false, with nothing done, where that is not so simple, or
+        where the ranks have no other. Else ``tell`` is to be called."""
+        tokens, sink = done.token_ids, self._outbox.sink_now
+        if self.under_way < 2 or sink is None or done.failed or not self._ends.isdisjoint(tokens):
             return False
+        self.under_way -= 1
         self._sink = sink
         self._tokens.append(tokens)
-        self._told_s.append(time.monotonic())
+        self.steps_us.append(done.step_us)
+        self._told_s.append(now)
         if self._drafting and self._guesses(tokens):
             self._left = 0
         return True
@@ -101,17 +129,21 @@ class PlainRun:
         """Steps that were taken in."""
         return len(self._tokens)
 
-    def next_step(self, step_id: int, graph_size: int) -> DecodeOn | None:
-        """Of the same batch once more; None: what else there may be has to be looked at."""
+    def send_next(self, group: RankGroup) -> bool:
+        """The same batch once more; false: what else there may be has to be looked at."""
         if not self._left:
-            return None
-        places = self._due.get(self.sent)
+            return False
+        like, sent = self._like, self.sent
+        places = self._due.get(sent)
         grown = self._grow(places) if places is not None else b""
         if grown is None:
-            return None
+            return False
         self._left -= 1
         self.sent += 1
-        return DecodeOn(step_id=step_id, blocks=grown, graph_size=graph_size)
+        self.under_way += 1
+        step = DecodeOn(step_id=like.first_id + sent, blocks=grown, graph_size=like.graph_size)
+        group.send_next(step, timeout_s=like.limit_s)
+        return True
 
     def settle(self, metrics: Metrics) -> None:
         """Requests and sequences are as if each step had been dealt with by itself."""
@@ -148,7 +180,7 @@ class PlainRun:
         found = self._blocks.allocate(len(places))
         for place, block in zip(places, found, strict=True):
             self._requests[place].sequence.blocks.append(block)
-        return np.array(list(zip(places, found, strict=True)), dtype=np.int32).tobytes()
+        return b"".join(map(_PAIR.pack, places, found))
 
 
 def _without(columns: StepTokens, places: Container[int]) -> StepTokens:

@@ -8,17 +8,13 @@ begun with the one between. A request that comes meanwhile waits for a short ste
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
 
 from services.decode_worker.engine.delivery import Delivery
-from services.decode_worker.engine.plain_run import PlainRun
+from services.decode_worker.engine.plain_run import SHORT_S, PlainRun
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.under_way import StepsUnderWay
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import StepDone
-
-SHORT_S: Final = 0.012
-"""Steps that are followed at once: about what the first token of another request waits longer."""
 
 
 class SameBatch:
@@ -29,20 +25,22 @@ class SameBatch:
         scheduler: Scheduler,
         delivery: Delivery,
         under_way: StepsUnderWay,
-        interrupted: Callable[[], bool],
         settled: Callable[[], bool],
     ) -> None:
-        """``interrupted``: whether there is something else to do than the next step. ``settled``:
-        whether graphs are; it is asked now and then only."""
+        """``settled``: whether graphs are; it is asked now and then only."""
         self._group = group
         self._scheduler = scheduler
         self._delivery = delivery
         self._under_way = under_way
-        self._interrupted = interrupted
         self._settled = settled
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """There is something else to do than the next step."""
+        self._interrupted = True
 
     async def run(self) -> None:
         """Until the next step is another one, or something else has to be seen to. Raises what is
@@ -56,13 +54,13 @@ class SameBatch:
             self._stop()
             self._under_way.count()
 
-    def answered(self, done: StepDone) -> None:
+    def answered(self, done: StepDone, now: float) -> None:
+        run = self._under_way.run
         try:
-            run = self._under_way.run_on(done)
-            if run is None:
-                self._take_in(done)
-            else:
+            if run is not None and run.take(done, now):
                 self._go_on(run)
+            else:
+                self._take_in(done)
         except Exception as error:
             self._fail(error)
 
@@ -72,12 +70,13 @@ class SameBatch:
     def _go_on(self, run: PlainRun) -> None:
         """A step is over that was dealt with in the short way."""
         try:
-            if len(self._under_way) < 2:
+            if self._interrupted or not run.short or not run.send_next(self._group):
                 self._plan()
         finally:
             run.tell()
 
     def _take_in(self, done: StepDone) -> None:
+        self._under_way.settle()
         self._under_way.finish(done)
         if len(self._under_way) < 2:
             self._plan()
@@ -98,16 +97,18 @@ class SameBatch:
 
     def _send(self) -> None:
         self._timer = None
-        step = None
-        if not self._interrupted() and self._under_way.repeat(self._group):
-            return
-        self._under_way.settle()
-        if not self._interrupted() and (self._under_way.repeats or self._settled()):
+        run, step = self._under_way.run, None
+        if run is not None:
+            if not self._interrupted and run.send_next(self._group):
+                return
+            self._under_way.count()
+        if not self._interrupted and (self._under_way.repeats or self._settled()):
             step = self._scheduler.decode_on(self._under_way.next_id)
         if step is None:
             self._leave()
         else:
             self._under_way.send_on(self._group, step)
+            self._under_way.begin_run()
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:

@@ -45,6 +45,8 @@ class StepLoop:
             scheduler=scheduler, delivery=delivery, graphs=graphs, metrics=metrics, pace=pace
         )
         self._wake = asyncio.Event()
+        self._same: SameBatch | None = None
+        """While it runs."""
         self._masked: ScheduledStep | None = None
         """The last step whose masks were sent."""
 
@@ -55,6 +57,8 @@ class StepLoop:
     def nudge(self) -> None:
         """Something changed that the loop should look at."""
         self._wake.set()
+        if self._same is not None:
+            self._same.interrupt()
 
     def lose_steps(self) -> ScheduledStep | None:
         """The group has failed, and what it had to do is lost; gives the step that was running."""
@@ -68,7 +72,7 @@ class StepLoop:
                 await self._graphs.apply(group)
                 await self._probe(group)
             elif self._scheduler.decodes_on:
-                await self._same_batch(group).run()
+                await self._go_on_with_batch(group)
             await self._almost_done(group)
             self._wake.clear()
             step = self._scheduler.schedule(self._under_way.next_id)
@@ -88,15 +92,21 @@ class StepLoop:
             # Streams get their turn even when every step is ready at once.
             await asyncio.sleep(0)
 
-    def _same_batch(self, group: RankGroup) -> SameBatch:
-        return SameBatch(
+    async def _go_on_with_batch(self, group: RankGroup) -> None:
+        """Until there is something else to do than its next step."""
+        self._same = SameBatch(
             group=group,
             scheduler=self._scheduler,
             delivery=self._delivery,
             under_way=self._under_way,
-            interrupted=self._wake.is_set,
             settled=lambda: self._graphs.settled,
         )
+        if self._wake.is_set():
+            self._same.interrupt()
+        try:
+            await self._same.run()
+        finally:
+            self._same = None
 
     async def _almost_done(self, group: RankGroup) -> None:
         """Until the next step has to be scheduled."""

@@ -9,7 +9,7 @@ import msgspec
 
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
-from services.decode_worker.engine.plain_run import PlainRun
+from services.decode_worker.engine.plain_run import PlainRun, RunSteps
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.step import ScheduledStep, StepBatch
 from services.decode_worker.engine.step_counts import StepCounts
@@ -71,16 +71,15 @@ class StepsUnderWay:
         self._like: _Sent | None = None
         """What the next step of its batch is like."""
         self.next_id = 0
-        self._run: PlainRun | None = None
-        """The steps that are dealt with in the short way."""
-        self._like_run: _Sent | None = None
-        """What each of them is like."""
+        self.run: PlainRun | None = None
+        """The steps that are dealt with in the short way; what it sends and takes in is in none of
+        the others' books before it is settled."""
         delivery.settle = self.settle
         self._ranks_wait_since = 0.0
         """When they had nothing to do any more while sequences were running; 0: they have."""
 
     def __len__(self) -> int:
-        return len(self._sent)
+        return len(self._sent) if self.run is None else self.run.under_way
 
     @property
     def counts(self) -> StepCounts:
@@ -156,45 +155,28 @@ class StepsUnderWay:
     def begin_run(self) -> None:
         """From now on steps are dealt with in the short way (``plain_run.py``), if they may be."""
         like = self._like
-        if self._run is not None or like is None or not like.decodes_on:
+        if self.run is not None or like is None or not like.decodes_on or not self._sent:
             return
         batch = like.step.batch
         if all(sent.decodes_on and sent.step.batch is batch for sent in self._sent):
-            self._run = self._delivery.plain_run(batch, like.expected_s)
-            self._like_run = like._replace(repeats=True)
-
-    def run_on(self, done: StepDone) -> PlainRun | None:
-        """``finish`` in the short way; None, with nothing done, where that is not possible. Else
-        ``tell`` of the run is the last that is to be done."""
-        run = self._run
-        if run is None:
-            return None
-        if len(self._sent) > 1 and run.take(done):
-            self._uncounted.append((self._sent.popleft(), done.step_us))
-            return run
-        self.settle()
-        return None
-
-    def repeat(self, group: RankGroup) -> bool:
-        """Schedules and sends the next step in the short way; false likewise."""
-        run, like = self._run, self._like_run
-        if run is None or like is None:
-            return False
-        message = run.next_step(self.next_id, like.graph_size)
-        if message is None:
-            self.settle()
-            return False
-        self.next_id += 1
-        self._sent.append(like)
-        group.send_next(message, timeout_s=like.limit_s)
-        return True
+            steps = RunSteps(
+                first_id=self.next_id,
+                graph_size=like.graph_size,
+                expected_s=like.expected_s,
+                limit_s=like.limit_s,
+                under_way=len(self._sent),
+            )
+            self.run = self._delivery.plain_run(batch, steps)
 
     def settle(self) -> None:
         """There is no short way any more, and everything is as if there had been none."""
-        run, self._run = self._run, None
+        run, self.run = self.run, None
         if run is None:
             return
         run.settle(self._metrics)
+        self.next_id += run.sent
+        self._sent += [self._sent[-1]._replace(repeats=True)] * run.sent
+        self._uncounted += [(self._sent.popleft(), step_us) for step_us in run.steps_us]
         self._graphs.repeated(run.sent, run.taken)
 
     def finish(self, done: StepDone) -> None:

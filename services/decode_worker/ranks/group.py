@@ -20,6 +20,7 @@ from precast.system.shared_memory import remove_segment
 from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import ChildProcess, RankLauncher
 from services.decode_worker.ranks.protocol import (
+    FRAME_HEADER,
     Command,
     DecodeOn,
     DropGraph,
@@ -39,6 +40,7 @@ from services.decode_worker.ranks.protocol import (
     StartSampling,
     Step,
     StepDone,
+    encode,
     frame,
 )
 from services.decode_worker.ranks.rank_link import RankLink
@@ -117,9 +119,7 @@ class RankGroup:
         return (RankRefused if self._refused else GroupFailed)(self.failed.result())
 
     def _on_reply(self, rank: RankLink, reply: Reply) -> None:
-        if isinstance(reply, StepDone):
-            self.sent_steps.answered(reply)
-        elif isinstance(reply, RankFailed):
+        if isinstance(reply, RankFailed):
             self.fail(f"rank {rank.index}: {reply.message}", refused=reply.refused)
         elif isinstance(reply, Loading):
             self._come_further(reply)
@@ -149,7 +149,8 @@ class RankGroup:
 
     def send_next(self, step: DecodeOn, *, timeout_s: float) -> None:
         """``send_step`` of nothing but what nearly every step is."""
-        data = frame(step)
+        body = encode(step)
+        data = FRAME_HEADER.pack(len(body)) + body
         for rank in self._ranks:
             rank.send(data)
         self.sent_steps.add(timeout_s)
@@ -224,7 +225,7 @@ class RankGroup:
         process, connection = await launcher.take()
         self._processes.append(process)
         loop = asyncio.get_running_loop()
-        rank = RankLink(index, connection, self._on_reply, self.fail)
+        rank = RankLink(index, connection, self.sent_steps.answered, self._on_reply, self.fail)
         await loop.create_unix_connection(lambda: rank, sock=connection)
         self._ranks.append(rank)
 

@@ -220,7 +220,7 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
         return None
     return StepDone(
         step_id=step.step_id,
-        token_ids=np.array(drawn.tokens, dtype=np.int32).tobytes(),
+        token_ids=drawn.tokens,
         logprobs=tuple(drawn.logprobs) if any(drawn.logprobs) else (),
         step_us=int((time.perf_counter() - started) * 1e6),
         failed=drawn.failed,

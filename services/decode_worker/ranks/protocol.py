@@ -215,7 +215,7 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
         return self.scored is not None or self.pooled is not None
 
 
-class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
     """The sequences of the last ``Step`` that goes on, in their order, by one token more: that
     which was drawn last for each."""
 
@@ -255,11 +255,11 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     trial_us: float
 
 
-class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
     step_id: int
-    token_ids: bytes
-    """int32 [D]; -1 where none could be drawn."""
-    logprobs: tuple[Logprobs | None, ...]
+    token_ids: list[int]
+    """[D]; -1 where none could be drawn."""
+    logprobs: tuple[Logprobs | None, ...] = ()
     """[D], or empty when no sequence asked for them."""
     step_us: int
     failed: dict[int, int] = {}

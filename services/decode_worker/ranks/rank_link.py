@@ -10,6 +10,7 @@ from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
     Reply,
+    StepDone,
     decode_reply,
 )
 
@@ -19,30 +20,46 @@ class RankLink(asyncio.Protocol):
         self,
         index: int,
         connection: socket.socket,
+        on_step: Callable[[StepDone], None],
         on_reply: "Callable[[RankLink, Reply], None]",
         on_end: Callable[[str], None],
     ) -> None:
-        """``on_end`` is told why nothing more comes."""
+        """``on_step`` gets answers to steps, ``on_reply`` all else; ``on_end`` is told why nothing
+        more comes."""
         self.index = index
         self._connection = connection
         self.replies: asyncio.Queue[Reply] = asyncio.Queue()
         """For those that nobody handles as they come."""
         self.transport: asyncio.Transport | None = None
+        self.send: Callable[[bytes], object] = _drop
+        """Sends bytes, at once where that can be; nothing where the rank is gone."""
+        self._on_step = on_step
         self._on_reply = on_reply
         self._on_end = on_end
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods
+        self.send = self.transport.write
 
     def data_received(self, data: bytes) -> None:
-        # Nearly always: one whole frame, and nothing that waits for the rest of it.
+        # Nearly always: one whole frame, an answer to a step, and nothing that waits for the rest.
         body = len(data) - FRAME_HEADER.size
         if not self._buffer and body >= 0 and FRAME_HEADER.unpack_from(data)[0] == body:
-            self._on_reply(self, decode_reply(memoryview(data)[FRAME_HEADER.size :]))
+            reply = decode_reply(data[FRAME_HEADER.size :])
+            if isinstance(reply, StepDone):
+                self._on_step(reply)
+            else:
+                self._on_reply(self, reply)
             return
         self._buffer += data
         self._take_whole()
+
+    def _hand_out(self, reply: Reply) -> None:
+        if isinstance(reply, StepDone):
+            self._on_step(reply)
+        else:
+            self._on_reply(self, reply)
 
     def _take_whole(self) -> None:
         """Hands out the frames that are complete."""
@@ -56,22 +73,11 @@ class RankLink(asyncio.Protocol):
                 return
             reply = decode_reply(bytes(self._buffer[FRAME_HEADER.size : end]))
             del self._buffer[:end]
-            self._on_reply(self, reply)
+            self._hand_out(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.send = _drop
         self._on_end(f"rank {self.index} died")
-
-    def send(self, data: bytes) -> None:
-        """Now: the event loop would send it only after all that is done in its turn."""
-        transport, sent = self.transport, 0
-        assert transport is not None
-        if not transport.is_closing() and not transport.get_write_buffer_size():
-            try:
-                sent = self._connection.send(data)
-            except OSError:  # it is full, or broken: the transport finds out
-                sent = 0
-        if sent < len(data):
-            transport.write(data[sent:])
 
     def send_with(self, data: bytes, descriptor: int) -> None:
         """``send``, and a descriptor of this process with it; the first of all messages."""
@@ -89,3 +95,7 @@ class RankLink(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
+
+
+def _drop(_: bytes) -> None:
+    """There is nobody to send it to."""

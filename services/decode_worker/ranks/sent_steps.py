@@ -13,8 +13,8 @@ from services.decode_worker.ranks.watch import LOOK_S, Watch
 class Follower(Protocol):
     """Deals with answers where they come in: no task has to be woken for one."""
 
-    def answered(self, done: StepDone) -> None:
-        """The answer to the oldest step under way."""
+    def answered(self, done: StepDone, now: float) -> None:
+        """The answer to the oldest step under way, which came at ``now`` (monotonic, s)."""
 
     def ended(self) -> None:
         """No more answers come: the group has failed."""
@@ -51,9 +51,10 @@ class SentSteps:
             self._fail("rank 0 answered a step that it was not sent")
             return
         self._limits.popleft()
-        self._since, self._watch = time.monotonic(), None
+        self._since = now = time.monotonic()
+        self._watch = None
         if (follower := self._follower) is not None:  # who has had those before
-            follower.answered(done)
+            follower.answered(done, now)
         else:
             self._answers.append(done)
             self._tell()
@@ -63,7 +64,7 @@ class SentSteps:
         waits meanwhile."""
         self._follower = follower
         while self._answers and self._follower is not None:
-            follower.answered(self._answers.popleft())
+            follower.answered(self._answers.popleft(), time.monotonic())
         if self._ended and self._follower is not None:
             follower.ended()
 
