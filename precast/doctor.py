@@ -164,8 +164,10 @@ def _kernels(settings: DecodeWorkerSettings) -> Finding:
     if problem := _native_problem():
         return _finding("native kernels", "problem", problem)
     from precast.ops.native import native_isa
+    from precast.system.cpu import this_cpu
 
-    return _finding("native kernels", "ok", native_isa())
+    matrices = ", linears of many rows on AMX" if this_cpu().amx else ""
+    return _finding("native kernels", "ok", native_isa() + matrices)
 
 
 def _compiler(settings: DecodeWorkerSettings) -> Finding:

@@ -13,13 +13,14 @@ from precast.models.kv_cache import fill_cache, new_cache
 from precast.ops import native
 from precast.ops.gguf_types import BLOCKS
 from precast.ops.packing import Format, pack
+from precast.system.cpu import this_cpu
 from tests.support import gguf_kernels
 
 QUANTIZED = [Format.INT8, Format.Q8_0, Format.Q4_0, Format.Q4_1]
 ROWS = (1, 11, 12, 16, 17, 30, 65)
 """Fewer than matrices are worth, whole ones, and parts of one."""
 ints = torch.int32
-needs_amx = pytest.mark.skipif(native.native_isa() != "amx", reason="no AMX in use")
+needs_matrices = pytest.mark.skipif(not this_cpu().amx, reason="no AMX in use")
 
 
 def linear_digest() -> str:
@@ -43,7 +44,7 @@ def linear_digest() -> str:
     return digest.hexdigest()
 
 
-@needs_amx
+@needs_matrices
 def test_linears_have_the_bits_of_avx512() -> None:
     program = "from tests.unit.test_amx import linear_digest; print(linear_digest())"
     run = subprocess.run(

@@ -27,13 +27,24 @@ bool runs_amx() {
          syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
 }
 
+// Matrices of integers give AVX-512's bits, so linears take them without being asked. Those of bf16 do not:
+// a token has the same bits in prefill and decode, and decode pays for them there. With AMX asked for, long
+// prompts take half the time, steps of 16 sequences 1.2 times (docs/decisions.md).
+const Kernels& kernels_avx512_with_matrices() {
+  static const Kernels table = [] {
+    Kernels mixed = kernels_avx512();
+    mixed.linear = kernels_amx().linear;
+    return mixed;
+  }();
+  return table;
+}
+
 bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 const Kernels& choose() {
   const char* wanted = std::getenv("PRECAST_NATIVE_ISA");
   if (wanted == nullptr || *wanted == 0) {
-    // Not AMX: a token has the same bits in prefill and decode, and decode pays for them there.
-    // Long prompts take half the time, steps of 16 sequences 1.2 times (docs/decisions.md).
+    if (runs_amx()) return kernels_avx512_with_matrices();
     if (runs_avx512()) return kernels_avx512();
     return runs_avx2() ? kernels_avx2() : kernels_scalar();
   }
@@ -54,15 +65,15 @@ const Kernels& kernels() {
 
 const SamplingKernels& sampling_kernels() {
   const Kernels* chosen = &kernels();
-  if (chosen == &kernels_avx512() || chosen == &kernels_amx()) return sampling_avx512();
-  return chosen == &kernels_avx2() ? sampling_avx2() : sampling_scalar();
+  if (chosen == &kernels_avx2()) return sampling_avx2();
+  return chosen == &kernels_scalar() ? sampling_scalar() : sampling_avx512();
 }
 
 const AttentionKernels& attention_kernels() {
   const Kernels* chosen = &kernels();
   if (chosen == &kernels_amx()) return attention_amx();
-  if (chosen == &kernels_avx512()) return attention_avx512();
-  return chosen == &kernels_avx2() ? attention_avx2() : attention_scalar();
+  if (chosen == &kernels_avx2()) return attention_avx2();
+  return chosen == &kernels_scalar() ? attention_scalar() : attention_avx512();
 }
 
 }  // namespace precast
