@@ -2,7 +2,7 @@
 # Makes what is missing of a stack's credentials. Each folder here is a volume: of the service that it
 # is called after, but for `authority`, which nobody else mounts, and `keys`, the gateway's API keys.
 #
-#   credentials            make what is missing; an API key is shown when it is made
+#   credentials            make what is missing
 #   credentials api-key    show the API key of the first start
 #   credentials renew      make new certificates of the same authority; restart the services then
 set -eu
@@ -36,7 +36,7 @@ make_api_key() {
   rm -rf keys/.api
   precast keys api create first --api-keys-dir "$PWD/keys/.api" >authority/api-key 2>/dev/null
   mv keys/.api keys/api
-  echo "API key of the first start: $(cat authority/api-key)"
+  echo 'made an API key, which is not in this log: docker compose run --rm credentials api-key'
 }
 
 share() {

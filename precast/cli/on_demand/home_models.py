@@ -30,7 +30,9 @@ class HomeModels:
         self._folder = settings.home / "models"
         self._home = settings.home
         self._passed_on = passed_on
-        self._free = FreeMemory(nbytes=bound, why=f"models on demand may take {gib(bound)}")
+        # ranks are forked from a process of their own
+        why = f"models on demand may take {gib(bound)}, {gib(PROCESS_BYTES)} of it to start ranks"
+        self._free = FreeMemory(nbytes=max(0, bound - PROCESS_BYTES), why=why)
         self._known: dict[str, tuple[_Stamp, _Found]] = {}
         self._looking = asyncio.Lock()
 
@@ -99,7 +101,7 @@ class HomeModels:
             created=int(folder.stat().st_mtime),
             context_length=sizing.context,
             kv_blocks=sizing.blocks,
-            nbytes=sizing.nbytes + PROCESS_BYTES,  # ranks are forked from a process of their own
+            nbytes=sizing.nbytes + PROCESS_BYTES,
         )
 
 
