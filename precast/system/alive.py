@@ -37,9 +37,9 @@ def beat(pipe: int | None) -> None:
 
 
 async def keep_beating() -> None:
-    """Say it once a second, until cancelled."""
+    """Say it once a second, until cancelled; at once over where nobody watches."""
     pipe = descriptor()
-    while True:
+    while pipe is not None:
         beat(pipe)
         await asyncio.sleep(INTERVAL_S)
 
