@@ -249,8 +249,8 @@ def report(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--many-tokens", type=int, default=130)
     parser.add_argument("--groups", type=int, default=32, help="that step one after the other")

@@ -164,10 +164,8 @@ def _kernels(settings: DecodeWorkerSettings) -> Finding:
     if problem := _native_problem():
         return _finding("native kernels", "problem", problem)
     from precast.ops.native import native_isa
-    from precast.system.cpu import this_cpu
 
-    matrices = ", linears of many rows on AMX" if this_cpu().amx else ""
-    return _finding("native kernels", "ok", native_isa() + matrices)
+    return _finding("native kernels", "ok", native_isa())
 
 
 def _compiler(settings: DecodeWorkerSettings) -> Finding:
