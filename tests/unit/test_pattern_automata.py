@@ -1,5 +1,7 @@
 """Automata of patterns: what they take is what Python's expressions find."""
 
+import itertools
+import math
 import random
 import re
 import time
@@ -15,7 +17,7 @@ READ = (
     *("^[^a-c]{2,}$", r"^[\w.-]+@\w+$", "^(?:ab?){1,3}?c+$", "^((a|bc)+|d)*$", r"^\\\$\x61$"),
     *("^x{0}y{0,2}$", r"[\d-]\D\S\W", "^(|a)b$", "^(?P<n>a)(?<m>b)$", "^é[à-ü]$"),
 )
-LETTERS = "abcdxy019 -.@$\\éüA_"
+LETTERS = "abcdogtxy019 -.@$\\éüA_"
 
 
 def takes(states: Automaton, text: str) -> bool:
@@ -47,9 +49,20 @@ def test_texts_are_those_that_the_expression_finds(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", READ)
 def test_beginnings_are_those_of_some_text(pattern: str) -> None:
     """No state is alive that no end can be reached from."""
-    states = automaton(read(pattern))
-    assert states.targets[DEAD] == (DEAD,) * len(states.targets[DEAD])
-    assert len(states.targets) > START
+    python, most = re.compile(pattern.replace("(?<m>", "(?P<m>"), re.ASCII), 3
+    texts = {
+        "".join(signs)
+        for length in range(most + 1)
+        for signs in itertools.product(LETTERS, repeat=length)
+    }
+    found = {text for text in texts if python.search(text)}
+    if not found:
+        with pytest.raises(NotRead):
+            automaton(read(pattern), most=most)
+        return
+    states = automaton(read(pattern), most=most)
+    begun = {text[:length] for text in found for length in range(most + 1)}
+    assert {text for text in texts if takes(states, text)} == begun
 
 
 @pytest.mark.parametrize(
@@ -77,17 +90,45 @@ def test_what_may_be_read_in_another_way_is_not_read(pattern: str) -> None:
         read(pattern)
 
 
+SIGNS = "|".join(chr(0x4E00 + number) for number in range(480))
+
+
 @pytest.mark.parametrize(
-    "pattern",
-    ["^(a?){512}$", "^((((a|){9}){9}){9}){9}$", "^((((){512}){512}){512}){512}$", "(.*a){9}.{9}"],
+    ("pattern", "most"),
+    [
+        *(("^(a?){512}$", None), ("^((((a|){9}){9}){9}){9}$", None), ("(.*a){9}.{9}", None)),
+        *(("^((((){512}){512}){512}){512}$", None), ("^[a-z ]+$", 1000)),
+        (f"^.{{400}}(?:{SIGNS})$", None),
+    ],
 )
-def test_large_automata_are_given_up_soon(pattern: str) -> None:
+def test_large_automata_are_given_up_soon(pattern: str, most: int | None) -> None:
     began = time.thread_time()
     try:
-        automaton(read(pattern))
+        automaton(read(pattern), most=most)
     except NotRead:
         pass
-    assert time.thread_time() - began < 2  # 0.2 s here
+    assert time.thread_time() - began < 4  # 0.8 s here
+
+
+@pytest.mark.parametrize(
+    ("pattern", "most"), [("^[a-z ]+$", 300), (f"^.{{300}}(?:{SIGNS})$", None)]
+)
+def test_automata_are_given_up_when_their_time_is_over(pattern: str, most: int | None) -> None:
+    """Wherever they are then."""
+    for share in (0.0, 0.1, 0.2):
+        began = time.thread_time()
+        with pytest.raises(NotRead, match="takes too long"):
+            until = began + share if most is None else -math.inf
+            automaton(read(pattern), most=most, until=until)
+        assert time.thread_time() - began < share + 1
+
+
+def test_a_choice_is_one_of_first_bytes() -> None:
+    states = automaton(read("^(ab|cd|é[à-ü]|日[日-月])$"))
+    behind = {text: states.step(START, ord(text)) for text in "acé日"}
+    assert [states.choices()[state] for state in (START, *behind.values())] == [
+        *(True, False, False, False, False)
+    ]
 
 
 def test_lengths_count_characters() -> None:

@@ -5,12 +5,14 @@ spelled out, is a position, and the positions that may follow one are known (Glu
 positions is the bits of a number.
 """
 
+import math
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,41 +32,58 @@ MOST_STATES: Final = 320
 MOST_RAW_STATES: Final = 1024
 """Before those are joined that behave alike."""
 MOST_STEPS: Final = 200_000
-"""Positions that are gone through, of all states together: 50 ms."""
+"""Positions that are gone through, of all states together: 50 ms, besides what each class takes."""
 DEAD: Final = 0
 """The state that no end can be reached from."""
 START: Final = 1
-Numbers = NDArray[np.int64]
+Numbers = NDArray[np.int16]
 State = tuple[int, bool, int]
 """Positions that may come next, whether the text may end, and its characters as far as they are
 counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Automaton:
     starts: tuple[int, ...]
     """Of ranges of characters, by number; each reaches to the next one's start."""
     classes: tuple[int, ...]
     """For each range."""
-    targets: tuple[tuple[int, ...], ...]
-    """[states][classes]: the state behind a character of a class."""
+    targets: Numbers
+    """[states, classes]: the state behind a character of a class."""
+
+    @property
+    def nbytes(self) -> int:
+        """About: what a range takes is a number in two tuples."""
+        return self.targets.nbytes + 64 * len(self.starts)
 
     def step(self, state: int, character: int) -> int:
-        return self.targets[state][self.classes[bisect_right(self.starts, character) - 1]]
+        return int(self.targets[state, self.classes[bisect_right(self.starts, character) - 1]])
 
-    def has_choice(self, state: int) -> bool:
-        """Whether characters of several first bytes may follow."""
-        bytes_ = {
-            chr(min(number, LAST)).encode(errors="replace")[0]
-            for at, start in enumerate(self.starts)
-            if self.targets[state][self.classes[at]] != DEAD
-            for number in (start, (*self.starts, LAST + 1)[at + 1] - 1)
-        }
-        return len(bytes_) > 1
+    def choices(self) -> list[bool]:
+        """Of each state: whether characters of several first bytes may follow."""
+        lowest, highest = self._first_bytes()
+        alive = self.targets != DEAD
+        low = np.where(alive, lowest, 0xFF).min(axis=1)
+        found: list[bool] = (low < np.where(alive, highest, 0).max(axis=1)).tolist()
+        return found
+
+    def _first_bytes(self) -> tuple[Numbers, Numbers]:
+        """Of each class: of its first character, and of its last one."""
+        lowest = np.full(self.targets.shape[1], 0xFF, dtype=np.int16)
+        highest = np.zeros_like(lowest)
+        ends = (*(start - 1 for start in self.starts[1:]), LAST)
+        for at, low, high in zip(self.classes, self.starts, ends, strict=True):
+            lowest[at] = min(lowest[at], _first_byte(low))
+            highest[at] = max(highest[at], _first_byte(high))
+        return lowest, highest
 
     def divides(self, low: int, high: int) -> bool:
         """Whether it tells characters of a range from each other."""
         return bisect_right(self.starts, low) != bisect_right(self.starts, high)
+
+
+def _first_byte(character: int) -> int:
+    return chr(min(character, LAST)).encode(errors="surrogatepass")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +98,28 @@ class _Part:
 _EMPTY: Final = _Part(nullable=True, first=0, last=0)
 
 
-def automaton(expression: Expression, least: int = 0, most: int | None = None) -> Automaton:
+def automaton(
+    expression: Expression, least: int = 0, most: int | None = None, until: float = math.inf
+) -> Automaton:
     """Of texts of so many characters that are what an expression says. Raises NotRead if there are
-    none, or it is too large."""
+    none, it is too large, or this thread's processor time gets beyond ``until``."""
     positions = _Positions()
     whole = positions.of(expression)
-    starts, classes, signs = _classes(positions.characters)
-    states, targets = _states(positions, whole, signs, (least, most))
+    starts, classes, signs = _classes(positions.characters, until)
+    states, targets = _states(positions, whole, signs, (least, most), until)
     alive = sorted(_alive(states, targets))
     if 0 not in alive:
         raise NotRead("nothing is allowed")
     number = {state: at + 1 for at, state in enumerate(alive)}
     kept = [[number.get(to, DEAD) for to in targets[state]] for state in alive]
     ends = [False, *(states[state][1] for state in alive)]
-    table = _joined_alike(np.array([[DEAD] * len(signs), *kept]), np.array(ends))
-    if len(table) > MOST_STATES:
-        raise NotRead(f"more than {MOST_STATES} states")
-    return Automaton(starts=starts, classes=classes, targets=tuple(map(tuple, table.tolist())))
+    table = np.array([[DEAD] * len(signs), *kept], dtype=np.int16)
+    return Automaton(starts=starts, classes=classes, targets=_joined_alike(table, ends, until))
+
+
+def _check_time(until: float) -> None:
+    if time.thread_time() > until:
+        raise NotRead("it takes too long")
 
 
 class _Positions:
@@ -136,9 +160,9 @@ class _Positions:
             self._link(part.last, part.first)
             yield part if expression.least else _optional(part)
             return
-        for time in range(expression.most):
+        for number in range(expression.most):
             part = self.of(expression.part)
-            yield part if time < expression.least else _optional(part)
+            yield part if number < expression.least else _optional(part)
             if not part.first:
                 return  # however often: it is nothing
 
@@ -178,7 +202,7 @@ def bits(number: int) -> Iterator[int]:
 
 
 def _classes(
-    positions: Sequence[Characters],
+    positions: Sequence[Characters], until: float
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Ranges of characters that no position tells apart, the class of each, and for each class the
     positions that take it."""
@@ -188,13 +212,20 @@ def _classes(
     where = [0] * len(sets)
     for at, characters in enumerate(positions):
         where[sets[characters]] |= 1 << at
-    taken = [reduce(or_, (where[sets[s]] for s in sets if has(s, start)), 0) for start in starts]
+    taken = list[int]()
+    for start in starts:
+        _check_time(until)
+        taken.append(reduce(or_, (where[sets[s]] for s in sets if has(s, start)), 0))
     known = {signs: number for number, signs in enumerate(dict.fromkeys(taken))}
     return starts, tuple(known[signs] for signs in taken), tuple(known)
 
 
 def _states(
-    positions: _Positions, whole: _Part, signs: Sequence[int], bounds: tuple[int, int | None]
+    positions: _Positions,
+    whole: _Part,
+    signs: Sequence[int],
+    bounds: tuple[int, int | None],
+    until: float,
 ) -> tuple[list[State], list[list[int]]]:
     """And for each the state behind each class; -1 where there is none."""
     least, most = bounds
@@ -202,6 +233,7 @@ def _states(
     states: list[State] = [(whole.first, whole.nullable and least == 0, 0)]
     known, targets, steps = {states[0]: 0}, list[list[int]](), 0
     while len(targets) < len(states):
+        _check_time(until)
         following, _, length = states[len(targets)]
         row = list[int]()
         for sign in signs:
@@ -221,12 +253,16 @@ def _states(
     return states, targets
 
 
-def _joined_alike(targets: Numbers, ends: NDArray[np.bool_]) -> Numbers:
+def _joined_alike(targets: Numbers, ends: Sequence[bool], until: float) -> Numbers:
     """[states, classes], of fewer states; those that differ in nothing are one. The first two stay
-    the first two."""
-    group = _numbered(np.stack([np.arange(len(ends)) == DEAD, ends], axis=1))
+    the first two. A chain of states takes a round for each: rounds only add states, so that too
+    many are known as soon as there are."""
+    group = _numbered(np.array([[at == DEAD, end] for at, end in enumerate(ends)], dtype=np.int16))
     while True:
+        _check_time(until)
         finer = _numbered(np.column_stack([group, group[targets]]))
+        if finer.max() >= MOST_STATES:
+            raise NotRead(f"more than {MOST_STATES} states")
         if finer.max() == group.max():
             break
         group = finer
@@ -235,10 +271,10 @@ def _joined_alike(targets: Numbers, ends: NDArray[np.bool_]) -> Numbers:
     return found
 
 
-def _numbered(rows: NDArray[Any]) -> Numbers:
+def _numbered(rows: Numbers) -> Numbers:
     """The same number for rows that are the same, in the order in which they come."""
-    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse.ravel()]
+    known: dict[bytes, int] = {}
+    return np.array([known.setdefault(row.tobytes(), len(known)) for row in rows], dtype=np.int16)
 
 
 def _alive(states: Sequence[State], targets: Sequence[Sequence[int]]) -> set[int]:

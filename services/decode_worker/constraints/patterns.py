@@ -16,9 +16,10 @@ from services.decode_worker.constraints.regexes import NotRead, read
 MOST_LEFT: Final = 32
 """Characters: where a string of any kind has more left, llguidance itself is quick."""
 BUILD_S: Final = 0.5
-"""Processor time for the patterns of a grammar; what is left then, llguidance answers."""
+"""Processor time for the automata of a grammar's patterns; what is left then, llguidance answers.
+The masks of the last one come on top (``plain_tokens.MOST_WORK``)."""
 MOST_BYTES: Final = 64 << 20
-"""Of masks that are in use."""
+"""Of masks and automata that are in use."""
 RECENT: Final = 16
 """Patterns that are remembered beyond that."""
 _PRIVATE: Final = (0x100000, 0x10FFFF)
@@ -56,6 +57,10 @@ class _Pattern:
     """Of each state: whether several bytes may follow."""
     masks: Masks
 
+    @property
+    def nbytes(self) -> int:
+        return self.masks.rows.nbytes + self.automaton.nbytes
+
     def step(self, state: int, character: int) -> int:
         return self.automaton.step(state, character)
 
@@ -87,25 +92,24 @@ class PatternBook:
             return None if bounds.most is None else self._length(bounds.most)
         found = self._in_use.get(bounds)
         if found is None and time.thread_time() < until:
-            found = self._made(bounds)
+            found = self._made(bounds, until)
         return found
 
     def _length(self, most: int) -> KnownPattern:
         return _Length(most=most, fitting=self._fitting)
 
-    def _made(self, bounds: Bounds) -> _Pattern | None:
+    def _made(self, bounds: Bounds, until: float) -> _Pattern | None:
         assert bounds.pattern is not None
         try:
-            states = automaton(read(bounds.pattern), bounds.least, bounds.most)
+            states = automaton(read(bounds.pattern), bounds.least, bounds.most, until)
             if states.divides(*_PRIVATE):
                 return None
-            choices = [states.has_choice(state) for state in range(len(states.targets))]
             masks = self._plain.masks(states)
         except (NotRead, TooLarge, RecursionError):
             return None
-        found = _Pattern(automaton=states, choices=choices, masks=masks)
-        used = sum(pattern.masks.rows.nbytes for pattern in self._in_use.values())
-        if used + found.masks.rows.nbytes > MOST_BYTES:
+        found = _Pattern(automaton=states, choices=states.choices(), masks=masks)
+        used = sum(pattern.nbytes for pattern in self._in_use.values())
+        if used + found.nbytes > MOST_BYTES:
             return None
         self._in_use[bounds] = found
         self._recent.append(found)

@@ -21,7 +21,9 @@ Numbers = NDArray[np.int32]
 LONGEST: Final = 32
 """Characters of a plain token; the few longer ones are none."""
 MOST_WORK: Final = 40_000_000
-"""Places of the tree times states: 0.3 s."""
+"""Places of the tree times states, looked at before a level is gone through: 0.3 to 0.8 s."""
+_AT_ONCE: Final = 1 << 20
+"""Of those, so that numbers on the way take a few MB."""
 _PLAIN: Final = re.compile(r'[^"\\\x00-\x1f\x7f]+')
 _HALF: Final = re.compile(rb"\xf4(?:[\x80-\x8f][\x80-\xbf]{0,2})?\Z")
 _LAST_BYTES: Final = chr(LAST).encode()
@@ -80,16 +82,17 @@ class PlainTokens:
     def masks(self, automaton: Automaton) -> Masks:
         """Raises TooLarge."""
         taken = np.zeros((32 * self.width, len(automaton.targets)), dtype=np.bool_)
-        targets = np.array(automaton.targets, dtype=np.int16).T.copy()  # [classes, states]
+        targets = automaton.targets.T.copy()  # [classes, states]
         classes = _classes_of(automaton, self.characters)
         behind = np.arange(targets.shape[1], dtype=np.int16)[None]
         """[nodes, states]: the state behind a node, begun with each."""
         kept, work = np.zeros(1, dtype=np.int32), 0
         for level in self._levels:
-            kept, behind = _next(level, kept, behind, targets, classes)
-            work += behind.size
+            nodes = _reached(level, kept, targets, classes)
+            work += len(nodes) * len(automaton.targets)
             if work > MOST_WORK:
                 raise TooLarge(f"{work} places")
+            kept, behind = _next(level, nodes, kept, behind, targets, classes)
             if not len(behind):
                 break
             ends = kept[level.ends]
@@ -99,8 +102,18 @@ class PlainTokens:
         return Masks(of_state=tuple(of_state.ravel().tolist()), rows=rows)
 
 
+def _reached(
+    level: _Level, kept: Numbers, targets: NDArray[np.int16], classes: Numbers
+) -> NDArray[np.int64]:
+    """Nodes of a level behind those that some state gets to, with characters that some state
+    takes."""
+    goes_on: NDArray[np.bool_] = np.any(targets, axis=1)
+    return np.flatnonzero((kept[level.parents] >= 0) & goes_on[classes[level.characters]])
+
+
 def _next(
     level: _Level,
+    nodes: NDArray[np.int64],
     kept: Numbers,
     behind: NDArray[np.int16],
     targets: NDArray[np.int16],
@@ -108,16 +121,18 @@ def _next(
 ) -> tuple[Numbers, NDArray[np.int16]]:
     """Where each node of a level is among those that some state gets to, -1 for the others; and the
     states behind those."""
-    parents, taken = kept[level.parents], classes[level.characters]
-    goes_on: NDArray[np.bool_] = np.any(targets, axis=1)
-    nodes = np.flatnonzero((parents >= 0) & goes_on[taken])
     states = behind.shape[1]
-    places = taken[nodes, None] * states + behind[parents[nodes]]
-    found = targets.ravel().take(places)
-    alive = found.any(axis=1)
     kept_here = np.full(len(level.parents), -1, dtype=np.int32)
-    kept_here[nodes[alive]] = np.arange(int(alive.sum()), dtype=np.int32)
-    return kept_here, found[alive]
+    found, count, step = [behind[:0]], 0, max(1, _AT_ONCE // states)
+    for at in range(0, len(nodes), step):
+        part = nodes[at : at + step]
+        taken = classes[level.characters[part], None]
+        here = targets.ravel().take(taken * states + behind[kept[level.parents[part]]])
+        alive = here.any(axis=1)
+        found.append(here[alive])
+        kept_here[part[alive]] = np.arange(count, count + len(found[-1]), dtype=np.int32)
+        count += len(found[-1])
+    return kept_here, np.concatenate(found)
 
 
 def packed(bits: NDArray[np.bool_]) -> Words:
