@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,20 @@ async def test_the_text_has_a_bound() -> None:
             grammar_of(pb.OutputConstraint(json_schema=schema))
     with pytest.raises(InvalidRequest, match="one of json_schema, regex and lark"):
         grammar_of(pb.OutputConstraint())
+
+
+async def test_other_threads_of_the_worker_have_no_part_in_it(
+    compiler: ConstraintCompiler,
+) -> None:
+    """Ranks are launched and graphs loaded in the loop's own threads: here all of them are busy."""
+    others, done = ThreadPoolExecutor(1), threading.Event()
+    asyncio.get_running_loop().set_default_executor(others)
+    busy = others.submit(done.wait, 60)
+    try:
+        assert allowed(await asyncio.wait_for(compiler.compile(WORDS), 30))
+        assert not busy.done()
+    finally:
+        done.set()
 
 
 async def test_too_many_at_once_are_refused(

@@ -4,8 +4,10 @@ then compiled in a thread. What was compiled, or refused, is remembered."""
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from precast.errors import InvalidRequest, Overloaded, Unavailable
 from services.decode_worker.constraints.checker import TOO_LONG, Setup
@@ -13,12 +15,15 @@ from services.decode_worker.constraints.checking import GrammarChecker
 from services.decode_worker.constraints.grammar import Grammar, refusal
 from services.decode_worker.constraints.matcher import Matcher, Vocabulary
 
+T = TypeVar("T")
 CACHED: Final = 64
 """Grammars that are remembered."""
 OPEN_S: Final = 30.0
 """How long the first requests of a worker may wait for it to know its tokens."""
 WAITING: Final = 32
 """Grammars that may wait for being compiled; each takes up to two seconds."""
+THREADS: Final = 2
+"""That compile grammars: what else the worker does in threads does not wait for them."""
 
 
 class ConstraintCompiler:
@@ -33,12 +38,13 @@ class ConstraintCompiler:
         self._known: OrderedDict[Grammar, Matcher | str] = OrderedDict()
         """Matchers at their beginning, or why there is none; those asked for last at the end."""
         self._compiling: dict[Grammar, asyncio.Task[Matcher | str]] = {}
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="constraints")
 
     async def open(self) -> None:
         """Learns the model's tokens, once, before there are requests: for a second no other Python
         thread runs, the event loop's neither."""
         try:
-            await asyncio.to_thread(self._learn)
+            await self._in_thread(self._learn)
         finally:
             self._opened.set()
 
@@ -89,6 +95,10 @@ class ConstraintCompiler:
         await asyncio.gather(*self._compiling.values(), return_exceptions=True)
         if self._checker is not None:
             self._checker.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _remember(self, grammar: Grammar) -> Matcher | str:
         await self._until_open()
@@ -96,7 +106,7 @@ class ConstraintCompiler:
         assert self._vocabulary is not None
         found: Matcher | str = await self._checker.check(grammar)
         if not found:
-            found = await asyncio.to_thread(self._vocabulary.compile, grammar)
+            found = await self._in_thread(partial(self._vocabulary.compile, grammar))
             if found.error:
                 found = refusal(grammar.kind, found.error)
         if isinstance(found, str) and found.endswith(TOO_LONG):
