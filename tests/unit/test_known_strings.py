@@ -19,6 +19,7 @@ from tests.support.tokenizers import byte_level, sentence_piece
 PIECES = (
     *("a", "b", "ex", "am", "ple", "org", "www", "http", "A", "INV", "X", "0", "12", "9", ".", "-"),
     *("@", "/", ":", "?", "%", "4f", "_", " ", "cat", "do", "é", "日本", "\U0001f642", '"', '",'),
+    *("\u00a0", "\u0085", "\u2028", "\u3000"),
     *("\\", "\\n", "\n", "\t", "[", "]", "}", "{", "true"),
 )
 PATTERNS = (
@@ -26,8 +27,8 @@ PATTERNS = (
     *(r"^\S{2,5}$", "^.{1,20}$", "^[^@ ]+@[^@ ]+$", "a.c", "^$", "^[A-Z]{2}-[0-9]{3}$", "[é-日]+"),
     *("^(?:a|b)*?abb$", r"^[\w.-]+$", r"^\u0061[\x62-d]$", r"\s", '^"a"$', r"^a\\b$", "^\n?a"),
 )
-
-
+WITHOUT_CHOICES = ("^$", '^"a"$', r"^a\\b$")
+"""What has no escapes in them leaves one thing to write."""
 SPELLED = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
@@ -86,11 +87,13 @@ def test_masks_of_all_kinds_of_schemas_are_the_same() -> None:
 def test_masks_of_patterns_are_the_same(pattern: str) -> None:
     schema = {"type": "string", "pattern": pattern}
     bounded = {**schema, "minLength": 3, "maxLength": 6}
+    made = 0
     for seed in range(4):
-        walked(schema, seed)
+        made += walked(schema, seed)
         walked(strings(schema, {"maxLength": 2}), seed)
         if VOCABULARY.compile(json_grammar(bounded)).error == "":
             walked(strings({"anyOf": [bounded, {"type": "null"}]}), seed)
+    assert (made > 0) == (pattern not in WITHOUT_CHOICES)
 
 
 def answer(schema: Any, seed: int) -> bytes | None:
@@ -185,6 +188,25 @@ def test_marks_are_characters_as_others() -> None:
     assert allowed(matcher) == by_itself(matcher)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "minLength": 3, "maxLength": 6},
+        {"type": "string", "pattern": "^.{3,6}$"},
+        {"anyOf": [closed({"c": LENGTH}), closed({"c": NAME, "d": LENGTH})]},
+    ],
+)
+def test_marks_that_an_answer_has_are_no_marks(schema: Any) -> None:
+    """The mark of a part at the beginning of a string, where the schema's own would be."""
+    for number in range(5):
+        matcher = VOCABULARY.compile(json_grammar(schema))
+        begin = '{"c": "' if "anyOf" in schema else '"'
+        for token in tokens(f"{begin}{mark(number)}"):
+            assert token in allowed(matcher) == by_itself(matcher)
+            matcher.take(token)
+        assert allowed(matcher) == by_itself(matcher)
+
+
 def test_half_characters_and_escapes_are_left_to_llguidance() -> None:
     matcher = VOCABULARY.compile(json_grammar({"type": "string", "maxLength": 6}))
     for token in tokens('"é\\n日\\u0001x"'):
@@ -197,11 +219,39 @@ def test_a_schema_with_marks_in_it_has_no_marks() -> None:
     for number in (0, MARKS - 1):
         text = json.dumps({"type": "string", "pattern": f"^{mark(number)}$"}, ensure_ascii=False)
         assert marked(text) is None
+        assert marked(json.dumps(json.loads(text))) is None  # escaped
+        assert marked(text.replace(mark(number), "a")) is not None
 
 
 def test_more_patterns_than_marks_are_left_to_llguidance() -> None:
     many = closed({f"p{at}": {"type": "string", "maxLength": at} for at in range(MARKS)})
     assert marked(json.dumps(many)) is None
+
+
+def test_a_vocabulary_without_some_bytes_has_llguidances_masks() -> None:
+    data = json.loads(tokenizer().to_str())
+    names = data["model"]["vocab"]
+    names["<none>"] = names.pop("}")
+    known = vocabulary(Tokenizer.from_str(json.dumps(data)), "<end>")
+    matcher = known.compile(json_grammar(array(NAME)))
+    assert allowed(matcher) == by_itself(matcher) != []
+
+
+def test_what_walks_used_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All copies share what a lexer may learn."""
+    used_up = []
+
+    def walk(found: Matcher, ends: list[int]) -> bool:
+        for token in tokens("[") * 2:
+            found.take(token)
+        used_up.append(found)
+        return False
+
+    monkeypatch.setattr("services.decode_worker.constraints.matcher.warm", walk)
+    matcher = VOCABULARY.compile(json_grammar(array(NAME)))
+    assert used_up[0].error
+    assert not matcher.error
+    assert allowed(matcher) == by_itself(matcher) != []
 
 
 def test_copies_go_their_own_way() -> None:

@@ -30,6 +30,7 @@ _CONTINUED: Final = bytes(range(0x80, 0xC0))
 _FIRST_BYTE: Final = FREE.encode()[0]
 _LIKE_MARKS: Final = re.compile(rb"\xf4(?:\x8f(?:\xa0|\Z)|\Z)")
 """Has one in it, or ends as one begins."""
+_MARKS: Final = re.compile("|".join(map(mark, range(MARKS))).encode())
 _SAME_BYTE: Final = (0x100000, 0x10FFFF)
 """Characters that begin with it, as marks do."""
 
@@ -55,6 +56,10 @@ class OtherTokens:
     def _spells_marks(self) -> bool:
         return self._byte.keys() >= set("".join(map(mark, range(MARKS))).encode())
 
+    def single(self, text: bytes) -> list[int]:
+        """The tokens of its bytes, of those that have one."""
+        return [self._byte[byte] for byte in text if byte in self._byte]
+
     def spelled(self, text: bytes) -> list[int]:
         """As tokens of a byte. Raises ``KeyError`` if there is none for one."""
         return [self._byte[byte] for byte in text]
@@ -79,6 +84,8 @@ class KnownStrings:
         self._signs = (FREE, UNKNOWN) if asks_unknown else (FREE,)
         """Marks of strings that no pattern is known of."""
         self._text = JsonText()
+        self._last = b""
+        """Bytes that a mark may have begun with."""
         self._states: dict[int, int] = {}
         """Of the patterns that the string may have in which it stands."""
         self._read = 0
@@ -88,12 +95,16 @@ class KnownStrings:
         asks_unknown = UNKNOWN in self._signs
         inner = self._inner.deep_copy()
         other = KnownStrings(self._tokens, inner, self._patterns, asks_unknown=asks_unknown)
-        other._text = self._text.copy()
+        other._text, other._last = self._text.copy(), self._last
         other._states, other._read = dict(self._states), self._read
         return other
 
     def take(self, text: bytes) -> bool:
-        """Whether it can go on."""
+        """Whether it can go on. Behind a mark that the output has of its own it can't: it is there
+        for a whole string in one matcher, and for a character in the other."""
+        if _MARKS.search(self._last + text):
+            return False
+        self._last = (self._last + text)[-3:]
         for piece, begins in self._text.opening(text):
             try:
                 taken = bool(self._inner.consume_tokens(self._tokens.spelled(piece)))

@@ -78,14 +78,21 @@ def marked(schema: str) -> MarkedSchema | None:
     """None for one without patterns and lengths, and for one that may join its parts."""
     if '"pattern"' not in schema and '"maxLength"' not in schema:
         return None
-    if any(mark(number) in schema for number in range(MARKS)):
-        return None
     marks = _Marks()
     try:
-        text = json.dumps(marks.part(json.loads(schema), 0))
+        parsed = json.loads(schema)
+        if _has_marks(parsed):
+            return None
+        text = json.dumps(marks.part(parsed, 0))
     except (_Beyond, RecursionError):
         return None
     return MarkedSchema(text=text, strings=tuple(marks.strings), has_unknown=marks.unknown)
+
+
+def _has_marks(schema: Any) -> bool:
+    """However they are written in its text."""
+    text = json.dumps(schema, ensure_ascii=False)
+    return any(mark(number) in text for number in range(MARKS))
 
 
 class _Marks:

@@ -116,10 +116,11 @@ class Vocabulary:
 
     def compile(self, grammar: Grammar, *, quick: bool = True) -> Matcher:
         """At the grammar's beginning, perhaps with an error. Other Python threads run meanwhile.
-        ``quick``: its masks are to be made soon, which takes up to half a second beforehand."""
+        ``quick``: its masks are to be made soon, which may take a second and more of processor
+        time beforehand (``patterns.BUILD_S``, ``plain_tokens.MOST_WORK``, ``warming.WARM_S``)."""
         found = self._compiled(grammar, quick=quick)
-        if quick and not found.error:
-            warm(found, self._others.spelled(b'"]},'))
+        if quick and not found.error and not warm(found, self._others.single(b'"]},')):
+            return self._compiled(grammar, quick=quick)
         return found
 
     def _compiled(self, grammar: Grammar, *, quick: bool) -> Matcher:

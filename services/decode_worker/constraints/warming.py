@@ -19,9 +19,10 @@ WARM_S: Final = 0.03
 """Processor time for a grammar."""
 
 
-def warm(matcher: "Matcher", ends: Sequence[int]) -> None:
+def warm(matcher: "Matcher", ends: Sequence[int]) -> bool:
     """``matcher``: at its beginning, where it stays. ``ends``: tokens that end a part of an output,
-    which comes on if they are drawn often."""
+    which comes on if they are drawn often. Whether the walks went well: all copies share what its
+    lexer may learn, and none of it may be left then."""
     until = time.thread_time() + WARM_S
     words = np.zeros(matcher.width, dtype=np.int32)
     draw = random.Random(0)  # noqa: S311
@@ -36,6 +37,9 @@ def warm(matcher: "Matcher", ends: Sequence[int]) -> None:
             if not allowed:
                 break
             copy.take(draw.choice(allowed))
+        if copy.error:
+            return False
+    return True
 
 
 def _some(words: NDArray[np.int32], draw: random.Random) -> list[int]:
