@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from services.decode_worker.constraints.formats import with_strict_formats
 from services.decode_worker.constraints.marked_schema import MARKS, mark, marked
 from services.decode_worker.constraints.matcher import Matcher, Vocabulary
+from services.decode_worker.constraints.warming import warm
 from tests.support.constraints import allowed, json_grammar, set_bits, vocabulary
 from tests.support.json_schemas import array, closed, composed
 from tests.support.tokenizers import byte_level, sentence_piece
@@ -237,21 +238,21 @@ def test_a_vocabulary_without_some_bytes_has_llguidances_masks() -> None:
     assert allowed(matcher) == by_itself(matcher) != []
 
 
-def test_what_walks_used_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All copies share what a lexer may learn."""
-    used_up = []
+def test_walks_leave_a_client_what_the_lexer_may_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All copies share it; here the walks use it up, and an answer needs half of it."""
+    walks = []
 
-    def walk(found: Matcher, ends: list[int]) -> bool:
-        for token in tokens("[") * 2:
-            found.take(token)
-        used_up.append(found)
-        return False
+    def walk(matcher: Matcher, ends: list[int]) -> bool:
+        walks.append(warm(matcher, ends))
+        return walks[-1]
 
     monkeypatch.setattr("services.decode_worker.constraints.matcher.warm", walk)
-    matcher = VOCABULARY.compile(json_grammar(array(NAME)))
-    assert used_up[0].error
-    assert not matcher.error
-    assert allowed(matcher) == by_itself(matcher) != []
+    monkeypatch.setattr("services.decode_worker.constraints.matcher.MAX_LEXER_STATES", 50)
+    matcher = VOCABULARY.compile(json_grammar({"type": "string", "pattern": "^[a-z]{2,40}x$"}))
+    for token in tokens('"abcdefghijkl'):
+        assert token in allowed(matcher)
+        matcher.take(token)
+    assert walks == [False]
 
 
 def test_copies_go_their_own_way() -> None:
