@@ -33,13 +33,10 @@ class BodyWriter:
             self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def write_now(self, piece: bytes) -> bool:
-        """Sends it, which is not empty, if it ``is_open``."""
-        cycle = self._cycle
-        if not cycle.chunked_encoding or cycle.response_complete or cycle.disconnected:
+        """Sends it if it ``is_open``; whether it is."""
+        if not self.is_open:
             return False
-        if cycle.flow.write_paused:
-            return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.write(piece)
         return True
 
 

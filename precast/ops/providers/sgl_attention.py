@@ -53,6 +53,10 @@ class _Options:
     sinks: Tensor | None
     """[heads], in the caches' type."""
 
+    def arguments(self) -> tuple[float, float, bool, int, None, Tensor | None]:
+        """The last of both kernels: neither attends to another model's output."""
+        return self.scale, self.softcap, False, self.window, None, self.sinks
+
 
 def paged_attention(
     has_amx: bool,
@@ -140,12 +144,7 @@ def _decode(q: Tensor, cache: _Cache, plan: _Plan, options: _Options) -> Tensor:
         cache.slots,
         owners,
         torch.tensor(plan.seen),
-        options.scale,
-        options.softcap,
-        False,
-        options.window,
-        None,
-        options.sinks,
+        *options.arguments(),
     )
     return result
 
@@ -168,12 +167,7 @@ def _extend(
         counts,
         (counts.cumsum(0) - counts).to(counts.dtype),
         max(plan.counts),
-        options.scale,
-        options.softcap,
-        False,
-        options.window,
-        None,
-        options.sinks,
+        *options.arguments(),
     )
     return result
 

@@ -22,7 +22,7 @@ from precast.ops.providers import sgl_attention, sgl_trial
 from precast.ops.providers.base import NATIVE, OPERATORS, Choice, Kernel, Needs, Selection
 from precast.system.cpu import Cpu
 
-NAME: Final = "sgl_kernel"
+NAME: Final = sgl_trial.NAME
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS: Final = frozenset({Format.BF16, Format.FP16, Format.INT8})
 _BUILT_FOR: Final = frozenset({"avx512_bf16", "avx512_vnni"})
@@ -129,10 +129,8 @@ def _cpu_lacks(operator: str, needs: Needs, cpu: Cpu) -> str:
 
 
 def _library_lacks(operator: str) -> str:
-    try:
-        importlib.import_module(NAME)
-    except (ImportError, OSError) as error:
-        return f"{NAME} can't be loaded: {str(error).strip().splitlines()[0]}"
+    if failure := sgl_trial.load():
+        return failure
     for name in USES[operator]:
         packet: Any = getattr(torch.ops.sgl_kernel, name, None)
         if packet is None:

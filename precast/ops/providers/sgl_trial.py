@@ -21,7 +21,7 @@ from precast.ops.providers import sgl_adapters as adapters
 from precast.ops.providers.base import Kernel
 
 TIMEOUT_S: Final = 60.0
-_LIBRARY: Final = "sgl_kernel"
+NAME: Final = "sgl_kernel"
 _PROGRAM: Final = f"from {__name__} import try_all; try_all()"
 _TOLERANCE: Final = 3e-2
 Pair = tuple[Tensor, Tensor]
@@ -36,9 +36,9 @@ def failures() -> Mapping[str, str]:
             [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return dict.fromkeys(TRIALS, f"a trial of {_LIBRARY} took over {TIMEOUT_S:.0f} s")
+        return dict.fromkeys(TRIALS, f"a trial of {NAME} took over {TIMEOUT_S:.0f} s")
     tried = dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
-    ended = f"a trial of {_LIBRARY} {_how_it_ended(done)}"
+    ended = f"a trial of {NAME} {_how_it_ended(done)}"
     found = {name: tried.get(name, ended) for name in TRIALS}
     return {name: reason for name, reason in found.items() if reason}
 
@@ -54,17 +54,18 @@ def try_all() -> None:
     """The program. Threads would only take time."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    loaded = _load()
+    loaded = load()
     for name, trial in TRIALS.items():
         sys.stdout.write(f"{name}\t{loaded or _tried(trial)}\n")
         sys.stdout.flush()  # what comes next may end the process
 
 
-def _load() -> str:
+def load() -> str:
+    """Loads the library into this process; why it can't be, or nothing."""
     try:
-        importlib.import_module(_LIBRARY)
+        importlib.import_module(NAME)
     except (ImportError, OSError) as error:
-        return f"{_LIBRARY} can't be loaded: {_first_line(error)}"
+        return f"{NAME} can't be loaded: {_first_line(error)}"
     return ""
 
 
@@ -72,9 +73,9 @@ def _tried(trial: Callable[[], Pair]) -> str:
     try:
         actual, expected = trial()
     except (RuntimeError, AttributeError) as error:
-        return f"a trial of {_LIBRARY} failed: {_first_line(error)}"
+        return f"a trial of {NAME} failed: {_first_line(error)}"
     right = torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
-    return "" if right else f"a trial of {_LIBRARY} gave a wrong result"
+    return "" if right else f"a trial of {NAME} gave a wrong result"
 
 
 def _first_line(error: Exception) -> str:

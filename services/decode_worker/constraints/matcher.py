@@ -21,7 +21,7 @@ from services.decode_worker.constraints.plain_tokens import PlainTokens
 from services.decode_worker.constraints.warming import warm
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher, LLTokenizer
 
 Words = NDArray[np.int32]
 MAX_LEXER_STATES: Final = 50_000
@@ -124,11 +124,10 @@ class Vocabulary:
         return found
 
     def _compiled(self, grammar: Grammar, *, quick: bool) -> Matcher:
-        from llguidance import LLMatcher
-
-        source = _source(grammar)
-        inner = LLMatcher(self._tokens, source, log_level=0, limits=_limits())
-        schema = marked(with_strict_formats(grammar.text)) if _is_schema(grammar) else None
+        is_schema = grammar.kind == "json_schema"
+        text = with_strict_formats(grammar.text) if is_schema else grammar.text
+        inner = _inner(self._tokens, _source(grammar.kind, text))
+        schema = marked(text) if is_schema else None
         strings = None
         if schema is not None and self._others.has_marks and not inner.get_error():
             unknown: list[KnownPattern | None] = [None] * len(schema.strings)
@@ -139,10 +138,7 @@ class Vocabulary:
     def _strings(
         self, schema: MarkedSchema, known: Sequence[KnownPattern | None]
     ) -> KnownStrings | None:
-        from llguidance import LLMatcher
-
-        source = LLMatcher.grammar_from_json_schema(schema.text, overrides=JSON_OPTIONS)
-        inner = LLMatcher(self._others.tokenizer, source, log_level=0, limits=_limits())
+        inner = _inner(self._others.tokenizer, _source("json_schema", schema.text))
         return (
             None
             if inner.get_error()
@@ -156,26 +152,22 @@ class Vocabulary:
         return b"" if no_text else found
 
 
-def _source(grammar: Grammar) -> str:
+def _source(kind: str, text: str) -> str:
     """As the library reads it; a schema is JSON (``grammar_of``)."""
     from llguidance import LLMatcher
 
     source: str
-    if grammar.kind == "json_schema":
-        schema = with_strict_formats(grammar.text)
-        source = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
-    elif grammar.kind == "regex":
-        source = LLMatcher.grammar_from_regex(grammar.text)
+    if kind == "json_schema":
+        source = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+    elif kind == "regex":
+        source = LLMatcher.grammar_from_regex(text)
     else:
-        source = LLMatcher.grammar_from_lark(grammar.text)
+        source = LLMatcher.grammar_from_lark(text)
     return source
 
 
-def _is_schema(grammar: Grammar) -> bool:
-    return grammar.kind == "json_schema"
+def _inner(tokens: "LLTokenizer", source: str) -> "LLMatcher":
+    from llguidance import LLMatcher, LLParserLimits
 
-
-def _limits() -> "LLParserLimits":
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    return LLMatcher(tokens, source, log_level=0, limits=limits)

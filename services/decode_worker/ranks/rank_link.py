@@ -46,11 +46,7 @@ class RankLink(asyncio.Protocol):
         # Nearly always: one whole frame, an answer to a step, and nothing that waits for the rest.
         body = len(data) - FRAME_HEADER.size
         if not self._buffer and body >= 0 and FRAME_HEADER.unpack_from(data)[0] == body:
-            reply = decode_reply(data[FRAME_HEADER.size :])
-            if isinstance(reply, StepDone):
-                self._on_step(reply)
-            else:
-                self._on_reply(self, reply)
+            self._hand_out(decode_reply(data[FRAME_HEADER.size :]))
             return
         self._buffer += data
         self._take_whole()

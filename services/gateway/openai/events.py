@@ -29,10 +29,7 @@ class TextEvents:
 
     def __init__(self, chunk: Struct) -> None:
         """``chunk`` has ``MARK`` as its text, and no text of a client's after it."""
-        before, _, after = event(chunk).rpartition(encode_text(MARK))
-        self.around: Final = before, after
-        """What is in an event before and after its text, a JSON string."""
+        self._before, _, self._after = event(chunk).rpartition(encode_text(MARK))
 
     def event(self, text: str) -> bytes:
-        before, after = self.around
-        return before + encode_text(text) + after
+        return self._before + encode_text(text) + self._after

@@ -32,7 +32,7 @@ from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.formats import Choice, Format, total_usage
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.refusals import named_refusal
-from services.gateway.openai.responses import Usage, encode, encode_text
+from services.gateway.openai.responses import Usage, encode
 from services.gateway.openai.token_watch import TokenWatch
 from services.gateway.presence import ClientGone, WhileConnected
 from services.gateway.request_id import request_id
@@ -285,8 +285,7 @@ class _Stream:
             return None
 
         def follow(index: int, tokens: int, text: str, now: float) -> bool:
-            before, after = events[first + index].around
-            if not writer.write_now(before + encode_text(text) + after):
+            if not writer.write_now(events[first + index].event(text)):
                 return False
             watch.see_tokens(first + index, tokens, now)
             return True

@@ -302,12 +302,7 @@ class WorkerConnection:
             taken += count
             if (place := places.get(handle)) is not None:  # None: it was aborted meanwhile
                 place.tokens += ids
-                left = place.output_left - count
-                if left < 0 or place.prompt_left:
-                    done += place.done(count)
-                else:  # the same, but for its first and last tokens
-                    place.output_left = left
-                    done += count
+                done += place.done(count)
                 place.queue.put_text(place.index, ids, text, now)
         self._on_done(done)
 
