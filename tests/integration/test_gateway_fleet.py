@@ -71,7 +71,7 @@ def _ignore_errors(completions: Any) -> None:
 
 def test_a_full_worker_passes_its_requests_on(stack: Stack) -> None:
     full = stack.worker(worker_id="a-full", max_running=0)
-    other = stack.worker(worker_id="b-other")
+    other = stack.worker(worker_id="b-fleet-other")
     gateway = stack.gateway(wait_for=2)
     for _ in range(4):
         assert complete(gateway).status_code == 200
@@ -90,7 +90,7 @@ def test_all_workers_full_is_429(stack: Stack) -> None:
 
 def test_a_worker_killed_mid_stream(stack: Stack) -> None:
     """Its streams, and what isn't streamed, go on at the other one as if nothing had happened."""
-    victim = stack.worker(worker_id="a-victim", step_ms=20)
+    victim = stack.worker(worker_id="a-fleet-victim", step_ms=20)
     gateway = stack.gateway()
     asked = {"model": "tiny", "prompt": "the fox", "max_tokens": 200, "n": 2, "logprobs": 1}
     wholes: list[openai.types.Completion] = []
@@ -101,7 +101,7 @@ def test_a_worker_killed_mid_stream(stack: Stack) -> None:
         **asked, stream=True, stream_options={"include_usage": True}
     )
     chunks = [next(iter(stream))]
-    survivor = stack.worker(worker_id="b-survivor")
+    survivor = stack.worker(worker_id="b-fleet-survivor")
     eventually(lambda: gateway.workers() == 2)
     killed = time.monotonic()
     victim.kill()
@@ -129,13 +129,13 @@ def test_a_worker_killed_mid_stream(stack: Stack) -> None:
 
 
 def test_a_request_without_a_token_yet_moves_to_another_worker(stack: Stack) -> None:
-    victim = stack.worker(worker_id="a-victim", step_ms=60_000)
+    victim = stack.worker(worker_id="a-fleet-victim", step_ms=60_000)
     gateway = stack.gateway()
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(complete(gateway)))
     thread.start()
     eventually(lambda: victim.running() == 1)
-    stack.worker(worker_id="b-survivor")
+    stack.worker(worker_id="b-fleet-survivor")
     eventually(lambda: gateway.workers() == 2)
     victim.kill()
     thread.join(5)
@@ -146,14 +146,14 @@ def test_a_request_without_text_yet_moves_to_another_worker(stack: Stack) -> Non
     """Tokens that are no whole character yet are none that a client has seen."""
     tokenizer = Tokenizer.from_file(str(stack.models_dir / "tiny" / "tokenizer.json"))
     begins_an_emoji = tokenizer.token_to_id("ð")
-    victim = stack.worker(worker_id="a-victim", step_ms=50)
+    victim = stack.worker(worker_id="a-fleet-victim", step_ms=50)
     gateway = stack.gateway()
     answers: list[httpx.Response] = []
     changes = {"prompt": [begins_an_emoji], "max_tokens": 200, "stream": True}
     thread = threading.Thread(target=lambda: answers.append(complete(gateway, **changes)))
     thread.start()
     eventually(lambda: victim.running() == 1)
-    survivor = stack.worker(worker_id="b-survivor")
+    survivor = stack.worker(worker_id="b-fleet-survivor")
     eventually(lambda: gateway.workers() == 2)  # tokens have come meanwhile
     assert victim.running() == 1
     victim.kill()
@@ -167,7 +167,7 @@ def test_dead_workers_that_are_still_known_cost_no_request(stack: Stack) -> None
     """More of them than attempts that a request has."""
     victims = [stack.worker(worker_id=f"a-{number}") for number in range(4)]
     gateway = stack.gateway(wait_for=4)
-    stack.worker(worker_id="b-survivor")
+    stack.worker(worker_id="b-fleet-survivor")
     eventually(lambda: gateway.workers() == 5)
     for victim in victims:
         victim.kill()
