@@ -158,7 +158,7 @@ async def _serve(plan: stacks.Stack, settings: ServeSettings, url: str, view: Vi
     from precast.cli.status import Observer
     from precast.cli.supervisor import Supervisor
 
-    os.environ["PRECAST_REDIS_URL"] = plan.redis_url  # for the children, forked ones too
+    os.environ |= stacks.for_children(settings, plan)  # forked ones too
     stop = asyncio.Event()
     forks = Forks()
     supervisor = Supervisor(plan.specs, forks)

@@ -16,6 +16,7 @@ from precast.cli.on_demand.parts import HomeModel
 from precast.cli.supervisor import PROBE_S, ChildSpec
 from precast.config.settings import ServeSettings, adapter_of, describe
 from precast.errors import ConfigError
+from precast.system.redis_password import without_password
 
 LOOPBACK: Final = "127.0.0.1"
 REDIS: Final = "redis"
@@ -45,8 +46,8 @@ class Stack:
     specs: Sequence[ChildSpec]
     """In the order in which they start."""
     redis_url: str
-    """Children find it in their environment: every user of the machine can read command lines,
-    and a URL may hold a password."""
+    """Children find it in their environment (``for_children``): every user of the machine can read
+    command lines, and a URL may hold a password."""
     embedded_redis: bool
     model_host: str = ""
     """Where gateways have models started (``precast.rpc.model_link``); empty: nowhere."""
@@ -103,6 +104,17 @@ def on_demand(settings: ServeSettings, model: HomeModel) -> ChildSpec:
     flags |= {"listen": f"{LOOPBACK}:0", "model": model.name}
     flags |= {"kv-blocks": model.kv_blocks, "max-context-length": model.context_length}
     return service(settings, f"{DECODE_WORKER}-{model.name}", flags)
+
+
+def for_children(settings: ServeSettings, stack: Stack) -> dict[str, str]:
+    """Variables that tell services where Redis is. A password that comes out of a file stands in
+    none of them: they read the file."""
+    if (file := settings.redis_password_file) is None:
+        return {"PRECAST_REDIS_URL": stack.redis_url}
+    return {
+        "PRECAST_REDIS_URL": without_password(stack.redis_url),
+        "PRECAST_REDIS_PASSWORD_FILE": str(file),
+    }
 
 
 @contextmanager

@@ -25,3 +25,11 @@ def with_password(url: str, password: str) -> str:
     name, _, host = parts.netloc.rpartition("@")
     user = name.partition(":")[0]
     return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+
+
+def without_password(url: str) -> str:
+    """The URL as it is before ``with_password``."""
+    login, _, host = (netloc := urlsplit(url).netloc).rpartition("@")
+    user = login.partition(":")[0]
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{f'{user}@' if user else ''}{host}{rest[len(netloc) :]}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from precast.cli.stack import Stack, for_children
 from precast.config.settings import (
     SETTINGS,
     CommonSettings,
@@ -176,11 +177,20 @@ def test_a_password_is_not_shown(url: str, shown: str) -> None:
         (None, "redis://:p%40ss%3A@127.0.0.1:6379/0"),
     ],
 )
-def test_a_password_out_of_a_file(url: str | None, whole: str) -> None:
+def test_a_password_out_of_a_file(
+    url: str | None, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("password").write_text("p@ss:\n")
-    settings = load_settings(GatewaySettings, redis_url=url, redis_password_file="password")
+    settings = load_settings(ServeSettings, redis_url=url, redis_password_file="password")
     assert settings.redis_url == whole
     assert "p%40ss" not in rows(settings)["redis_url"][0]
+    # services that it starts read the file themselves, wherever they work
+    stack = Stack(specs=(), redis_url=settings.redis_url, embedded_redis=False)
+    for name, value in for_children(settings, stack).items():
+        assert "p@ss" not in value and "p%40ss" not in value
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir("/")
+    assert load_settings(GatewaySettings).redis_url == whole
 
 
 @pytest.mark.parametrize("content", [None, "", "\n", "two\nlines", b"\xff"])
