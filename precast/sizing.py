@@ -37,7 +37,7 @@ class Sizing:
     """Of layers that attend to a window; 0: there are none."""
     window_block_bytes: int
     weight_bytes: int
-    """Of all ranks."""
+    """Of all ranks, and of the leader's copies of adapters."""
     process_bytes: int
     """Of leader and ranks, besides weights and cache."""
     why: str
@@ -78,7 +78,8 @@ def size(
     layers = _layers(settings, config)
     precision = settings.precision(config.own_quantization)
     weights = weight_bytes(config, precision, tp=settings.tp, positions=context)
-    weights += adapter_bytes(config, _adapters(settings, config))
+    adapters = _adapters(settings, config)
+    weights += adapter_bytes(config, adapters) + sum(one.nbytes for one in adapters)
     fixed = weights + (settings.tp + 1) * PROCESS_BYTES
     mine = free.nbytes // settings.replicas
     most = min(int(mine * kv_share), mine - fixed)

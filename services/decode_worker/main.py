@@ -12,7 +12,7 @@ import uvloop
 
 from precast import log as logging
 from precast.config.settings import DecodeWorkerSettings
-from precast.errors import ConfigError
+from precast.errors import ConfigError, ModelCorrupt
 from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import Registry
 from precast.graphs.artifacts.cache import GraphCache
@@ -39,7 +39,7 @@ from services.decode_worker.graphs.loader import ArtifactLoader
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.model_files import digest_of_tokenizer, open_model
-from services.decode_worker.ranks.group import GroupFailed
+from services.decode_worker.ranks.group import FilesChanged, GroupFailed
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.worker import Worker
 
@@ -158,6 +158,8 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
                 ],
                 before_stop=lambda: _drain(worker, heartbeat),
             )
+    except FilesChanged as changed:  # another process serves what is there now
+        raise ModelCorrupt(f"{settings.model}: {changed}") from None
     except GroupFailed as failure:  # of a group that never ran: a restart would not help
         raise ConfigError(str(failure)) from None
     finally:

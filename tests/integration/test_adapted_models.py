@@ -108,9 +108,24 @@ def test_what_one_has_cached_is_no_other_s(
         assert ask(name) == expected[name]
 
 
+@pytest.fixture
+def swapped(folders: dict[str, Path]) -> Iterator[None]:
+    """Each adapter's files have the other's bytes."""
+    paths = [path for folder in folders.values() for path in sorted(folder.iterdir())]
+    before = [path.read_bytes() for path in paths]
+    half = len(paths) // 2
+    for path, content in zip(paths, before[half:] + before[:half], strict=True):
+        path.write_bytes(content)
+    yield
+    for path, content in zip(paths, before, strict=True):
+        path.write_bytes(content)
+
+
+@pytest.mark.usefixtures("swapped")
 def test_requests_go_on_with_their_adapters_when_ranks_are_lost(
     worker: DecodeWorker, ask: Callable[[str], list[int]], expected: dict[str, list[int]]
 ) -> None:
+    """As they were when the worker started, whatever becomes of the files."""
     before = worker.ranks()
     with ThreadPoolExecutor(3) as clients:
         answers = [clients.submit(ask, name) for name in NAMES]

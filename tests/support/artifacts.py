@@ -9,9 +9,9 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from precast.graphs.artifacts.manifest import Manifest, encode_manifest
-from precast.graphs.artifacts.sealed import SealedGraph
 from precast.graphs.artifacts.signing import Signature, Signer, TrustedKeys
 from precast.graphs.key import graph_key
+from precast.system.sealed_file import SealedFile
 from tests.support.compile_worker import BUILD, FACTORS
 
 
@@ -54,6 +54,6 @@ def graph_file(folder: Path, *, seed: int = 0, size: int = 100_000) -> Path:
     return path
 
 
-def at_path(path: Path) -> SealedGraph:
+def at_path(path: Path) -> SealedFile:
     """As if it were sealed: for ranks that only look at the path."""
-    return cast(SealedGraph, SimpleNamespace(path=path))
+    return cast(SealedFile, SimpleNamespace(path=path))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -44,13 +44,25 @@ _REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
 """Entries of the configuration, and their values that can be served."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """One folder."""
+class AdapterFiles(NamedTuple):
+    """Where an adapter is read from."""
 
     name: str
     """By which requests choose it."""
-    path: Path
+    config: Path
+    weights: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One adapter."""
+
+    name: str
+    """By which requests choose it."""
+    weights: Path
+    """Its safetensors file."""
+    nbytes: int
+    """Of that file."""
     ranks: Mapping[str, int]
     """Of each linear that it changes, by the name of its module in the model."""
     alpha: float
@@ -63,18 +75,33 @@ class Adapter:
         return self.alpha / (math.sqrt(rank) if self.root_scaled else rank)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
 def target_of(module: str) -> AdapterTarget | None:
     """The kind of linear that a module is, or a part of; None: adapters don't change it."""
     in_expert = ".experts." in module
     return None if in_expert else _TARGETS.get(module.rpartition(".")[2])
 
 
+def files_in(name: str, folder: Path) -> AdapterFiles:
+    """Of a folder as PEFT writes it."""
+    return AdapterFiles(name, folder / CONFIG, folder / WEIGHTS)
+
+
 def read_adapter(name: str, folder: Path, config: ModelConfig) -> Adapter:
     """``config``: the model's. Raises ConfigError with one line."""
+    return read_files(files_in(name, folder), config)
+
+
+def read_files(files: AdapterFiles, config: ModelConfig) -> Adapter:
+    """As ``read_adapter``."""
     try:
-        return _read(name, folder, config)
+        return _read(files, config)
     except (ModelCorrupt, OSError, OverflowError, SafetensorError) as error:
-        raise ConfigError(f"adapter {name}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"adapter {files.name}: {' '.join(str(error).split())[:300]}") from None
 
 
 def shape_of_adapters(adapters: Sequence[Adapter]) -> AdapterShape | None:
@@ -88,11 +115,12 @@ def shape_of_adapters(adapters: Sequence[Adapter]) -> AdapterShape | None:
     )
 
 
-def _read(name: str, folder: Path, config: ModelConfig) -> Adapter:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ConfigError(f"adapter {name}: {path} is missing")
-    raw = read_object(path)
+def _read(files: AdapterFiles, config: ModelConfig) -> Adapter:
+    name = files.name
+    for path in (files.config, files.weights):
+        if not path.is_file():
+            raise ConfigError(f"adapter {name}: {path} is missing")
+    raw = read_object(files.config)
     if raw.get("peft_type") != "LORA":
         raise ConfigError(f"adapter {name}: peft_type {raw.get('peft_type')!r} is not LORA")
     for key, good in _REFUSED.items():
@@ -103,16 +131,15 @@ def _read(name: str, folder: Path, config: ModelConfig) -> Adapter:
         raise ConfigError(f"adapter {name}: lora_alpha = {str(alpha)[:40]} is no number")
     return Adapter(
         name=name,
-        path=folder,
-        ranks=_ranks(name, _shapes(name, folder / WEIGHTS), config),
+        weights=files.weights,
+        nbytes=files.weights.stat().st_size,
+        ranks=_ranks(name, _shapes(files.weights), config),
         alpha=float(alpha),
         root_scaled=bool(raw.get("use_rslora")),
     )
 
 
-def _shapes(name: str, path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise ConfigError(f"adapter {name}: {path} is missing")
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(path, framework="np") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 

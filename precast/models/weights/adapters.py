@@ -14,7 +14,7 @@ from torch import Tensor
 from precast.errors import ConfigError
 from precast.models.adapter_limits import MAX_ADAPTED_TOKENS
 from precast.models.shape import AdapterShape
-from precast.models.weights.adapter_folder import WEIGHTS, Adapter
+from precast.models.weights.adapter_folder import Adapter
 from precast.ops.native import has_adapters
 
 MAX_ROWS: Final = MAX_ADAPTED_TOKENS
@@ -56,7 +56,7 @@ class AdapterFolders:
         if module not in adapter.ranks:
             return None
         name = f"base_model.model.{module}"
-        with safe_open(adapter.path / WEIGHTS, framework="pt") as file:
+        with safe_open(adapter.weights, framework="pt") as file:
             a, b = (file.get_tensor(f"{name}.lora_{side}.weight").float() for side in "AB")
         return a, b * adapter.scale(module)
 

@@ -24,6 +24,10 @@ SETTLED_NS: Final = 2 * 10**9
 some in seconds."""
 
 
+_remembered: Final[dict[Path, dict[str, Any]]] = {}
+"""What each cache should have; there are as many as models that the process loads."""
+
+
 def file_digest(path: Path) -> str:
     """BLAKE3 of a file in hex; 3.5 GB/s a core. Raises OSError."""
     if path.stat().st_size == 0:
@@ -32,12 +36,14 @@ def file_digest(path: Path) -> str:
 
 
 def content_digests(files: Sequence[Path], cache: Path) -> list[str]:
-    """The files' digests in order; ``cache`` remembers them. Raises OSError for the files only."""
-    known = _read(cache)
+    """The files' digests in order; ``cache`` remembers them, and so does this process where it
+    can't be written. Raises OSError for the files only."""
+    known = _read(cache) or _remembered.get(cache, {})
     found = [_digest(path, known) for path in files]
     entries = {path.name: entry for path, (_, entry) in zip(files, found, strict=True) if entry}
     if entries != known:
         _write(cache, entries)
+    _remembered[cache] = entries
     return [digest for digest, _ in found]
 
 

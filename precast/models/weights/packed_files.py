@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from precast.errors import ModelCorrupt
 from precast.log import get_logger
 from precast.models.layers import Shape
 from precast.models.sharding import Shard
@@ -48,12 +49,30 @@ Keep = Callable[[str, Mapping[str, Tensor]], None]
 
 def packed_path(root: Path, folder: Path, shard: Shard, shape: Shape) -> Path:
     """Where one rank's linears are kept; it depends on all that they depend on. Raises OSError."""
-    name = model_name(folder)
-    digests = content_digests(weight_files(folder), root / _SOURCES / f"{name}.json")
+    name, digests = model_name(folder), _weight_digests(root, folder)
     formats = (PACKING_VERSION, providers.active().abi)
     of_weights = {k: v for k, v in dataclasses.asdict(shape).items() if k != "adapters"}
     parts = [sorted(digests), repr(shard), repr(of_weights), formats]
     return root / name / blake3(msgspec.json.encode(parts)).hexdigest()[:32]
+
+
+def model_content(folder: Path, root: Path) -> str:
+    """Digest of a model's configuration and weights, of which ``root`` remembers those that have
+    not changed. Raises ModelCorrupt."""
+    try:
+        parts = [
+            (folder / "config.json").read_bytes(),
+            *map(str.encode, _weight_digests(root, folder)),
+        ]
+    except OSError as error:
+        raise ModelCorrupt(f"{folder}: weights can't be read: {error}") from None
+    return blake3(msgspec.json.encode(parts)).hexdigest()
+
+
+def _weight_digests(root: Path, folder: Path) -> list[str]:
+    """In the order of the files' names. Raises OSError."""
+    cache = root / _SOURCES / f"{model_name(folder)}.json"
+    return content_digests(weight_files(folder), cache)
 
 
 class PackedFolder:

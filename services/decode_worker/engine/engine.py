@@ -25,7 +25,12 @@ from services.decode_worker.engine.step_counts import StepCounts
 from services.decode_worker.engine.step_loop import StepLoop
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
-from services.decode_worker.ranks.group import GroupFailed, RankGroup, RankRefused
+from services.decode_worker.ranks.group import (
+    FilesChanged,
+    GroupFailed,
+    RankGroup,
+    RankRefused,
+)
 from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import RankLauncher
 from services.decode_worker.ranks.protocol import Init, Ready
@@ -110,7 +115,8 @@ class Engine:
         self._steps.nudge()
 
     async def run(self) -> None:
-        """Serves until cancelled. A first group that can't start raises GroupFailed."""
+        """Serves until cancelled. A first group that can't start raises GroupFailed, and so does
+        one that has loaded other files than the first."""
         try:
             await self._keep_group()
         finally:
@@ -126,6 +132,8 @@ class Engine:
             try:
                 await self._run_group()
             except Exception as error:
+                if isinstance(error, FilesChanged):
+                    raise
                 if not self.started.is_set() and self._is_final(error):
                     raise
                 self._lose_group(_reason(error))
@@ -145,6 +153,7 @@ class Engine:
         group = await RankGroup.start(inits, self._launcher, self._memory)
         self._failed_starts = 0
         try:
+            self._check_files(group.ready)
             self.ready = group.ready
             self._graphs.group_started(group.ready)
             self.up = True
@@ -163,6 +172,11 @@ class Engine:
             self._on_change()
             await group.stop()
             self._crashed = group.crashed()
+
+    def _check_files(self, ready: Many[Ready]) -> None:
+        """Ranks that start again go on with what is in the KV cache, and all with one another."""
+        if len({one.content for one in (*self.ready, *ready)}) > 1:
+            raise FilesChanged("the model's files have changed since the worker began to load them")
 
     def _lose_group(self, reason: str) -> None:
         """Tells requests what they have got, and has them go on with the next group."""

@@ -11,7 +11,7 @@ from precast.system.free_memory import free_memory, gib
 from precast.system.placement import Placement, RankPlacement, described, plan, this_machine
 from precast.system.shared_memory import new_segment_name
 from services.decode_worker.engine.windows import WindowBlocks
-from services.decode_worker.model_files import model_folder
+from services.decode_worker.model_files import adapter_files, model_folder
 from services.decode_worker.ranks.protocol import Init
 
 log = get_logger(__name__)
@@ -52,6 +52,9 @@ def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
     """The first command of each rank of a new group."""
     group_id, folder = new_segment_name(), model_folder(settings)
     precision = settings.precision(load_config(folder).own_quantization)
+    adapters = tuple(
+        (one.name, str(one.config), str(one.weights)) for one in adapter_files(settings)
+    )
     return [
         Init(
             model_dir=str(folder),
@@ -68,7 +71,7 @@ def rank_inits(settings: DecodeWorkerSettings, share: Share) -> list[Init]:
             max_context_length=share.context,
             group_id=group_id,
             kernel_provider=settings.kernel_provider,
-            adapters=tuple((name, str(folder)) for name, folder in settings.adapter_folders),
+            adapters=adapters,
             log_level=settings.log_level,
             log_format=settings.log_format,
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from precast.graphs.artifacts.sealed import SealedGraph
+from precast.system.sealed_file import SealedFile
 
 Identity = tuple[tuple[str, int], ...]
 """Key and version of each rank's artifact."""
@@ -13,7 +13,7 @@ class Candidate:
     """Verified artifacts for steps of up to ``num_tokens`` tokens, one for each rank."""
 
     num_tokens: int
-    graphs: tuple[SealedGraph, ...]
+    graphs: tuple[SealedFile, ...]
     keys: tuple[str, ...]
     versions: tuple[int, ...]
     layer_us: float = 0.0

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from precast.errors import ArtifactRejected, GraphNotFound
 from precast.graphs.artifacts.cache import GraphCache
-from precast.graphs.artifacts.sealed import SealedGraph, seal_graph
+from precast.graphs.artifacts.sealed import seal_graph
 from precast.graphs.artifacts.store import StoredArtifact
 from precast.graphs.key import spec_digest, spec_part
 from precast.graphs.targets import lesser
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.system.owner import ThreadOwner
+from precast.system.sealed_file import SealedFile
 from services.decode_worker.graphs.candidates import Candidate
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.graphs.shadow_trial import Assignment
@@ -28,7 +29,7 @@ class Held(NamedTuple):
     """An artifact that was verified, and its graph as it was then."""
 
     artifact: StoredArtifact
-    graph: SealedGraph
+    graph: SealedFile
 
 
 class ArtifactLoader:

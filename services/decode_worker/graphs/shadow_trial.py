@@ -19,9 +19,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from precast.graphs.artifacts.sealed import SealedGraph
 from precast.log import get_logger
 from precast.system.owner import ThreadOwner
+from precast.system.sealed_file import SealedFile
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import LoadGraph, Shadow, Step
 
@@ -40,7 +40,7 @@ class Assignment:
     key: str
     version: int
     num_tokens: int
-    graphs: tuple[SealedGraph, ...]
+    graphs: tuple[SealedFile, ...]
     """The new graph for ranks of this key, the graph that serves for others."""
     keys: tuple[str, ...]
     versions: tuple[int, ...]

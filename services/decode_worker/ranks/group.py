@@ -67,6 +67,10 @@ class RankRefused(GroupFailed):
     """A rank said why it can't serve: another one would say the same."""
 
 
+class FilesChanged(GroupFailed):
+    """Ranks have loaded other files than those that serve: no group would go on with these."""
+
+
 class RankGroup:
     """``tp`` rank processes. Made by ``start``; every method may raise GroupFailed."""
 

@@ -21,8 +21,9 @@ from precast.models.load import Report, Weights, load_weights
 from precast.models.options import Kind
 from precast.models.shape import shape_of
 from precast.models.sharding import shard
-from precast.models.weights.adapter_folder import read_adapter, shape_of_adapters
+from precast.models.weights.adapter_folder import AdapterFiles, read_files, shape_of_adapters
 from precast.models.weights.adapters import AdapterFolders
+from precast.models.weights.packed_files import model_content
 from precast.models.windows import window_of
 from precast.ops import providers
 from precast.system.memory import MappedFile, mapped_zeros
@@ -54,6 +55,8 @@ class RankModel:
     load_s: float
     kernels: dict[str, str]
     """Who serves each operator, and why it is not who was asked for."""
+    content: str
+    """Digest of the files that it was loaded from, but for adapters'."""
     graphs: dict[int, Graph] = field(default_factory=dict)
     trials: dict[int, Graph] = field(default_factory=dict)
     """Graphs on trial (``shadow_trial.py``), by size."""
@@ -137,6 +140,7 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
     PrecastError with one line."""
     started = time.perf_counter()
     folder = Path(init.model_dir)
+    content = model_content(folder, Path(init.packed_dir))
     config = load_config(folder)
     if init.max_context_length > config.max_position_embeddings:
         raise ConfigError(
@@ -144,7 +148,9 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
             f"{config.max_position_embeddings} positions"
         )
     part = shard(config, init.tp_rank, init.tp_size)
-    adapters = [read_adapter(name, Path(folder), config) for name, folder in init.adapters]
+    adapters = [
+        read_files(AdapterFiles(name, *map(Path, files)), config) for name, *files in init.adapters
+    ]
     shape = shape_of(config, part, init.precision, shape_of_adapters(adapters))
     selection = providers.select(init.kernel_provider, needs_of(shape))
     providers.start(selection)  # before weights are packed, because each has its own formats
@@ -176,6 +182,7 @@ def load(init: Init, report: Report, kv_file: int | None = None) -> RankModel:
         vocab_size=config.vocab_size,
         load_s=time.perf_counter() - started,
         kernels=providers.described(selection),
+        content=content,
         adapter_slots=None if source is None else source.slots,
     )
 

@@ -185,6 +185,7 @@ def _join(init: Init, model: RankModel) -> Ready:
         vocab_size=model.vocab_size,
         kernels=model.kernels,
         graph_factors=model.factors,
+        content=model.content,
     )
 
 

@@ -45,8 +45,9 @@ class Init(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     group_id: str
     """Names the group's shared-memory segment: unique to this start of this group."""
     kernel_provider: str
-    adapters: tuple[tuple[str, str], ...] = ()
-    """Name and folder of each adapter; steps name them by their places, from 1 on."""
+    adapters: tuple[tuple[str, str, str], ...] = ()
+    """Name, configuration and weights of each adapter, the same bytes at every start; steps name
+    them by their places, from 1 on."""
     log_level: str = "info"
     log_format: str = "console"
 
@@ -80,6 +81,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Who serves each operator (``precast.ops.providers``)."""
     graph_factors: dict[str, str]
     """This rank's graph factors, the number of tokens left out (``precast.graphs.key``)."""
+    content: str = ""
+    """Of the model's files, as a digest; empty: not known."""
 
 
 class LoadGraph(msgspec.Struct, frozen=True, tag=True, kw_only=True):
