@@ -278,11 +278,13 @@ def linear(
 ) -> Tensor:
     """[T, K] to [T, out_features] through the kernel for the weights' format, and what adapters add
     to it. ``widths``: of the linears that it is made of, if they are several."""
-    added = weights[1] if bias else None
-    y: Tensor = torch.ops.precast.linear(x, weights[0], added, out_features, int(fmt))
-    adapters = weights[1 + bias :]
+    added, adapters = weights[1] if bias else None, weights[1 + bias :]
+    y: Tensor
     if adapters:
-        y = torch.ops.precast.lora(x, y, *adapters, widths or [out_features])
+        parts = widths or [out_features]
+        y = torch.ops.precast.adapted_linear(x, weights[0], added, *adapters, parts, int(fmt))
+    else:
+        y = torch.ops.precast.linear(x, weights[0], added, out_features, int(fmt))
     return y
 
 

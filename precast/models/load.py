@@ -218,11 +218,17 @@ class _Random:
 
 
 def random_weights(
-    shape: Shape, plan: Sequence[LayerPlan], positions: int, generator: torch.Generator
+    shape: Shape,
+    plan: Sequence[LayerPlan],
+    positions: int,
+    generator: torch.Generator,
+    adapters: AdapterSource | None = None,
 ) -> Weights:
-    """Random weights of the shape's formats, for layers of the plan."""
+    """Random weights of the shape's formats, for layers of the plan. ``adapters``: those of a shape
+    that has some, if not random ones."""
     source, arena = _Random(generator), Arena()
-    adapters = None if shape.adapters is None else RandomAdapters(shape.adapters, generator)
+    if shape.adapters is not None and adapters is None:
+        adapters = RandomAdapters(shape.adapters, generator)
     load = Loader(source=source, shape=shape, cut=_whole(shape), arena=arena, adapters=adapters)
     module, hidden = architecture_of(shape), shape.hidden_size
     angles = torch.rand(

@@ -81,6 +81,11 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         if (name, isa) != ("sampling", "amx")  # AVX-512's
     ]
     units += [
+        (f"lora_{isa}", SOURCES / "lora_impl.cpp", [*KERNEL_FLAGS, f"-DPRECAST_ISA={isa}", *flags])
+        for isa, flags in ISA_FLAGS.items()
+        if isa != "amx"  # AVX-512's
+    ]
+    units += [
         (n, SOURCES / f"{n}.cpp", ["-O2"])
         for n in ("pool", "dispatch", "comm", "comm_segment", "sampling")
     ]
@@ -94,9 +99,9 @@ def _units() -> list[tuple[str, Path, list[str]]]:
         "sampling_ops",
         "sampling_split",
         "step_runner",
+        "lora",
     )
     units += [(n, SOURCES / f"{n}.cpp", torch_flags) for n in torch_units]
-    units.append(("lora", SOURCES / "lora.cpp", [*torch_flags, "-O3"]))
     return units
 
 

@@ -41,16 +41,23 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, f
 def has_adapters() -> bool:
     """Whether the library has the operator that adds them: one that was built before it serves all
     the rest."""
-    return hasattr(torch.ops.precast, "lora")
+    return hasattr(torch.ops.precast, "adapted_linear")
 
 
 if has_adapters():
 
-    @torch.library.register_fake("precast::lora")
-    def _lora(
-        x: Tensor, y: Tensor, slots: Tensor, a: Tensor, b: Tensor, widths: Sequence[int]
+    @torch.library.register_fake("precast::adapted_linear")
+    def _adapted_linear(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        slots: Tensor,
+        a: Tensor,
+        b: Tensor,
+        widths: Sequence[int],
+        fmt: int,
     ) -> Tensor:
-        return y.new_empty(y.shape)
+        return x.new_empty((x.shape[0], sum(widths)))
 
 
 @torch.library.register_fake("precast::embedding")

@@ -80,7 +80,9 @@ def test_one_graph_serves_any_adapters_of_its_rank(tmp_path: Path) -> None:
     ]
     three, two = (mixed(folder, adapters[:count]) for count in (3, 2))
     package = capture(three, tmp_path)
-    for model in (three, two):
+    both = write_adapter(tmp_path / "both", folder, seed=3, targets=(*targets[0], *targets[1]))
+    one = mixed(folder, [both])
+    for model in (three, two, one):
         for actual, eager in zip(_replayed(model, package), forward(model), strict=True):
             assert torch.equal(actual, eager)
     plain = forward(load(folder))

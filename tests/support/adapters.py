@@ -77,9 +77,11 @@ def write_merged(folder: Path, model: Path, adapter: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed(Loaded):
-    """Sequence 0 has no adapter, sequence 1 the first, sequence 2 the second."""
+    """Sequence 0 has no adapter, sequence 1 the first, sequence 2 the second, if there is one."""
 
     slots: Tensor
+    count: int
+    """Of adapters."""
 
     def eager(self, tokens: Tensor, positions: Tensor, paging: Paging) -> Tensor:
         self.choose(paging)
@@ -88,7 +90,7 @@ class Mixed(Loaded):
     def choose(self, paging: Paging) -> None:
         """Before a step."""
         which = paging.block_tables[:, 0] // BLOCKS  # each sequence has its own part of the cache
-        each = which.repeat_interleave(paging.query_starts.diff())
+        each = which.repeat_interleave(paging.query_starts.diff()) % (self.count + 1)
         self.slots.zero_()
         self.slots[: len(each)] = each
 
@@ -105,6 +107,7 @@ def mixed(folder: Path, adapters: Sequence[Path]) -> Mixed:
         caches=load(folder).caches,
         factors=rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__)),
         slots=source.slots,
+        count=source.count,
     )
 
 

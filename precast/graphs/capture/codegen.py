@@ -162,9 +162,10 @@ def _direct_calls() -> dict[str, Any]:
         ),
         ops.broadcast.default: shim("broadcast", tensors("x") + ", int64_t root"),
     }
-    if has_adapters():
-        adapted = tensors("x y slots a b") + ", const int64_t* widths, int64_t widths_len"
-        shims[ops.lora.default] = shim("lora", adapted)
     selection = providers.active()
+    if has_adapters() and selection.is_native("linear"):  # which is a part of it
+        parts = ", const int64_t* widths, int64_t widths_len, int64_t format"
+        adapted = tensors("x weight") + ", AtenTensorHandle* bias, " + tensors("slots a b") + parts
+        shims[ops.adapted_linear.default] = shim("adapted_linear", adapted)
     native = {op: text for op, text in shims.items() if selection.is_native(op._opname)}
     return {"aot_inductor.custom_ops_to_c_shims": native}

@@ -1,7 +1,7 @@
-"""Adapters' weights as graphs take them: those of all adapters side by side, a slot each.
+"""Adapters' weights as graphs take them: those of all adapters side by side.
 
-Slot 0 stands for no adapter. A rank writes each row's slot of a step into one tensor that all
-layers have, so that no graph has to be told of it.
+A rank writes each row's adapter of a step, counted from 1 on, or 0 for none, into one tensor that
+all layers have, so that no graph has to be told of it.
 """
 
 from collections.abc import Sequence
@@ -64,11 +64,13 @@ class AdapterFolders:
 class RandomAdapters:
     """For graphs to be tried with: rows by turns with one, with another, and with none."""
 
-    def __init__(self, shape: AdapterShape, generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: AdapterShape, generator: torch.Generator, count: int = RANDOM_ADAPTERS
+    ) -> None:
         self._shape = shape
         self._generator = generator
-        self.count = RANDOM_ADAPTERS
-        self.slots = (torch.arange(MAX_ROWS) % (RANDOM_ADAPTERS + 1)).int()
+        self.count = count
+        self.slots = (torch.arange(MAX_ROWS) % (count + 1)).int()
 
     def get(
         self, number: int, module: str, rows: int, columns: int
@@ -83,8 +85,8 @@ class RandomAdapters:
 def fill(
     a: Tensor, b: Tensor, at: int, column: int, rows: Tensor, inputs: Tensor, rank: int
 ) -> None:
-    """Puts B's rows and A's columns of one part of a linear into a slot: ``a`` [K, parts * rank],
-    ``b`` [rank, N]; ``at``: the part's number; ``column``: its first of N."""
+    """Puts B's rows and A's columns of one part of a linear into an adapter's ``a``
+    [K, parts * rank] and ``b`` [rank, N]; ``at``: the part's number; ``column``: its first of N."""
     own = len(inputs)
     a[:, at * rank : at * rank + own] = inputs.T
     b[:own, column : column + len(rows)] = rows.T

@@ -262,7 +262,7 @@ class Loader(Generic[O_co]):
         return self.linear(name, weight, added) + adapted
 
     def _adapted(self, parts: Sequence[Rows], columns: Part, order: Tensor | None) -> list[Tensor]:
-        """Rows' slots, A [slots, K, parts * rank] and B [slots, rank, N] of all adapters for a
+        """Rows' slots, A [adapters, K, parts * rank] and B [adapters, rank, N] for a
         linear of these rows and columns; nothing where none changes any of the kind. Each rank has
         its rows of B, or its columns of A: what ranks add up is the whole."""
         shape, source = self.shape.adapters, self.adapters
@@ -271,14 +271,14 @@ class Loader(Generic[O_co]):
         sizes = [part.stop - part.start for part in parts]
         inputs = slice(columns.start, columns.stop)
         width = columns.stop - columns.start
-        a = torch.zeros(source.count + 1, width, len(parts) * shape.rank)
-        b = torch.zeros(source.count + 1, shape.rank, sum(sizes))
+        a = torch.zeros(source.count, width, len(parts) * shape.rank)
+        b = torch.zeros(source.count, shape.rank, sum(sizes))
         for number in range(source.count):
             for at, part in enumerate(parts):
                 found = source.get(number, part.name, part.total, columns.total)
                 if found is not None:
                     own, rows = found[0][:, inputs], found[1][part.start : part.stop]
-                    fill(a[number + 1], b[number + 1], at, sum(sizes[:at]), rows, own, shape.rank)
+                    fill(a[number], b[number], at, sum(sizes[:at]), rows, own, shape.rank)
         b = b if order is None else b[:, :, order]
         return [source.slots, self.arena.copy(a), self.arena.copy(b.contiguous())]
 

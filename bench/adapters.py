@@ -1,0 +1,173 @@
+"""What LoRA adapters cost: steps with them against steps of the model alone, alternating.
+
+    python -m bench.adapters [--ranks 8,16] [--batch-sizes 1,16] [--prompts 512] [--graphs FOLDER]
+
+SmolLM2-135M's shapes with random weights and adapters on all linears. Decode steps replay graphs,
+which are captured first (two minutes; ``--graphs`` keeps them), steps of a prompt run eagerly as
+those do that no graph holds. *none*: no row has an adapter; *one row*: the first has; *of 4*: all
+have one, of four in turn. A prompt's rows have all the same one, as in serving. Ratios are to the
+model alone; in brackets what is added, microseconds for each layer.
+"""
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.decode_step import (
+    BLOCK_SIZE,
+    CONTEXT,
+    CORES,
+    LAYERS,
+    Timed,
+    alternate,
+    capture_factors,
+    sizes,
+    smollm2,
+)
+from precast.graphs.capture import export as models
+from precast.graphs.capture.export import Span
+from precast.graphs.factors import rank_factors
+from precast.graphs.runner import Graph
+from precast.models.layers import Shape
+from precast.models.load import random_weights
+from precast.models.shape import AdapterShape
+from precast.models.weights.adapters import MAX_ROWS, RandomAdapters
+from precast.ops import native
+
+ADAPTERS: Final = 4
+ALL: Final = ("down", "gate_up", "output", "qkv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One kind of step."""
+
+    name: str
+    spans: list[Span]
+    graph: bool
+    rounds: int
+    choices: dict[str, Tensor]
+    """Names of what is compared, and each row's adapter."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(span.new for span in self.spans)
+
+
+def decode_step(batch: int, rounds: int) -> Step:
+    choices = {"none": torch.zeros(batch), "one row": (torch.arange(batch) == 0) * 1}
+    if batch > 1:
+        for count in (1, 2, ADAPTERS):
+            choices[f"of {count}"] = torch.arange(batch) % count + 1
+    spans = [Span(new=1, context=CONTEXT)] * batch
+    return Step(name=f"decode {batch}", spans=spans, graph=True, rounds=rounds, choices=choices)
+
+
+def prompt_step(tokens: int, rounds: int) -> Step:
+    """And one of four prompts that share the step, each with its own."""
+    quarter = torch.arange(tokens) * ADAPTERS // tokens + 1
+    choices = {"none": torch.zeros(tokens), "of 1": torch.ones(tokens), f"of {ADAPTERS}": quarter}
+    spans = [Span(new=tokens, context=tokens)]
+    return Step(name=f"prompt {tokens}", spans=spans, graph=False, rounds=rounds, choices=choices)
+
+
+def runner(shape: Shape, step: Step, folder: Path, source: RandomAdapters | None) -> Timed:
+    """Runs the step with weights of its own."""
+    generator = torch.Generator().manual_seed(0)
+    plan = models.verification_plan(shape, LAYERS)
+    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator, source)
+    caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
+    inputs = models.step_inputs(shape, BLOCK_SIZE, step.spans, generator)
+    if not step.graph:
+        rows = inputs.paging.query_starts[1:].long() - 1
+        return partial(models.eager_step, shape, inputs, weights, caches, rows)
+    factors = rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__))
+    rank = shape.adapters.rank if shape.adapters else 0
+    package = capture_factors(factors, step.tokens, folder / f"rank{rank}-{step.tokens}")
+    graph = Graph(package, step.tokens, shape, weights, caches)
+    return partial(graph.replay, inputs.token_ids, inputs.positions, inputs.paging, None)
+
+
+def measure(base: Shape, rank: int, step: Step, folder: Path) -> list[float]:
+    """Seconds of the model alone, and with each choice of adapters."""
+    gc.collect()
+    own = AdapterShape(rank=rank, targets=ALL)
+    source = RandomAdapters(own, torch.Generator().manual_seed(1), ADAPTERS)
+    alone = runner(base, step, folder, None)
+    adapted = runner(replace(base, adapters=own), step, folder, source)
+
+    def choose(each: Tensor) -> None:
+        source.slots.zero_()
+        source.slots[: step.tokens] = each.int()
+
+    assert len(source.slots) == MAX_ROWS >= step.tokens
+    prepared = [partial(choose, each) for each in step.choices.values()]
+    runs = [alone, *(adapted for _ in prepared)]
+    return alternate(runs, [lambda: None, *prepared], step.rounds)
+
+
+def rows(rank: int, step: Step, seconds: Sequence[float]) -> Iterator[tuple[str, ...]]:
+    alone, *others = seconds
+    yield step.name, str(rank), "model alone", f"{alone * 1e3:.2f}", "", ""
+    for name, taken in zip(step.choices, others, strict=True):
+        added = (taken - alone) / LAYERS * 1e6
+        yield (
+            step.name,
+            str(rank),
+            name,
+            f"{taken * 1e3:.2f}",
+            f"{taken / alone:.2f}",
+            f"{added:.1f}",
+        )
+
+
+@contextmanager
+def graphs(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--ranks", default="8,16")
+    parser.add_argument("--batch-sizes", default="1,16")
+    parser.add_argument("--prompts", default="512", help="steps of a prompt with so many tokens")
+    parser.add_argument("--quantization", default="q4_0")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="of decode steps; a tenth of prompts"
+    )
+    parser.add_argument("--graphs", type=Path, help="keep captured graphs here")
+    options = parser.parse_args()
+    native.start_threads(CORES)
+    steps = [decode_step(batch, options.rounds) for batch in sizes(options.batch_sizes)]
+    steps += [prompt_step(n, max(2, options.rounds // 10)) for n in sizes(options.prompts)]
+    table = Table("step", "rank", "adapters", "ms", "ratio", "µs a layer")
+    with graphs(options.graphs) as folder, torch.inference_mode():
+        for step in steps:
+            for rank in sizes(options.ranks):
+                base = smollm2(options.quantization)
+                for row in rows(rank, step, measure(base, rank, step, folder)):
+                    table.add_row(*row)
+                table.add_section()
+    title = f"{len(CORES)} threads, {native.native_isa()}, load {os.getloadavg()[0]:.1f}"
+    Console().print(title)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+// What adapters add to a linear's result, for one instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace precast {
+
+constexpr int64_t kLoraRows = 16;  // of one adapter, that are computed side by side
+
+struct LoraKernels {
+  // y[row] = sum over `depth` inputs of x[row][i] * w[i], for `rows` rows of n columns each; added to what
+  // is there where `add`. w has `stride` floats from one input to the next. A row's sums are made in one
+  // order, whatever rows are beside it; those of columns depend on n alone.
+  void (*multiply)(const float* const* x, int64_t rows, int64_t depth, const float* w, int64_t stride,
+                   int64_t n, float* const* y, bool add);
+};
+
+const LoraKernels& lora_scalar();
+const LoraKernels& lora_avx2();
+const LoraKernels& lora_avx512();
+
+}  // namespace precast
