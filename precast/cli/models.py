@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,10 +16,19 @@ from precast.cli.failures import reported
 from precast.config.settings import CommonSettings, load_settings
 from precast.errors import ConfigError
 
+if TYPE_CHECKING:
+    from precast.models.importing.adapters import AdapterInfo
+    from precast.models.importing.catalog import ModelInfo
+
 app = typer.Typer(help="Import models and list them.", no_args_is_help=True)
 
 HomeOption = Annotated[
     str | None, typer.Option("--home", metavar="VALUE", help="Folder that holds models.")
+]
+
+
+BaseOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model that an adapter is for.")
 ]
 
 
@@ -43,17 +52,25 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="A Hugging Face folder, a .gguf file, or smollm2-135m-instruct.",
+            help="A Hugging Face folder, a .gguf file, smollm2-135m-instruct, or an adapter's "
+            "folder as PEFT writes it.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name to serve it under.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Import it again if there.")] = False,
+    base: BaseOption = None,
     home: HomeOption = None,
 ) -> None:
-    """Import a model into the home folder."""
+    """Import a model into the home folder, or a LoRA adapter of one that is there."""
+    from precast.models.importing.adapter_import import is_adapter_source
     from precast.models.importing.built_in import BUILT_IN
     from precast.models.importing.importer import import_model
 
+    if is_adapter_source(source):
+        _import_adapter(source, base, name, _models_dir(home), replace=replace)
+        return
+    if base is not None:
+        raise ConfigError(f"--base {base}: {source} is no adapter's folder")
     with _shown(f"importing {source}") as report:
         info = import_model(
             source,
@@ -63,7 +80,19 @@ def import_(
             must_be_new=source not in BUILT_IN or name not in (None, source),
             report=report,
         )
-    typer.echo(f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}")
+    typer.echo(_of_model(info))
+
+
+def _import_adapter(
+    source: str, base: str | None, name: str | None, models_dir: Path, *, replace: bool
+) -> None:
+    from precast.models.importing.adapter_import import import_adapter
+
+    with _shown(f"importing {source}") as report:
+        info = import_adapter(
+            source, models_dir, base=base, name=name, replace=replace, report=report
+        )
+    typer.echo(_of_adapter(info))
 
 
 @app.command("pull")
@@ -75,22 +104,27 @@ def pull(
     name: Annotated[str | None, typer.Option(help="Name to serve it under.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Fetch it again if there.")] = False,
+    base: BaseOption = None,
     home: HomeOption = None,
 ) -> None:
-    """Fetch a model from a hub into the home folder; a pull that was interrupted goes on.
+    """Fetch a model from a hub into the home folder; a pull that was interrupted goes on. With
+    --base it is a LoRA adapter.
 
     HF_ENDPOINT names another hub, HF_TOKEN is who you are there.
     """
     from precast.models.importing.hub import hub_name
-    from precast.models.importing.pull import pull_model
+    from precast.models.importing.pull import pull_adapter, pull_model
 
     if (found := hub_name(source)) is None:
         raise ConfigError(f"{ascii(source)[:80]}: expected org/name, or org/name/file.gguf")
+    folder = _models_dir(home)
+    options: dict[str, Any] = {"name": name, "revision": revision, "replace": replace}
     with _shown(f"pulling {source}") as report:
-        info = pull_model(
-            found, _models_dir(home), name=name, revision=revision, replace=replace, report=report
-        )
-    typer.echo(f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}")
+        if base is None:
+            said = _of_model(pull_model(found, folder, **options, report=report))
+        else:
+            said = _of_adapter(pull_adapter(found, folder, base=base, **options, report=report))
+    typer.echo(said)
 
 
 @app.command("list")
@@ -99,10 +133,11 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
     home: HomeOption = None,
 ) -> None:
-    """List the models in the home folder, broken ones too."""
+    """List the models in the home folder and their adapters, broken ones too."""
+    from precast.models.importing.adapters import AdapterInfo, list_adapters
     from precast.models.importing.catalog import BrokenModel, list_models
 
-    models = list_models(_models_dir(home))
+    models = [*list_models(_models_dir(home)), *list_adapters(_models_dir(home))]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(m) for m in models], default=str, indent=2))
         return
@@ -110,6 +145,10 @@ def list_(
     for model in models:
         if isinstance(model, BrokenModel):
             table.add_row(model.name, f"can't be served: {model.problem}")
+            continue
+        if isinstance(model, AdapterInfo):
+            what = f"adapter of {model.base}, rank {model.rank}"
+            table.add_row(model.name, what, "", f"{model.size_bytes / 2**20:.0f} MiB", "")
             continue
         table.add_row(
             model.name,
@@ -121,6 +160,14 @@ def list_(
     Console(file=sys.stdout).print(
         table if models else "no models; `precast models import` adds one"
     )
+
+
+def _of_model(info: "ModelInfo") -> str:
+    return f"{info.name}: {info.parameters / 1e6:.0f}M parameters, {info.path}"
+
+
+def _of_adapter(info: "AdapterInfo") -> str:
+    return f"{info.name}: an adapter of {info.base}, rank {info.rank}, {info.path}"
 
 
 def _models_dir(home: str | None) -> Path:

@@ -14,7 +14,13 @@ from rich.console import Console
 from precast.access.api_keys import KeyRing
 from precast.cli import stack as stacks
 from precast.cli.view import View, open_view, print_settings
-from precast.config.settings import GatewaySettings, ServeSettings, describe, load_settings
+from precast.config.settings import (
+    GatewaySettings,
+    ServeSettings,
+    adapter_of,
+    describe,
+    load_settings,
+)
 from precast.errors import ConfigError, PrecastError
 from precast.rpc.address import is_loopback
 
@@ -46,8 +52,22 @@ def run(settings: ServeSettings) -> None:
             view.stage(f"models on demand may take {settings.models_memory_mb} MiB together")
         for source in sources:
             _import_model(source, settings.home / "models", view)
+        check_adapters(settings)
         asyncio.run(_serve(plan, settings, url, view))
     console.print("stopped")
+
+
+def check_adapters(settings: ServeSettings) -> None:
+    """Raises ConfigError for one that is not there, or on demand whose name a folder of the models
+    has."""
+    from precast.models.weights.adapter_folder import is_adapter
+
+    models_dir, on_demand = settings.home / "models", settings.models_on_demand
+    for name, folder in map(adapter_of, settings.adapter):
+        if folder is None and not is_adapter(models_dir / name):
+            raise ConfigError(f"adapter = {name}: no adapter of this name is in {models_dir}")
+        if on_demand and folder is not None and (models_dir / name).is_dir():
+            raise ConfigError(f"adapter = {name}: {models_dir} has a folder of this name")
 
 
 def warn_if_open(console: Console, settings: ServeSettings) -> None:
@@ -71,9 +91,11 @@ def _shown_host(host: str) -> str:
 
 def needed(settings: ServeSettings) -> tuple[str, ...]:
     """Models that have to be there before anything starts. On demand the default one is, if nothing
-    else can be served."""
-    if settings.models_on_demand and _is_default(settings, "model"):
-        others = settings.more_models or _folders(settings.home / "models")
+    else can be served, or adapters are given for it."""
+    from precast.models.importing.catalog import model_names
+
+    if settings.models_on_demand and _is_default(settings, "model") and not settings.adapter:
+        others = settings.more_models or model_names(settings.home / "models")
         return settings.more_models if others else (settings.model,)
     return (settings.model, *settings.more_models)
 
@@ -90,15 +112,12 @@ def bounded(settings: ServeSettings) -> ServeSettings:
 
 def _shown_model(settings: ServeSettings) -> str:
     """The model to try: the first that is there, where the one that is set is not."""
+    from precast.models.importing.catalog import model_names
+
     models_dir = settings.home / "models"
     if settings.models_on_demand and not (models_dir / settings.model).is_dir():
-        return next(iter(_folders(models_dir)), settings.model)
+        return next(iter(model_names(models_dir)), settings.model)
     return settings.model
-
-
-def _folders(models_dir: Path) -> list[str]:
-    there = models_dir.iterdir() if models_dir.is_dir() else ()
-    return sorted(path.name for path in there if path.is_dir() and not path.name.startswith("."))
 
 
 def _is_default(settings: ServeSettings, name: str) -> bool:

@@ -103,6 +103,8 @@ def on_demand(settings: ServeSettings, model: HomeModel) -> ChildSpec:
     flags = _worker_flags(settings)
     flags |= {"listen": f"{LOOPBACK}:0", "model": model.name}
     flags |= {"kv-blocks": model.kv_blocks, "max-context-length": model.context_length}
+    # of this model alone, whatever environment and file say
+    flags["adapter"] = _text(tuple(one.setting for one in model.adapters))
     return service(settings, f"{DECODE_WORKER}-{model.name}", flags)
 
 
@@ -164,8 +166,8 @@ def _flags(settings: ServeSettings, model_host: str) -> dict[str, dict[str, obje
         port = 0 if index else settings.decode_port
         own = {"listen": f"{LOOPBACK}:{port}", "model": model}
         flags[name] = {**_worker_flags(settings), **own}
-        if settings.adapter and not index:
-            flags[name]["adapter"] = _text(settings.adapter)
+        if settings.adapter:  # a variable would give them to all
+            flags[name]["adapter"] = "" if index else _text(settings.adapter)
     return flags
 
 

@@ -244,12 +244,13 @@ class CompileWorkerSettings(CommonSettings):
     """Instruction sets to build for; empty: whichever a decode worker asks for."""
 
 
-def adapter_of(text: str) -> tuple[str, Path]:
-    """Name and folder out of ``name=folder``. Raises ValueError."""
-    name, _, folder = text.partition("=")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) or not folder:
-        raise ValueError(f"{text!r} must be name=folder")
-    return name, absolute(Path(folder))
+def adapter_of(text: str) -> tuple[str, Path | None]:
+    """Name and folder out of ``name=folder``, or the name alone of one that was imported. Raises
+    ValueError."""
+    name, given, folder = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) or bool(given) != bool(folder):
+        raise ValueError(f"{text!r} must be name=folder, or the name of one that was imported")
+    return name, absolute(Path(folder)) if folder else None
 
 
 class DecodeWorkerSettings(CommonSettings):
@@ -267,8 +268,8 @@ class DecodeWorkerSettings(CommonSettings):
     model: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of a folder in ``models_dir``."""
     adapter: Names = ()
-    """LoRA adapters of the model, name=folder each, separated by commas: folders as PEFT writes
-    them, which requests choose by the names."""
+    """LoRA adapters of the model, separated by commas, which requests choose by their names:
+    name=folder for a folder as PEFT writes it, the name alone of one in ``models_dir``."""
     weight_dtype: WeightDtype = "fp32"
     """Of the embedding table, and of linears that are not quantised."""
     quantization: QuantizationSetting = "none"
@@ -377,7 +378,8 @@ class DecodeWorkerSettings(CommonSettings):
     @property
     def adapter_folders(self) -> tuple[tuple[str, Path], ...]:
         """Names and folders."""
-        return tuple(map(adapter_of, self.adapter))
+        found = map(adapter_of, self.adapter)
+        return tuple((name, folder or self.models_dir / name) for name, folder in found)
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -463,7 +465,8 @@ class ServeSettings(CommonSettings):
     max_context_length: Count | None = None
     """As of the decode worker."""
     adapter: Names = ()
-    """As of the decode worker, of `model`."""
+    """As of the decode worker, of `model`; models on demand have those that were imported for them,
+    too."""
     compile_port: Port = 7100
     """Of the compile worker, on loopback."""
     decode_port: Port = 7200
@@ -475,8 +478,6 @@ class ServeSettings(CommonSettings):
         for name in names:
             if self.adapter and names.count(name) > 1:
                 raise ValueError(f"adapter: two models are called {name}")
-        if self.adapter and self.models_on_demand:
-            raise ValueError("adapter: models on demand have none")
         return self
 
 

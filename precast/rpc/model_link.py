@@ -48,6 +48,8 @@ class ListedModel(Struct, frozen=True, kw_only=True):
     """When its folder was changed last (Unix, s)."""
     context_length: int
     """Tokens of a sequence, at the most."""
+    parent: str = ""
+    """The model whose adapter it is; empty: it is none."""
 
 
 class _Ask(Struct, frozen=True, kw_only=True):

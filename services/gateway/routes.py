@@ -172,7 +172,13 @@ def model_routes(pool: WorkerPool, models: Models) -> Paths:
     async def served() -> dict[str, responses.Model]:
         """Models that run, and those that can be started, by name."""
         found = {
-            name: responses.Model(id=name, created=one.created, max_model_len=one.context_length)
+            name: responses.Model(
+                id=name,
+                created=one.created,
+                max_model_len=one.context_length,
+                root=one.parent or name,
+                parent=one.parent or UNSET,
+            )
             for name, one in (await models.listed()).items()
         }
         for name, created in pool.models.items():
@@ -181,6 +187,7 @@ def model_routes(pool: WorkerPool, models: Models) -> Paths:
                 id=name,
                 created=created,
                 max_model_len=pool.max_context_length(name),
+                root=base,
                 parent=UNSET if base == name else base,
             )
         return dict(sorted(found.items()))

@@ -6,11 +6,14 @@ import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from precast.models.importing.adapter_import import import_adapter
+from tests.support.adapters import write_adapter
 from tests.support.models import write_model
 from tests.support.processes import words
 from tests.support.serve_stack import Serve, poll, serving
@@ -108,6 +111,36 @@ def test_models_take_turns_in_the_memory_that_there_is(stack: Serve) -> None:
     assert len(answers) == len(NAMES)  # each says the same every time
     assert max(seen) <= 2
     assert all(starts(stack, name) for name in NAMES)
+
+
+def test_adapters_come_and_go_with_their_model(stack: Serve, tmp_path: Path) -> None:
+    """Listed beside it, started with it by whichever is asked for, in one process."""
+    models_dir = stack.home / "models"
+    plain = text(ask(stack, "second"))
+    for seed, name in enumerate(("x", "y")):
+        folder = write_adapter(tmp_path / name, models_dir / "second", seed=seed, lora_alpha=64)
+        import_adapter(str(folder), models_dir, base="second", report=lambda _: None)
+    models = httpx.get(url(stack, "/v1/models"), trust_env=False).json()["data"]
+    assert [(one["id"], one["root"], one.get("parent")) for one in models] == [
+        *((name, name, None) for name in NAMES),
+        *((name, "second", "second") for name in ("x", "y")),
+    ]
+    answers = {name: text(ask(stack, name)) for name in ("x", "second", "y")}
+    assert len(set(answers.values())) == 3  # each says something else
+    assert answers["second"] == plain
+    assert set(workers(stack)) <= set(NAMES)
+    before = starts(stack, "second")
+    assert [text(ask(stack, name)) for name in answers] == list(answers.values())
+    assert starts(stack, "second") == before
+    assert text(ask(stack, "first")) and text(ask(stack, "third"))
+    assert "second" not in workers(stack)  # which has made room, with its adapters
+    assert text(ask(stack, "y")) == answers["y"]
+    for name in ("x", "y"):
+        shutil.rmtree(models_dir / name)
+    again = httpx.get(url(stack, "/v1/models/x"), trust_env=False)
+    assert again.status_code == 200  # what was started with it serves it on
+    missing = ask(stack, "z")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_a_stream_goes_on_when_its_worker_is_killed(stack: Serve) -> None:

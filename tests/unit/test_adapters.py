@@ -1,6 +1,7 @@
 """LoRA adapters: the operator, whole models against merged weights, refusals, keys."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from precast.models.sharding import shard
 from precast.models.weights.adapter_folder import read_adapter, shape_of_adapters
 from precast.models.weights.adapters import AdapterFolders
 from precast.models.weights.size import adapter_bytes
+from precast.ops import native, providers
+from precast.ops.packing import Format, pack
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 from tests.support.adapters import mixed, write_adapter, write_merged
 from tests.support.architectures import (
@@ -37,58 +40,94 @@ BOUND = 1e-4
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """Phi-3's."""
-lora = torch.ops.precast.lora
+adapted_linear = torch.ops.precast.adapted_linear
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def test_rows_get_what_their_own_adapter_adds_and_others_keep_their_bits() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rank", "inputs", "widths", "rows"),
+    [
+        (5, 50, [33, 7, 24], 37),
+        (8, 576, [576, 192, 192], 7),
+        (16, 1536, [576], 70),
+        (3, 300, [40], 3),
+    ],
+)
+def test_rows_get_what_their_own_adapter_adds_and_others_keep_their_bits(
+    rank: int, inputs: int, widths: list[int], rows: int, threads: int
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    widths, rank, count, rows = [33, 7, 24], 5, 4, 37
-    x = torch.randn(rows, 50, generator=generator)
-    y = torch.randn(rows, sum(widths), generator=generator)
-    a = torch.randn(count, 50, 3 * rank, generator=generator)
-    b = torch.randn(count, rank, sum(widths), generator=generator)
-    slots = torch.randint(count, (rows + 5,), generator=generator).int()
-    added = []
+    native.start_threads((-1,) * threads)
+    n, count = sum(widths), 3
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = pack(torch.randn(n, inputs, generator=generator), Format.Q4_0)
+    a = torch.randn(count, inputs, len(widths) * rank, generator=generator) * inputs**-0.5
+    b = torch.randn(count, rank, n, generator=generator)
+    slots = torch.randint(count + 1, (rows + 5,), generator=generator).int()
+    slots[0], slots[1] = 0, count
+    y, added = torch.ops.precast.linear(x, weight, None, n, int(Format.Q4_0)), []
     for row in range(rows):
-        hidden = (x[row].double() @ a[slots[row]].double()).split(rank)
-        parts = b[slots[row]].double().split(widths, -1)
+        which = slots[row] - 1
+        hidden = (x[row].double() @ a[which].double()).split(rank)
+        parts = b[which].double().split(widths, -1)
         added.append(torch.cat([h @ part for h, part in zip(hidden, parts, strict=True)]))
-    out = lora(x, y, slots, a, b, widths)
+    out = adapted_linear(x, weight, None, slots, a, b, widths, int(Format.Q4_0))
     none = slots[:rows] == 0
-    assert none.any()
-    assert not none.all()
     assert torch.equal(out[none], y[none])
     expected = y.double() + torch.stack(added)
     assert error(out[~none].double(), expected[~none]) < 1e-5
-    for row in range(rows):  # whatever else is in the step
-        alone = lora(x[row : row + 1], y[row : row + 1], slots[row : row + 1], a, b, widths)
+    native.start_threads((-1,))
+    for row in range(rows):  # whatever else is in the step, and however many threads there are
+        one = slice(row, row + 1)
+        alone = adapted_linear(x[one], weight, None, slots[one], a, b, widths, int(Format.Q4_0))
         assert torch.equal(alone[0], out[row])
+
+
+def test_whoever_serves_linears_serves_adapted_ones() -> None:
+    """Weights are packed for the provider, whose result is added to."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(size, 64, generator=generator) for size in (3, 32))
+    a, b = torch.randn(1, 64, 4, generator=generator), torch.randn(1, 4, 32, generator=generator)
+    slots = torch.tensor([1, 0, 1], dtype=torch.int32)
+    packed = pack(weight, Format.FP32)
+    plain = adapted_linear(x, packed, None, slots, a, b, [32], int(Format.FP32))
+
+    before = providers.active()
+    kernels = {"linear": lambda x, w, bias, n, fmt: (x @ weight.T) * 2}
+    providers.start(replace(before, wanted="other", kernels=kernels))
+    try:
+        other = adapted_linear(x, packed, None, slots, a, b, [32], int(Format.FP32))
+    finally:
+        providers.start(before)
+    assert torch.allclose(other - plain, x @ weight.T, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"slots": torch.tensor([0, 3], dtype=torch.int32)}, "no slot 3"),
+        ({"slots": torch.tensor([0, 4], dtype=torch.int32)}, "there is no adapter 4"),
+        ({"slots": torch.tensor([0, -1], dtype=torch.int32)}, "there is no adapter -1"),
         ({"slots": torch.zeros(1, dtype=torch.int32)}, "slots must be int32, one for each row"),
         ({"b": torch.zeros(3, 2, 5)}, "don't go together"),
-        ({"x": torch.zeros(2, 9)}, "differ in their sizes"),
+        ({"a": torch.zeros(3, 9, 2)}, "differ in their sizes"),
         ({"a": torch.zeros(3, 8, 2).double()}, "a must be contiguous float32"),
     ],
 )
 def test_wrong_tensors_are_refused(change: dict[str, Tensor], said: str) -> None:
     good = {
         "x": torch.zeros(2, 8),
-        "y": torch.zeros(2, 6),
+        "weight": pack(torch.zeros(6, 8), Format.FP32),
+        "bias": None,
         "slots": torch.zeros(2, dtype=torch.int32),
         "a": torch.zeros(3, 8, 2),
         "b": torch.zeros(3, 2, 6),
     }
     with pytest.raises(RuntimeError, match=said):
-        lora(*(good | change).values(), [6])
+        adapted_linear(*(good | change).values(), [6], int(Format.FP32))
 
 
 @pytest.mark.parametrize(
@@ -257,9 +296,10 @@ def test_the_rank_is_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a", "'a' must be name=folder"),
-        ("a=", "'a=' must be name=folder"),
+        ("a=", "'a=' must be name=folder, or the name of one that was imported"),
+        ("a/b", "'a/b' must be name=folder"),
         ("a/b=/x", "'a/b=/x' must be name=folder"),
+        ("a,a=/y", "two models are called a"),
         ("a=/x,a=/y", "two models are called a"),
         ("m=/x", "two models are called m"),
         (",".join(f"a{number}=/x" for number in range(65)), "more than 64 adapters"),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 
 from precast.cli import stack
 from precast.cli.main import app
-from precast.cli.on_demand.parts import HomeModel
+from precast.cli.on_demand.parts import HomeAdapter, HomeModel
 from precast.cli.options import settings_command
-from precast.cli.serve import named, needed, warn_if_open
+from precast.cli.serve import check_adapters, named, needed, warn_if_open
 from precast.cli.status import ServiceState, Status
 from precast.config.settings import (
     CommonSettings,
@@ -271,10 +272,20 @@ def test_serve_gives_adapters_to_its_first_model(redis_server: RedisServer) -> N
     plan = stack.plan(load_settings(ServeSettings, **given, adapter="x=/x,y=/y"))
     commands = {spec.name: set(spec.command) for spec in plan.specs}
     assert "--adapter=x=/x,y=/y" in commands["decode-worker"]
-    assert not any(word.startswith("--adapter") for word in commands["decode-worker-b"])
+    assert "--adapter=" in commands["decode-worker-b"]  # whatever a variable says
     assert "--expected-models=a,b,x,y" in commands["gateway"]
-    with pytest.raises(ConfigError, match="models on demand have none"):
-        load_settings(ServeSettings, adapter="x=/x", models_on_demand=True)
+
+
+def test_serve_looks_for_adapters_before_it_starts_anything(tmp_path: Path) -> None:
+    write_model(tmp_path / "models" / "x")
+    for given, said in (
+        ({"adapter": "y"}, "no adapter of this name is in"),
+        ({"adapter": "x"}, "no adapter of this name is in"),
+        ({"adapter": "x=/x", "models_on_demand": True}, "has a folder of this name"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_adapters(load_settings(ServeSettings, home=tmp_path, **given))
+    check_adapters(load_settings(ServeSettings, home=tmp_path, adapter="x=/x"))
 
 
 def test_serve_on_demand_starts_no_worker_and_tells_gateways_whom_to_ask(
@@ -293,7 +304,12 @@ def test_serve_on_demand_starts_no_worker_and_tells_gateways_whom_to_ask(
     model = HomeModel(name="mine", created=1, context_length=64, kv_blocks=7, nbytes=1)
     worker = stack.on_demand(settings, model)
     assert worker.name == "decode-worker-mine"
-    assert {"--model=mine", "--kv-blocks=7", "--max-context-length=64"} < set(worker.command)
+    flags = {"--model=mine", "--kv-blocks=7", "--max-context-length=64", "--adapter="}
+    assert flags < set(worker.command)
+    given = (("a", "a=/x"), ("b", "b"))
+    adapters = tuple(HomeAdapter(name=name, created=1, setting=text) for name, text in given)
+    worker = stack.on_demand(settings, replace(model, adapters=adapters))
+    assert "--adapter=a=/x,b" in worker.command
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from precast.cli.on_demand import host as host_module
 from precast.cli.on_demand.host import ModelHost
-from precast.cli.on_demand.parts import HomeModel, StartFailed
+from precast.cli.on_demand.parts import HomeAdapter, HomeModel, StartFailed
 from precast.errors import ModelCorrupt, ModelNotFound, Overloaded, WorkerUnavailable
 from precast.rpc.model_link import Hold
 from precast.system.backoff import Backoff
@@ -91,20 +91,42 @@ class Machine:
 
 
 class Home:
+    def __init__(self, adapters: dict[str, str]) -> None:
+        """``adapters``: the model of each."""
+        self.adapters = adapters
+
     async def find(self, name: str) -> HomeModel:
         if name == "broken":
             raise ModelCorrupt("tensor x is missing")
-        if name not in SIZES:
+        base = self.adapters.get(name, name)
+        if base not in SIZES:
             raise ModelNotFound(f"no model {name!r}")
-        return HomeModel(name=name, created=1, context_length=8, kv_blocks=1, nbytes=SIZES[name])
+        return HomeModel(
+            name=base,
+            created=1,
+            context_length=8,
+            kv_blocks=1,
+            nbytes=SIZES[base],
+            adapters=tuple(
+                HomeAdapter(name=one, created=2, setting=one)
+                for one, of in self.adapters.items()
+                if of == base
+            ),
+        )
 
     async def all(self) -> list[HomeModel]:
         return [await self.find(name) for name in SIZES]
 
 
-def make(machine: Machine, *, idle_s: float = 1000.0, start_s: float = 1000.0) -> ModelHost:
+def make(
+    machine: Machine,
+    *,
+    idle_s: float = 1000.0,
+    start_s: float = 1000.0,
+    adapters: dict[str, str] | None = None,
+) -> ModelHost:
     return ModelHost(
-        models=Home(),
+        models=Home({} if adapters is None else adapters),
         start=lambda model: Process(machine, model),
         bound=BOUND,
         idle_s=idle_s,
@@ -307,3 +329,43 @@ async def test_whatever_is_asked_memory_holds_and_everyone_is_answered(
     assert set(machine.started) == set(names)
     await host.close()
     assert not machine.up
+
+
+async def test_a_model_and_its_adapters_are_one() -> None:
+    machine = Machine()
+    host = make(machine, adapters={"x": "a", "y": "a"})
+    held = [await hold(host, name) for name in ("x", "a", "y", "x")]
+    assert machine.started == ["a"]
+    other = await hold(host, "b")
+    other.release()
+    waiting = asyncio.create_task(hold(host, "c"))
+    await until(lambda: machine.started == ["a", "b", "c"])  # b made room: a's adapters are in use
+    (await waiting).release()
+    for one in held:
+        one.release()
+    await hold(host, "b")
+    listed = [(one.name, one.parent) for one in await host.models()]
+    assert listed[:3] == [("a", ""), ("x", "a"), ("y", "a")]
+    with pytest.raises(ModelNotFound, match="'z' does not exist"):
+        await hold(host, "z")
+    await host.close()
+
+
+async def test_an_adapter_that_came_later_waits_until_its_model_is_idle() -> None:
+    machine, adapters = Machine(), dict[str, str]()
+    host = make(machine, adapters=adapters)
+    busy = await hold(host, "a")
+    adapters["x"] = "a"
+    with pytest.raises(WorkerUnavailable, match="'x' came after its model 'a' had started"):
+        await hold(host, "x", wait_s=0.02)
+    waiting = asyncio.create_task(hold(host, "x"))
+    await asyncio.sleep(0.01)
+    assert machine.started == ["a"]
+    busy.release()
+    held = await waiting
+    assert machine.started == ["a", "a"]
+    again = await hold(host, "a")  # the same process
+    assert machine.started == ["a", "a"]
+    for one in (held, again):
+        one.release()
+    await host.close()

@@ -14,9 +14,11 @@ from precast.cli.main import app
 from precast.cli.view import open_view
 from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastError, Unavailable
 from precast.models.importing import hub as hubs
+from precast.models.importing.adapters import list_adapters
 from precast.models.importing.catalog import list_models
 from precast.models.importing.hub import HubName, hub_name
-from precast.models.importing.pull import DOWNLOADS, SOURCE, pull_model
+from precast.models.importing.pull import DOWNLOADS, SOURCE, pull_adapter, pull_model
+from tests.support.adapters import write_adapter
 from tests.support.gguf_files import split_gguf, write_gguf
 from tests.support.hub_server import COMMIT, Hub, hub_of, serving
 from tests.support.models import write_model
@@ -88,6 +90,24 @@ def test_files_that_are_not_the_hubs_are_refused(hub: Hub, tmp_path: Path, name:
         pull_model(REPO, tmp_path, report=quiet)
     hub.wrong.clear()
     assert pull_model(REPO, tmp_path, report=quiet).name == "tiny"
+
+
+def test_an_adapter_is_pulled_for_its_model(hub: Hub, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    write_model(models / "base")
+    folder = write_adapter(tmp_path / "lora", models / "base", rank=3)
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.files["README.md"] = b"not needed"
+    with pytest.raises(ConfigError, match="tiny is an adapter: pull it with --base, its model"):
+        pull_model(REPO, models, report=quiet)
+    info = pull_adapter(REPO, models, base="base", report=quiet)
+    assert (info.name, info.base, info.rank) == ("tiny", "base", 3)
+    assert list_adapters(models) == [info]
+    asked = len(hub.asked)
+    with pytest.raises(ConfigError, match="tiny is there already"):
+        pull_adapter(REPO, models, base="base", report=quiet)
+    assert len(hub.asked) == asked
+    assert not list((models / DOWNLOADS).rglob("*.safetensors"))
 
 
 def test_shards_are_those_of_the_index(hub: Hub, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 All decisions are made here, in one event loop: there is one start of a model at a time, whichever
 gateways ask for it, and between a model's last release and its stop no request can slip in.
 A model that is wanted waits in a queue until its memory is there: first come, first served, so that
-small models don't keep a large one out.
+small models don't keep a large one out. A model has its adapters with it: whoever asks for one of
+them asks for the model. One that was added since the model has started is there once it starts
+again, which it does as soon as no request holds it.
 """
 
 import asyncio
@@ -82,18 +84,15 @@ class ModelHost:
 
     async def hold(self, model: str, wait_s: float) -> _Hold:
         """As ``precast.rpc.model_link.Host``."""
-        resident = self._residents.get(model)
-        if resident is not None and resident.state is State.READY:
+        resident = self._serving(model)
+        if resident is not None:
             resident.use()
         else:
-            resident = await self._wait_for(await self._found(model), wait_s)
+            resident = await self._wait_for(model, await self._found(model), wait_s)
         return _Hold(self, resident)
 
     async def models(self) -> list[ListedModel]:
-        return [
-            ListedModel(name=one.name, created=one.created, context_length=one.context_length)
-            for one in await self._models.all()
-        ]
+        return [listed for one in await self._models.all() for listed in _listed(one)]
 
     async def keep_watch(self) -> None:
         """Stops models that have been idle for long, until cancelled."""
@@ -123,6 +122,11 @@ class ModelHost:
             if wants_start and not self._make_room(waiter.model):
                 return  # nobody takes the memory that it waits for
 
+    def _serving(self, name: str) -> Resident | None:
+        """The model of this name, or of the adapter that has it, if it can be asked."""
+        ready = (one for one in self._residents.values() if one.state is State.READY)
+        return next((one for one in ready if one.model.serves(name)), None)
+
     async def _found(self, name: str) -> HomeModel:
         """Raises as ``hold`` where waiting would not help."""
         try:
@@ -140,8 +144,9 @@ class ModelHost:
             raise Overloaded(f"{len(self._waiting)} requests wait for models to start already.")
         return model
 
-    async def _wait_for(self, model: HomeModel, wait_s: float) -> Resident:
-        waiter = Waiter(model=model, granted=asyncio.get_running_loop().create_future())
+    async def _wait_for(self, name: str, model: HomeModel, wait_s: float) -> Resident:
+        granted: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()
+        waiter = Waiter(name=name, model=model, granted=granted)
         self._waiting.append(waiter)
         try:
             self.look()
@@ -151,15 +156,22 @@ class ModelHost:
             if (resident := waiter.took()) is not None:
                 resident.release()
             if isinstance(error, TimeoutError):
-                raise WorkerUnavailable(self._why(model, wait_s)) from None
+                raise WorkerUnavailable(self._why(waiter, wait_s)) from None
             raise
         finally:
             self._waiting.remove(waiter)
             self.look()
 
-    def _why(self, model: HomeModel, wait_s: float) -> str:
+    def _why(self, waiter: Waiter, wait_s: float) -> str:
         """What a request has waited for in vain."""
-        if model.name in self._residents:
+        model = waiter.model
+        resident = self._residents.get(model.name)
+        if resident is not None and not resident.model.serves(waiter.name):
+            return (
+                f"The adapter {waiter.name!r} came after its model {model.name!r} had started, "
+                f"which was in use for {wait_s:g} s."
+            )
+        if resident is not None:
             return f"The model {model.name!r} was not ready within {wait_s:g} s; it is starting."
         return (
             f"No memory became free for the model {model.name!r} within {wait_s:g} s; in use by: "
@@ -173,8 +185,12 @@ class ModelHost:
         if waiter.granted.done():
             return
         if resident is not None and resident.state is State.READY:
-            resident.use()
-            waiter.granted.set_result(resident)
+            if resident.model.serves(waiter.name):
+                resident.use()
+                waiter.granted.set_result(resident)
+            elif resident.idle:
+                log.info("model starts again", model=name, adapter=waiter.name)
+                resident.leave()
         elif failure is not None and failure.left_s > 0:
             waiter.refuse(_start_failed(name, failure.reason))
 
@@ -265,6 +281,16 @@ class ModelHost:
         for waiter in self._waiting:
             if waiter.model.name == name:
                 waiter.refuse(_start_failed(name, reason))
+
+
+def _listed(model: HomeModel) -> list[ListedModel]:
+    """It and its adapters."""
+    length, names = model.context_length, [(model.name, model.created, "")]
+    names += [(one.name, one.created, model.name) for one in model.adapters]
+    return [
+        ListedModel(name=name, created=created, context_length=length, parent=parent)
+        for name, created, parent in names
+    ]
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:

@@ -12,6 +12,17 @@ from precast.errors import PrecastError
 
 
 @dataclass(frozen=True, kw_only=True)
+class HomeAdapter:
+    """An adapter that its model is started with."""
+
+    name: str
+    created: int
+    """When its folder was changed last (Unix, s)."""
+    setting: str
+    """As the decode worker's ``adapter`` names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HomeModel:
     """A model that can be started, and what it takes."""
 
@@ -22,7 +33,12 @@ class HomeModel:
     """Tokens of a sequence, at the most."""
     kv_blocks: int
     nbytes: int
-    """Of its processes, at the most: weights, KV cache and the rest."""
+    """Of its processes, at the most: weights, adapters', KV cache and the rest."""
+    adapters: tuple[HomeAdapter, ...] = ()
+
+    def serves(self, name: str) -> bool:
+        """Whether it has this name, or one of its adapters has."""
+        return name == self.name or any(name == one.name for one in self.adapters)
 
 
 class StartFailed(Exception):
@@ -33,7 +49,8 @@ class Models(Protocol):
     """What the home folder has."""
 
     async def find(self, name: str) -> HomeModel:
-        """Raises ``ModelNotFound``, or another ``PrecastError`` if it can't be served."""
+        """The model of this name, or of the adapter that has it. Raises ``ModelNotFound``, or
+        another ``PrecastError`` if it can't be served."""
 
     async def all(self) -> Sequence[HomeModel]:
         """What can be served, by name."""
@@ -116,6 +133,8 @@ class Failure:
 class Waiter:
     """A request whose model is not ready."""
 
+    name: str
+    """What it asks for: the model, or one of its adapters."""
     model: HomeModel
     granted: asyncio.Future[Resident]
 

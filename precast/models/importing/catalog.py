@@ -23,6 +23,7 @@ from precast.errors import (
 from precast.models.config import ModelConfig, load_config
 from precast.models.gguf_index import has_index, read_index
 from precast.models.quantized.scheme import Stored, expected_files
+from precast.models.weights.adapter_folder import is_adapter
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.expected import expected_tensors
 from precast.system.pointer import refuse_pointer
@@ -66,11 +67,19 @@ def check_name(name: str) -> str:
 
 
 def list_models(models_dir: Path) -> list[ModelInfo | BrokenModel]:
-    """Every model folder by name, broken ones too. Empty if the directory doesn't exist."""
-    if not models_dir.is_dir():
-        return []
-    folders = sorted(path for path in models_dir.iterdir() if path.is_dir())
-    return [_inspect(folder) for folder in folders if not folder.name.startswith(".")]
+    """Every model folder by name, broken ones too; adapters are none. Empty if the directory
+    doesn't exist."""
+    return [_inspect(models_dir / name) for name in model_names(models_dir)]
+
+
+def model_names(models_dir: Path) -> list[str]:
+    """Names of all model folders, whatever is in them."""
+    folders = models_dir.iterdir() if models_dir.is_dir() else ()
+    return sorted(
+        path.name
+        for path in folders
+        if path.is_dir() and not path.name.startswith(".") and not is_adapter(path)
+    )
 
 
 def find_model(models_dir: Path, name: str) -> ModelInfo:
@@ -78,6 +87,8 @@ def find_model(models_dir: Path, name: str) -> ModelInfo:
     folder = models_dir / check_name(name)
     if not folder.is_dir():
         raise ModelNotFound(f"no model {name!r} in {models_dir}; `precast models import` adds one")
+    if is_adapter(folder):
+        raise ConfigError(f"{name} is an adapter: serve its model, with --adapter {name}")
     return check_model(folder)
 
 

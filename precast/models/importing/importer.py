@@ -64,8 +64,7 @@ def import_model(
     if kept := _kept(target, replace=replace, must_be_new=must_be_new):
         return kept
     try:
-        models_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(models_dir, report):
+        with locked(models_dir, report):
             # another process may have imported it meanwhile
             if kept := _kept(target, replace=replace, must_be_new=must_be_new):
                 return kept
@@ -110,19 +109,27 @@ def _kept(target: Path, *, replace: bool, must_be_new: bool) -> ModelInfo | None
 
 
 def _import(source: Path, target: Path, report: Report) -> ModelInfo:
+    with placed(target) as partial:
+        _fill(source, partial, report)
+        report("checking")
+        found = check_model(partial)
+    return replaced(found, name=target.name, path=target)
+
+
+@contextmanager
+def placed(target: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes ``target`` in one step unless an error comes first. For
+    whoever has the lock."""
     models_dir = target.parent
     _sweep(models_dir)
     partial = models_dir / f"{_PARTIAL}{target.name}"
     partial.mkdir()
     try:
-        _fill(source, partial, report)
-        report("checking")
-        found = check_model(partial)
+        yield partial
         put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     remove_unheld(models_dir)
-    return replaced(found, name=target.name, path=target)
 
 
 def find_built_in(name: str) -> Path:
@@ -179,8 +186,10 @@ def _take_folder(source: Path, target: Path, report: Report) -> None:
 
 
 @contextmanager
-def _lock(models_dir: Path, report: Report) -> Iterator[None]:
-    """One import at a time; the lock ends with its process."""
+def locked(models_dir: Path, report: Report) -> Iterator[None]:
+    """One import at a time into the folder, which is made; the lock ends with its process. Raises
+    ``DeadlineExceeded`` or OSError."""
+    models_dir.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + LOCK_DEADLINE_S
     with (models_dir / ".lock").open("w") as file:
         waiting = False

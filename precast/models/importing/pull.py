@@ -1,4 +1,5 @@
-"""``precast models pull``: a model out of a Hugging Face hub, at a commit, into the models folder.
+"""``precast models pull``: a model or an adapter out of a Hugging Face hub, at a commit, into the
+models folder.
 
 Files come into a folder of their own, which an interrupted pull leaves to the next one. A model
 appears under its name in one step, once all of it is there and checked. ``HF_ENDPOINT`` and
@@ -15,6 +16,8 @@ from typing import Final
 
 from precast.errors import ConfigError
 from precast.models.importing import hub
+from precast.models.importing.adapter_import import check_free, import_adapter
+from precast.models.importing.adapters import AdapterInfo
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
 from precast.models.importing.conversion import Report, check_in_child
 from precast.models.importing.copying import check_room
@@ -22,6 +25,7 @@ from precast.models.importing.gguf.parts import part_names
 from precast.models.importing.hub import HubName, Remote, default_name
 from precast.models.importing.importer import import_model
 from precast.models.json_file import read_object
+from precast.models.weights.adapter_folder import CONFIG, WEIGHTS
 from precast.system.held_folders import put_in_place, remove_unheld
 
 DOWNLOADS: Final = ".downloads"
@@ -49,12 +53,42 @@ def pull_model(
         return kept
     report("asking the hub")
     remote = hub.find(source.repo, revision)
+    if CONFIG in remote.files and "config.json" not in remote.files:
+        raise ConfigError(f"{remote.repo} is an adapter: pull it with --base, its model")
     if target.exists() and not replace and _source_of(target).get("commit") == remote.commit:
         return check_model(target)
     try:
         with _download_folder(models_dir, remote) as folder:
             _fetch_all(source, remote, folder, report)
             return _put(source, remote, folder, target, report)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
+
+
+def pull_adapter(
+    source: HubName,
+    models_dir: Path,
+    *,
+    base: str,
+    name: str | None = None,
+    revision: str | None = None,
+    replace: bool = False,
+    report: Report,
+) -> AdapterInfo:
+    """Fetch an adapter of the model ``base``, which is there. Raises as ``pull_model`` and
+    ``import_adapter``."""
+    name = check_name(name or default_name(source))
+    check_free(models_dir / name, replace=replace)
+    report("asking the hub")
+    remote = hub.find(source.repo, revision)
+    try:
+        with _download_folder(models_dir, remote) as folder:
+            _fetch(remote, (CONFIG, WEIGHTS), folder, report)
+            info = import_adapter(
+                str(folder), models_dir, base=base, name=name, replace=replace, report=report
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            return info
     except OSError as error:
         raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
 

@@ -182,6 +182,8 @@ class Model(Struct, frozen=True, kw_only=True):
     owned_by: str = "precast"
     max_model_len: int
     """Extension: tokens of prompt and completion together."""
+    root: str
+    """Extension: the model whose weights it has: itself, or its parent."""
     parent: str | UnsetType = UNSET
     """Extension: the model whose adapter it is."""
 
