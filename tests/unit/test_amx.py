@@ -1,4 +1,5 @@
-"""AMX: linears have AVX-512's bits, attention its own with matrices and without."""
+"""AMX: linears and attention over int8 have AVX-512's bits, attention over bf16 its own with
+matrices and without."""
 
 import hashlib
 import os
@@ -44,9 +45,22 @@ def linear_digest() -> str:
     return digest.hexdigest()
 
 
+def attention_digest() -> str:
+    """Of attention over int8, of heads that fill matrices and of others, few rows and many."""
+    torch.manual_seed(0)
+    native.start_threads((-1, -1))
+    digest = hashlib.blake2b()
+    for dim in (16, 32, 64, 80, 144):
+        q, keys, values = torch.randn(150, 5, dim), *torch.randn(2, 150, 1, dim)
+        for begin in (0, 70, 145, 147):
+            digest.update(attend(q, keys, values, begin, "int8").numpy().tobytes())
+    return digest.hexdigest()
+
+
 @needs_matrices
-def test_linears_have_the_bits_of_avx512() -> None:
-    program = "from tests.unit.test_amx import linear_digest; print(linear_digest())"
+def test_linears_and_attention_over_int8_have_the_bits_of_avx512() -> None:
+    names = "linear_digest, attention_digest"
+    program = f"from tests.unit.test_amx import {names}; print(linear_digest(), attention_digest())"
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PRECAST_NATIVE_ISA": "avx512"},
@@ -55,15 +69,15 @@ def test_linears_have_the_bits_of_avx512() -> None:
         timeout=110,
         check=True,
     )
-    assert run.stdout.strip() == linear_digest()
+    assert run.stdout.split() == [linear_digest(), attention_digest()]
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, begin: int) -> Tensor:
-    """Outputs [tokens, heads, dim] of the tokens from ``begin`` on, over a cache of bf16, which has
-    no numbers where no token is. One KV head."""
+def attend(q: Tensor, keys: Tensor, values: Tensor, begin: int, kv_dtype: str = "bf16") -> Tensor:
+    """Outputs [tokens, heads, dim] of the tokens from ``begin`` on, over a cache which has no
+    numbers where no token is. One KV head."""
     length, dim = len(keys), keys.shape[-1]
     blocks = -(-length // 32)
-    cache = new_cache("bf16", blocks=blocks, kv_heads=1, block_size=32, head_dim=dim)
+    cache = new_cache(kv_dtype, blocks=blocks, kv_heads=1, block_size=32, head_dim=dim)
     rest = torch.full((blocks * 32 - length, 1, dim), torch.nan)
     fill_cache(cache, torch.cat([keys, rest]), torch.cat([values, rest]))
     new = length - begin

@@ -246,8 +246,10 @@ def attentions(draw: st.DrawFn) -> Attention:
 @examples(200)
 @given(attentions())
 def test_paged_attention(step: Attention) -> None:
-    # AMX has queries and weights as sums of two bf16: 16 bits and not 24.
-    atol = 1e-4 if native.native_isa() == "amx" and step.cache.k.dtype != torch.float32 else 1e-5
+    # Queries and weights have 16 bits: AMX's as sums of two bf16, int8's as integers.
+    kind = step.cache.k.dtype
+    rounded = kind == torch.int8 or (native.native_isa() == "amx" and kind == torch.bfloat16)
+    atol = 3e-4 if rounded else 1e-5
     torch.testing.assert_close(
         step.run(ops.paged_attention), step.run(reference.paged_attention), rtol=1e-4, atol=atol
     )

@@ -3,12 +3,15 @@
 // Keys are kept transposed within their block, so that a vector holds one feature of neighbouring keys:
 // scores need no horizontal sums, at any number of rows. Few rows read the cache as it is; many have a
 // block converted to float32 once. Both do the same arithmetic (attention_tile.h). Where there is AMX, caches
-// of bf16 and of 8 bits have another in common (attention_amx.h, attention_halves.h).
+// of bf16 have another in common (attention_amx.h, attention_halves.h), and everywhere those of 8 bits theirs
+// (attention_integers.h).
 #pragma once
 
 #include <utility>
 
 #include "attention_blocks.h"
+#include "attention_bytes_amx.h"
+#include "attention_integer_rows.h"
 
 namespace precast {
 namespace {
@@ -29,11 +32,6 @@ inline void see(const AttentionArgs& a, const AttentionTile& tile, int rows, int
   for (int r = rows; r < padded_rows; ++r) seen[r] = {0, 0};
 }
 
-template <typename F, int... Ns>
-inline void with_rows(int rows, F&& body, std::integer_sequence<int, Ns...>) {
-  (void)((rows == Ns + 1 && (body(std::integral_constant<int, Ns + 1>{}), true)) || ...);
-}
-
 template <int MR, typename Block>
 inline void attend_tile(const AttentionArgs& a, const Scratch& s, const Block& block,
                         const Weighing& weighing, int t, float* states) {
@@ -49,18 +47,6 @@ inline void attend_direct(const AttentionArgs& a, const Scratch& s, const KeyBlo
     with_rows(
         tiles.rows, [&](auto mr) { attend_tile<mr>(a, s, block, weighing, t, states); },
         std::make_integer_sequence<int, kDirectTile>{});
-  }
-}
-
-// Asks for a tile's share of the next block. Always inline, as all that only prefetches (prefetch.h).
-template <typename T>
-[[gnu::always_inline]] inline void ask_for_next(const KeyBlock<T>& block, int dim, int t, int tiles) {
-  for (int d = t * dim / tiles; d < (t + 1) * dim / tiles; ++d) {
-    for (const T* keys : block.next_keys) soon(keys + d * block.key_stride);
-  }
-  for (int j = t * kKeyBlock / tiles; j < (t + 1) * kKeyBlock / tiles; ++j) {
-    const T* value = block.next_values[j / kPanel] + j % kPanel * block.value_stride;
-    for (int d = 0; d < dim; d += kLineBytes / sizeof(T)) soon(value + d);
   }
 }
 
@@ -165,17 +151,25 @@ void write_output(const AttentionArgs& a, const AttentionTile& tile, int rows, R
 // A block against all rows of a tile.
 template <typename T>
 inline void attend_rows(const AttentionArgs& a, const Scratch& s, const KeyBlock<T>& block, int count,
-                        const Weighing& weighing, RowTiles tiles, bool direct, float* states) {
-#if defined(__AMX_BF16__)
-  if constexpr (!std::is_same_v<T, float>) {
-    if (by_matrices(a) && by_halves(tiles)) {
-      return attend_by_halves(a, s, block, weighing, tiles, states);
-    }
-    if (by_matrices(a)) return attend_by_matrices(a, s, block, count, weighing, tiles, states);
-  }
+                        const Weighing& weighing, RowTiles tiles, int rows, float* states) {
+  const bool direct = is_direct(a, rows);
+  if constexpr (std::is_same_v<T, int8_t>) {
+#if defined(__AMX_INT8__)
+    if (by_bytes(a, rows)) return attend_by_bytes(a, s, block, count, weighing, tiles, states);
 #endif
-  if (direct) return attend_direct(a, s, block, weighing, tiles, states);
-  attend_converted(a, s, block, count, weighing, tiles, states);
+    attend_integers(a, s, block, count, weighing, tiles, direct, states);
+  } else {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (by_matrices(a) && by_halves(tiles)) {
+        return attend_by_halves(a, s, block, weighing, tiles, states);
+      }
+      if (by_matrices(a)) return attend_by_matrices(a, s, block, count, weighing, tiles, states);
+    }
+#endif
+    if (direct) return attend_direct(a, s, block, weighing, tiles, states);
+    attend_converted(a, s, block, count, weighing, tiles, states);
+  }
 }
 
 // Calls body with the queries where attend_rows expects them.
@@ -194,7 +188,18 @@ inline void with_queries(const AttentionArgs& a, const AttentionTile& tile, int 
     return body();
   }
 #endif
-  pack_queries(a, tile, rows, tiles, s.q);
+#if defined(__AMX_INT8__)
+  if (by_bytes(a, rows)) {
+    split_queries_to_bytes(a, tile, rows, tiles, s);
+    const Tiles registers(byte_shapes(tiles.rows));
+    return body();
+  }
+#endif
+  if (a.type == CacheType::kInt8) {
+    round_queries(a, tile, rows, tiles, s);
+  } else {
+    pack_queries(a, tile, rows, tiles, s.q);
+  }
   body();
 }
 
@@ -203,7 +208,7 @@ void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* stat
                   float* scratch) {
   const int rows = a.group(tile.kv_head) * tile.tokens, width = state_width(a);
   const RowTiles tiles = row_tiles(a, rows);
-  const bool direct = is_direct(a, rows), apart = states != nullptr;
+  const bool apart = states != nullptr;
   const Scratch s = scratch_at(a, rows, scratch);
   const bool scaled = kExtra<T> != 0;
   const Weighing weighing{a.softcap * 1.4426950408889634f, scaled ? s.key_scales : nullptr,
@@ -221,7 +226,7 @@ void attend_typed(const AttentionArgs& a, const AttentionTile& tile, float* stat
       }
       see(a, tile, rows, tiles.count * tiles.rows, start, s.seen);
       const int64_t count = tile.end - start < kKeyBlock ? tile.end - start : kKeyBlock;
-      attend_rows(a, s, block, static_cast<int>(count), weighing, tiles, direct, states);
+      attend_rows(a, s, block, static_cast<int>(count), weighing, tiles, rows, states);
       if (apart) states += state_floats(a, rows);
     }
   });

@@ -1,8 +1,8 @@
-// Attention of up to 16 rows to one block of kKeyBlock keys on AMX, for caches of bf16 and of 8 bits.
+// Attention of up to 16 rows to one block of kKeyBlock keys on AMX, for caches of bf16.
 //
-// What a cache holds is bf16, or is exactly in bf16. Queries and weights are not: they are taken as the sum
-// of two numbers, the upper half of the float and what is left of it, which keeps 16 bits of precision. A
-// row's sums don't depend on the other rows of its matrix: decode and prefill have the same bits here.
+// Queries and weights are not bf16: they are taken as the sum of two numbers, the upper half of the float and
+// what is left of it, which keeps 16 bits of precision. A row's sums don't depend on the other rows of its
+// matrix: decode and prefill have the same bits here.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -43,18 +43,13 @@ inline void store_pairs(Half* to, vfloat first, vfloat second) {
   const vint pairs = (vint)((vuint)first >> 16) | ((vint)second & static_cast<int32_t>(0xffff0000));
   std::memcpy(to, &pairs, sizeof(pairs));
 }
-template <typename T>
-inline void store_pairs(Half* to, const T* first, const T* second) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    alignas(64) static constexpr Half kByTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i one = _mm512_castsi256_si512(load_as<__m256i>(first));
-    const __m512i both = _mm512_inserti64x4(one, load_as<__m256i>(second), 1);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kByTurns), both));
-  } else {
-    store_pairs(to, load(first), load(second));
-  }
+inline void store_pairs(Half* to, const BFloat16* first, const BFloat16* second) {
+  alignas(64) static constexpr Half kByTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i one = _mm512_castsi256_si512(load_as<__m256i>(first));
+  const __m512i both = _mm512_inserti64x4(one, load_as<__m256i>(second), 1);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kByTurns), both));
 }
 
 // 32 floats as their upper halves and the rest.

@@ -55,6 +55,18 @@ inline KeyBlock<T> block_at(const AttentionArgs& a, const AttentionTile& tile, i
   return block;
 }
 
+// Asks for a tile's share of the next block. Always inline, as all that only prefetches (prefetch.h).
+template <typename T>
+[[gnu::always_inline]] inline void ask_for_next(const KeyBlock<T>& block, int dim, int t, int tiles) {
+  for (int d = t * dim / tiles; d < (t + 1) * dim / tiles; ++d) {
+    for (const T* keys : block.next_keys) soon(keys + d * block.key_stride);
+  }
+  for (int j = t * kKeyBlock / tiles; j < (t + 1) * kKeyBlock / tiles; ++j) {
+    const T* value = block.next_values[j / kPanel] + j % kPanel * block.value_stride;
+    for (int d = 0; d < dim; d += kLineBytes / sizeof(T)) soon(value + d);
+  }
+}
+
 template <typename T>
 inline void read_scales(const AttentionArgs& a, const AttentionTile& tile, int64_t start,
                         const KeyBlock<T>& block, float* key_scales, float* value_scales) {

@@ -75,7 +75,7 @@ const AttentionKernels& attention_avx2();
 const AttentionKernels& attention_avx512();
 const AttentionKernels& attention_amx();
 
-// Of the instruction set that kernels() has.
-const AttentionKernels& attention_kernels();
+// Of the instruction set that kernels() has, for caches of a type.
+const AttentionKernels& attention_kernels(CacheType type);
 
 }  // namespace precast

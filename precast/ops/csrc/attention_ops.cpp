@@ -139,8 +139,8 @@ std::vector<float> sinks_of(const std::optional<at::Tensor>& sinks, const Attent
 void write_cache(const AttentionArgs& args, const at::Tensor& k, const at::Tensor& v,
                  const int32_t* slots) {
   const auto write = [&](int64_t begin, int64_t end) {
-    attention_kernels().store_cache(args, k.const_data_ptr<float>(), k.stride(0),
-                                    v.const_data_ptr<float>(), v.stride(0), slots, begin, end);
+    attention_kernels(args.type).store_cache(args, k.const_data_ptr<float>(), k.stride(0),
+                                             v.const_data_ptr<float>(), v.stride(0), slots, begin, end);
   };
   if (k.size(0) < 16) return write(0, k.size(0));
   ThreadPool::instance().run([&](int part, int parts) {
@@ -165,8 +165,8 @@ AttentionTile tile_of(const Job& job, const Item& item) {
 }
 
 void attend_item(const Job& job, const Item& item, AttentionTile tile, Buffer& buffer) {
-  const AttentionKernels& kernels = attention_kernels();
   const AttentionArgs& args = job.step.args;
+  const AttentionKernels& kernels = attention_kernels(args.type);
   const int rows = item.tokens * args.group(item.kv_head);
   float* scratch = buffer.get(kernels.scratch_floats(args, rows));
   if (item.shared < 0) return kernels.attend(args, tile, nullptr, job.y, scratch);

@@ -108,7 +108,7 @@ inline void plan_items(const Step& step, Plan& plan) {
                               static_cast<int64_t>(plan.shared.size())});
       }
       plan.shared.push_back({begin, end, plan.state_floats, static_cast<int>(parts)});
-      plan.state_floats += blocks * attention_kernels().state_floats(args, count * args.group(h));
+      plan.state_floats += blocks * attention_kernels(args.type).state_floats(args, count * args.group(h));
     }
   });
 }

@@ -1,6 +1,8 @@
 // How the rows of a tile are cut into register tiles, and where what they need is in its scratch.
 #pragma once
 
+#include <utility>
+
 #include "attention_halves.h"
 #include "attention_tile.h"
 
@@ -26,16 +28,26 @@ inline bool is_direct(const AttentionArgs& a, int rows) {
 // Whether products are of whole matrices.
 inline bool by_matrices(const AttentionArgs& a) {
 #if defined(__AMX_BF16__)
-  return a.type != CacheType::kFloat32 && a.head_dim % kMatrixDepth == 0;
+  return a.type == CacheType::kBFloat16 && a.head_dim % kMatrixDepth == 0;
 #else
   (void)a;
   return false;
 #endif
 }
 
+// Whether products of integers are, too: their bits are those of pairs.
+inline bool by_bytes(const AttentionArgs& a, int rows) {
+#if defined(__AMX_INT8__)
+  return a.type == CacheType::kInt8 && rows > kDirectRows && a.head_dim % kPanel == 0 && a.head_dim > kPanel;
+#else
+  (void)a, (void)rows;
+  return false;
+#endif
+}
+
 inline RowTiles row_tiles(const AttentionArgs& a, int rows) {
 #if defined(__AMX_BF16__)
-  if (by_matrices(a)) {
+  if (by_matrices(a) || by_bytes(a, rows)) {
     const int count = padded(rows, kMatrixRows) / kMatrixRows;
     return {padded(rows, count) / count, count};
   }
@@ -43,6 +55,12 @@ inline RowTiles row_tiles(const AttentionArgs& a, int rows) {
   if (!is_direct(a, rows)) return {kTileRows, padded(rows, kTileRows) / kTileRows};
   const int count = padded(rows, kDirectTile) / kDirectTile;
   return {padded(rows, count) / count, count};
+}
+
+// Calls body with the number of rows, of which there are instances for 1 to sizeof...(Ns).
+template <typename F, int... Ns>
+inline void with_rows(int rows, F&& body, std::integer_sequence<int, Ns...>) {
+  (void)((rows == Ns + 1 && (body(std::integral_constant<int, Ns + 1>{}), true)) || ...);
 }
 
 inline int state_width(const AttentionArgs& a) { return padded(a.head_dim, kPanel); }
@@ -56,6 +74,7 @@ int64_t state_floats(const AttentionArgs& a, int rows) {
 struct Scratch {
   float *q, *states, *scores, *key_scales, *value_scales, *keys, *values;
   float *weights, *wide;  // in halves, and those of few rows as floats: weights, then queries
+  float *steps, *row;     // of queries that are integers: the size of their steps, and one of them
   Seen* seen;
   int64_t floats;
 };
@@ -69,12 +88,15 @@ inline Scratch scratch_at(const AttentionArgs& a, int rows, float* at) {
     return part;
   };
   const bool matrices = by_matrices(a), direct = !matrices && is_direct(a, rows);
+  const bool integers = a.type == CacheType::kInt8;
   Scratch s{};
   s.q = take(static_cast<int64_t>(tiles.count) * tiles.rows * a.head_dim);
   s.states = take(state_floats(a, rows));
   s.scores = take(tiles.rows * kKeyBlock);
-  s.weights = take(matrices ? tiles.rows * kKeyBlock : 0);
-  s.wide = take(matrices ? 2 * tiles.rows * (kKeyBlock + a.head_dim) : 0);
+  s.weights = take(matrices || integers ? tiles.rows * kKeyBlock : 0);
+  s.wide = take(matrices || integers ? 2 * tiles.rows * (kKeyBlock + a.head_dim) : 0);
+  s.steps = take(integers ? tiles.count * tiles.rows : 0);
+  s.row = take(integers ? a.head_dim : 0);
   s.key_scales = take(kKeyBlock);
   s.value_scales = take(kKeyBlock);
   s.seen = reinterpret_cast<Seen*>(take(2 * tiles.count * tiles.rows));

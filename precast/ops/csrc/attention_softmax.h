@@ -83,9 +83,13 @@ inline vfloat weigh(const Weighing& w, Seen tile, Seen seen, float largest, floa
   vfloat total = {};
   for (int j = tile.low / kLanes * kLanes; j < tile.high; j += kLanes) {
     vfloat weight = exp2_negative(load(scores + j) - largest);
-    if (j < seen.low || j + kLanes > seen.high) weight = is_seen(j, seen) ? weight : vfloat{};
+    vfloat scaled = w.value_scales ? weight * load(w.value_scales + j) : weight;
+    if (j < seen.low || j + kLanes > seen.high) {  // where no token is, scales need not be numbers
+      weight = is_seen(j, seen) ? weight : vfloat{};
+      scaled = is_seen(j, seen) ? scaled : vfloat{};
+    }
     total += weight;
-    store(scores + j, w.value_scales ? weight * load(w.value_scales + j) : weight);
+    store(scores + j, scaled);
   }
   return total;
 }

@@ -1,7 +1,8 @@
 // Attention of a few rows to one block of kKeyBlock keys, blocked for registers.
 //
 // A score is summed over the features in order, a block's output over its keys in order, one fused
-// multiply-add each: the same bits for every number of rows and every type that holds the same values.
+// multiply-add each: the same bits for every number of rows and both types of floats that hold the same values.
+// Caches of 8 bits have sums of integers (attention_integers.h).
 #pragma once
 
 #include <utility>
@@ -14,12 +15,14 @@ namespace {
 template <typename T>
 constexpr int kExtra = sizeof(T) == 1 ? kScaleBytes : 0;  // rows of K, columns of V that hold scales
 
-// Vectors of a register tile of so many rows, along the keys or the features: sums enough to hide an
-// addition's latency, and few enough that they and what they are made of fit the registers.
+// Sums of a register tile: enough to hide an addition's latency, and few enough that they and what they are
+// made of fit the registers.
+constexpr int kTileSums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 2 * kTileRows;
+
+// Vectors of a register tile of so many rows, along the keys or the features.
 constexpr int tile_vectors(int rows, int most) {
-  const int sums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 2 * kTileRows;
   int vectors = 1;
-  while (vectors * 2 * rows <= sums && vectors * 2 <= most) vectors *= 2;
+  while (vectors * 2 * rows <= kTileSums && vectors * 2 <= most) vectors *= 2;
   return vectors;
 }
 constexpr int kTileFeatures = tile_vectors(kTileRows, 8) * kLanes;

@@ -27,9 +27,9 @@ bool runs_amx() {
          syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
 }
 
-// Matrices of integers give AVX-512's bits, so linears take them without being asked. Those of bf16 do not:
-// a token has the same bits in prefill and decode, and decode pays for them there. With AMX asked for, long
-// prompts take half the time, steps of 16 sequences 1.2 times (docs/decisions.md).
+// Matrices of integers give AVX-512's bits, so linears and attention over 8 bits take them without being asked.
+// Those of bf16 do not: a token has the same bits in prefill and decode, and decode pays for them there. With
+// AMX asked for, long prompts take half the time, steps of 16 sequences 1.2 times (docs/decisions.md).
 const Kernels& kernels_avx512_with_matrices() {
   static const Kernels table = [] {
     Kernels mixed = kernels_avx512();
@@ -69,9 +69,10 @@ const SamplingKernels& sampling_kernels() {
   return chosen == &kernels_scalar() ? sampling_scalar() : sampling_avx512();
 }
 
-const AttentionKernels& attention_kernels() {
+const AttentionKernels& attention_kernels(CacheType type) {
   const Kernels* chosen = &kernels();
-  if (chosen == &kernels_amx()) return attention_amx();
+  const bool integers = type == CacheType::kInt8 && chosen == &kernels_avx512_with_matrices();
+  if (integers || chosen == &kernels_amx()) return attention_amx();
   if (chosen == &kernels_avx2()) return attention_avx2();
   return chosen == &kernels_scalar() ? attention_scalar() : attention_avx512();
 }
