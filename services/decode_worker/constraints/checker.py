@@ -118,9 +118,17 @@ def _try(vocabulary: Vocabulary, grammar: Grammar, writing: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         memory = pages * resource.getpagesize() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        os.write(writing, b"." + trial(vocabulary, grammar).encode()[: MAX_REFUSAL - 1])
+        os.write(writing, b"." + _tried(vocabulary, grammar).encode()[: MAX_REFUSAL - 1])
     finally:
         os._exit(0)
+
+
+def _tried(vocabulary: Vocabulary, grammar: Grammar) -> str:
+    """Why the grammar is refused; empty if it is not. Raises MemoryError."""
+    try:
+        return trial(vocabulary, grammar)
+    except ValueError as error:  # of the library's: what it can't read
+        return refusal(grammar.kind, str(error))
 
 
 def _receive(connection: socket.socket) -> Setup | Check | None:

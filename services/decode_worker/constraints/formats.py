@@ -1,6 +1,6 @@
 """Formats of strings that are written as patterns: dates, of which llguidance has leap seconds in
-any minute and the 29th of February in any year, and addresses, whose masks are then known
-(``patterns``)."""
+any minute and the 29th of February in any year, addresses, whose masks are then known
+(``patterns``), and formats that llguidance does not know."""
 
 import json
 from typing import Any, Final
@@ -16,6 +16,14 @@ _DATE: Final = (
 _TIME: Final = (
     r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"  # no :60
 )
+_BASE64: Final = "([{0}]{{4}})*([{0}]{{2}}==|[{0}]{{3}}=)?"
+_BASE64_URL: Final = "([{0}]{{4}})*([{0}]{{2}}(==)?|[{0}]{{3}}=?)?"
+_HEX: Final = "[0-9a-fA-F]"
+_UUIDS: Final = {
+    f"uuid{digit}": f"^{_HEX}{{8}}-{_HEX}{{4}}-{digit}{_HEX}{{3}}-[89abAB]{_HEX}{{3}}-{_HEX}{{12}}$"
+    for digit in range(1, 9)
+}
+"""As pydantic calls UUIDs of one version."""
 _PATTERNS: Final = {
     "date": f"^{_DATE}$",
     "time": f"^{_TIME}$",
@@ -23,6 +31,10 @@ _PATTERNS: Final = {
     "email": f"^{EMAIL}$",
     "hostname": f"^{HOSTNAME}$",
     "uri": f"^{URI}$",
+    "byte": f"^{_BASE64.format('A-Za-z0-9+/')}$",  # OpenAPI's name
+    "base64": f"^{_BASE64.format('A-Za-z0-9+/')}$",
+    "base64url": f"^{_BASE64_URL.format('A-Za-z0-9_-')}$",
+    **_UUIDS,
 }
 _VALUES: Final = frozenset({"const", "enum", "default", "examples"})
 """Keywords behind which there are values, and no schemas."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from precast.errors import InvalidRequest
+from precast.json_schema import without_idle
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 
 MAX_BYTES: Final = 256 << 10
@@ -37,20 +38,25 @@ def grammar_of(constraint: pb.OutputConstraint) -> Grammar:
     text: str = getattr(constraint, kind)
     if (size := len(text.encode())) > MAX_BYTES:
         raise InvalidRequest(f"constraint: {kind} has {size} bytes: at most {MAX_BYTES}")
-    if kind == "json_schema":
-        _check_json(text)
-    return Grammar(kind=kind, text=text)
+    return Grammar(kind=kind, text=_schema(text) if kind == "json_schema" else text)
 
 
-def _check_json(text: str) -> None:
+def _schema(text: str) -> str:
+    """The schema as an object, without keywords that ask nothing. Raises InvalidRequest."""
     try:
-        schema = json.loads(text)
+        given = json.loads(text)
+        schema = without_idle(given)
     except ValueError as error:
         raise InvalidRequest(f"constraint: json_schema is not JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("constraint: json_schema is nested too deeply") from None
     if not isinstance(schema, dict | bool):
         raise InvalidRequest("constraint: json_schema must be an object or a boolean")
+    if schema is False:
+        raise InvalidRequest("constraint: json_schema: allows no output")
+    if schema is True:
+        return "{}"
+    return text if schema == given else json.dumps(schema)
 
 
 def refusal(kind: str, reason: str) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+from precast.json_schema import without_idle
 from services.gateway.openai.tools.fields import Tool
 from services.gateway.openai.tools.format import ToolFormat
 
@@ -28,7 +29,7 @@ def forced_schema(tools: Sequence[Tool], *, several: bool) -> _Schema:
 
 def json_in_lark(schema: Any) -> str:
     """A schema within a grammar."""
-    whole = {**schema, "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
+    whole = {**without_idle(schema), "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
     return f"%json {json.dumps(whole, ensure_ascii=False, separators=(',', ':'))}"
 
 
