@@ -404,6 +404,15 @@ def test_structured_outputs_has_one_of_its_fields(outputs: dict[str, Any]) -> No
     assert caught.value.param == "structured_outputs"
 
 
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_as_llama_server_takes_it(kind: str) -> None:
+    schema = {"type": "integer", "maximum": 3}
+    asked = {"response_format": {"type": kind, "schema": schema}}
+    found = constraint_of(ChatRequest.model_validate({**CHAT, **asked}))
+    assert found is not None
+    assert json.loads(found.json_schema) == schema
+
+
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_examples_of_the_reference_are_right(kind: type[BaseModel]) -> None:
     for example in EXAMPLES[kind].values():

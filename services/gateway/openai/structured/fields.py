@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from services.gateway.openai.lenient import Lenient
 
@@ -30,8 +30,17 @@ class NamedSchema(Lenient):
 
 
 class JsonSchemaFormat(Lenient):
+    """llama-server's ``{"type": "json_schema", "schema": ...}`` is read too."""
+
     type: Literal["json_schema"]
     json_schema: NamedSchema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "schema" not in data or "json_schema" in data:
+            return data
+        return {**data, "json_schema": {"name": "schema", "schema": data["schema"]}}
 
 
 ResponseFormat = Annotated[
