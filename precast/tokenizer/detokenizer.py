@@ -50,6 +50,8 @@ class Detokenizer:
         self._keep_stop_string = keep_stop_string
         self._may_stop = bool(stop_strings)
         self._held = ""
+        self.stop_string = ""
+        """The one that was hit."""
 
     @property
     def is_plain(self) -> bool:
@@ -80,9 +82,9 @@ class Detokenizer:
         held = self._held + new
         stop = self._stops.feed(new)
         if stop is not None:
-            self._held = ""
+            self._held, self.stop_string = "", stop.text
             end = len(held) - len(new) + stop.end
-            return held[: end if self._keep_stop_string else end - stop.length], True
+            return held[: end if self._keep_stop_string else end - len(stop.text)], True
         cut = len(held) - self._stops.begun
         self._held = held[cut:]
         return held[:cut], False

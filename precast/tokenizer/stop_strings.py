@@ -16,8 +16,8 @@ class Match:
 
     end: int
     """Where it ends in the piece."""
-    length: int
-    """Of the whole string; it may have begun in an earlier piece."""
+    text: str
+    """The whole string, which may have begun in an earlier piece."""
 
 
 class _Automaton:
@@ -78,9 +78,9 @@ class StopStrings:
         if not self.begun and self._begins.isdisjoint(text):
             return None
         found = [
-            Match(end=end, length=len(automaton.stop))
+            Match(end=end, text=automaton.stop)
             for automaton in self._automata
             if (end := automaton.feed(text)) >= 0
         ]
         self.begun = max((automaton.matched for automaton in self._automata), default=0)
-        return min(found, key=lambda match: (match.end, -match.length), default=None)
+        return min(found, key=lambda match: (match.end, -len(match.text)), default=None)

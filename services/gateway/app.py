@@ -42,7 +42,7 @@ from services.gateway.tracing import Traces
 
 _POSTS: Final = (
     *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
-    *("/v1/embeddings", "/tokenize", "/detokenize"),
+    *("/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize"),
 )
 _FREE: Final = ("/health", "/ready")
 """What load balancers ask, who have no key."""

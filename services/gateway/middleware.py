@@ -135,7 +135,7 @@ class Admission:
         if (running := self._in_flight.all) >= self._max_in_flight:
             refusal = errors.overloaded(f"{running} requests are running already.")
             refusal.headers["connection"] = "close"  # the body is not read
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         with self._in_flight.one_more():
             await self._app(scope, receive, send)

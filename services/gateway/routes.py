@@ -22,7 +22,7 @@ from services.gateway.openai.bodies import named, parse_naming_unknown
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.messages_api import convert as messages_api
-from services.gateway.openai.messages_api.fields import MessagesRequest
+from services.gateway.openai.messages_api.fields import CountTokensRequest, MessagesRequest
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.prepare import Planner
 from services.gateway.openai.responses_api.conversation import Conversations, KeepingResponse
@@ -111,6 +111,13 @@ def generation_routes(
         async with models.held(body.model, request) as held:
             plan = await planner.chat(messages_api.chat_of(body))
             return held.until_sent(answer(replace(plan, endpoint="messages"), started, headers))
+
+    @router.post("/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        body, headers = await bodies.read(CountTokensRequest, request)
+        async with models.held(body.model, request):
+            count = await planner.count(messages_api.chat_of(body))
+            return _json({"input_tokens": count}, headers)
 
     @router.post("/embeddings")
     async def embeddings(request: Request) -> Response:

@@ -65,6 +65,12 @@ def test_closed_without_a_key_and_to_a_wrong_one(house: House, method: str, path
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
+def test_anthropics_clients_are_refused_in_their_way(house: House) -> None:
+    answer = house.doors[0].post("/v1/messages", json=CHAT)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
 def test_a_body_without_a_type_is_no_json_where_keys_are_asked_for(house: House) -> None:
     headers = {"authorization": f"Bearer {house.key('typed')}"}
     answer = house.doors[0].post("/v1/chat/completions", content=b"{}", headers=headers)

@@ -190,6 +190,65 @@ def test_turns_of_a_conversation_of_messages(gateway: Gateway) -> None:
     assert "tool: sunny\nuser: So?" in said
 
 
+def messages(said: str, **fields: Any) -> dict[str, Any]:
+    asked = [{"role": "user", "content": f"!say {said} !end"}]
+    return {"model": "thinker", "max_tokens": 100, "messages": asked, **fields}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_sequence_is_named(gateway: Gateway, stream: bool) -> None:
+    body = messages("one two three", stop_sequences=["four", "two"], stream=stream)
+    answer = gateway.post("/v1/messages", json=body)
+    found = answer.json() if not stream else last_delta(answer.text)
+    assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", "two")
+    whole = gateway.post("/v1/messages", json=messages("one", stop_sequences=["four"])).json()
+    assert (whole["stop_reason"], whole["stop_sequence"]) == ("end_turn", None)
+
+
+def last_delta(text: str) -> Any:
+    events = [json.loads(line[6:]) for line in text.splitlines() if line[:6] == "data: "]
+    return next(event["delta"] for event in events if event["type"] == "message_delta")
+
+
+def test_an_answer_that_was_begun_goes_on(gateway: Gateway) -> None:
+    """The prompt, which is said again and again, ends within the answer."""
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "On"}]
+    body = messages("", messages=turns, max_tokens=30)
+    text = gateway.post("/v1/messages", json=body).json()["content"][0]["text"]
+    assert text.startswith("user: go\nassistant: Onuser: go")
+    count = gateway.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    again = {**body, "messages": [turns[0], {**turns[1], "content": "On and on"}]}
+    assert gateway.post("/v1/messages/count_tokens", json=again).json()["input_tokens"] > count
+
+
+def test_tokens_of_messages_are_counted(gateway: Gateway) -> None:
+    body = messages("hello", system="Be kind.")
+    used = gateway.post("/v1/messages", json=body).json()["usage"]
+    del body["max_tokens"]
+    counted = gateway.post("/v1/messages/count_tokens", json=body)
+    assert counted.json() == {"input_tokens": used["input_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "kind", "words"),
+    [
+        ({"model": "none"}, 404, "not_found_error", "'none' does not exist"),
+        ({"max_tokens": 0}, 400, "invalid_request_error", "'max_tokens'"),
+        ({"max_tokens": 9999}, 400, "invalid_request_error", "maximum context length"),
+        ({"messages": [{"role": "user", "content": "!later"}]}, 500, "api_error", "told to fail"),
+    ],
+)
+def test_errors_of_messages_are_anthropics(
+    gateway: Gateway, fields: dict[str, Any], status: int, kind: str, words: str
+) -> None:
+    answer = gateway.post("/v1/messages", json=messages("x", **fields))
+    assert answer.status_code == status, answer.text
+    found = answer.json()
+    assert (found["type"], found["error"]["type"]) == ("error", kind)
+    assert words in found["error"]["message"]
+    assert gateway.post("/v1/messages/none", json={}).json()["type"] == "error"
+
+
 # --- tokens ---
 
 

@@ -17,7 +17,7 @@ expected-statuses = ["2xx", "400", "404", "429"]
 
 NO_ANSWER = ("/ready", "/tokenizer_info")
 """Without a model."""
-SIMILAR = ("/v1/responses", "/v1/messages", "/tokenize")
+SIMILAR = ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize")
 """Their bodies are made of what chats' are: to try each bound of these again takes minutes."""
 
 

@@ -72,6 +72,7 @@ class Speech:
     """Characters that were sent."""
     finished: int = 0
     """The reason, once it has one."""
+    stop_string: str = ""
 
     def __post_init__(self) -> None:
         """What is resumed was said already."""
@@ -102,10 +103,11 @@ class Speech:
 
     def _sendable(self, text: str) -> str:
         stops = list(self.start.stop.stop_strings)
-        cuts = [text.index(stop) for stop in stops if stop in text]
+        cuts = [(text.index(stop), stop) for stop in stops if stop in text]
         if cuts:
             self.finished = pb.FINISH_REASON_STOP
-            return text[: min(cuts)]
+            at, self.stop_string = min(cuts)
+            return text[:at]
         if self.finished:
             return text
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -306,6 +308,7 @@ class Parrot(pb_grpc.DecodeServiceServicer):
             completion_tokens=len(speech.ids),
             cached_tokens=self._cached(speech.start),
             embedding=_vector(speech.start),
+            stop_string=speech.stop_string,
         )
         out.end(Ending(recipient=recipient, end=finished))
 

@@ -39,6 +39,12 @@ def make(name: str, *stops: str) -> Detokenizer:
     return Detokenizer(TABLES[name], TOKENIZERS[name].encode(PROMPT).ids, stops)
 
 
+def test_the_stop_string_that_was_hit_is_known(name: str) -> None:
+    detokenizer = make(name, "other", "ell", "hell")
+    assert stream_ids(detokenizer, continued(name, "hello there"))[1]
+    assert detokenizer.stop_string == "hell"
+
+
 def continued(name: str, text: str) -> list[int]:
     """Tokens of a text that follows the prompt."""
     encoded = TOKENIZERS[name].encode(f"q{text}", add_special_tokens=False)

@@ -122,6 +122,7 @@ class Request:
             completion_tokens=self.completion_tokens,
             cached_tokens=min(self.sequence.cached, len(self.sequence.prompt)),
             embedding=pooling.vector() if pooling is not None else b"",
+            stop_string=self.detokenizer.stop_string if reason == pb.FINISH_REASON_STOP else "",
         )
         self._end(finished)
 

@@ -36,7 +36,7 @@ class Guard:
             await self._admitted(key, tenant_scope(scope, key.id), receive, send)
         except _Refused as refused:
             refused.error.headers["connection"] = "close"  # the body is not read
-            await refused.error.response()(scope, receive, send)
+            await refused.error.response(scope["path"])(scope, receive, send)
 
     def _key(self, scope: Scope) -> ApiKey:
         sent = _sent(Headers(scope=scope))

@@ -2,13 +2,13 @@
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from msgspec import UNSET, Struct, UnsetType
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
+from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import DONE, MARK, TextEvents, error_event, event
 from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason
 from services.gateway.openai.logprobs import (
@@ -68,8 +68,8 @@ class CompletionFormat:
         totals = event(self._answer([], usage)) if self._plan.include_usage else b""
         return totals + DONE
 
-    def failure(self, body: Mapping[str, Any]) -> bytes:
-        return error_event(body)
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error.body())
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct:
         kept = [at for group in self._groups() for at in self._likeliest(group, choices)]

@@ -1,7 +1,8 @@
 """Whatever goes wrong, in the shape that OpenAI's clients expect.
 
 ``{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`` with a fitting status, or as
-one SSE event once a stream has begun.
+one SSE event once a stream has begun. Under ``/v1/messages`` it is
+``{"type": "error", "error": {"type": ..., "message": ...}}``, as Anthropic's clients have it.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,18 @@ from services.gateway.status_watch import CLIENT_GONE
 
 RETRY_AFTER_S: Final = 1
 """What overloaded and unavailable answers tell clients to wait."""
+MESSAGES: Final = "/v1/messages"
+"""Where Anthropic's clients ask."""
+_ANTHROPIC: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""What they call errors; others are api_error or invalid_request_error."""
 _MAX_TEXT: Final = 1000
 """Characters of a message that are shown."""
 
@@ -54,8 +67,18 @@ class ApiError(Exception):
         }
         return {"error": detail}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The error object as the clients of the path expect it."""
+        return self.anthropic_body() if path.startswith(MESSAGES) else self.body()
+
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = _ANTHROPIC.get(self.status, "api_error" if self.status >= 500 else self.kind)
+        message = _encodable(self.message)
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """``path``: of the request."""
+        return JSONResponse(self.body_at(path), status_code=self.status, headers=self.headers)
 
 
 def _encodable(text: str) -> str:
@@ -136,8 +159,8 @@ def from_any(error: Exception) -> ApiError:
     return from_precast(error) if isinstance(error, PrecastError) else internal()
 
 
-async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
-    return from_any(error).response()
+async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    return from_any(error).response(request.scope["path"])
 
 
 async def _on_disconnect(_: Request, error: Exception) -> Response:
@@ -155,7 +178,8 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     }
     message = messages.get(status, str(error.detail) or HTTPStatus(status).phrase)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return ApiError(status, message, kind=kind, headers=error.headers).response()
+    answer = ApiError(status, message, kind=kind, headers=error.headers)
+    return answer.response(request.scope["path"])
 
 
 def install(app: FastAPI) -> None:

@@ -4,7 +4,7 @@ A format belongs to one request. ``Choice`` is what has come of one choice so fa
 format has a module of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct, UnsetType, structs
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
+from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import TextEvents
 from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta
@@ -54,7 +55,7 @@ class Format(Protocol):
     def ending(self, usage: api.Usage) -> bytes:
         """The last events, once all choices have finished; ``usage``: of the whole request."""
 
-    def failure(self, body: Mapping[str, Any]) -> bytes:
+    def failure(self, error: ApiError) -> bytes:
         """The event of an error that ends the stream."""
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> Struct | dict[str, Any]:

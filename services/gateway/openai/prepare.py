@@ -165,11 +165,7 @@ class Planner:
         if body.prompt is not None:
             [ids] = await completion_prompts(body.completion(model), tokenizer, limited)
         else:
-            chat = body.chat(model)
-            use = tool_use(chat, format_of(tokenizer.chat_template.source, self._parsers.tools))
-            allow = self._parsers.allow_control_tokens
-            prompt = await chat_prompt(chat, tokenizer, limited, use, allow_control_tokens=allow)
-            ids = prompt.ids
+            ids = await self._chat_ids(body.chat(model), tokenizer, limited)
         names = [tokenizer.tokenizer.id_to_token(token) or "" for token in ids]
         return Tokenized(
             count=len(ids),
@@ -177,6 +173,21 @@ class Planner:
             tokens=ids,
             token_strs=names if body.return_token_strs else UNSET,
         )
+
+    async def count(self, body: ChatRequest) -> int:
+        """Tokens of the chat's prompt. Raises as the chat does."""
+        limit = self._pool.max_context_length(body.model)
+        tokenizer = await self._tokenizer(body.model)
+        limited = LimitedTokenizer(tokenizer, limit, self._gate)
+        return len(await self._chat_ids(body, tokenizer, limited))
+
+    async def _chat_ids(
+        self, chat: ChatRequest, tokenizer: ModelTokenizer, limited: LimitedTokenizer
+    ) -> list[int]:
+        use = tool_use(chat, format_of(tokenizer.chat_template.source, self._parsers.tools))
+        allow = self._parsers.allow_control_tokens
+        prompt = await chat_prompt(chat, tokenizer, limited, use, allow_control_tokens=allow)
+        return prompt.ids
 
     async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
         model = self._sole(body.model)

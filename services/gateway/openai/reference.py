@@ -16,7 +16,7 @@ from services.gateway.openai import responses as api
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.embeddings.format import EmbeddingList
 from services.gateway.openai.examples import EXAMPLES
-from services.gateway.openai.messages_api.fields import MessagesRequest
+from services.gateway.openai.messages_api.fields import CountTokensRequest, MessagesRequest
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.tokenizing import (
@@ -50,6 +50,34 @@ _ERROR: Final[_Json] = {
             },
         }
     },
+}
+_MESSAGES_ERROR: Final[_Json] = {
+    "type": "object",
+    "required": ["type", "error"],
+    "additionalProperties": False,
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "additionalProperties": False,
+            "properties": {
+                "type": {
+                    "enum": [
+                        *("invalid_request_error", "authentication_error", "permission_error"),
+                        *("not_found_error", "request_too_large", "rate_limit_error"),
+                        *("api_error", "overloaded_error", "timeout_error"),
+                    ]
+                },
+                "message": {"type": "string"},
+            },
+        },
+    },
+}
+_COUNT: Final[_Json] = {
+    "type": "object",
+    "required": ["input_tokens"],
+    "properties": {"input_tokens": {"type": "integer", "minimum": 1}},
 }
 _HEALTH: Final[_Json] = {
     "type": "object",
@@ -104,7 +132,7 @@ _MESSAGE: Final[_Json] = {
                 "properties": {"type": {"enum": ["text", "thinking", "tool_use"]}},
             },
         },
-        "stop_reason": {"enum": ["end_turn", "max_tokens", "tool_use"]},
+        "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
         "usage": {"type": "object", "required": ["input_tokens", "output_tokens"]},
     },
 }
@@ -115,7 +143,7 @@ _IGNORED: Final[_Json] = {
     }
 }
 _REQUESTS: Final = (
-    *(CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest),
+    *(CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest, CountTokensRequest),
     *(EmbeddingRequest, TokenizeRequest, DetokenizeRequest),
 )
 _GENERATION_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503, 504)
@@ -144,6 +172,13 @@ def _paths() -> _Json:
         "/v1/responses": _responses(),
         "/v1/responses/{response_id}": _kept_response(),
         "/v1/messages": _messages(),
+        "/v1/messages/count_tokens": _post(
+            "Count the tokens of a chat in Anthropic's format",
+            CountTokensRequest,
+            _COUNT,
+            _GENERATION_ERRORS,
+            error="MessagesError",
+        ),
         "/v1/embeddings": _posting("Embed texts", EmbeddingRequest, EmbeddingList),
         "/tokenize": _posting(
             "Count and show the tokens of a text or a chat", TokenizeRequest, Tokenized
@@ -192,8 +227,10 @@ def _kept_response() -> _Json:
 
 def _messages() -> _Json:
     data = {"type": "string", "description": "JSON, with its kind as type; last: message_stop"}
-    summary = "Answer a chat, in Anthropic's format; errors have OpenAI's"
-    return _post(summary, MessagesRequest, _MESSAGE, _GENERATION_ERRORS, data)
+    summary = "Answer a chat, in Anthropic's format"
+    return _post(
+        summary, MessagesRequest, _MESSAGE, _GENERATION_ERRORS, data, error="MessagesError"
+    )
 
 
 def _posting(summary: str, request: type[BaseModel], answer: type) -> _Json:
@@ -206,6 +243,8 @@ def _post(
     answer: _Json,
     errors: Sequence[int],
     data: _Json | None = None,
+    *,
+    error: str = "Error",
 ) -> _Json:
     """``data``: of the events, where the answer may be a stream."""
     content: _Json = {"application/json": {"schema": answer}}
@@ -221,7 +260,7 @@ def _post(
             "requestBody": {"required": True, "content": body},
             "responses": {
                 "200": {"description": "The answer", "content": content, "headers": _IGNORED},
-                **_errors(*errors),
+                **_errors(*errors, schema=error),
             },
         }
     }
@@ -233,14 +272,14 @@ def _reading(summary: str, schema: _Json, *errors: int) -> _Json:
     return {"get": {"summary": summary, "responses": responses}}
 
 
-def _errors(*statuses: int) -> _Json:
-    return {str(status): _error(status) for status in statuses}
+def _errors(*statuses: int, schema: str = "Error") -> _Json:
+    return {str(status): _error(status, schema) for status in statuses}
 
 
-def _error(status: int) -> _Json:
+def _error(status: int, schema: str) -> _Json:
     answer: _Json = {
         "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": _ref("Error")}},
+        "content": {"application/json": {"schema": _ref(schema)}},
     }
     if status in (429, 503):
         seconds = {"description": "Seconds to wait", "schema": {"type": "integer"}}
@@ -262,4 +301,4 @@ def _schemas() -> _Json:
         *(EmbeddingList, Tokenized, Detokenized, TokenizerInfo, Version),
     )
     _, structs = msgspec.json.schema_components(answers, ref_template=f"{_PREFIX}{{name}}")
-    return {"Error": _ERROR, **requests["$defs"], **structs}
+    return {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR, **requests["$defs"], **structs}

@@ -146,10 +146,12 @@ class GenerationResponse(Response):
         if not sender.started:
             headers = [(k.encode(), v.encode()) for k, v in answer.headers.items()]
             await sender.start(answer.status, [*_json_headers(), *headers])
-            await sender.body(json.dumps(answer.body()).encode(), more=False)
+            anthropic = self._plan.endpoint == "messages"
+            body = answer.anthropic_body() if anthropic else answer.body()
+            await sender.body(json.dumps(body).encode(), more=False)
             return
         self._metrics.stream_errors.labels(self._plan.model).inc()
-        await sender.body(self._format.failure(answer.body()), more=False)
+        await sender.body(self._format.failure(answer), more=False)
 
     async def _answer(self, sender: "_Sender") -> None:
         """Runs the choices, so many at once as fit into a worker's queue: embeddings have more."""

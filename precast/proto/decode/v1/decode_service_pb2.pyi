@@ -803,6 +803,7 @@ class GenerationFinished(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    STOP_STRING_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
@@ -810,6 +811,8 @@ class GenerationFinished(_message.Message):
     """Of the prompt's tokens: those that were computed for an earlier request."""
     embedding: _builtins.bytes
     """Little-endian float32, where it was asked for."""
+    stop_string: _builtins.str
+    """The stop string that ended it; empty: something else did."""
     def __init__(
         self,
         *,
@@ -818,10 +821,11 @@ class GenerationFinished(_message.Message):
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         embedding: _builtins.bytes = ...,
+        stop_string: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "embedding", b"embedding", "prompt_tokens", b"prompt_tokens", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "embedding", b"embedding", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "stop_string", b"stop_string"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,14 +3,15 @@
 import base64
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 from msgspec import Raw, Struct
 
 from precast.errors import Unavailable
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
+from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import TextEvents
 from services.gateway.openai.formats import Choice
 from services.gateway.openai.plan import Plan
@@ -70,7 +71,7 @@ class EmbeddingFormat:
     def ending(self, usage: Usage) -> bytes:
         return b""
 
-    def failure(self, body: Mapping[str, Any]) -> bytes:
+    def failure(self, error: ApiError) -> bytes:
         return b""
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Struct:

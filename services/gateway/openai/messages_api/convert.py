@@ -26,9 +26,13 @@ def chat_of(body: MessagesRequest) -> ChatRequest:
     """The same request as a chat. Raises ``ApiError`` 400."""
     choice = body.tool_choice
     parallel = None if choice is None else not choice.disable_parallel_tool_use
+    messages = list(_messages(body))
+    begun = bool(messages) and _is_begun(messages[-1])
     fields = {
         "model": body.model,
-        "messages": list(_messages(body)),
+        "messages": messages,
+        "continue_final_message": begun or None,
+        "add_generation_prompt": False if begun else None,
         "tools": [_tool(one.model_dump()) for one in body.tools or ()] or None,
         "tool_choice": _choice(choice),
         "parallel_tool_calls": parallel,
@@ -44,6 +48,11 @@ def chat_of(body: MessagesRequest) -> ChatRequest:
         return ChatRequest.model_validate(fields)
     except ValidationError:
         raise invalid("Invalid 'messages': there are too many of them.", "messages") from None
+
+
+def _is_begun(message: _Json) -> bool:
+    """Whether it is the answer's beginning, which is to go on."""
+    return bool(message["role"] == "assistant" and message["content"] and len(message) == 2)
 
 
 def _messages(body: MessagesRequest) -> Iterator[_Json]:

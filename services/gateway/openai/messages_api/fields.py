@@ -114,3 +114,9 @@ class MessagesRequest(Lenient):
     @classmethod
     def _drop_or_refuse(cls, data: Any) -> Any:
         return served(data, _NEUTRAL, _LABELS)
+
+
+class CountTokensRequest(MessagesRequest):
+    """``POST /v1/messages/count_tokens``: a body of ``/v1/messages`` to count the prompt of."""
+
+    max_tokens: int = Field(default=1, ge=1, lt=2**31)

@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
 from services.gateway.openai.call_ids import new_call_id
+from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import TextEvents
 from services.gateway.openai.formats import Choice, finish_reason
 from services.gateway.openai.interpret import AnswerReader
@@ -34,6 +35,8 @@ class MessagesFormat:
         self._text: list[str] = []
         """Of the last block, which is open."""
         self._reason: str | None = None
+        self._stop: str | None = None
+        """The stop sequence that ended it."""
 
     def opening(self, index: int) -> bytes:
         usage = {"input_tokens": self._plan.prompt_tokens, "output_tokens": 0}
@@ -47,12 +50,12 @@ class MessagesFormat:
         return b"".join(map(_event, self._finish(finished)))
 
     def ending(self, usage: api.Usage) -> bytes:
-        told = {"stop_reason": self._reason, "stop_sequence": None}
+        told = {"stop_reason": self._reason, "stop_sequence": self._stop}
         last = {"type": "message_delta", "delta": told, "usage": _usage(usage)}
         return _event(last) + _event({"type": "message_stop"})
 
-    def failure(self, body: Mapping[str, Any]) -> bytes:
-        return _event(error_body(body))
+    def failure(self, error: ApiError) -> bytes:
+        return _event(error.anthropic_body())
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> _Json:
         [choice] = choices
@@ -67,6 +70,8 @@ class MessagesFormat:
     def _finish(self, finished: pb.GenerationFinished) -> list[_Json]:
         events = [event for part in self._reader.end() for event in self._told(part)]
         self._reason = _REASONS[finish_reason(finished, has_calls=self._reader.has_calls)]
+        if self._reason == "end_turn" and finished.stop_string:
+            self._reason, self._stop = "stop_sequence", finished.stop_string
         return [*events, *self._close()]
 
     def _told(self, part: Part) -> Iterator[_Json]:
@@ -123,16 +128,9 @@ class MessagesFormat:
             "model": self._plan.model,
             "content": content,
             "stop_reason": self._reason,
-            "stop_sequence": None,
+            "stop_sequence": self._stop,
             "usage": usage,
         }
-
-
-def error_body(body: Mapping[str, Any]) -> _Json:
-    """OpenAI's error as Anthropic's clients expect it."""
-    error = body["error"]
-    kind = {"server_error": "api_error"}.get(error["type"], error["type"])
-    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
 
 
 def _event(event: _Json) -> bytes:

@@ -2,13 +2,14 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
+from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import TextEvents
 from services.gateway.openai.formats import Choice, finish_reason
 from services.gateway.openai.interpret import AnswerReader
@@ -53,10 +54,10 @@ class ResponsesFormat:
         status = self._status()
         return self._events([{"type": f"response.{status}", "response": self._end(usage)}])
 
-    def failure(self, body: Mapping[str, Any]) -> bytes:
-        error = body["error"]
-        told = {name: error[name] for name in ("code", "message", "param")}
-        return self._events([{"type": "error", **told, "error": error}])
+    def failure(self, error: ApiError) -> bytes:
+        detail = error.body()["error"]
+        told = {name: detail[name] for name in ("code", "message", "param")}
+        return self._events([{"type": "error", **told, "error": detail}])
 
     def whole(self, choices: Sequence[Choice], usage: api.Usage) -> _Json:
         [choice] = choices
