@@ -1,18 +1,17 @@
 """``precast keys api``: who may use the gateway. Works on files, which gateways follow."""
 
 import json
-import sys
 import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from precast.access import api_keys
 from precast.access.api_keys import ApiKey, NewKey, Scope
 from precast.cli.compile_link import JsonOption
 from precast.cli.failures import reported
+from precast.cli.tables import identifier, output
 from precast.config.settings import GatewaySettings, load_settings
 
 app = typer.Typer(
@@ -66,10 +65,11 @@ def list_(
         rows = [key.model_dump(exclude={"digest"}, mode="json") for key in keys]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("id", "name", "scopes", "requests/min", "tokens/min", "at once", "created")
+    titles = ("name", "scopes", "requests/min", "tokens/min", "at once", "created")
+    table = Table(identifier("id", (key.id for key in keys)), *titles)
     for key in keys:
         table.add_row(*_row(key))
-    Console(file=sys.stdout).print(table if keys else "no API keys")
+    output().print(table if keys else "no API keys")
 
 
 @app.command()

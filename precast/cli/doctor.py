@@ -5,10 +5,10 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from precast.cli.failures import EXIT_FAILED, reported
+from precast.cli.tables import output
 from precast.config.settings import DecodeWorkerSettings, load_settings
 
 _MARKS = {"ok": "ok", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
@@ -59,7 +59,7 @@ def doctor(
         table = Table("", "", "found")
         for finding in findings:
             table.add_row(_MARKS[finding.state], finding.name, finding.detail)
-        console = Console()
+        console = output()
         console.print(table)
         console.print("this machine can serve" if serves else "this machine can't serve")
     if not serves:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precast.cli.failures import reported
+from precast.cli.tables import output
 from precast.config.settings import CommonSettings, load_settings
 from precast.errors import ConfigError
 from precast.models.precision import (
@@ -67,7 +67,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps([_flat(score) for score in scores], indent=2))
     else:
-        Console(file=sys.stdout).print(_table(scores))
+        output().print(_table(scores))
 
 
 def _precisions(weights: str, quantizations: str, caches: str) -> list[Precision]:

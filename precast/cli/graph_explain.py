@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from precast.cli.compile_link import (
     CALL_TIMEOUT_S,
@@ -19,6 +18,7 @@ from precast.cli.compile_link import (
 )
 from precast.cli.decode_link import ask_worker
 from precast.cli.failures import reported
+from precast.cli.tables import output
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explain(
     if as_json:
         typer.echo(explain_tables.to_json(answers))
     else:
-        Console(file=sys.stdout).print(explain_tables.tables(answers))
+        output().print(explain_tables.tables(answers))
 
 
 def _read_factors(path: Path) -> dict[str, str]:

@@ -2,14 +2,13 @@
 signed, and by whom."""
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
 from precast.cli.compile_link import AddressOption, JsonOption, RedisOption, run
 from precast.cli.failures import EXIT_FAILED, reported
+from precast.cli.tables import output
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -34,7 +33,7 @@ def gc(
     if as_json:
         typer.echo(json.dumps(store_tables.collected(answer), indent=2))
     else:
-        Console(file=sys.stdout).print(store_tables.collected_table(answer, dry_run=dry_run))
+        output().print(store_tables.collected_table(answer, dry_run=dry_run))
 
 
 @reported
@@ -49,7 +48,7 @@ def scrub(
     if as_json:
         typer.echo(json.dumps(store_tables.scrubbed(answer), indent=2))
     else:
-        Console(file=sys.stdout).print(store_tables.scrubbed_table(answer))
+        output().print(store_tables.scrubbed_table(answer))
     if answer.damaged:
         raise typer.Exit(EXIT_FAILED)
 
@@ -73,7 +72,7 @@ def resign(
     if as_json:
         typer.echo(json.dumps(store_tables.resigned(answer), indent=2))
     else:
-        Console(file=sys.stdout).print(store_tables.resigned_table(answer))
+        output().print(store_tables.resigned_table(answer))
     if answer.refused:
         raise typer.Exit(EXIT_FAILED)
 

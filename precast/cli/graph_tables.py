@@ -28,7 +28,7 @@ def graph_table(graphs: Sequence[pb.GraphState]) -> RenderableType:
     if not graphs:
         return "no graphs"
     key = Column("key", no_wrap=True, min_width=SHOWN_KEY)
-    table = Table(key, "batch", "phase", "gen", "layer", "capture", "size", "age", "models")
+    table = Table(key, "batch", "phase", "version", "layer", "capture", "size", "age", "models")
     for graph in sorted(graphs, key=_order):
         table.add_row(
             graph.key[:SHOWN_KEY],

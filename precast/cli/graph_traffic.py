@@ -2,17 +2,17 @@
 
 import asyncio
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from precast.cli.compile_link import JsonOption, RedisOption
 from precast.cli.decode_link import ask_worker
 from precast.cli.failures import reported
+from precast.cli.tables import output
 
 if TYPE_CHECKING:
     from precast.proto.decode.v1 import decode_service_pb2 as pb
@@ -41,7 +41,7 @@ def traffic(
         )
         typer.echo(json.dumps(fields, indent=2, sort_keys=True))
     else:
-        Console(file=sys.stdout).print(_shown(status))
+        output().print(_shown(status))
 
 
 def _shown(status: "pb.GetStatusResponse") -> RenderableType:

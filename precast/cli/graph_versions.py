@@ -2,11 +2,9 @@
 ``lift-quarantine``."""
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from precast.cli.compile_link import (
     CALL_TIMEOUT_S,
@@ -18,6 +16,7 @@ from precast.cli.compile_link import (
     run,
 )
 from precast.cli.failures import reported
+from precast.cli.tables import output
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -40,7 +39,7 @@ def versions(
     if as_json:
         typer.echo(json.dumps(version_tables.to_json(answer.versions), indent=2))
     else:
-        Console(file=sys.stdout).print(version_tables.table(answer.versions))
+        output().print(version_tables.table(answer.versions))
 
 
 @reported

@@ -1,10 +1,8 @@
 """``precast graphs``: what a compile worker has captured, and capturing it again."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
 from precast.cli.compile_link import (
     AddressOption,
@@ -26,6 +24,7 @@ from precast.cli.graph_versions import (
     unpin_version,
     versions,
 )
+from precast.cli.tables import output
 from precast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def list_(
     if as_json:
         typer.echo(graph_tables.to_json(graphs))
     else:
-        _console().print(graph_tables.graph_table(graphs))
+        output().print(graph_tables.graph_table(graphs))
 
 
 @app.command()
@@ -83,7 +82,7 @@ def show(
     if as_json:
         typer.echo(graph_tables.to_json([graph], single=True))
     else:
-        _console().print(graph_tables.detail(graph))
+        output().print(graph_tables.detail(graph))
 
 
 @app.command()
@@ -134,7 +133,3 @@ async def _recompile(
         failed |= graph_tables.is_failure(event)
         typer.echo(graph_tables.event_json(event) if as_json else graph_tables.event_line(event))
     return failed
-
-
-def _console() -> Console:
-    return Console(file=sys.stdout)

@@ -1,17 +1,16 @@
 """``precast keys``: who may sign graphs. Works on files; running workers follow within a second."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from precast.cli import api_keys
 from precast.cli.compile_link import JsonOption
 from precast.cli.failures import reported
+from precast.cli.tables import output
 from precast.config.settings import CompileWorkerSettings, load_settings
 from precast.errors import ConfigError
 
@@ -55,7 +54,7 @@ def list_(
     table = Table("signer", "signs here")
     for row in rows:
         table.add_row(str(row["signer"]), "yes" if row["signs_here"] else "")
-    Console(file=sys.stdout).print(table if rows else "no trusted keys")
+    output().print(table if rows else "no trusted keys")
 
 
 @app.command()

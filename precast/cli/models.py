@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precast.cli.failures import reported
+from precast.cli.tables import output
 from precast.config.settings import CommonSettings, load_settings
 from precast.errors import ConfigError
 
@@ -157,9 +157,7 @@ def list_(
             f"{model.size_bytes / 2**20:.0f} MiB",
             str(model.context_length),
         )
-    Console(file=sys.stdout).print(
-        table if models else "no models; `precast models import` adds one"
-    )
+    output().print(table if models else "no models; `precast models import` adds one")
 
 
 def _of_model(info: "ModelInfo") -> str:

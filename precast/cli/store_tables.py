@@ -29,7 +29,7 @@ def collected(answer: admin.CollectGarbageResponse) -> dict[str, object]:
 
 def collected_table(answer: admin.CollectGarbageResponse, *, dry_run: bool) -> RenderableType:
     """One line an artifact, and the sums."""
-    rows = Table("key", "gen", "size", "not used for", "why")
+    rows = Table("key", "version", "size", "not used for", "why")
     for artifact in answer.removed:
         rows.add_row(
             artifact.key[:SHOWN_KEY],
@@ -84,7 +84,7 @@ def _damaged(artifacts: Iterable[admin.DamagedArtifact]) -> list[dict[str, objec
 def _damage_table(
     why: str, artifacts: Iterable[admin.DamagedArtifact], sums: str
 ) -> RenderableType:
-    rows = Table("key", "gen", why)
+    rows = Table("key", "version", why)
     for artifact in artifacts:
         rows.add_row(artifact.key[:SHOWN_KEY], str(artifact.version), artifact.reason)
     return Group(rows, sums) if rows.row_count else sums

@@ -30,7 +30,7 @@ def to_json(versions: Sequence[admin.Version]) -> list[dict[str, object]]:
 
 def table(versions: Sequence[admin.Version]) -> RenderableType:
     """One line a version, newest first."""
-    rows = Table("gen", "state", "age", "layer", "error", "reason")
+    rows = Table("version", "state", "age", "layer", "error", "reason")
     for version in versions:
         rows.add_row(
             str(version.version),

@@ -2,16 +2,15 @@
 
 import asyncio
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from precast.cli.compile_link import CALL_TIMEOUT_S, JsonOption, RedisOption
 from precast.cli.decode_link import ask_worker, live_workers
 from precast.cli.failures import reported
+from precast.cli.tables import identifier, output
 
 if TYPE_CHECKING:
     from precast.fleet.leases import DecodeLease
@@ -32,7 +31,7 @@ def list_(as_json: JsonOption = False, redis_url: RedisOption = None) -> None:
     if as_json:
         typer.echo(json.dumps([lease.model_dump(mode="json") for lease in leases], indent=2))
     else:
-        Console(file=sys.stdout).print(_table(leases))
+        output().print(_table(leases))
 
 
 @app.command()
@@ -75,7 +74,8 @@ def undrain(worker: WorkerArgument, redis_url: RedisOption = None) -> None:
 
 
 def _table(leases: "list[DecodeLease]") -> Table:
-    rows = Table("id", "address", "model", "state", "running", "waiting", "graphs")
+    ids = identifier("id", (lease.worker_id for lease in leases))
+    rows = Table(ids, "address", "model", "state", "running", "waiting", "graphs")
     for lease in leases:
         graphs, missing = len(lease.graphs), len(lease.captures_wanted)
         rows.add_row(

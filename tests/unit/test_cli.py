@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from precast.cli.on_demand.parts import HomeAdapter, HomeModel
 from precast.cli.options import settings_command
 from precast.cli.serve import check_adapters, named, needed, warn_if_open
 from precast.cli.status import ServiceState, Status
+from precast.cli.tables import identifier
 from precast.config.settings import (
     CommonSettings,
     CompileWorkerSettings,
@@ -219,6 +221,20 @@ def test_keys_are_rotated_trusted_and_revoked(tmp_path: Path) -> None:
     assert precast("keys", "revoke", old).stdout == f"revoked: {old}\n"
     listed = precast("keys", "list").stdout
     assert (new in listed, old in listed) == (True, False)
+
+
+def test_what_commands_take_is_never_cut(tmp_path: Path) -> None:
+    """Ids of keys, in a pipe and on a narrow terminal."""
+    made = precast("keys", "api", "create", "n" * 60, "--home", str(tmp_path))
+    key_id = made.stdout.split("_")[1]
+    piped = precast("keys", "api", "list", "--home", str(tmp_path)).stdout
+    assert key_id in piped
+    assert "n" * 60 in piped
+    narrow = io.StringIO()
+    rows = Table(identifier("id", [key_id]), "name", "scopes")
+    rows.add_row(key_id, "n" * 60, "inference")
+    Console(file=narrow, width=40).print(rows)
+    assert key_id in narrow.getvalue()
 
 
 def test_serve_names_the_port_that_is_taken() -> None:
