@@ -60,6 +60,8 @@ class ChatTemplate:
         """
         if self.template is None:
             raise InvalidRequest(self.reason)
+        if options.continue_final_message:
+            messages = [*messages[:-1], _with_end(messages[-1])]
         try:
             with _environment.limited():
                 text = self.template.render(
@@ -78,17 +80,28 @@ class ChatTemplate:
             raise InvalidRequest(f"The model's chat template refuses the messages: {reason}") from (
                 None
             )
-        return _left_open(text, messages[-1]) if options.continue_final_message else text
+        return _left_open(text) if options.continue_final_message else text
 
 
-def _left_open(text: str, last: Mapping[str, Any]) -> str:
+_END: Final = "THE_FINAL_MESSAGE_GOES_ON_HERE "
+"""Stands behind the text of a message that is to go on. What the template writes behind that may
+well have the message's own text in it. The blank shows whether the template trims texts."""
+
+
+def _with_end(last: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raises ``InvalidRequest``."""
+    said = last["content"]
+    if not isinstance(said, str):
+        raise InvalidRequest("The last message has no text to go on with.")
+    return {**last, "content": said + _END}
+
+
+def _left_open(text: str) -> str:
     """The chat up to the end of its last message's text. Raises ``InvalidRequest``."""
-    said = str(last["content"])
-    at = text.rfind(said.strip()) if said.strip() else -1
+    at = text.rfind(_END.rstrip())
     if at < 0:
         raise InvalidRequest("The chat template doesn't show the last message as it is.")
-    whole = said.lstrip()
-    return text[:at] + (whole if text.startswith(whole, at) else said.strip())
+    return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
 
 
 def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:

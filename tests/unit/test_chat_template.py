@@ -10,7 +10,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from precast.errors import InvalidRequest
-from precast.tokenizer.chat_template import ChatTemplate, read_chat_template
+from precast.tokenizer.chat_template import ChatOptions, ChatTemplate, read_chat_template
 from precast.tokenizer.template_environment import ChatEnvironment, TemplateTimeout
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -89,6 +89,29 @@ def test_templates_render_as_in_transformers(tmp_path: Path, name: str) -> None:
     )
     assert ours == theirs
     assert ours
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML.replace("m.content", "m.content | trim")])
+@pytest.mark.parametrize("said", ["One,", "<", "end", "i", "|>", "<|im_end|>\n", "hi ", " hi"])
+def test_a_message_goes_on_where_it_ends(tmp_path: Path, source: str, said: str) -> None:
+    """Wherever else its text may be: "<" and "end" are in what the template writes behind it."""
+    chat = [{"role": "user", "content": "<end>"}, {"role": "assistant", "content": said}]
+    ours = read(tmp_path, source).render(chat, ChatOptions(continue_final_message=True))
+    (theirs,), _ = render_jinja_template(
+        [chat], chat_template=source, continue_final_message=True, **TOKENS
+    )
+    assert ours == theirs
+    assert ours.endswith(f"<|im_start|>assistant\n{said.strip() if 'trim' in source else said}")
+
+
+def test_a_message_without_a_text_goes_on_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no text to go on with"):
+        read(tmp_path, CHATML).render(
+            [{"role": "assistant", "content": None}], ChatOptions(continue_final_message=True)
+        )
 
 
 @pytest.mark.parametrize(
