@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from precast.system.redis_server import start_redis
+from services.gateway.openai.harmony import MARKS as HARMONY
 from tests.support.gateway_stack import Gateway, make_model_folder, running_stack
 
 QWEN = (
@@ -24,6 +25,18 @@ QWEN = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
+GPT_OSS = (
+    "{% if tools %}<|start|>developer<|message|>{% for tool in tools %}"
+    "{{ tool.function.name }}{% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}"
+    "<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments|tojson }}<|call|>"
+    "{% elif m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>"
+    "{{ m.content }}<|end|>{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+CHANNELS = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>"
 PARIS = {"city": "Paris"}
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {json.dumps(PARIS)}}}\n</tool_call>'
 
@@ -44,15 +57,17 @@ TOOLS: Any = [tool("weather", description="Tells the weather."), tool("time")]
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """Serves ``tiny``, whose template knows no tools, and ``qwen``."""
+    """Serves ``tiny``, whose template knows no tools, ``qwen`` and ``oss``."""
     folder = tmp_path_factory.mktemp("tools")
     with start_redis(folder / "redis") as redis, running_stack(redis.url, folder) as stack:
         marks = ("<|im_start|>", "<|im_end|>")
         make_model_folder(folder / "models", "qwen", template=QWEN, special=marks)
+        make_model_folder(folder / "models", "oss", template=GPT_OSS, special=HARMONY)
         stack.worker(max_context_length=4096)
+        stack.worker(max_context_length=4096, model="oss", step_ms=1)
         # A token at a time: what comes together is one delta.
         stack.worker(max_context_length=4096, model="qwen", step_ms=1)
-        yield stack.gateway(wait_for=2)
+        yield stack.gateway(wait_for=3)
 
 
 @pytest.fixture
@@ -93,6 +108,52 @@ def test_a_call(client: openai.OpenAI, model: str) -> None:
     assert call.type == "function"
     assert call.id.startswith("call_")
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", PARIS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_channels_of_gpt_oss(client: openai.OpenAI, stream: bool) -> None:
+    """Reasoning, content and calls come apart, and nothing of the marks is left."""
+    head = f"{CHANNELS}commentary to=functions.weather <|constrain|>json<|message|>"
+    call = head + json.dumps(PARIS)
+    plain = oss(client, f"{CHANNELS}final<|message|>Hello.", stream=stream)
+    assert (plain.message.content, plain.message.reasoning_content) == ("Hello.", "hm")
+    assert plain.finish_reason == "stop"
+    called = oss(client, call, stream=stream, tools=TOOLS)
+    assert (called.message.content or "", called.message.reasoning_content) == ("", "hm")
+    assert called.finish_reason == "tool_calls"
+    [found] = called.message.tool_calls
+    assert (found.function.name, json.loads(found.function.arguments)) == ("weather", PARIS)
+
+
+def oss(client: openai.OpenAI, said: str, *, stream: bool, **fields: Any) -> Any:
+    """The one choice of a chat."""
+    asked: Any = {"model": "oss", "messages": say(said), "max_tokens": 300, **fields}
+    if not stream:
+        return client.chat.completions.create(**asked).choices[0]
+    with client.chat.completions.stream(**asked) as events:
+        final: Any = events.get_final_completion().choices[0]
+    return final
+
+
+def test_what_gpt_oss_is_held_to_and_shown(gateway: Gateway) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
+    for fields in ({"response_format": schema}, {"tools": TOOLS, "tool_choice": "required"}):
+        lark = asked(gateway, model="oss", **fields)["constraint"]["lark"]
+        assert "harmony_thought" in lark
+    turn = {"role": "assistant", "reasoning_content": "hm", "tool_calls": [WEATHER_CALL]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+    messages = [{"role": "user", "content": "go"}, turn, result]
+    body = {"model": "oss", "messages": messages, "tools": TOOLS}
+    tokens = gateway.post("/tokenize", json=body).json()["tokens"]
+    text = gateway.post("/detokenize", json={"model": "oss", "tokens": tokens}).json()["prompt"]
+    assert f"{CHANNELS[:-11]} to=functions.weather<|channel|>commentary json" in text
+
+
+WEATHER_CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": json.dumps(PARIS)},
+}
 
 
 @pytest.mark.parametrize("several", [True, False])

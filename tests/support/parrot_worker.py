@@ -78,7 +78,7 @@ class Speech:
         """What is resumed was said already."""
         for token in self.start.resumed_token_ids:
             self.ids.append(token)
-            self.sent = max(self.sent, len(self._sendable(self.tokenizer.decode(self.ids))))
+            self.sent = max(self.sent, len(self._sendable(self._text())))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -94,12 +94,16 @@ class Speech:
         full = len(prompt) + len(self.ids) >= self.max_context_length
         if full or len(self.ids) == self.start.stop.max_tokens:
             self.finished = pb.FINISH_REASON_LENGTH
-        text = self._sendable(self.tokenizer.decode(self.ids))
+        text = self._sendable(self._text())
         new = text[self.sent :]
         self.sent = max(self.sent, len(text))
         asked = self.start.HasField("logprobs")
         report = self._logprob(self.ids[-1], self.start.logprobs) if asked else None
         return self.ids[-1], new, report
+
+    def _text(self) -> str:
+        hidden = not self.start.stop.show_special_tokens
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=hidden))
 
     def _sendable(self, text: str) -> str:
         stops = list(self.start.stop.stop_strings)

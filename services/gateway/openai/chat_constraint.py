@@ -8,7 +8,8 @@ from typing import Final
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.model_tokenizer import ModelTokenizer
 from services.gateway.openai.errors import invalid
-from services.gateway.openai.interpret import Thinking
+from services.gateway.openai.harmony import harmony_lark
+from services.gateway.openai.interpret import Reading, Thinking
 from services.gateway.openai.reasoning import CLOSE, OPEN
 from services.gateway.openai.structured.constraint import constraint_of, schema_constraint
 from services.gateway.openai.structured.fields import StructureFields
@@ -24,11 +25,29 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def chat_constraint(
-    body: StructureFields, use: ToolUse | None, tokenizer: ModelTokenizer, thinking: Thinking
+    body: StructureFields, use: ToolUse | None, tokenizer: ModelTokenizer, reading: Reading
 ) -> pb.OutputConstraint | None:
     """None for an answer that may be anything. Raises ``ApiError`` 400."""
+    if reading.harmony:
+        return _in_channels(body, use, tokenizer)
     constraint = _without_reasoning(body, use, tokenizer)
-    return None if constraint is None else _behind_reasoning(constraint, thinking)
+    return None if constraint is None else _behind_reasoning(constraint, reading.thinking)
+
+
+def _in_channels(
+    body: StructureFields, use: ToolUse | None, tokenizer: ModelTokenizer
+) -> pb.OutputConstraint | None:
+    """Calls have their own schema wherever an answer is held to anything."""
+    asked, forced = constraint_of(body), use is not None and use.mode == "forced"
+    if asked is None and not forced and not (use is not None and use.strict):
+        return None
+    lark = harmony_lark(
+        None if asked is None or forced else _rule(asked),
+        () if use is None else use.tools,
+        lambda mark: _in_lark(mark, tokenizer),
+        forced=forced,
+    )
+    return pb.OutputConstraint(lark=lark)
 
 
 def _without_reasoning(

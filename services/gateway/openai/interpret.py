@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from services.gateway.openai.harmony import MARKS as HARMONY_MARKS
+from services.gateway.openai.harmony import HarmonyReader
 from services.gateway.openai.parts import Content, Part, Reasoning
 from services.gateway.openai.reasoning import CLOSE, OPEN, ReasoningReader
 from services.gateway.openai.tools.reader import CallReader
@@ -22,15 +24,19 @@ class Reading:
     marks_of_thought: tuple[int | None, int | None] = (None, None)
     """Ids of the tokens that begin and end reasoning, where each is one token."""
     tools: ToolUse | None = None
+    harmony: bool = False
+    """Whether answers are messages in channels, calls among them."""
 
     @property
     def is_plain(self) -> bool:
         """Whether an answer's text is its content."""
-        return self.thinking == "none" and self.tools is None
+        return self.thinking == "none" and self.tools is None and not self.harmony
 
     @property
     def marks(self) -> tuple[str, ...]:
         """What has to be in the text for it to be read, even if these are special tokens."""
+        if self.harmony:
+            return HARMONY_MARKS
         thoughts = () if self.thinking == "none" else (OPEN, CLOSE)
         syntax = None if self.tools is None else self.tools.syntax
         return thoughts if syntax is None else (*thoughts, *syntax.begins, *syntax.ends)
@@ -72,6 +78,14 @@ class ThoughtCounter:
         self.count += thought
 
 
+def _calls_of(reading: Reading) -> CallReader | HarmonyReader | None:
+    use = reading.tools
+    if reading.harmony:
+        names = frozenset[str]() if use is None else use.names
+        return HarmonyReader(names, most=None if use is None or use.several else 1)
+    return None if use is None else use.reader()
+
+
 class AnswerReader:
     """Reads one choice, piece by piece."""
 
@@ -79,7 +93,7 @@ class AnswerReader:
         opened = reading.thinking == "opened"
         self._reasoning = None if reading.thinking == "none" else ReasoningReader(opened=opened)
         self._show_reasoning = reading.show_reasoning
-        self._calls: CallReader | None = reading.tools.reader() if reading.tools else None
+        self._calls = _calls_of(reading)
 
     @property
     def has_calls(self) -> bool:
@@ -93,7 +107,7 @@ class AnswerReader:
     def end(self) -> list[Part]:
         """What is left when the text is over."""
         last = [] if self._reasoning is None else self._read(self._reasoning.end())
-        return last if self._calls is None else [*last, *self._calls.end()]
+        return last if self._calls is None else [*last, *self._wanted(self._calls.end())]
 
     def _read(self, parts: list[Part]) -> list[Part]:
         found: list[Part] = []
@@ -106,5 +120,10 @@ class AnswerReader:
 
     def _content(self, text: str) -> list[Part]:
         if self._calls is not None:
-            return self._calls.feed(text)
+            return self._wanted(self._calls.feed(text))
         return [Content(text=text)] if text else []
+
+    def _wanted(self, parts: list[Part]) -> list[Part]:
+        if self._show_reasoning:
+            return parts
+        return [part for part in parts if not isinstance(part, Reasoning)]

@@ -19,6 +19,7 @@ from services.gateway.openai.embeddings.prepare import embedding_plan
 from services.gateway.openai.errors import ApiError, internal, invalid
 from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.fingerprint import fingerprint
+from services.gateway.openai.harmony import writes_harmony
 from services.gateway.openai.interpret import Reading, thinking_of
 from services.gateway.openai.lengths import LimitedTokenizer, make_gate
 from services.gateway.openai.plan import Plan
@@ -116,12 +117,13 @@ class Planner:
             show_reasoning=body.include_reasoning is not False,
             marks_of_thought=_marks_of_thought(tokenizer),
             tools=use,
+            harmony=self._parsers.reasoning != "none" and writes_harmony(template),
         )
         count = body.choices_per_prompt
         wanted = Wanted(
             stops=stops_of(body, tokenizer, limit, count),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            constraint=chat_constraint(body, use, tokenizer, reading.thinking),
+            constraint=chat_constraint(body, use, tokenizer, reading),
             show_special_tokens=body.skip_special_tokens is False
             or bool(special_ids(reading.marks, tokenizer)),
         )

@@ -158,6 +158,8 @@ def _message(message: Message, names: Mapping[str, str], *, as_text: bool) -> di
         shown["name"] = name
     if message.reasoning_content is not None:
         shown["reasoning_content"] = message.reasoning_content
+        if message.tool_calls and not message.text:  # as gpt-oss' template calls it
+            shown["thinking"] = message.reasoning_content
     if message.tool_calls:
         shown["tool_calls"] = [
             {
