@@ -66,7 +66,7 @@ def import_(
     from precast.models.importing.built_in import BUILT_IN
     from precast.models.importing.importer import import_model
 
-    if is_adapter_source(source):
+    if is_adapter_source(source, base):
         _import_adapter(source, base, name, _models_dir(home), replace=replace)
         return
     if base is not None:

@@ -1,6 +1,7 @@
 """Adapters in a home folder: imported beside their models, listed, and never taken for models."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_one_whose_model_is_gone_or_another_is_listed_as_broken(
 
 def test_the_commands(tmp_path: Path, models_dir: Path, source: Path) -> None:
     home = f"--home={tmp_path / 'home'}"
+    shutil.copy(models_dir / "tiny" / "config.json", source)  # as some have it
     done = command("import", str(source), "--base=tiny", "--name=mine", home)
     assert done.exit_code == 0, done.output
     assert "mine: an adapter of tiny, rank 3, " in done.output

@@ -14,9 +14,11 @@ from precast.models.json_file import read_object
 from precast.models.weights.adapter_folder import CONFIG, WEIGHTS, is_adapter, read_adapter
 
 
-def is_adapter_source(source: str) -> bool:
-    """Whether it is a folder as PEFT writes it."""
-    return is_adapter(Path(source).expanduser())
+def is_adapter_source(source: str, base: str | None) -> bool:
+    """Whether it is a folder as PEFT writes it. Some have a copy of their model's configuration:
+    who names a ``base`` means the adapter."""
+    folder = Path(source).expanduser()
+    return is_adapter(folder) or (base is not None and (folder / CONFIG).is_file())
 
 
 def import_adapter(
