@@ -5,14 +5,16 @@
 SmolLM2-135M's shapes with random weights and adapters on all linears. Decode steps replay graphs,
 which are captured first (two minutes; ``--graphs`` keeps them), steps of a prompt run eagerly as
 those do that no graph holds. *none*: no row has an adapter; *one row*: the first has; *of 4*: all
-have one, of four in turn. A prompt's rows have all the same one, as in serving. Ratios are to the
-model alone; in brackets what is added, microseconds for each layer.
+have one, of four in turn; a prompt's rows have them in four runs. Ratios to the model alone are
+medians of each round's, and so is what is added, in microseconds for each layer.
 """
 
 import argparse
 import gc
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +33,6 @@ from bench.decode_step import (
     CORES,
     LAYERS,
     Timed,
-    alternate,
     capture_factors,
     sizes,
     smollm2,
@@ -76,7 +77,6 @@ def decode_step(batch: int, rounds: int) -> Step:
 
 
 def prompt_step(tokens: int, rounds: int) -> Step:
-    """And one of four prompts that share the step, each with its own."""
     quarter = torch.arange(tokens) * ADAPTERS // tokens + 1
     choices = {"none": torch.zeros(tokens), "of 1": torch.ones(tokens), f"of {ADAPTERS}": quarter}
     spans = [Span(new=tokens, context=tokens)]
@@ -100,8 +100,8 @@ def runner(shape: Shape, step: Step, folder: Path, source: RandomAdapters | None
     return partial(graph.replay, inputs.token_ids, inputs.positions, inputs.paging, None)
 
 
-def measure(base: Shape, rank: int, step: Step, folder: Path) -> list[float]:
-    """Seconds of the model alone, and with each choice of adapters."""
+def measure(base: Shape, rank: int, step: Step, folder: Path) -> list[list[float]]:
+    """Each round's seconds, of the model alone and with each choice of adapters."""
     gc.collect()
     own = AdapterShape(rank=rank, targets=ALL)
     source = RandomAdapters(own, torch.Generator().manual_seed(1), ADAPTERS)
@@ -113,24 +113,30 @@ def measure(base: Shape, rank: int, step: Step, folder: Path) -> list[float]:
         source.slots[: step.tokens] = each.int()
 
     assert len(source.slots) == MAX_ROWS >= step.tokens
-    prepared = [partial(choose, each) for each in step.choices.values()]
-    runs = [alone, *(adapted for _ in prepared)]
-    return alternate(runs, [lambda: None, *prepared], step.rounds)
+
+    def one_round() -> Iterator[float]:
+        yield timed(alone)
+        for each in step.choices.values():
+            choose(each)
+            yield timed(adapted)
+
+    return [list(one_round()) for _ in range(step.rounds + 1)][1:]
 
 
-def rows(rank: int, step: Step, seconds: Sequence[float]) -> Iterator[tuple[str, ...]]:
-    alone, *others = seconds
-    yield step.name, str(rank), "model alone", f"{alone * 1e3:.2f}", "", ""
-    for name, taken in zip(step.choices, others, strict=True):
-        added = (taken - alone) / LAYERS * 1e6
-        yield (
-            step.name,
-            str(rank),
-            name,
-            f"{taken * 1e3:.2f}",
-            f"{taken / alone:.2f}",
-            f"{added:.1f}",
-        )
+def timed(run: Timed) -> float:
+    run()  # the other one's data is in the caches
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def rows(rank: int, step: Step, rounds: Sequence[list[float]]) -> Iterator[tuple[str, ...]]:
+    for index, name in enumerate(("model alone", *step.choices)):
+        taken = statistics.median(one[index] for one in rounds)
+        ratio = statistics.median(one[index] / one[0] for one in rounds)
+        added = statistics.median(one[index] - one[0] for one in rounds) / LAYERS * 1e6
+        shown = (f"{ratio:.2f}", f"{added:.0f}") if index else ("", "")
+        yield step.name, str(rank), name, f"{taken * 1e3:.2f}", *shown
 
 
 @contextmanager
