@@ -106,6 +106,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         launcher=launcher,
         metrics=metrics,
         pace=pace,
+        content=share.content,
         on_change=state_changed.set,
     )
     running = asyncio.create_task(engine.run(), name="engine")

@@ -1,5 +1,6 @@
 """Several decode workers out of one start: ports, kills, stops, refused settings."""
 
+import json
 import os
 import signal
 import socket
@@ -82,6 +83,21 @@ def test_a_rank_that_dies_is_replaced(workers: list[DecodeWorker]) -> None:
     eventually(lambda: len(ranks(leader)) == RANKS and ranks(leader)[0] not in before, 30)
     eventually(lambda: all(worker.is_ready() for worker in workers), 30)
     assert len({tuple(answer(worker)) for worker in workers}) == 1
+
+
+def test_one_that_finds_other_files_does_not_serve_beside_the_others(
+    workers: list[DecodeWorker], tiny_home: Path
+) -> None:
+    path = tiny_home / "models" / MODEL / "config.json"
+    before, said = path.read_text(), answer(workers[1])
+    path.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 1e-3}))
+    try:
+        leaders(workers)[0].kill()
+        eventually(lambda: "the model's files have changed" in workers[0].log.read_text())
+        assert answer(workers[1]) == said
+    finally:
+        path.write_text(before)
+    eventually(workers[0].is_ready)  # as soon as they are what they were
 
 
 def test_one_that_hangs_is_replaced_within_ten_seconds(workers: list[DecodeWorker]) -> None:

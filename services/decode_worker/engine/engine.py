@@ -16,6 +16,7 @@ from typing import Final
 from precast.errors import Unavailable
 from precast.log import get_logger
 from precast.system.backoff import Backoff
+from services.decode_worker.engine.agreed_content import AgreedContent
 from services.decode_worker.engine.delivery import Delivery
 from services.decode_worker.engine.pace import Pace
 from services.decode_worker.engine.request import Request
@@ -53,16 +54,19 @@ class Engine:
         launcher: RankLauncher,
         metrics: Metrics,
         pace: Pace,
+        content: AgreedContent | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """``inits`` gives each start of the group its ranks' first commands. ``on_change`` is
-        called when a group is ``up`` and when it is not any more."""
+        """``inits`` gives each start of the group its ranks' first commands. ``content``: of the
+        model's files, what all ranks have to have loaded. ``on_change`` is called when a group is
+        ``up`` and when it is not any more."""
         self._scheduler = scheduler
         self._graphs = graphs
         self._inits = inits
         self._launcher = launcher
         self._metrics = metrics
         self._on_change = on_change
+        self._content = content or AgreedContent()
         self._delivery = Delivery(scheduler, metrics)
         self._steps = StepLoop(
             scheduler=scheduler,
@@ -175,7 +179,7 @@ class Engine:
 
     def _check_files(self, ready: Many[Ready]) -> None:
         """Ranks that start again go on with what is in the KV cache, and all with one another."""
-        if len({one.content for one in (*self.ready, *ready)}) > 1:
+        if not all(self._content.agrees(one.content) for one in ready):
             raise FilesChanged("the model's files have changed since the worker began to load them")
 
     def _lose_group(self, reason: str) -> None:

@@ -1,6 +1,6 @@
 """What each replica of a start gets of the machine: cores, and KV blocks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from precast.config.settings import DecodeWorkerSettings
 from precast.log import get_logger
@@ -10,6 +10,7 @@ from precast.sizing import Sizing, size
 from precast.system.free_memory import free_memory, gib
 from precast.system.placement import Placement, RankPlacement, described, plan, this_machine
 from precast.system.shared_memory import new_segment_name
+from services.decode_worker.engine.agreed_content import AgreedContent
 from services.decode_worker.engine.windows import WindowBlocks
 from services.decode_worker.model_files import adapter_files, model_folder
 from services.decode_worker.ranks.protocol import Init
@@ -27,6 +28,8 @@ class Share:
     kv_blocks: int
     window_blocks: int = 0
     """Of layers that attend to a window; 0: there are none."""
+    content: AgreedContent = field(default_factory=AgreedContent)
+    """Of the model's files; the same object for all replicas."""
 
 
 def shares(settings: DecodeWorkerSettings) -> list[Share]:
@@ -37,12 +40,14 @@ def shares(settings: DecodeWorkerSettings) -> list[Share]:
     )
     sizing = size(settings, model_folder(settings), free_memory())
     _log(placement, sizing)
+    content = AgreedContent()
     return [
         Share(
             ranks=ranks,
             context=sizing.context,
             kv_blocks=sizing.blocks,
             window_blocks=sizing.window_blocks,
+            content=content,
         )
         for ranks in placement.replicas
     ]
