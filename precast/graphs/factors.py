@@ -38,7 +38,13 @@ _GRAPH_SOURCES = (
 )
 """Beside the architecture's own module."""
 
-ISA_LEVELS = {"scalar": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "amx": "x86-64-v4"}
+ISA_LEVELS = {
+    "scalar": "x86-64-v2",
+    "avx2": "x86-64-v3",
+    "avxvnni": "x86-64-v3",
+    "avx512": "x86-64-v4",
+    "amx": "x86-64-v4",
+}
 """Target of a graph's own code for each instruction set of the native kernels."""
 
 

@@ -1,8 +1,8 @@
 """Builds the native kernels: ``python -m precast.ops.build`` writes ``precast/ops/_native.so``.
 
-One shared library holds every instruction set: ``kernels_impl.cpp`` is compiled once for each, and
-``dispatch.cpp`` chooses at run time. The build is incremental: objects are kept under the name of a
-digest of their inputs.
+One shared library holds every instruction set, and ``dispatch.cpp`` chooses at run time. Of some sets
+all kernels are compiled, of others only what gains by them. The build is incremental: objects are
+kept under the name of a digest of their inputs.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+ISA_FLAGS["avxvnni"] = [*ISA_FLAGS["avx2"], "-mavxvnni"]
 ISA_FLAGS["amx"] = [
     *ISA_FLAGS["avx512"],
     "-mavx512bf16",
@@ -39,6 +40,7 @@ ISA_FLAGS["amx"] = [
     "-mamx-int8",
     "-mamx-bf16",
 ]
+WHOLE_SETS = ("scalar", "avx2", "avx512")
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # g++ 12 takes its own AVX-512 intrinsics for uses of uninitialised values.
 KERNEL_FLAGS = ["-O3", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -53,6 +55,11 @@ def compiler() -> str:
     return found
 
 
+def _kernels(name: str, source: str, isa: str, flags: Sequence[str]) -> tuple[str, Path, list[str]]:
+    own = [*KERNEL_FLAGS, *flags, f"-DPRECAST_ISA={isa}", *ISA_FLAGS[isa]]
+    return name, SOURCES / f"{source}.cpp", own
+
+
 def _units() -> list[tuple[str, Path, list[str]]]:
     """Compilation units: object name, source, flags."""
     import torch
@@ -60,31 +67,16 @@ def _units() -> list[tuple[str, Path, list[str]]]:
 
     torch_flags = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     torch_flags += ["-O2", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    units = [
-        (
-            f"kernels_{isa}",
-            SOURCES / "kernels_impl.cpp",
-            [*KERNEL_FLAGS, f"-DPRECAST_ISA={isa}", *flags],
-        )
-        for isa, flags in ISA_FLAGS.items()
-    ]
+    units = [_kernels(f"kernels_{isa}", "kernels_impl", isa, ()) for isa in WHOLE_SETS]
+    units += [_kernels(f"kernels_{isa}", f"kernels_{isa}", isa, ()) for isa in ("avxvnni", "amx")]
     # Without contraction: of sampling every instruction set has to give the same bits, of attention
     # every number of rows.
+    exactly = ("-ffp-contract=off",)
     units += [
-        (
-            f"{name}_{isa}",
-            SOURCES / f"{name}_impl.cpp",
-            [*KERNEL_FLAGS, "-ffp-contract=off", f"-DPRECAST_ISA={isa}", *flags],
-        )
-        for name in ("attention", "sampling")
-        for isa, flags in ISA_FLAGS.items()
-        if (name, isa) != ("sampling", "amx")  # AVX-512's
+        _kernels(f"attention_{isa}", "attention_impl", isa, exactly) for isa in (*WHOLE_SETS, "amx")
     ]
-    units += [
-        (f"lora_{isa}", SOURCES / "lora_impl.cpp", [*KERNEL_FLAGS, f"-DPRECAST_ISA={isa}", *flags])
-        for isa, flags in ISA_FLAGS.items()
-        if isa != "amx"  # AVX-512's
-    ]
+    units += [_kernels(f"sampling_{isa}", "sampling_impl", isa, exactly) for isa in WHOLE_SETS]
+    units += [_kernels(f"lora_{isa}", "lora_impl", isa, ()) for isa in WHOLE_SETS]
     units += [
         (n, SOURCES / f"{n}.cpp", ["-O2"])
         for n in ("pool", "dispatch", "comm", "comm_segment", "sampling")

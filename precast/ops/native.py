@@ -224,6 +224,6 @@ def join_group(name: str, rank: int, size: int, timeout_s: float) -> None:
 
 
 def native_isa() -> str:
-    """The instruction set that the kernels run with: scalar, avx2, avx512 or amx."""
+    """The instruction set that the kernels run with: scalar, avx2, avxvnni, avx512 or amx."""
     isa: str = torch.ops.precast.native_isa()
     return isa

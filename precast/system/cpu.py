@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 _AVX512: Final = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_AVXVNNI: Final = frozenset({"avx2", "fma", "avx_vnni"})
 _AMX: Final = frozenset({"amx_tile", "amx_int8", "amx_bf16"})
 
 
@@ -22,13 +23,19 @@ class Cpu:
         return self.flags >= _AVX512
 
     @property
+    def avxvnni(self) -> bool:
+        """Sums of products of bytes, in vectors of AVX2."""
+        return self.flags >= _AVXVNNI
+
+    @property
     def amx(self) -> bool:
         return self.flags >= _AMX
 
 
 _LEFT_OUT: Final = {
     "avx512": ("amx",),
-    "avx2": ("avx512", "avx10", "amx"),
+    "avxvnni": ("avx512", "avx10", "amx"),
+    "avx2": ("avx512", "avx10", "avx_vnni", "amx"),
     "scalar": ("avx", "amx", "fma", "f16c"),
 }
 """Beginnings of the flags that a lesser instruction set does without."""

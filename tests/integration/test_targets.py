@@ -22,7 +22,7 @@ from tests.support.graph_fleet import Fleet, ask
 
 MODEL = "tiny"
 CHOSEN, OWN = os.environ.get(ISA), native_isa()
-BELOW = {"amx": "avx2", "avx512": "avx2", "avx2": "scalar"}[OWN]
+BELOW = {"amx": "avx2", "avx512": "avx2", "avxvnni": "scalar", "avx2": "scalar"}[OWN]
 """Two levels that this machine runs, whichever it has."""
 LESSER = {ISA: BELOW}
 LOW, HIGH = ISA_LEVELS[BELOW], ISA_LEVELS[OWN]

@@ -18,7 +18,7 @@ from precast.system.cpu import this_cpu
 from tests.support import gguf_kernels
 
 QUANTIZED = [Format.INT8, Format.Q8_0, Format.Q4_0, Format.Q4_1]
-ROWS = (1, 11, 12, 16, 17, 30, 65)
+ROWS = (1, 7, 11, 12, 16, 17, 30, 65)
 """Fewer than matrices are worth, whole ones, and parts of one."""
 ints = torch.int32
 needs_matrices = pytest.mark.skipif(not this_cpu().amx, reason="no AMX in use")

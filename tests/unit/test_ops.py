@@ -19,11 +19,13 @@ FILES = [
     str(Path(__file__).with_name(f"test_{name}.py"))
     for name in ("ops", "linear", "operator_properties", "attention_bits")
 ]
-AMX = {"amx": [str(Path(__file__).with_name("test_amx.py"))]}
-"""Tests of one instruction set alone."""
-OTHERS = [isa for isa in ("scalar", "avx2") if isa != native.native_isa()]
-if this_cpu().amx:
-    OTHERS.append("amx")
+OWN_FILES = {
+    "amx": [*FILES, str(Path(__file__).with_name("test_amx.py"))],
+    "avxvnni": [str(Path(__file__).with_name("test_linear.py"))],
+}
+"""Where they are not ``FILES``: AVX-VNNI has linears of its own and nothing else."""
+RUNS = {"scalar": True, "avx2": True, "avxvnni": this_cpu().avxvnni, "amx": this_cpu().amx}
+OTHERS = [isa for isa, there in RUNS.items() if there and isa != native.native_isa()]
 """What this CPU runs and would not choose."""
 FEWER = "FEWER_EXAMPLES"
 INNER = ["--deselect", "tests/unit/test_ops.py::test_other_instruction_sets"]
@@ -238,8 +240,7 @@ def test_other_instruction_sets(isa: str) -> None:
             "pytest",
             "-q",
             "-x",
-            *FILES,
-            *AMX.get(isa, ()),
+            *OWN_FILES.get(isa, FILES),
             "-p",
             "no:cacheprovider",
             *INNER,

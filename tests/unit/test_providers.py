@@ -498,13 +498,14 @@ def test_cpuinfo_is_read() -> None:
 @pytest.mark.parametrize(
     ("isa", "left"),
     [
-        ("", AVX512 | {"amx_tile"}),
-        ("amx", AVX512 | {"amx_tile"}),
-        ("avx512", AVX512),
+        ("", AVX512 | {"amx_tile", "avx_vnni"}),
+        ("amx", AVX512 | {"amx_tile", "avx_vnni"}),
+        ("avx512", AVX512 | {"avx_vnni"}),
+        ("avxvnni", AVX2 | {"avx_vnni"}),
         ("avx2", AVX2),
         ("scalar", set()),
     ],
 )
 def test_a_lesser_instruction_set_hides_what_goes_beyond(isa: str, left: set[str]) -> None:
-    whole = Cpu(model="any", flags=AVX512 | {"amx_tile"})
+    whole = Cpu(model="any", flags=AVX512 | {"amx_tile", "avx_vnni"})
     assert narrowed(whole, isa) == Cpu(model="any", flags=frozenset(left))

@@ -12,9 +12,11 @@ import pytest
 from precast.ops import native
 from tests.support import same_bits
 
+# Without AVX-VNNI, which differs from AVX2 in its linears only: tests/unit/test_linear_bits.py.
 LESSER = {
     "amx": ("avx512", "avx2", "scalar"),
     "avx512": ("avx2", "scalar"),
+    "avxvnni": ("avx2", "scalar"),
     "avx2": ("scalar",),
     "scalar": (),
 }

@@ -41,19 +41,28 @@ const Kernels& kernels_avx512_with_matrices() {
 
 bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+bool runs_avxvnni() { return runs_avx2() && __builtin_cpu_supports("avxvnni"); }
+
 const Kernels& choose() {
   const char* wanted = std::getenv("PRECAST_NATIVE_ISA");
   if (wanted == nullptr || *wanted == 0) {
     if (runs_amx()) return kernels_avx512_with_matrices();
     if (runs_avx512()) return kernels_avx512();
+    if (runs_avxvnni()) return kernels_avxvnni();
     return runs_avx2() ? kernels_avx2() : kernels_scalar();
   }
   if (std::strcmp(wanted, "amx") == 0 && runs_amx()) return kernels_amx();
   if (std::strcmp(wanted, "avx512") == 0 && runs_avx512()) return kernels_avx512();
+  if (std::strcmp(wanted, "avxvnni") == 0 && runs_avxvnni()) return kernels_avxvnni();
   if (std::strcmp(wanted, "avx2") == 0 && runs_avx2()) return kernels_avx2();
   if (std::strcmp(wanted, "scalar") == 0) return kernels_scalar();
   throw std::runtime_error(std::string("PRECAST_NATIVE_ISA=") + wanted +
-                           ": not an instruction set that this CPU runs (scalar, avx2, avx512, amx)");
+                           ": not an instruction set that this CPU runs (scalar, avx2, avxvnni, avx512, amx)");
+}
+
+// But for its linears.
+bool has_avx2_otherwise(const Kernels* chosen) {
+  return chosen == &kernels_avx2() || chosen == &kernels_avxvnni();
 }
 
 }  // namespace
@@ -65,7 +74,7 @@ const Kernels& kernels() {
 
 const SamplingKernels& sampling_kernels() {
   const Kernels* chosen = &kernels();
-  if (chosen == &kernels_avx2()) return sampling_avx2();
+  if (has_avx2_otherwise(chosen)) return sampling_avx2();
   return chosen == &kernels_scalar() ? sampling_scalar() : sampling_avx512();
 }
 
@@ -73,7 +82,7 @@ const AttentionKernels& attention_kernels(CacheType type) {
   const Kernels* chosen = &kernels();
   const bool integers = type == CacheType::kInt8 && chosen == &kernels_avx512_with_matrices();
   if (integers || chosen == &kernels_amx()) return attention_amx();
-  if (chosen == &kernels_avx2()) return attention_avx2();
+  if (has_avx2_otherwise(chosen)) return attention_avx2();
   return chosen == &kernels_scalar() ? attention_scalar() : attention_avx512();
 }
 

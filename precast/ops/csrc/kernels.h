@@ -158,10 +158,11 @@ struct Kernels {
 
 const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();
+const Kernels& kernels_avxvnni();  // and AVX2
 const Kernels& kernels_avx512();
 const Kernels& kernels_amx();  // and AVX-512
 
-// The best set that this CPU runs, or the one that PRECAST_NATIVE_ISA names (scalar, avx2, avx512, amx).
+// The best set that this CPU runs, or the one that PRECAST_NATIVE_ISA names (scalar, avx2, avxvnni, avx512, amx).
 const Kernels& kernels();
 
 }  // namespace precast

@@ -1,8 +1,11 @@
-// Compiled once for each instruction set, with PRECAST_ISA naming it (see precast/ops/build.py).
+// Compiled once for each instruction set, with PRECAST_ISA naming it (see precast/ops/build.py); those that
+// differ in their linears alone have files of their own.
 #include "elementwise.h"
 #include "kernels.h"
+#include "linear_float.h"
 #include "linear_quantized.h"
 #include "simd.h"
+#include "unpack.h"
 
 #define PRECAST_CAT_(a, b) a##b
 #define PRECAST_CAT(a, b) PRECAST_CAT_(a, b)
@@ -11,6 +14,15 @@
 
 namespace precast {
 namespace {
+
+void linear(const LinearArgs& a, int64_t begin, int64_t end) {
+  switch (a.format) {
+    case Format::kFloat32: return linear_float<float>(a, begin, end);
+    case Format::kBFloat16: return linear_float<BFloat16>(a, begin, end);
+    case Format::kFloat16: return linear_float<Float16>(a, begin, end);
+    default: return linear_quantized(a, begin, end);
+  }
+}
 
 void sum(const float* const* arrays, int count, float* out, int64_t n) {
   int64_t i = 0;

@@ -7,10 +7,8 @@
 #include <type_traits>
 
 #include "group_dots.h"
-#include "linear_amx.h"
 #include "linear_fold.h"
 #include "linear_unpacked.h"
-#include "unpack.h"
 
 namespace precast {
 namespace {
@@ -142,11 +140,6 @@ inline void block_of_rows(const LinearArgs& a, int64_t panel, int64_t first) {
 
 template <Format F>
 void linear_quantized(const LinearArgs& a, int64_t begin, int64_t end) {
-#if defined(__AMX_INT8__)
-  if constexpr (has_matrices(F)) {
-    if (a.m >= kMatrixRowsFrom) return linear_matrices<F>(a, begin, end);
-  }
-#endif
   int64_t panel = begin;
   const auto panels = [&](auto np) {
     for (; panel + np <= end; panel += np) {
@@ -164,11 +157,8 @@ void linear_quantized(const LinearArgs& a, int64_t begin, int64_t end) {
   panels(std::integral_constant<int, 1>{});
 }
 
-void linear(const LinearArgs& a, int64_t begin, int64_t end) {
+void linear_quantized(const LinearArgs& a, int64_t begin, int64_t end) {
   switch (a.format) {
-    case Format::kFloat32: return linear_float<float>(a, begin, end);
-    case Format::kBFloat16: return linear_float<BFloat16>(a, begin, end);
-    case Format::kFloat16: return linear_float<Float16>(a, begin, end);
     case Format::kInt8: return linear_quantized<Format::kInt8>(a, begin, end);
     case Format::kQ8_0: return linear_quantized<Format::kQ8_0>(a, begin, end);
     case Format::kQ4_0: return linear_quantized<Format::kQ4_0>(a, begin, end);
@@ -181,7 +171,7 @@ void linear(const LinearArgs& a, int64_t begin, int64_t end) {
     case Format::kIQ4_NL: return linear_quantized<Format::kIQ4_NL>(a, begin, end);
     case Format::kIQ4_XS: return linear_quantized<Format::kIQ4_XS>(a, begin, end);
     case Format::kMXFP4: return linear_quantized<Format::kMXFP4>(a, begin, end);
-    case Format::kMixed: return;  // its parts have formats of their own
+    default: return;  // floats, and kMixed, whose parts have formats of their own
   }
 }
 

@@ -24,7 +24,7 @@ static_assert(kStretchRows % kRowBlock == 0);
 
 // Whether it pays. kInt8's weights are what AVX-512 multiplies already.
 constexpr bool unpacks_once([[maybe_unused]] Format f) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
   return is_grouped(f);
 #elif defined(__AVX2__)
   return is_quantized(f);
@@ -149,8 +149,12 @@ inline void add_stretch(const LinearArgs& a, const Stretched<F>& w, Prefetch& ah
     for (int p = 0; p < NP; ++p) {
       for (int v = 0; v < kVectors; ++v) {
         float* to = sums + (r * NP + p) * kPanel + v * kLanes;
-        const vfloat d = load(w.panels[p].block_scales + v * kLanes);
-        store(to, has_halves(F) ? multiply_add(totals[r][p][v], d, load(to)) : totals[r][p][v]);
+        if constexpr (has_halves(F)) {
+          const vfloat d = load(w.panels[p].block_scales + v * kLanes);
+          store(to, multiply_add(totals[r][p][v], d, load(to)));
+        } else {
+          store(to, totals[r][p][v]);
+        }
       }
     }
   }

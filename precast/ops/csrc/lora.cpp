@@ -31,7 +31,8 @@ constexpr int64_t kFewRows = 4;  // more read weights from a copy: where 3072 fl
 // For the instruction set that the other kernels have.
 const LoraKernels& choose() {
   const std::string_view isa = kernels().isa;
-  return isa == "scalar" ? lora_scalar() : isa == "avx2" ? lora_avx2() : lora_avx512();
+  if (isa == "scalar") return lora_scalar();
+  return isa == "avx512" || isa == "amx" ? lora_avx512() : lora_avx2();
 }
 
 const LoraKernels& lora_kernels() {

@@ -8,12 +8,17 @@
 namespace precast {
 namespace {
 
-// What a byte of weight has too much when the integer products are made of it.
-#if defined(__AVX512VNNI__)
-constexpr int32_t kOffset = 128;  // vpdpbusd takes unsigned weights
+// How integer products are made: by one instruction (vpdpbusd), by AVX2's several, or by a loop.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kVnniDots = true, kAvx2Dots = false;
+#elif defined(__AVX2__)
+constexpr bool kVnniDots = false, kAvx2Dots = true;
 #else
-constexpr int32_t kOffset = 0;
+constexpr bool kVnniDots = false, kAvx2Dots = false;
 #endif
+
+// What a byte of weight has too much when the integer products are made of it: vpdpbusd takes unsigned ones.
+constexpr int32_t kOffset = kVnniDots ? 128 : 0;
 
 constexpr int32_t weight_offset(Format f) {
   switch (f) {
