@@ -63,13 +63,11 @@ struct GroupParameters {
   vfloat scales, minima;
 };
 
-// 2^(exponent - 128), which is no normal number for the two least.
+// 2^(exponent - 128). For the two least, which is no normal number, the second of these is larger.
 inline vfloat half_power(vint exponents) {
-  const vint small = ((exponents & 1) + 1) << 21;
-  return as_float(exponents < 2 ? small : (exponents - 1) << 23);
+  const vint normal = (exponents - 1) << 23, small = (exponents + 1) << 21;
+  return as_float(normal > small ? normal : small);
 }
-
-inline vint widen_unsigned(const uint8_t* p) { return widen(reinterpret_cast<const int8_t*>(p)) & 255; }
 
 // d, where it is fp32.
 inline vfloat block_scales(const uint8_t* parameters, int v) {
@@ -88,12 +86,12 @@ template <Format F>
 inline GroupParameters group_parameters(const uint8_t* parameters, int64_t group, int half, int v) {
   const int64_t at = v * kLanes, own = group * kPanel + at;
   const auto* halves = reinterpret_cast<const Float16*>(parameters);
-  if constexpr (F == Format::kMXFP4) return {half_power(widen_unsigned(parameters + own)), vfloat{}};
+  if constexpr (F == Format::kMXFP4) return {half_power(widen(parameters + own)), vfloat{}};
   if constexpr (F == Format::kQ4_K || F == Format::kQ5_K) {
     const uint8_t* bytes = parameters + 4 * kPanel + own;
     const vfloat e = -load(halves + kPanel + at);
-    return {load(halves + at) * to_float(widen_unsigned(bytes)),
-            e * to_float(widen_unsigned(bytes + block_of(F).groups * kPanel))};
+    return {load(halves + at) * to_float(widen(bytes)),
+            e * to_float(widen(bytes + block_of(F).groups * kPanel))};
   }
   if constexpr (has_halves(F)) return {to_float(half_scales(parameters, group, half, v)), vfloat{}};
   if constexpr (F == Format::kIQ4_XS) {

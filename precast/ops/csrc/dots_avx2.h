@@ -1,6 +1,9 @@
 // group_dots of AVX2: products of bytes as sums of pairs of 16 bits, which are widened in the end.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+
 #include "group_weights.h"
 
 namespace precast {
@@ -15,77 +18,78 @@ inline __m256i add_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256
 // on the stack. Four bits at 16 rows of 576 to 1536, one core: 129 billion operations a second, 208 so.
 inline void settle(__m256i& sum) { asm volatile("" : "+x"(sum)); }
 
-// The largest value without a sign.
+// The largest value, without its offset if it has one.
 constexpr int most_of(Format f) {
-  return f == Format::kMXFP4 ? 24 : block_of(f).bits == 6 ? 63 : block_of(f).bits == 5 ? 31 : 15;
+  if (weight_offset(f) != 0) return weight_offset(f);
+  return block_of(f).bits == 5 ? 31 : 15;
+}
+
+// Steps whose sums of pairs fit 16 bits, as 8 * 2 * 15 * 127 < 32768. With an offset they needn't on the way: they
+// begin at what it adds to them (pairs_start) and wrap around.
+template <Format F>
+constexpr int kRun = std::bit_floor(std::min<unsigned>(kSteps / parts_of(F), 32767 / (2 * 127 * most_of(F))));
+
+template <Format F, int MR, bool Unpacked>
+inline void add_run(const uint8_t* w, int first, const int8_t* x, __m256i (&sums)[MR][kVectors]) {
+#pragma GCC unroll 8
+  for (int s = first; s < first + kRun<F>; ++s) {
+    __m256i weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = (__m256i)weights_of<F, Unpacked>(w, s, v);
+    for (int r = 0; r < MR; ++r) {
+      const __m256i four = load_inputs(x + r * kGroup + s * 4);
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = _mm256_add_epi16(sums[r][v], _mm256_maddubs_epi16(weights[v], four));
+        settle(sums[r][v]);
+      }
+    }
+  }
+}
+
+// Calls use(row, vector, sums) for each run of a part, of which with an offset there is one.
+template <Format F, int MR, bool Unpacked, typename Use>
+inline void pair_sums_of(const uint8_t* w, const int8_t* x, Starts starts, int part, Use&& use) {
+  constexpr int kOwn = kSteps / parts_of(F);
+  static_assert(weight_offset(F) == 0 || kRun<F> == kOwn);
+#pragma GCC unroll 4
+  for (int first = 0; first < kOwn; first += kRun<F>) {
+    __m256i sums[MR][kVectors];
+    clear(sums);
+    for (int r = 0; r < MR && weight_offset(F) != 0; ++r) {
+      const __m256i start = _mm256_set1_epi32(starts.first[r + part * starts.to_second]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = start;
+    }
+    add_run<F, MR, Unpacked>(w, part * kOwn + first, x, sums);
+    for (int r = 0; r < MR; ++r) {
+      for (int v = 0; v < kVectors; ++v) use(r, v, sums[r][v]);
+    }
+  }
 }
 
 template <Format F, int MR, bool Unpacked, typename Use>
 inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts starts, Use&& use) {
-  constexpr int kParts = parts_of(F), kOwn = kSteps / kParts;
-  // Sums of pairs that fit 16 bits: 8 * 2 * 15 * 127 < 32768.
-  constexpr int kFit = 32767 / (2 * 127 * most_of(F)), kRun = kFit >= 8 ? 8 : kFit >= 4 ? 4 : 2;
-  static_assert(kFit >= 2 && kRun <= kOwn);
-  const auto run = [&](int first, __m256i (&sums)[MR][kVectors]) {
-    clear(sums);
-#pragma GCC unroll 8
-    for (int s = first; s < first + kRun; ++s) {
-      __m256i weights[kVectors];
-      for (int v = 0; v < kVectors; ++v) weights[v] = (__m256i)weights_of<F, Unpacked>(w, s, v);
-      for (int r = 0; r < MR; ++r) {
-        const __m256i four = load_inputs(x + r * kGroup + s * 4);
-        for (int v = 0; v < kVectors; ++v) {
-          sums[r][v] = _mm256_add_epi16(sums[r][v], _mm256_maddubs_epi16(weights[v], four));
-          settle(sums[r][v]);
-        }
-      }
-    }
-  };
 #pragma GCC unroll 2
-  for (int part = 0; part < kParts; ++part) {
-    __m256i sums[MR][kVectors], dots[MR][kVectors];
-#pragma GCC unroll 4
-    for (int first = 0; first < kOwn; first += kRun) {
-      run(part * kOwn + first, sums);
-      for (int r = 0; r < MR; ++r) {
-        const __m256i start = _mm256_set1_epi32(starts.first[r + part * starts.to_second]);
-        for (int v = 0; v < kVectors; ++v) {
-          dots[r][v] = _mm256_add_epi32(first == 0 ? start : dots[r][v], add_pairs(sums[r][v]));
-        }
-      }
-    }
+  for (int part = 0; part < parts_of(F); ++part) {
+    __m256i dots[MR][kVectors];
+    if (kRun<F> < kSteps / parts_of(F)) clear(dots);
+    pair_sums_of<F, MR, Unpacked>(w, x, starts, part, [&](int r, int v, __m256i sums) {
+      const __m256i widened = add_pairs(sums);
+      dots[r][v] = kRun<F> < kSteps / parts_of(F) ? _mm256_add_epi32(dots[r][v], widened) : widened;
+    });
     for (int r = 0; r < MR; ++r) {
       for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], part);
     }
   }
 }
 
-template <int MR, typename Use>
-inline void group_dots_of_pairs(const uint8_t* w, const int8_t* x, const int32_t* scales, const int32_t* halves,
-                                int64_t to_second, Use&& use) {
+template <Format F, int MR, typename Use>
+inline void group_dots_of_pairs(const uint8_t* w, const int8_t* x, const int32_t* scales, Starts starts, Use&& use) {
   __m256i dots[MR][kVectors];
-  for (int r = 0; r < MR; ++r) {
-    const __m256i sums = _mm256_set1_epi32((halves[r] & 0xffff) | halves[to_second + r] << 16);
-    for (int v = 0; v < kVectors; ++v) {
-      const __m256i both = load_as<__m256i>(scales + 2 * kPanel + v * kLanes);
-      dots[r][v] = _mm256_madd_epi16(both, sums);
-    }
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < kSteps; s += 2) {
-    __m256i weights[2][kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      for (int i = 0; i < 2; ++i) weights[i][v] = load_as<__m256i>(w + (s + i) * kStepBytes + v * 32);
-    }
-    for (int r = 0; r < MR; ++r) {
-      const __m256i a = load_inputs(x + r * kGroup + s * 4), b = load_inputs(x + r * kGroup + s * 4 + 4);
-      for (int v = 0; v < kVectors; ++v) {
-        const __m256i first = _mm256_maddubs_epi16(weights[0][v], a), second = _mm256_maddubs_epi16(weights[1][v], b);
-        const __m256i own = load_as<__m256i>(scales + s / (kSteps / 2) * kPanel + v * kLanes);
-        dots[r][v] = _mm256_add_epi32(dots[r][v], _mm256_madd_epi16(_mm256_add_epi16(first, second), own));
-        settle(dots[r][v]);
-      }
-    }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    pair_sums_of<F, MR, true>(w, x, starts, half, [&](int r, int v, __m256i sums) {
+      const __m256i weighed = _mm256_madd_epi16(sums, load_as<__m256i>(scales + half * kPanel + v * kLanes));
+      dots[r][v] = half == 0 ? weighed : _mm256_add_epi32(dots[r][v], weighed);
+    });
   }
   for (int r = 0; r < MR; ++r) {
     for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], 0);
@@ -119,16 +123,20 @@ template <Format F, int MR, bool Unpacked, typename Use>
 inline void group_dots_of_bytes(const uint8_t* w, int steps, const int8_t* x, Use&& use) {
   __m256i dots[MR][kVectors];
   clear(dots);
+  // The sign moves to the other factor: of one row, whose input is for all columns, that of the input. Not where a
+  // weight may be -128, which has no counterpart.
+  constexpr bool kSizesOfInputs = MR == 1 && has_curve(F);
   const auto step = [&](int s) {
     __m256i weights[kVectors], sizes[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       weights[v] = (__m256i)weights_of<F, Unpacked>(w, s, v);
-      sizes[v] = _mm256_abs_epi8(weights[v]);
+      if constexpr (!kSizesOfInputs) sizes[v] = _mm256_abs_epi8(weights[v]);
     }
     for (int r = 0; r < MR; ++r) {
-      const __m256i four = load_inputs(x + r * kGroup + s * 4);
+      const __m256i four = load_inputs(x + r * kGroup + s * 4), size = _mm256_abs_epi8(four);
       for (int v = 0; v < kVectors; ++v) {
-        const __m256i pairs = _mm256_maddubs_epi16(sizes[v], _mm256_sign_epi8(four, weights[v]));
+        const __m256i pairs = kSizesOfInputs ? _mm256_maddubs_epi16(size, _mm256_sign_epi8(weights[v], four))
+                                             : _mm256_maddubs_epi16(sizes[v], _mm256_sign_epi8(four, weights[v]));
         dots[r][v] = _mm256_add_epi32(dots[r][v], add_pairs(pairs));
         settle(dots[r][v]);
       }

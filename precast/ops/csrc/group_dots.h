@@ -19,12 +19,10 @@
 namespace precast {
 namespace {
 
-// As group_dots, of unpacked weights where weighs_pairs(F): whole groups' sums times their scales. `scales`: three
-// rows of pairs of 16 bits, the first half's scales twice, the second's twice, and both times -32. `halves`: sums of
-// inputs, of a group's second half `to_second` further.
-template <int MR, typename Use>
-inline void group_dots_of_pairs(const uint8_t* w, const int8_t* x, const int32_t* scales, const int32_t* halves,
-                                int64_t to_second, Use&& use);
+// As group_dots, of unpacked weights where weighs_pairs(F): whole groups' sums times their scales. `scales`: two
+// rows of pairs of 16 bits, the first half's scales twice, and the second's.
+template <Format F, int MR, typename Use>
+inline void group_dots_of_pairs(const uint8_t* w, const int8_t* x, const int32_t* scales, Starts starts, Use&& use);
 
 // group_dots of weights where is_wide(F), as put_weights has them, with inputs as widen_inputs has them.
 template <int MR, typename Use>

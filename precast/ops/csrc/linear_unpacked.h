@@ -41,7 +41,7 @@ template <Format F>
 struct UnpackedPanel {
   alignas(64) uint8_t weights[kStretchGroups][kGroup * kPanel * (is_wide(F) ? 2 : 1)];
   float scales[is_grouped(F) ? kStretchGroups : 1][parts_of(F)][kPanel];
-  int32_t pairs[weighs_pairs(F) ? kStretchGroups : 1][3][kPanel];  // instead: see group_dots_of_pairs
+  int32_t pairs[weighs_pairs(F) ? kStretchGroups : 1][2][kPanel];  // instead: see group_dots_of_pairs
   float minima[has_minima(F) ? kStretchGroups : 1][kPanel];
   float block_scales[kPanel];  // of has_halves, of whose blocks a stretch has one
 
@@ -63,11 +63,11 @@ inline void unpack_weights(const uint8_t* from, int steps, uint8_t* to) {
   }
 }
 
-inline void put_pairs(const uint8_t* parameters, int64_t group, int v, int32_t (&to)[3][kPanel]) {
-  const vint first = half_scales(parameters, group, 0, v), second = half_scales(parameters, group, 1, v);
-  const vint pairs[3] = {(first & 0xffff) | first << 16, (second & 0xffff) | second << 16,
-                         (-32 * first & 0xffff) | (-32 * second) << 16};
-  for (int i = 0; i < 3; ++i) std::memcpy(to[i] + v * kLanes, pairs + i, sizeof(vint));
+inline void put_pairs(const uint8_t* parameters, int64_t group, int v, int32_t (&to)[2][kPanel]) {
+  for (int half = 0; half < 2; ++half) {
+    const vint own = half_scales(parameters, group, half, v), pairs = (own & 0xffff) | own << 16;
+    std::memcpy(to[half] + v * kLanes, &pairs, sizeof(pairs));
+  }
 }
 
 template <Format F>
@@ -136,8 +136,8 @@ inline void add_stretch(const LinearArgs& a, const Stretched<F>& w, Prefetch& ah
       const auto add_whole = [&](int r, int p, int v, vint dots, int) {
         totals[r][p][v] = multiply_add(to_float(dots), splat(a.inputs.scales[at + r]), totals[r][p][v]);
       };
-      group_dots_of_pairs<MR>(w.panels->weights[g], a.inputs.values + at * kGroup, w.panels->pairs[g][0],
-                              a.inputs.halves + at, a.inputs.entries, add_whole);
+      group_dots_of_pairs<F, MR>(w.panels->weights[g], a.inputs.values + at * kGroup, w.panels->pairs[g][0],
+                                 {a.inputs.starts + at, a.inputs.entries}, add_whole);
     } else if constexpr (is_wide(F)) {
       group_dots_of_wide<MR>(w.panels->weights[g], a.inputs.wide + at * kGroup, add);
     } else {

@@ -34,14 +34,36 @@ constexpr int32_t weight_offset(Format f) {
   }
 }
 
+// What 16 inputs leave for start_of: their sum. AVX2's sums of products are pairs of 16 bits, of inputs 4 i and
+// 4 i + 1, and of 4 i + 2 and 4 i + 3; so are these then.
+inline int32_t half_sums(const int8_t* q) {
+#if defined(__AVX2__)
+  __m128i sums = _mm_maddubs_epi16(_mm_set1_epi8(1), load_as<__m128i>(q));
+  sums = _mm_add_epi16(sums, _mm_unpackhi_epi64(sums, sums));
+  const int32_t pairs = _mm_cvtsi128_si32(_mm_add_epi16(sums, _mm_shuffle_epi32(sums, 1)));
+  return kAvx2Dots ? pairs : static_cast<int16_t>(pairs) + (pairs >> 16);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kGroup / 2; ++i) sum += q[i];
+  return sum;
+#endif
+}
+
+// What products begin at, of inputs with these sums.
+inline int32_t start_of(int32_t offset, int32_t sums, int32_t more = 0) {
+  if constexpr (!kAvx2Dots) return -offset * (sums + more);
+  const int32_t low = static_cast<int16_t>(sums) + static_cast<int16_t>(more), high = (sums >> 16) + (more >> 16);
+  return static_cast<int32_t>((-offset * low & 0xffffu) | static_cast<uint32_t>(-offset * high) << 16);
+}
+
 void find_starts(Format format, const QuantizedInputs& inputs) {
   const int32_t offset = weight_offset(format);
   const int32_t *first = inputs.halves, *second = first + inputs.entries;
   for (int64_t i = 0; i < inputs.entries; ++i) {
-    inputs.starts[i] = -offset * (first[i] + (has_halves(format) ? 0 : second[i]));
+    inputs.starts[i] = start_of(offset, first[i], has_halves(format) ? 0 : second[i]);
   }
   for (int64_t i = 0; i < inputs.entries && has_halves(format); ++i) {
-    inputs.starts[inputs.entries + i] = -offset * second[i];
+    inputs.starts[inputs.entries + i] = start_of(offset, second[i]);
   }
 }
 
@@ -85,21 +107,19 @@ void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
       int8_t* q = a.inputs.values + at * kGroup;
       const float largest = largest_magnitude(x, count);
       const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      int32_t sum;
-      if (a.inputs.halves == nullptr) {
-        sum = quantize(x, q, count, inverse);
-      } else {
-        const int64_t half = std::min<int64_t>(count, kGroup / 2);
-        int32_t* sums = a.inputs.halves + at;
-        sums[0] = quantize(x, q, half, inverse);
-        sums[a.inputs.entries] = quantize(x + half, q + half, count - half, inverse);
-        sum = sums[0] + sums[a.inputs.entries];
-      }
+      const int32_t sum = quantize(x, q, count, inverse);
       for (int64_t i = count; i < kGroup; ++i) q[i] = 0;
       if (a.inputs.wide != nullptr) widen_inputs(q, a.inputs.wide + at * kGroup);
       a.inputs.scales[at] = largest / 127.0f;
-      a.inputs.starts[at] = -offset * sum;
       a.inputs.sums[at] = static_cast<float>(sum) * a.inputs.scales[at];
+      if (a.inputs.halves != nullptr) {
+        a.inputs.halves[at] = half_sums(q);
+        a.inputs.halves[at + a.inputs.entries] = half_sums(q + kGroup / 2);
+      } else if (kAvx2Dots) {
+        a.inputs.starts[at] = start_of(offset, half_sums(q), half_sums(q + kGroup / 2));
+      } else {
+        a.inputs.starts[at] = start_of(offset, sum);
+      }
     }
   }
 }

@@ -90,6 +90,15 @@ inline vint widen(const int8_t* p) {
   return __builtin_convertvector(load_as<vbyte>(p), vint);
 #endif
 }
+inline vint widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vint)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vint)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return widen(reinterpret_cast<const int8_t*>(p)) & 255;
+#endif
+}
 // The low bytes of integers.
 inline void narrow(vint v, int8_t* to) {
 #if defined(__AVX512F__)
