@@ -1,8 +1,8 @@
 """Builds the native kernels: ``python -m precast.ops.build`` writes ``precast/ops/_native.so``.
 
-One shared library holds every instruction set, and ``dispatch.cpp`` chooses at run time. Of some sets
-all kernels are compiled, of others only what gains by them. The build is incremental: objects are
-kept under the name of a digest of their inputs.
+One shared library holds every instruction set, and ``dispatch.cpp`` chooses at run time. Of some
+sets all kernels are compiled, of others only what gains by them. The build is incremental: objects
+are kept under the name of a digest of their inputs.
 """
 
 import hashlib

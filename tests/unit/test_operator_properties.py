@@ -35,8 +35,9 @@ def threads() -> None:
 
 
 def assert_within_a_step(actual: Tensor, expected: Tensor, step: float) -> None:
-    """Inputs halfway between two of their 8-bit steps may be rounded either way, but few are."""
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=step + 1e-4)
+    """Inputs halfway between two of their 8-bit steps may be rounded either way, but few are. With
+    weights of bf16, AMX takes inputs with 16 bits."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=step + 5e-4)
     if step and actual.numel():
         assert (actual - expected).abs().median() <= step / 50 + 1e-4
 

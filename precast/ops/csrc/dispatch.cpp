@@ -27,13 +27,14 @@ bool runs_amx() {
          syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
 }
 
-// Matrices of integers give AVX-512's bits, so linears and attention over 8 bits take them without being asked.
-// Those of bf16 do not: a token has the same bits in prefill and decode, and decode pays for them there. With
-// AMX asked for, long prompts take half the time, steps of 16 sequences 1.2 times (docs/decisions.md).
+// Linears take matrices without being asked: of integers they give AVX-512's bits, and of bf16 they are no slower
+// for one row. So does attention over 8 bits. Attention over bf16 does not: a token has the same bits in prefill and
+// decode, and decode pays for them there. With AMX asked for, long prompts take half the time, steps of 16 sequences
+// 1.2 times (docs/decisions.md).
 const Kernels& kernels_avx512_with_matrices() {
   static const Kernels table = [] {
-    Kernels mixed = kernels_avx512();
-    mixed.linear = kernels_amx().linear;
+    Kernels mixed = kernels_amx();
+    mixed.isa = kernels_avx512().isa;
     return mixed;
   }();
   return table;

@@ -67,13 +67,15 @@ inline void pair_sums_of(const uint8_t* w, const int8_t* x, Starts starts, int p
 
 template <Format F, int MR, bool Unpacked, typename Use>
 inline void group_dots_of_few_bits(const uint8_t* w, const int8_t* x, Starts starts, Use&& use) {
+  constexpr int kParts = parts_of(F);
+  constexpr bool kOneRun = kRun<F> == kSteps / kParts;
 #pragma GCC unroll 2
-  for (int part = 0; part < parts_of(F); ++part) {
+  for (int part = 0; part < kParts; ++part) {
     __m256i dots[MR][kVectors];
-    if (kRun<F> < kSteps / parts_of(F)) clear(dots);
+    if constexpr (!kOneRun) clear(dots);
     pair_sums_of<F, MR, Unpacked>(w, x, starts, part, [&](int r, int v, __m256i sums) {
       const __m256i widened = add_pairs(sums);
-      dots[r][v] = kRun<F> < kSteps / parts_of(F) ? _mm256_add_epi32(dots[r][v], widened) : widened;
+      dots[r][v] = kOneRun ? widened : _mm256_add_epi32(dots[r][v], widened);
     });
     for (int r = 0; r < MR; ++r) {
       for (int v = 0; v < kVectors; ++v) use(r, 0, v, (vint)dots[r][v], part);

@@ -91,11 +91,20 @@ struct QuantizedInputs {
   float* scales;    // [entries]; value = scale * q
   int32_t* starts;  // what sums of integer products begin at, to make up for the weights' offset
   float* sums;      // scale * sum of q
-  int32_t* halves;  // null, or sums of q of a group's first 16 and, `entries` further, of its last 16
+  int32_t* halves;  // null, or half_sums of a group's first 16 and, `entries` further, of its last 16
   int64_t entries;  // of has_halves, a group's second half has its start so much further in starts
 };
 
 constexpr int64_t kRowBlock = 16;
+
+// Inputs as sums of two bf16 each, rounded and what is left: as linears take them where Kernels::takes_halves.
+// Entries as above, and zeros past K.
+struct alignas(64) HalfInputs {
+  uint16_t values[kGroup];
+};
+struct SplitInputs {
+  HalfInputs *rounded, *left;  // [entries], and kRowBlock of any values behind them
+};
 
 inline int64_t rows_of_block(int64_t m, int64_t first) {
   return m - first < kRowBlock ? m - first : kRowBlock;
@@ -117,6 +126,7 @@ struct LinearArgs {
   int64_t y_stride;
   int64_t groups;          // of a row of inputs: those of the format, or more
   QuantizedInputs inputs;  // for the formats that need them
+  SplitInputs halves;      // likewise
 };
 
 inline int64_t input_units(const LinearArgs& a) { return ceil_div(a.m, kRowBlock) * a.groups; }
@@ -132,6 +142,10 @@ struct Kernels {
   // Symmetric quantisation of args.x: q = round(x / scale), scale = max|x| / 127 over the group. Writes
   // units [begin, end) of args.inputs, of input_units(args): a unit is a group of a block of rows.
   void (*quantize_inputs)(const LinearArgs& args, int64_t begin, int64_t end);
+
+  // Whether a format's inputs are wanted as sums of two bf16, which this writes as quantize_inputs does.
+  bool (*takes_halves)(Format format);
+  void (*split_inputs)(const LinearArgs& args, int64_t begin, int64_t end);
 
   // Writes the starts that a format needs, out of `halves`.
   void (*find_starts)(Format format, const QuantizedInputs& inputs);

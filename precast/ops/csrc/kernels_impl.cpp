@@ -45,6 +45,8 @@ const Kernels& PRECAST_CAT(kernels_, PRECAST_ISA)() {
                                 kPanels,
                                 takes_wide,
                                 quantize_inputs,
+                                [](Format) { return false; },
+                                nullptr,
                                 find_starts,
                                 linear,
                                 unpack_row,

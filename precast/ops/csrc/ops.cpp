@@ -36,6 +36,29 @@ Format format_of(int64_t format) {
   return static_cast<Format>(format);
 }
 
+using WriteInputs = void (*)(const LinearArgs& args, int64_t begin, int64_t end);
+
+// Units are dealt out by group and not by row: a group's scales are a cache line, and threads that write the same one
+// pass it to and fro. Where the cores were far apart, a step of 16 tokens took 1.36 times as long.
+void write_inputs(const LinearArgs& args, WriteInputs write) {
+  const int64_t units = input_units(args);
+  if (args.m < 4) return write(args, 0, units);
+  ThreadPool::instance().run([&](int part, int count) {
+    const Range mine = share(units, part, count);
+    write(args, mine.begin, mine.end);
+  });
+}
+
+// They live as long as quantised ones.
+void split_inputs(LinearArgs& args) {
+  thread_local std::vector<HalfInputs> rounded, left;
+  const int64_t entries = args.m * args.groups + kRowBlock;
+  rounded.resize(entries);
+  left.resize(entries);
+  args.halves = {rounded.data(), left.data()};
+  write_inputs(args, kernels().split_inputs);
+}
+
 // Quantised inputs live as long as the thread that calls operators, and grow to the largest it has seen.
 // `wide`: in 16 bits as well. `parts`: of a weight, each with starts of its own; 0: a weight of args.format alone.
 void quantize_inputs(LinearArgs& args, bool wide, int64_t parts = 0) {
@@ -54,17 +77,7 @@ void quantize_inputs(LinearArgs& args, bool wide, int64_t parts = 0) {
   if (by_halves) halves.resize(2 * entries);
   args.inputs = {values.data(), wide ? wide_values.data() : nullptr, scales.data(), starts.data(), sums.data(),
                  by_halves ? halves.data() : nullptr, entries};
-  const int64_t units = input_units(args);
-  if (args.m < 4) {
-    kernels().quantize_inputs(args, 0, units);
-  } else {
-    // By group and not by row: a group's scales are a cache line, and threads that write the same one
-    // pass it to and fro. Where the cores were far apart, a step of 16 tokens took 1.36 times as long.
-    ThreadPool::instance().run([&](int part, int count) {
-      const Range mine = share(units, part, count);
-      kernels().quantize_inputs(args, mine.begin, mine.end);
-    });
-  }
+  write_inputs(args, kernels().quantize_inputs);
   if (by_halves && parts == 0) kernels().find_starts(args.format, args.inputs);
 }
 
@@ -89,11 +102,13 @@ MixedWeight mixed_of(const at::Tensor& weight, int64_t k, const char* what) {
 // All parts in one go: their units lie one behind the other.
 void multiply_mixed(LinearArgs args, const MixedWeight& weight) {
   args.groups = mixed_groups(weight);
-  bool quantized = false, wide = false;
+  bool quantized = false, wide = false, halves = false;
   for (int64_t i = 0; i < weight.count; ++i) {
     quantized |= is_quantized(weight.parts[i].format);
     wide |= kernels().takes_wide(weight.parts[i].format, args.m);
+    halves |= kernels().takes_halves(weight.parts[i].format);
   }
+  if (halves) split_inputs(args);
   if (quantized) quantize_inputs(args, wide, weight.count);
   const int64_t unit = args.m >= kTileRowsFrom ? kernels().tile_panels : 1;
   LinearArgs parts[kMaxParts];
@@ -155,6 +170,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight,
               panel_bytes(args.format, args.k), "]");
   args.weight = weight.const_data_ptr<uint8_t>();
   if (is_quantized(args.format)) quantize_inputs(args, kernels().takes_wide(args.format, args.m));
+  if (kernels().takes_halves(args.format)) split_inputs(args);
   ThreadPool::instance().will_read({args.weight, static_cast<int64_t>(weight.nbytes())});
   multiply(args, weight.size(0));
   return y;
