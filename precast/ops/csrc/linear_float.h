@@ -55,6 +55,9 @@ inline void float_tile(const LinearArgs& a, int64_t row, int64_t panel) {
   for (int64_t i = 0; i < a.k; ++i) {
     vfloat w[NP][kVectors];
     for (int p = 0; p < NP; ++p) {
+      if constexpr (MR <= kFewRows) {
+        Prefetch(reinterpret_cast<const char*>(weight + p * stride + i * kPanel) + kPageBytes, 1).ask(1);
+      }
       for (int v = 0; v < kVectors; ++v) {
         w[p][v] = load(weight + p * stride + i * kPanel + v * kLanes);
       }

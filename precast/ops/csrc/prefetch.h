@@ -6,6 +6,9 @@
 namespace precast {
 
 constexpr int64_t kLineBytes = 64;
+// How far ahead of a stream its lines are asked for. The processor's own prefetching stops where a page ends: without,
+// one row of 2048 inputs took 1.1 to 1.2 times as long with floats and 8 bits, 1.25 to 1.5 times with fewer.
+constexpr int64_t kPageBytes = 4096;
 
 struct Stretch {
   const void* at = nullptr;
