@@ -182,6 +182,35 @@ def test_end_of_sequence_includes_the_chat_templates_end_of_turn(tmp_path: Path)
     assert end_ids(vocabulary, "") == [0]
 
 
+@pytest.mark.parametrize(
+    ("names", "fields", "template", "ends"),
+    [
+        # gpt-oss: <|end|> ends its reasoning, and what follows is the answer
+        (
+            ("<|return|>", "<|end|>", "<|call|>"),
+            {},
+            "<|channel|>..<|end|>..<|return|>..<|call|>",
+            "02",
+        ),
+        (("</s>", "<|end|>"), {}, "<|user|>..<|end|>", "01"),
+        (("<eos>", "<end_of_turn>"), {}, "..<end_of_turn>", "01"),
+        (("<|eot_id|>", "<|eom_id|>"), {}, "..<|eot_id|>..<|eom_id|>", "01"),
+        (("<|ends|>", "<|user|>", "<|observation|>"), {"eot": 1, "eom": 2}, "", "012"),
+    ],
+)
+def test_what_ends_an_answer(
+    tmp_path: Path, names: tuple[str, ...], fields: dict[str, int], template: str, ends: str
+) -> None:
+    words = byte_level()
+    first = len(words["tokenizer.ggml.tokens"])
+    words["tokenizer.ggml.tokens"] = [*words["tokenizer.ggml.tokens"], *names]
+    words["tokenizer.ggml.token_type"] = [*words["tokenizer.ggml.token_type"], *[3] * len(names)]
+    for name, at in {"eos": 0, **fields}.items():
+        words[f"tokenizer.ggml.{name}_token_id"] = first + at
+    vocabulary = read_vocabulary(GgufFile(write_gguf(tmp_path / "x.gguf", vocabulary=words)))
+    assert sorted(end_ids(vocabulary, template)) == [first + int(at) for at in ends]
+
+
 def test_conversion_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "out").mkdir()

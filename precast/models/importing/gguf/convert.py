@@ -21,8 +21,14 @@ from precast.models.importing.gguf.tokenizer import Vocabulary, build_tokenizer,
 from precast.models.importing.gguf.weights import check_numbers, index_of
 
 _ARCHITECTURE: Final = "general.architecture"
-END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>")
+END_OF_TURN: Final = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>"),
+    *("<|return|>", "<|call|>"),
+)
 """Tokens that end an answer in common chat templates."""
+_CHANNELS: Final = "<|channel|>"
+_END_OF_MESSAGE: Final = "<|end|>"
+"""Where a template has channels it ends one of an answer's messages: reasoning, say."""
 
 
 def convert(source: Path, target: Path, report: Callable[[str], None]) -> None:
@@ -50,10 +56,11 @@ def convert(source: Path, target: Path, report: Callable[[str], None]) -> None:
 
 def end_ids(vocabulary: Vocabulary, template: str) -> list[int]:
     """Token ids that end a generation: the file's own, and the chat template's end of turn."""
-    ids = [token for token in (vocabulary.eos, vocabulary.eot) if token is not None]
     known = {text: index for index, text in enumerate(vocabulary.tokens)}
+    ids = [vocabulary.eos, vocabulary.eot, vocabulary.eom]
     ids += [known[token] for token in END_OF_TURN if token in template and token in known]
-    return list(dict.fromkeys(ids))
+    within = known.get(_END_OF_MESSAGE) if _CHANNELS in template else None
+    return [token for token in dict.fromkeys(ids) if token is not None and token != within]
 
 
 def _write_tokenizer(data: Metadata, vocabulary: Vocabulary, target: Path) -> None:

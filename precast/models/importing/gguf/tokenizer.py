@@ -29,6 +29,8 @@ class Vocabulary:
     bos: int | None
     eos: int | None
     eot: int | None
+    eom: int | None
+    """What ends an answer that calls a tool, where that is another token."""
     unknown: int | None
     padding: int | None
     adds_bos: bool
@@ -56,6 +58,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         bos=_id(file, "bos", len(tokens), 1 if sentencepiece else None),
         eos=_id(file, "eos", len(tokens), 2 if sentencepiece else None),
         eot=_id(file, "eot", len(tokens)),
+        eom=_id(file, "eom", len(tokens)),
         unknown=_id(file, "unknown", len(tokens), 0 if sentencepiece else None),
         padding=_id(file, "padding", len(tokens)),
         adds_bos=file.flag("tokenizer.ggml.add_bos_token", _adds_bos(file, kind)),
