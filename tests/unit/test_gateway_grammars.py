@@ -98,6 +98,7 @@ def test_a_schema_in_a_grammar_can_not_choose_to_be_read_leniently() -> None:
     ("template", "name"),
     [
         ("{% if tools %}<tool_call>", "hermes"),
+        ("{% if tools %}<tool_call>\n<function=example>", "qwen3_coder"),
         ("{% if tools %}<|python_tag|>", "llama3"),
         ("{% if tools %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}<|tool|>", "phi4"),

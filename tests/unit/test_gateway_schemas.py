@@ -12,6 +12,7 @@ from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.examples import EXAMPLES
 from services.gateway.openai.messages_api.fields import MessagesRequest
+from services.gateway.openai.parts import CallArguments, CallBegun
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.structured.constraint import constraint_of
@@ -395,6 +396,20 @@ def test_tools_that_do_not_go_together(fields: dict[str, Any], param: str) -> No
     with pytest.raises(ApiError) as caught:
         tool_use(ChatRequest.model_validate({**CHAT, **fields}), FORMATS["hermes"])
     assert caught.value.param == param
+
+
+def test_arguments_have_the_types_that_their_tool_asks_for() -> None:
+    """Where a model writes bare values."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    body = ChatRequest.model_validate({**CHAT, "tools": [tool]})
+    use = tool_use(body, FORMATS["qwen3_coder"])
+    assert use is not None
+    call = "<tool_call><function=weather><parameter=city>12</parameter></function></tool_call>"
+    begun, arguments = use.reader().feed(call)
+    assert isinstance(begun, CallBegun)
+    assert isinstance(arguments, CallArguments)
+    assert (begun.name, json.loads(arguments.text)) == ("weather", {"city": "12"})
 
 
 @pytest.mark.parametrize("outputs", [{}, {"regex": "a", "choice": ["b"]}, {"json_object": False}])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from services.gateway.openai.parts import CallArguments, CallBegun, Content, Part
 from services.gateway.openai.tools.formats import FORMATS
+from services.gateway.openai.tools.qwen_coder import FunctionCall
 from services.gateway.openai.tools.reader import CallReader, Syntax
 
 NAMES = frozenset({"weather", "add"})
@@ -45,6 +46,10 @@ W = ("weather", '{"city": "Paris"}')
 A = ("add", '{"a": 1, "b": [2, {"c": "}]"}]}')
 WEATHER, ADD = (f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in (W, A))
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+XML = "<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>"
+XML_ADD = (
+    '<function=add><parameter=a>1</parameter><parameter=b>[2, {"c": "}]"}]</parameter></function>'
+)
 CASES: list[tuple[str, str, Read]] = [
     ("hermes", f"ok\n{OPEN}\n{WEATHER}\n{CLOSE}", ("ok", [W])),
     ("hermes", f"{OPEN}{WEATHER}{CLOSE}\n{OPEN}{ADD}{CLOSE} done", ("done", [W, A])),
@@ -86,6 +91,21 @@ CASES: list[tuple[str, str, Read]] = [
     ),
     ("gemma", 'hi <|tool_call>call:add{a:1,b:[2,{c:<|"|>}]<|"|>}]}<tool_call|>', ("hi", [A])),
     ("gemma", "<start_function_call>call:no", ("<start_function_call>call:no", [])),
+    ("qwen3_coder", f"ok\n{OPEN}\n{XML}\n{CLOSE}", ("ok", [W])),
+    ("qwen3_coder", f"{OPEN}{XML}{CLOSE}\n{OPEN}\n{XML_ADD}{CLOSE} done", ("done", [W, A])),
+    ("qwen3_coder", f"{OPEN}<function=weather></function>{CLOSE}", ("", [("weather", "{}")])),
+    ("qwen3_coder", f"{OPEN}\n{WEATHER}\n{CLOSE}", ("", [W])),
+    ("qwen3_coder", f"{OPEN}{XML[:40]}", (f"{OPEN}{XML[:40]}", [])),
+    (
+        "qwen3_coder",
+        f"a {OPEN}<function=f> oops{CLOSE} b",
+        (f"a {OPEN}<function=f> oops{CLOSE} b", []),
+    ),
+    (
+        "qwen3_coder",
+        f"{OPEN}<function=f><parameter=x>a</function>{CLOSE}\n</parameter></function>{CLOSE}",
+        ("", [("f", json.dumps({"x": f"a</function>{CLOSE}"}))]),
+    ),
     ("forced", WEATHER, ("", [W])),
     ("forced", f"[{WEATHER}, {ADD}]", ("", [W, A])),
 ]
@@ -104,6 +124,45 @@ JSON = st.recursive(
 def test_what_is_read(name: str, text: str, expected: Read) -> None:
     assert read(syntax_of(name), text) == expected
     assert read(syntax_of(name), *text) == expected
+
+
+SCHEMA = {
+    "properties": {
+        "text": {"type": "string"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "count": {"type": ["integer", "string"]},
+        "color": {"$ref": "#/$defs/color"},
+        "on": {"type": "boolean"},
+    },
+    "$defs": {"color": {"enum": ["1", "red"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("text", "12", "12"),
+        ("text", "null", "null"),
+        ("text", '{"a": 1}', '{"a": 1}'),
+        ("text", " two\n\nlines ", " two\n\nlines "),
+        ("maybe", "12", "12"),
+        ("maybe", "null", None),
+        ("count", "12", 12),
+        ("count", "a few", "a few"),
+        ("color", "1", "1"),
+        ("on", "True", True),
+        ("on", "maybe", "maybe"),
+        ("other", "1.5", 1.5),
+        ("other", "NaN", "NaN"),
+    ],
+)
+def test_bare_values_have_the_types_of_the_schema(key: str, text: str, value: object) -> None:
+    call = FunctionCall({"f": SCHEMA})
+    told = "".join(
+        map(call.feed, f"<function=f>\n<parameter={key}>\n{text}\n</parameter>\n</function>")
+    )
+    assert json.loads(told) == {key: value}
+    assert type(json.loads(told)[key]) is type(value)
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "forced"])

@@ -21,5 +21,7 @@ class ToolFormat:
     """Whether arguments are JSON, which a schema can be enforced on."""
     instructs: bool = False
     """The template knows no tools: they are explained in a message of the system."""
+    typed: bool = False
+    """The body of calls is made with the schemas of the functions' arguments, by their names."""
     short_ids: bool = False
     """Calls' ids are nine letters and digits, as the template demands."""

@@ -5,10 +5,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from services.gateway.openai.tools import gemma, generic, hermes, llama, mistral, phi
+from services.gateway.openai.tools import (
+    gemma,
+    generic,
+    hermes,
+    llama,
+    mistral,
+    phi,
+    qwen_coder,
+)
 from services.gateway.openai.tools.format import ToolFormat
 
-_BY_TEMPLATE: Final = (gemma.FORMAT, mistral.FORMAT, phi.FORMAT, hermes.FORMAT, llama.FORMAT)
+_BY_TEMPLATE: Final = (
+    *(gemma.FORMAT, mistral.FORMAT, phi.FORMAT, qwen_coder.FORMAT, hermes.FORMAT, llama.FORMAT),
+)
 """In this order: marks of the first ones are in no template of the later ones."""
 FORMATS: Final[Mapping[str, ToolFormat]] = {
     one.name: one for one in (*_BY_TEMPLATE, generic.FORMAT)

@@ -28,7 +28,7 @@ class Syntax:
     """End a region. It also ends where no further call follows."""
     bare: bool = False
     """An answer that begins with the object of a known function is a call without a mark."""
-    body: Callable[[], CallBody] = ObjectCall
+    body: Callable[..., CallBody] = ObjectCall
     """Reads one call behind a mark."""
 
 

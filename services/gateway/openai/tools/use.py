@@ -3,6 +3,7 @@ the answer is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal
 
 from services.gateway.openai.errors import invalid
@@ -43,9 +44,13 @@ class ToolUse:
     def syntax(self) -> Syntax:
         if self.mode == "forced":
             return _FORCED
-        if self.strict and self.form.syntax.begins:  # the grammar knows calls by their marks alone
-            return replace(self.form.syntax, bare=self.form.syntax.bare and not self.form.instructs)
-        return self.form.syntax
+        found = self.form.syntax
+        if self.form.typed:
+            schemas = {tool.function.name: tool.function.schema_of_arguments for tool in self.tools}
+            found = replace(found, body=partial(found.body, schemas))
+        if self.strict and found.begins:  # the grammar knows calls by their marks alone
+            return replace(found, bare=found.bare and not self.form.instructs)
+        return found
 
     def schema(self) -> dict[str, Any]:
         """What a forced answer has to be."""
