@@ -149,6 +149,17 @@ def test_what_gpt_oss_is_held_to_and_shown(gateway: Gateway) -> None:
     assert f"{CHANNELS[:-11]} to=functions.weather<|channel|>commentary json" in text
 
 
+def test_earlier_calls_are_shown_where_nothing_knows_tools(gateway: Gateway) -> None:
+    """Neither the template nor the request: an agent's last turn, say."""
+    turn = {"role": "assistant", "content": None, "tool_calls": [WEATHER_CALL]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "go"}, turn, result]}
+    tokens = gateway.post("/tokenize", json=body).json()["tokens"]
+    text = gateway.post("/detokenize", json={"model": "tiny", "tokens": tokens}).json()["prompt"]
+    assert '"name": "weather", "arguments": {"city": "Paris"}' in text
+    assert "<tool_response>\nsunny" in text
+
+
 WEATHER_CALL = {
     "id": "c1",
     "type": "function",

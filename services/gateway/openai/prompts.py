@@ -2,23 +2,27 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from precast.errors import InvalidRequest
 from precast.tokenizer.chat_template import ChatOptions
 from precast.tokenizer.model_tokenizer import ModelTokenizer
+from services.gateway.openai.call_ids import short_call_id
 from services.gateway.openai.errors import invalid
 from services.gateway.openai.infilling import infilling_of
 from services.gateway.openai.lengths import LimitedTokenizer
 from services.gateway.openai.messages import Message
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
+from services.gateway.openai.tools.formats import knows_tools
 from services.gateway.openai.tools.generic import explained
 from services.gateway.openai.tools.use import ToolUse
 
 _JOINS_ARGUMENTS: Final = re.compile(r"arguments['\"]?\]?\s*(\+|~)")
 """A template that puts a call's arguments into its text as they are wants them as a text."""
+_SHORT_IDS: Final = re.compile(r"\bid['\"]?\]?\s*\|\s*length\s*!=\s*9\b")
+"""A template that refuses ids of calls but those of nine letters and digits."""
 _RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a template that have fields of their own."""
 _NO_THOUGHT: Final = ("none", "minimal")
@@ -87,7 +91,7 @@ async def chat_prompt(
     template = tokenizer.chat_template.source
     messages = template_messages(body.messages, template)
     shown = [] if use is None else use.shown
-    if use is not None and use.form.instructs:
+    if use.form.instructs if use is not None else _called_unknown(body.messages, template):
         messages, shown = explained(messages, shown), []
     options = ChatOptions(
         tools=shown,
@@ -107,6 +111,12 @@ async def chat_prompt(
     if not ids:
         raise invalid("Invalid 'messages': they have no tokens.", "messages")
     return ChatPrompt(ids=ids, text=text)
+
+
+def _called_unknown(messages: Sequence[Message], template: str) -> bool:
+    """Whether there were calls, of which the template knows nothing."""
+    called = any(message.role == "tool" or message.tool_calls for message in messages)
+    return called and not knows_tools(template)
 
 
 def _check_variables(body: ChatRequest) -> None:
@@ -138,21 +148,24 @@ def _variables(body: ChatRequest, template: str) -> dict[str, Any]:
 def template_messages(messages: Sequence[Message], template: str) -> list[Mapping[str, Any]]:
     """Messages as chat templates look for them."""
     as_text = _JOINS_ARGUMENTS.search(template) is not None
+    id_of = short_call_id if _SHORT_IDS.search(template) else str
     names: dict[str, str] = {}
     """Of the functions that were called, by the calls' ids."""
     shown: list[Mapping[str, Any]] = []
     for message in messages:
         names |= {call.id: call.function.name for call in message.tool_calls or ()}
-        shown.append(_message(message, names, as_text=as_text))
+        shown.append(_message(message, names, id_of, as_text=as_text))
     return shown
 
 
-def _message(message: Message, names: Mapping[str, str], *, as_text: bool) -> dict[str, Any]:
+def _message(
+    message: Message, names: Mapping[str, str], id_of: Callable[[str], str], *, as_text: bool
+) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     shown: dict[str, Any] = {"role": role, "content": message.text}
     name = message.name
     if role == "tool" and message.tool_call_id is not None:
-        shown["tool_call_id"] = message.tool_call_id
+        shown["tool_call_id"] = id_of(message.tool_call_id)
         name = name or names.get(message.tool_call_id)
     if name is not None:
         shown["name"] = name
@@ -163,7 +176,7 @@ def _message(message: Message, names: Mapping[str, str], *, as_text: bool) -> di
     if message.tool_calls:
         shown["tool_calls"] = [
             {
-                "id": call.id,
+                "id": id_of(call.id),
                 "type": "function",
                 "function": {
                     "name": call.function.name,

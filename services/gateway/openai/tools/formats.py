@@ -26,11 +26,16 @@ FORMATS: Final[Mapping[str, ToolFormat]] = {
 _KNOWS_TOOLS: Final = re.compile(r"\btools\b")
 
 
+def knows_tools(template: str) -> bool:
+    """Whether a chat template shows tools by itself."""
+    return _KNOWS_TOOLS.search(template) is not None
+
+
 def format_of(template: str, parser: str = "auto") -> ToolFormat | None:
     """The format for a chat template's text; ``parser`` names another one, or none."""
     if parser != "auto":
         return FORMATS.get(parser)
-    if _KNOWS_TOOLS.search(template) is None:
+    if not knows_tools(template):
         return generic.FORMAT
     for one in _BY_TEMPLATE:
         if any(mark in template for mark in one.seen_in):

@@ -29,8 +29,17 @@ _Message = Mapping[str, Any]
 
 def explained(messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]]) -> list[_Message]:
     """Messages that any template can write: with the tools in the system's message, and calls and
-    their results as text."""
-    plain = [_as_text(message) for message in messages]
+    their results as text. Results of one turn are one message of the user, with what the user says
+    behind them: many templates want turns to alternate."""
+    plain: list[_Message] = []
+    after_result = False
+    for message in messages:
+        shown, is_result = _as_text(message), message["role"] == "tool"
+        if after_result and shown["role"] == "user":
+            plain[-1] = {**plain[-1], "content": f"{plain[-1]['content']}\n{shown['content']}"}
+        else:
+            plain.append(shown)
+        after_result = is_result
     if not tools:
         return plain
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

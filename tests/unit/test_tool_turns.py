@@ -1,0 +1,70 @@
+"""Earlier calls and their results, as strict chat templates take them."""
+
+import json
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from services.gateway.openai.call_ids import short_call_id
+from services.gateway.openai.prompts import template_messages
+from services.gateway.openai.schemas import ChatRequest
+from services.gateway.openai.tools.generic import explained
+
+ALTERNATING = (
+    "{% for m in messages if m.role != 'system' %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+"""As of Gemma 3."""
+NINE = (
+    "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+    "{% if call.id|length != 9 %}{{ raise_exception('nine!') }}{% endif %}"
+    "{{ call.id }}{% endfor %}{% if m.role == 'tool' %}"
+    "{% if m.tool_call_id|length != 9 %}{{ raise_exception('nine!') }}{% endif %}"
+    "={{ m.tool_call_id }}{% endif %}{% endfor %}"
+)
+"""As of Mistral 7B 0.3."""
+
+
+def call(call_id: str, name: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+
+def result(call_id: str, text: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": text}
+
+
+CALLS = {"role": "assistant", "content": None, "tool_calls": [call("c1", "f"), call("c2", "g")]}
+TURNS: list[Any] = [
+    {"role": "user", "content": "go"},
+    *(CALLS, result("c1", "one"), result("c2", "two")),
+    {"role": "user", "content": "So?"},
+]
+
+
+def rendered(messages: Any, template: str) -> str:
+    (text,), _ = render_jinja_template([messages], chat_template=template)
+    return str(text)
+
+
+def turns(template: str) -> Any:
+    body = ChatRequest.model_validate({"model": "m", "messages": TURNS})
+    return template_messages(body.messages, template)
+
+
+@pytest.mark.parametrize("tools", [[], [{"type": "function", "function": {"name": "f"}}]])
+def test_results_of_several_calls_are_one_turn(tools: list[Any]) -> None:
+    text = rendered(explained(turns(ALTERNATING), tools), ALTERNATING)
+    assert text.count("[user]") == 2
+    told = text.index("\none\n"), text.index("\ntwo\n"), text.index("So?")
+    assert list(told) == sorted(told)
+
+
+def test_ids_of_calls_are_as_long_as_the_template_wants() -> None:
+    text = rendered(turns(NINE), NINE)
+    assert text == "{0}{1}={0}={1}".format(*map(short_call_id, ("c1", "c2")))
+    assert short_call_id("abcdefGH1") == "abcdefGH1"
+    shown = json.dumps(turns(ALTERNATING))
+    assert '"c1"' in shown
