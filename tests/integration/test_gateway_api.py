@@ -213,6 +213,21 @@ def test_stop_strings(client: openai.OpenAI, stream: bool) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stop_string_that_was_hit_is_told(client: openai.OpenAI, stream: bool) -> None:
+    """As vLLM does, on both endpoints; nothing is told of other ends."""
+    asked: Any = {"model": "tiny", "max_tokens": 60, "stop": ["zzz", "brown"], "stream": stream}
+    chat: Any = [{"role": "user", "content": PROMPT}]
+    ended = [
+        client.completions.create(prompt=PROMPT, **asked),
+        client.chat.completions.create(messages=chat, **asked),
+        client.completions.create(prompt="a", **{**asked, "max_tokens": 3}),
+    ]
+    last: Any = [[*answer][-1].choices[0] if stream else answer.choices[0] for answer in ended]
+    told = [(choice.model_extra or {}).get("stop_reason") for choice in last]
+    assert told == ["brown", "brown", None]
+
+
 def test_64_stop_strings_of_any_length(client: openai.OpenAI) -> None:
     stops = ["x" * 2000, *(f"no {index}" for index in range(62)), "brown"]
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=40, stop=stops)

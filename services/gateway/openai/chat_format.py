@@ -11,7 +11,7 @@ from services.gateway.openai import responses as api
 from services.gateway.openai.call_ids import new_call_id
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import DONE, MARK, TextEvents, error_event, event
-from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason
+from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason, stop_reason
 from services.gateway.openai.interpret import AnswerReader
 from services.gateway.openai.logprobs import chat_logprobs
 from services.gateway.openai.message import message_of
@@ -64,7 +64,12 @@ class ChatFormat:
         reader = self._readers[index]
         rest = self._events(index, [_delta(part, self._plan) for part in reader.end()])
         reason = finish_reason(finished, has_calls=reader.has_calls)
-        choice = api.ChatChunkChoice(index=index, delta=api.ChatDelta(), finish_reason=reason)
+        choice = api.ChatChunkChoice(
+            index=index,
+            delta=api.ChatDelta(),
+            finish_reason=reason,
+            stop_reason=stop_reason(finished),
+        )
         return rest + event(self._chunk(choice))
 
     def ending(self, usage: api.Usage) -> bytes:
@@ -92,6 +97,7 @@ class ChatFormat:
             message=message,
             logprobs=chat_logprobs(choice.logprobs),
             finish_reason=finish_reason(choice.finished, has_calls=message.tool_calls is not UNSET),
+            stop_reason=stop_reason(choice.finished),
             token_ids=choice.token_ids if self._plan.shows_token_ids else UNSET,
         )
 

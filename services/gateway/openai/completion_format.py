@@ -10,7 +10,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai import responses as api
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import DONE, MARK, TextEvents, error_event, event
-from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason
+from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason, stop_reason
 from services.gateway.openai.logprobs import (
     TextOffsets,
     completion_logprobs,
@@ -61,7 +61,9 @@ class CompletionFormat:
     def closing(self, index: int, finished: pb.GenerationFinished) -> bytes:
         self._usage.set(index, finished.completion_tokens)
         reason = finish_reason(finished)
-        choice = api.CompletionChoice(index=index, text="", finish_reason=reason)
+        choice = api.CompletionChoice(
+            index=index, text="", finish_reason=reason, stop_reason=stop_reason(finished)
+        )
         return event(self._chunk(choice))
 
     def ending(self, usage: api.Usage) -> bytes:
@@ -97,6 +99,7 @@ class CompletionFormat:
             text=plan.echoes[at] + "".join(choice.text),
             logprobs=logprobs if plan.shows_logprobs else None,
             finish_reason=finish_reason(choice.finished),
+            stop_reason=stop_reason(choice.finished),
             prompt_token_ids=self._prompt_ids(at),
             token_ids=choice.token_ids if plan.shows_token_ids else UNSET,
         )

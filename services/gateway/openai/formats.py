@@ -123,3 +123,9 @@ def finish_reason(finished: pb.GenerationFinished | None, *, has_calls: bool = F
     if finished.reason == pb.FINISH_REASON_LENGTH:
         return "length"
     return "tool_calls" if has_calls else "stop"
+
+
+def stop_reason(finished: pb.GenerationFinished | None) -> str | UnsetType:
+    """The stop string that ended the choice."""
+    assert finished is not None, "shown before it finished"
+    return finished.stop_string or UNSET

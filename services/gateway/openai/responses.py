@@ -53,6 +53,8 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | UnsetType = UNSET
+    """Extension, as vLLM has it: the stop string that ended the choice, if one did."""
     prompt_token_ids: list[int] | UnsetType = UNSET
     """Extension, with return_token_ids."""
     token_ids: list[int] | UnsetType = UNSET
@@ -117,6 +119,8 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    stop_reason: str | UnsetType = UNSET
+    """Extension, as vLLM has it: the stop string that ended the choice, if one did."""
     token_ids: list[int] | UnsetType = UNSET
     """Extension, with return_token_ids."""
 
@@ -158,6 +162,8 @@ class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | UnsetType = UNSET
+    """Extension, as vLLM has it: the stop string that ended the choice, if one did."""
     token_ids: list[int] | UnsetType = UNSET
     """Extension, with return_token_ids."""
 
