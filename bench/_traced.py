@@ -73,7 +73,7 @@ def leader() -> int:
     wrap(StepsUnderWay, "finish", "take in tokens")
     wrap(Scheduler, "decode_on", "schedule the same batch")
     wrap(Scheduler, "schedule", "schedule anew")
-    wrap(RankGroup, "send_step", "step to socket")
+    wrap(RankGroup, "send_frames", "step to socket")
     wrap(Delivery, "tell", "text and message")
     wrap(LocalLink, "send", "message to socket")
     wrap(LocalLink, "send_tokens", "message to socket")

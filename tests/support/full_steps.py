@@ -32,7 +32,6 @@ class FullSteps:
         window = batch.window_paging
         return msgspec.structs.replace(
             self._last,
-            step_id=message.step_id,
             token_ids=np.full(len(batch.token_ids), LAST_DRAWN, dtype=np.int32).tobytes(),
             positions=_bytes(batch.positions),
             slots=_bytes(batch.paging.slots),

@@ -75,7 +75,6 @@ def _draw(step: Step, step_s: float) -> StepDone:
         np.arange(length - count, length) + 1 for length, count in zip(lengths, draws, strict=True)
     ]
     return StepDone(
-        step_id=step.step_id,
         token_ids=(np.concatenate(places) % VOCABULARY).tolist(),
         scores=_scores(step),
         step_us=int(step_s * 1e6),
@@ -94,7 +93,6 @@ def following(last: Step, command: DecodeOn) -> Step:
     contexts = np.frombuffer(last.context_lens, dtype=np.int32) + 1
     return msgspec.structs.replace(
         last,
-        step_id=command.step_id,
         token_ids=np.full(len(contexts), LAST_DRAWN, dtype=np.int32).tobytes(),
         positions=(contexts - 1).astype(np.int32).tobytes(),
         context_lens=contexts.astype(np.int32).tobytes(),

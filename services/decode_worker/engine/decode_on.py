@@ -17,7 +17,7 @@ from services.decode_worker.ranks.protocol import DecodeOn
 
 
 def decode_on(
-    step_id: int, batch: StepBatch, room: KvRoom, left: Callable[[Sequence], int]
+    batch: StepBatch, room: KvRoom, left: Callable[[Sequence], int]
 ) -> ScheduledStep | None:
     """The next step of a batch in which each sequence decodes by one token.
 
@@ -47,9 +47,7 @@ def decode_on(
         one.sequence.computed += 1
         one.sequence.computing += 1
         one.sequence.drawing += 1
-    return ScheduledStep(
-        batch=batch, message=DecodeOn(step_id=step_id, blocks=grown, window_blocks=more)
-    )
+    return ScheduledStep(batch=batch, message=DecodeOn(blocks=grown, window_blocks=more))
 
 
 def _grow(batch: StepBatch, places: list[int], blocks: BlockPool) -> bytes:

@@ -22,7 +22,7 @@ from services.decode_worker.engine.sequence import Sequence
 from services.decode_worker.engine.speculation import Drafting
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
-from services.decode_worker.ranks.protocol import DecodeOn, StepDone
+from services.decode_worker.ranks.protocol import DecodeOn, StepDone, frame
 
 MOST: Final = 64
 """Steps of a run."""
@@ -34,6 +34,11 @@ SHORT_S: Final = 0.012
 """Steps that are followed at once: about what the first token of another request waits longer."""
 
 
+def is_short(expected_s: float) -> bool:
+    """Whether a step that should take so long is to be followed at once."""
+    return expected_s <= SHORT_S
+
+
 _PAIR: Final = Struct("<ii")
 
 
@@ -41,7 +46,6 @@ _PAIR: Final = Struct("<ii")
 class RunSteps:
     """What the steps of a run are like."""
 
-    first_id: int
     graph_size: int
     expected_s: float
     """How long each should take; 0: not known."""
@@ -78,8 +82,10 @@ class PlainRun:
         self._settle = settle
         self._fail = fail
         self._left = steps
-        self._due = _growing([one.sequence for one in requests], blocks.block_size, steps)
-        self.short: Final = like.expected_s <= SHORT_S
+        self._due = _due([one.sequence for one in requests], blocks.block_size, steps)
+        self._again: Final = frame(DecodeOn(graph_size=like.graph_size))
+        """The command for a step in which nobody needs another block."""
+        self.short: Final = is_short(like.expected_s)
         """Whether each step is to be followed at once."""
         self.sent = 0
         """Steps that were sent."""
@@ -133,16 +139,14 @@ class PlainRun:
         """The same batch once more; false: what else there may be has to be looked at."""
         if not self._left:
             return False
-        like, sent = self._like, self.sent
-        places = self._due.get(sent)
-        grown = self._grow(places) if places is not None else b""
-        if grown is None:
+        places = self._due.get(self.sent)
+        command = self._again if places is None else self._growing(places)
+        if command is None:
             return False
         self._left -= 1
         self.sent += 1
         self.under_way += 1
-        step = DecodeOn(step_id=like.first_id + sent, blocks=grown, graph_size=like.graph_size)
-        group.send_next(step, timeout_s=like.limit_s)
+        group.send_frames(command, timeout_s=self._like.limit_s)
         return True
 
     def settle(self, metrics: Metrics) -> None:
@@ -173,14 +177,15 @@ class PlainRun:
             drafting.lookup.extend([tokens[place]])
         return any(drafting.draft(2) for _, drafting in self._drafting)
 
-    def _grow(self, places: list[int]) -> bytes | None:
-        """A block for each of them; places and blocks, int32 [G, 2]. None if there are too few."""
+    def _growing(self, places: list[int]) -> bytes | None:
+        """The command for a step in which each of them gets a block. None if there are too few."""
         if len(places) > self._blocks.free_blocks:
             return None
         found = self._blocks.allocate(len(places))
         for place, block in zip(places, found, strict=True):
             self._requests[place].sequence.blocks.append(block)
-        return b"".join(map(_PAIR.pack, places, found))
+        pairs = b"".join(map(_PAIR.pack, places, found))
+        return frame(DecodeOn(blocks=pairs, graph_size=self._like.graph_size))
 
 
 def _without(columns: StepTokens, places: Container[int]) -> StepTokens:
@@ -189,7 +194,7 @@ def _without(columns: StepTokens, places: Container[int]) -> StepTokens:
     return StepTokens(*([column[place] for place in kept] for column in rows))
 
 
-def _growing(sequences: Many[Sequence], size: int, steps: int) -> Mapping[int, list[int]]:
+def _due(sequences: Many[Sequence], size: int, steps: int) -> Mapping[int, list[int]]:
     """In which of the next steps who needs another block: places by the number of the step."""
     due = dict[int, list[int]]()
     for place, sequence in enumerate(sequences):

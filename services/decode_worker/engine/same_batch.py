@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 from services.decode_worker.engine.delivery import Delivery
-from services.decode_worker.engine.plain_run import SHORT_S, PlainRun
+from services.decode_worker.engine.plain_run import is_short
 from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.under_way import StepsUnderWay
 from services.decode_worker.ranks.group import RankGroup
@@ -57,23 +57,19 @@ class SameBatch:
     def answered(self, done: StepDone, now: float) -> None:
         run = self._under_way.run
         try:
-            if run is not None and run.take(done, now):
-                self._go_on(run)
-            else:
+            if run is None or not run.take(done, now):
                 self._take_in(done)
+                return
+            try:  # the short way
+                if self._interrupted or not run.short or not run.send_next(self._group):
+                    self._plan()
+            finally:
+                run.tell()
         except Exception as error:
             self._fail(error)
 
     def ended(self) -> None:
         self._leave()
-
-    def _go_on(self, run: PlainRun) -> None:
-        """A step is over that was dealt with in the short way."""
-        try:
-            if self._interrupted or not run.short or not run.send_next(self._group):
-                self._plan()
-        finally:
-            run.tell()
 
     def _take_in(self, done: StepDone) -> None:
         self._under_way.settle()
@@ -88,7 +84,7 @@ class SameBatch:
         if self._timer is not None:
             self._cancel_timer()
         left = 0.0
-        if self._under_way.expected_s > SHORT_S:
+        if not is_short(self._under_way.expected_s):
             left = self._group.sent_steps.left_s(self._under_way.next_due_s)
         if left > 0:
             self._timer = self._loop.call_later(left, self._guarded, self._send)
@@ -103,7 +99,7 @@ class SameBatch:
                 return
             self._under_way.count()
         if not self._interrupted and (self._under_way.repeats or self._settled()):
-            step = self._scheduler.decode_on(self._under_way.next_id)
+            step = self._scheduler.decode_on()
         if step is None:
             self._leave()
         else:

@@ -171,7 +171,7 @@ class Scheduler:
         """The next step, or None if there is nothing to do."""
         if self._drafter.awaits_draws(self._running):
             return None
-        return self._once_more(step_id) or self._schedule_anew(step_id)
+        return self._once_more() or self._schedule_anew(step_id)
 
     @property
     def decodes_on(self) -> bool:
@@ -179,11 +179,11 @@ class Scheduler:
         admits = self._waiting and len(self._running) < self._max_batch_size
         return self._same is not None and not admits
 
-    def decode_on(self, step_id: int) -> ScheduledStep | None:
+    def decode_on(self) -> ScheduledStep | None:
         """The next step if that is the last one's batch once more, and nothing else to be done."""
         if self._same is None or self._drafter.may_follow(self._same.sequences):
             return None
-        return self._once_more(step_id)
+        return self._once_more()
 
     def settle(self, sequence: Sequence) -> None:
         """Steps of the sequence are over: what they have written is there to stay."""
@@ -197,10 +197,10 @@ class Scheduler:
         """Its sequences to which drafts may come, by their places; None: they may now."""
         return self._drafter.watched(batch.sequences)
 
-    def _once_more(self, step_id: int) -> ScheduledStep | None:
+    def _once_more(self) -> ScheduledStep | None:
         if self._same is None or not self.decodes_on:
             return None
-        return decode_on(step_id, self._same, self._kv, self._left_after_draws)
+        return decode_on(self._same, self._kv, self._left_after_draws)
 
     def _schedule_anew(self, step_id: int) -> ScheduledStep | None:
         self._same = None

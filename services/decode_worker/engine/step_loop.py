@@ -22,7 +22,7 @@ from services.decode_worker.engine.under_way import UNKNOWN_STEP_TIMEOUT_S, Step
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
-from services.decode_worker.ranks.protocol import Masks
+from services.decode_worker.ranks.protocol import Masks, Step
 
 PING_S: Final = 2.0
 """How often ranks that have nothing to do are asked whether they are there."""
@@ -119,6 +119,7 @@ class StepLoop:
         step = self._under_way.oldest
         if step is None or not step.masked or step is self._masked:
             return
+        assert isinstance(step.message, Step), "draws with masks in a step that decodes on"
         self._masked = step
         matchers = [s.matcher if s.alive else None for s in step.masked]
         group.send_masks(masks_message(step.message.step_id, await masks_of(matchers)))

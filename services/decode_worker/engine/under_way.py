@@ -103,15 +103,14 @@ class StepsUnderWay:
         expected = self.expected_s
         return expected - max(AHEAD_S, AHEAD * expected)
 
-    def take_id(self) -> int:
-        """Of a step that is sent now."""
+    def take_id(self) -> None:
+        """A step is sent that has it."""
         self.next_id += 1
-        return self.next_id - 1
 
     def send(self, group: RankGroup, step: ScheduledStep) -> None:
         """Behind those that the ranks have. It was scheduled with ``next_id``."""
-        self.take_id()
         if isinstance(step.message, Step):
+            self.take_id()
             self._delivery.begun(step)
         if not self._sent and self._ranks_wait_since:
             self._metrics.host.inc(time.monotonic() - self._ranks_wait_since)
@@ -142,7 +141,6 @@ class StepsUnderWay:
             self._like = self._sent[-1]._replace(decodes_on=self._graphs.repeats)
             self._sent[-1] = self._like
             return
-        self.take_id()
         self._graphs.repeat()
         self._sent.append(
             _Sent(
@@ -160,7 +158,6 @@ class StepsUnderWay:
         batch = like.step.batch
         if all(sent.decodes_on and sent.step.batch is batch for sent in self._sent):
             steps = RunSteps(
-                first_id=self.next_id,
                 graph_size=like.graph_size,
                 expected_s=like.expected_s,
                 limit_s=like.limit_s,
@@ -174,7 +171,6 @@ class StepsUnderWay:
         if run is None:
             return
         run.settle(self._metrics)
-        self.next_id += run.sent
         self._sent += [self._sent[-1]._replace(repeats=True)] * run.sent
         self._uncounted += [(self._sent.popleft(), step_us) for step_us in run.steps_us]
         self._graphs.repeated(run.sent, run.taken)

@@ -20,7 +20,6 @@ from precast.system.shared_memory import remove_segment
 from services.decode_worker.ranks.kv_memory import KvMemory
 from services.decode_worker.ranks.launcher import ChildProcess, RankLauncher
 from services.decode_worker.ranks.protocol import (
-    FRAME_HEADER,
     Command,
     DecodeOn,
     DropGraph,
@@ -40,7 +39,6 @@ from services.decode_worker.ranks.protocol import (
     StartSampling,
     Step,
     StepDone,
-    encode,
     frame,
 )
 from services.decode_worker.ranks.rank_link import RankLink
@@ -146,17 +144,13 @@ class RankGroup:
 
         Doesn't raise: a group that has failed says so to whoever waits for the answer.
         """
-        data = b"".join(frame(message) for message in (*sampling, step))
-        for rank in self._ranks:
-            rank.send(data)
-        self.sent_steps.add(timeout_s)
+        frames = b"".join(frame(message) for message in (*sampling, step))
+        self.send_frames(frames, timeout_s=timeout_s)
 
-    def send_next(self, step: DecodeOn, *, timeout_s: float) -> None:
-        """``send_step`` of nothing but what nearly every step is."""
-        body = encode(step)
-        data = FRAME_HEADER.pack(len(body)) + body
+    def send_frames(self, frames: bytes, *, timeout_s: float) -> None:
+        """``send_step`` of one that is in frames already."""
         for rank in self._ranks:
-            rank.send(data)
+            rank.send(frames)
         self.sent_steps.add(timeout_s)
 
     def send_masks(self, masks: Masks) -> None:

@@ -220,7 +220,6 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
     if init.tp_rank != 0:
         return None
     return StepDone(
-        step_id=step.step_id,
         token_ids=drawn.tokens,
         logprobs=tuple(drawn.logprobs) if any(drawn.logprobs) else (),
         step_us=int((time.perf_counter() - started) * 1e6),

@@ -222,7 +222,6 @@ class DecodeOn(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_default
     """The sequences of the last ``Step`` that goes on, in their order, by one token more: that
     which was drawn last for each."""
 
-    step_id: int
     blocks: bytes = b""
     """int32 [G, 2]: those that have got another block, by their place, and that block; it is behind
     those that they had."""
@@ -259,7 +258,6 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    step_id: int
     token_ids: list[int]
     """[D]; -1 where none could be drawn."""
     logprobs: tuple[Logprobs | None, ...] = ()

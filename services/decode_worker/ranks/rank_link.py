@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import cast
 
@@ -44,21 +44,18 @@ class RankLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole frame, an answer to a step, and nothing that waits for the rest.
-        body = len(data) - FRAME_HEADER.size
-        if not self._buffer and body >= 0 and FRAME_HEADER.unpack_from(data)[0] == body:
-            self._hand_out(decode_reply(data[FRAME_HEADER.size :]))
-            return
+        size = len(data) - FRAME_HEADER.size
+        alone = not self._buffer and size >= 0 and FRAME_HEADER.unpack_from(data)[0] == size
+        for body in (data[FRAME_HEADER.size :],) if alone else self._whole(data):
+            reply = decode_reply(body)
+            if isinstance(reply, StepDone):
+                self._on_step(reply)
+            else:
+                self._on_reply(self, reply)
+
+    def _whole(self, data: bytes) -> Iterator[bytes]:
+        """The bodies of the frames that are complete with it."""
         self._buffer += data
-        self._take_whole()
-
-    def _hand_out(self, reply: Reply) -> None:
-        if isinstance(reply, StepDone):
-            self._on_step(reply)
-        else:
-            self._on_reply(self, reply)
-
-    def _take_whole(self) -> None:
-        """Hands out the frames that are complete."""
         while len(self._buffer) >= FRAME_HEADER.size:
             (size,) = FRAME_HEADER.unpack_from(self._buffer)
             if size > MAX_FRAME_BYTES:
@@ -67,9 +64,9 @@ class RankLink(asyncio.Protocol):
             end = FRAME_HEADER.size + size
             if len(self._buffer) < end:
                 return
-            reply = decode_reply(bytes(self._buffer[FRAME_HEADER.size : end]))
+            body = bytes(self._buffer[FRAME_HEADER.size : end])
             del self._buffer[:end]
-            self._hand_out(reply)
+            yield body
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.send = _drop
