@@ -800,6 +800,32 @@ def test_prompts_beside_decoding_take_no_longer_than_the_gap() -> None:
     assert sum(times) / len(times) > 0.08, "the gap is not used"
 
 
+def test_drafts_are_part_of_the_gap() -> None:
+    pace = Pace(0.150)
+    scheduler = make(
+        max_context_length=8192,
+        blocks=4096,
+        prefill_chunk=256,
+        pace=pace,
+        graph_sizes=lambda: (1, 2, 4, 8, 16),
+    )
+    for name in "ab":
+        scheduler.add(sequence(name, prompt=2, max_tokens=2000))
+    times = []
+    for number in range(80):
+        if number == 20:
+            scheduler.add(sequence("long", prompt=3000))
+        step = scheduler.schedule(number)
+        assert step is not None
+        seconds = 0.02 + 0.004 * step.decode_tokens + 0.001 * step.prompt_tokens
+        if step.decode_tokens > step.decoding and step.prompt_tokens:
+            times.append(seconds)
+        pace.observe(step.decode_tokens, step.prompt_tokens, seconds)
+        scheduler.apply(step, draw(step))  # the same token again and again, as drafts have it
+    assert len(times) > 10
+    assert max(times) <= 0.150
+
+
 def test_one_prompt_of_eight_choices_is_computed_once() -> None:
     scheduler = make(max_context_length=4096, blocks=2048, max_batch_size=8, prefill_chunk=256)
     choices = [sequence(f"n{number}", prompt=4001, max_tokens=2) for number in range(8)]

@@ -233,7 +233,8 @@ class Scheduler:
         decoding = self._decoding()
         chosen = self._with_drafts(decoding)
         prompts = unfinished_prompts(self._running, self.blocks.block_size)
-        chunks = prompt_chunks(prompts, self._budget(len(decoding)), alone=not decoding)
+        budget = self._budget(sum(one.tokens for one in chosen))
+        chunks = prompt_chunks(prompts, budget, alone=not decoding)
         return chosen + self._kv.fitted(chunks), len(decoding)
 
     def _is_stuck(self) -> bool:
@@ -326,8 +327,9 @@ class Scheduler:
             self._running.append(sequence)
 
     def _budget(self, decoding: int) -> int:
-        """Tokens of prompts in a step. However many decode, half a chunk may be left to them; a
-        sequence that decodes is held up no longer than the pace allows."""
+        """Tokens of prompts in a step with so many others, drafts among them. However many these
+        are, half a chunk may be left to prompts; a sequence that decodes is held up no longer than
+        the pace allows."""
         most = max(self._prefill_chunk - decoding, self._prefill_chunk // 2, 1)
         return min(most, self._pace.prompt_tokens(decoding))
 
