@@ -32,13 +32,6 @@ class BodyWriter:
         if piece:
             self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
-    def write_now(self, piece: bytes) -> bool:
-        """Sends it if it ``is_open``; whether it is."""
-        if not self.is_open:
-            return False
-        self.write(piece)
-        return True
-
 
 def offer(cycle: RequestResponseCycle) -> None:
     """Lets the application find the request's writer."""

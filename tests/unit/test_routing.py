@@ -121,7 +121,7 @@ def test_work_is_what_is_left_of_it() -> None:
     load = Load()
     load.reserve(1, work=100)
     load.reserve(2, work=50)
-    load.done(70)
+    load.left -= 70
     assert load.work(usual=40.0) == 80 + 2 * LEAST_WORK
     load.observe(3)  # one is another gateway's
     assert load.work(usual=40.0) == 80 + 2 * LEAST_WORK + 40

@@ -141,7 +141,7 @@ def compute(running: list[Turn]) -> list[Turn]:
         for turn in mine:
             done = min(turn.left, max(1, SPEED // len(mine)))
             turn.left -= done
-            worker.load.done(done)
+            worker.load.left -= done
     return [turn for turn in running if turn.left == 0]
 
 

@@ -287,8 +287,9 @@ class _Stream:
             return None
 
         def follow(index: int, tokens: int, text: str, now: float) -> bool:
-            if not writer.write_now(events[first + index].event(text)):
+            if not writer.is_open:
                 return False
+            writer.write(events[first + index].event(text))
             watch.see_tokens(first + index, tokens, now)
             return True
 

@@ -32,6 +32,7 @@ from precast.rpc.tls import Tls
 from precast.system.backoff import Backoff
 from services.gateway.routing.channel import connect, local_link
 from services.gateway.routing.event_queue import Delta, EventQueue
+from services.gateway.routing.load import Load
 from services.gateway.routing.prefixes import Prefix
 
 log = get_logger(__name__)
@@ -104,12 +105,12 @@ class WorkerConnection:
         *,
         on_heartbeat: Callable[[pb.Heartbeat], None],
         on_change: Callable[[], None],
-        on_done: Callable[[int], None],
         on_end: Callable[[Place, Ended], None],
+        load: Load,
         tls: Tls | None = None,
     ) -> None:
-        """``on_change`` is called when the stream is there, and when it has broken; ``on_done``
-        with the work that is done; ``on_end`` when a request that was sent has ended."""
+        """``on_change`` is called when the stream is there, and when it has broken; ``on_end`` when
+        a request that was sent has ended. ``load``: what is done is taken off it."""
         self.address = address
         self._tls = tls
         self.up = False
@@ -118,7 +119,7 @@ class WorkerConnection:
         """Whether a stream was open at least once."""
         self._on_heartbeat = on_heartbeat
         self._on_change = on_change
-        self._on_done = on_done
+        self._load = load
         self._on_end = on_end
         self._places: dict[int, Place] = {}
         """By handle."""
@@ -220,6 +221,7 @@ class WorkerConnection:
         link = await local_link(stub)
         self._link = link
         if link is not None:
+            await channel.close(None)  # else its pings would keep gRPC's threads awake
             await self._serve(self._read_locally(link), self._write_locally(link), link.abort)
         else:
             call = stub.Generate(metadata=[HEARTBEATS, COLUMNS])
@@ -304,7 +306,7 @@ class WorkerConnection:
                 place.tokens += ids
                 done += place.done(count)
                 place.queue.put_text(place.index, ids, text, now)
-        self._on_done(done)
+        self._load.left -= done
 
     def _columns(
         self,
@@ -325,12 +327,12 @@ class WorkerConnection:
             logprobs = reports.get(handle, ())
             delta = Delta(tokens=count, text=text, token_ids=ids, logprobs=logprobs)
             place.queue.put(place.index, delta)
-        self._on_done(done)
+        self._load.left -= done
 
     def _put(self, handle: int, delta: Delta) -> None:
         if (place := self._places.get(handle)) is not None:  # None: it was aborted meanwhile
             place.tokens += delta.token_ids
-            self._on_done(place.done(delta.tokens))
+            self._load.left -= place.done(delta.tokens)
             place.queue.put(place.index, delta)
 
     def _single(self, response: pb.GenerateResponse) -> None:

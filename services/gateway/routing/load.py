@@ -28,7 +28,7 @@ class Load:
         self.reserved = 0
         """Requests of this gateway that are there now."""
         self.last_chosen = 0
-        self._work = 0
+        self.left = 0
         """Tokens of them that are still to be computed."""
 
     @property
@@ -38,7 +38,7 @@ class Load:
 
     def work(self, usual: float) -> int:
         """Tokens to be computed; ``usual``: of a request of which nothing else is known."""
-        return self._work + LEAST_WORK * self.reserved + round(usual * self._others)
+        return self.left + LEAST_WORK * self.reserved + round(usual * self._others)
 
     def observe(self, reported: int) -> None:
         """A fresh lease or heartbeat says that ``reported`` requests run or wait."""
@@ -48,19 +48,15 @@ class Load:
 
     def reserve(self, sequence: int, work: int = 0) -> None:
         self.reserved += 1
-        self._work += work
+        self.left += work
         self._peak = max(self._peak, self.reserved)
         self.last_chosen = sequence
-
-    def done(self, work: int) -> None:
-        """So much of what was reserved is computed."""
-        self._work -= work
 
     def release(self, left: int = 0) -> None:
         """A request has ended, with so much of its work undone."""
         assert self.reserved > 0, "released more often than reserved"
         self.reserved -= 1
-        self._work -= left
+        self.left -= left
 
 
 class UsualOutput:

@@ -68,7 +68,7 @@ class Worker:
             tls=tls,
             on_heartbeat=self._on_heartbeat,
             on_change=self._on_connection,
-            on_done=self.load.done,
+            load=self.load,
             on_end=self._on_end,
         )
 
