@@ -196,6 +196,8 @@ async def test_a_step_with_more_than_tokens_is_a_whole_message(more: str) -> Non
         outbox.prompt(A, [report(1)])
     outbox.flush()
     assert (peer.got, peer.tokens) == ([1, 2], [])
+    outbox.flush()
+    assert peer.tokens == [], "nothing waits"
     assert await all_of(outbox) == []
 
 

@@ -107,7 +107,7 @@ class Outbox:
         self._sink = sink
 
     def flush(self) -> None:
-        """A step is told: send what it gave now, where that can be; else ``responses`` has it."""
+        """Send what waits now, where that can be; else ``responses`` has it."""
         if self._sink is None or self._yielding or not self._sink.is_writable:
             self._changed.set()
             return
@@ -130,7 +130,7 @@ class Outbox:
 
     def _tokens_alone(self) -> StepTokens | None:
         """What waits, if it is a few tokens and their text and nothing else."""
-        if self._endings or self._prompts or self._heartbeat is not None:
+        if not self._outputs or self._endings or self._prompts or self._heartbeat is not None:
             return None
         handles, counts, token_ids, texts = list[int](), list[int](), list[int](), list[str]()
         for output in self._outputs.values():
@@ -166,7 +166,7 @@ class Outbox:
     def heartbeat(self, beat: pb.Heartbeat) -> None:
         """Sent before all that waits; in the place of one that was not read yet."""
         self._heartbeat = beat
-        self._changed.set()
+        self.flush()
 
     def end(self, ending: Ending) -> None:
         """The last word of a request, sent after its tokens."""
