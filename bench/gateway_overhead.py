@@ -203,7 +203,7 @@ def many(stack: Stack, options: argparse.Namespace) -> Row:
     """A thousand streams, in groups that step one after the other."""
     streams, tokens = options.streams, options.many_tokens
     port = _clocked_worker(stack, options)
-    gateway = stack.gateway(log_level="warning")
+    gateway = stack.gateway(log_level="warning", worker_refresh_s=token_cost.REFRESH_S)
     past = uvloop.run(_many_streams.past(port, MODEL, streams, tokens))
     used = cpu_s(gateway)
     through = uvloop.run(_many_streams.through(gateway.port, MODEL, streams, tokens))
@@ -232,7 +232,7 @@ def _both_ways(
 ) -> dict[str, Round]:
     """One worker and one gateway."""
     worker = stack.worker(step_ms=step_ms)
-    gateway = stack.gateway(log_level="warning")
+    gateway = stack.gateway(log_level="warning", worker_refresh_s=token_cost.REFRESH_S)
     rounds = options.rounds
     return asyncio.run(
         compare(worker, gateway, concurrency=concurrency, tokens=options.tokens, rounds=rounds)

@@ -30,6 +30,8 @@ from tests.support.ports import free_port
 MODEL = "tiny"
 PROMPT = list(range(1, 9))
 _WARM_TOKENS = 20
+REFRESH_S = 2.0
+"""A gateway's own default; those of tests look more often for new workers."""
 _LEADER = (
     "import sys; from precast.config.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.ranks.launcher import RankLauncher;"
@@ -138,7 +140,7 @@ def main() -> None:
         ):
             stack = Stack(redis_url=redis.url, models_dir=home / "models", started=[])
             try:
-                gateway = stack.gateway(log_level="warning")
+                gateway = stack.gateway(log_level="warning", worker_refresh_s=REFRESH_S)
                 for streams in map(int, options.streams.split(",")):
                     costs = [
                         asyncio.run(measure(worker, gateway, streams, options.tokens))

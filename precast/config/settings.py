@@ -162,8 +162,9 @@ class GatewaySettings(CommonSettings):
     expected_models: Names = ()
     """Models whose workers may have yet to come up: requests for them are answered with 503 and
     Retry-After meanwhile, those for other unknown models with 404."""
-    worker_refresh_s: Seconds = 0.5
-    """How often the list of live workers is read."""
+    worker_refresh_s: Seconds = 2.0
+    """How often the list of live workers is read; four times as often while there is none, or one
+    doesn't answer."""
     model_host: str = Field(default="", pattern=r"^[A-Za-z0-9._-]{0,80}$")
     """Name of the Unix socket where models are started on demand; `precast serve
     --models-on-demand` gives it. Empty: workers are there by themselves."""

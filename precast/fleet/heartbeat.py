@@ -2,21 +2,23 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final, Self
 
 from precast.errors import RegistryUnavailable
 from precast.fleet.leases import Lease, Registry
 from precast.log import get_logger
 from precast.system.backoff import Backoff
+from precast.system.wakeup import Wakeup
 
 log = get_logger(__name__)
 
-HEARTBEAT_INTERVAL_S: Final = 1.0
+HEARTBEAT_INTERVAL_S: Final = 2.0
+"""What a worker does comes to gateways on their streams, each second; a lease says that it is there
+and what it has, whose changes are published at once."""
 
 
 class Heartbeat:
-    """Publishes what ``make_record`` returns, every second, until stopped.
+    """Publishes what ``make_record`` returns, every two seconds, until stopped.
 
     Outages of Redis are logged once and outlived; ``stop`` withdraws the lease. Use it as an async
     context manager or through ``start`` and ``stop``.
@@ -33,7 +35,7 @@ class Heartbeat:
         self._make_record = make_record
         self._interval_s = interval_s
         self._retry = Backoff(first_s=interval_s)
-        self._changed = asyncio.Event()
+        self._wakeup = Wakeup()
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
 
@@ -43,7 +45,7 @@ class Heartbeat:
 
     def publish_soon(self) -> None:
         """Publish now instead of at the next beat: readers should see a change at once."""
-        self._changed.set()
+        self._wakeup.set()
 
     async def stop(self) -> None:
         """Stop beating and withdraw the lease. Bounded, and never fails."""
@@ -66,11 +68,8 @@ class Heartbeat:
 
     async def _run(self) -> None:
         while True:
-            self._changed.clear()
             await self._beat()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._pause_s()):
-                    await self._changed.wait()
+            await self._wakeup.wait(self._pause_s())
 
     def _pause_s(self) -> float:
         """Up to the next beat: workers that have lost Redis together don't beat together."""

@@ -1,7 +1,7 @@
 """Who is alive: workers' leases in Redis.
 
 A worker publishes its record as JSON under ``precast:lease:<kind>:<worker_id>`` with a time to live
-and renews it every second with its fresh load. Everything is level-triggered: after an outage of
+and renews it every two seconds with its load. Everything is level-triggered: after an outage of
 Redis the next beat puts the record back, and readers keep their last-known list meanwhile. A lease
 that is gone means that Redis has not heard of the worker lately, no more: who holds a connection to
 it knows better.
@@ -31,7 +31,7 @@ from precast.rpc.address import Address
 log = get_logger(__name__)
 
 LEASE_TTL_S: Final = 6.0
-"""Beats come every second: a host that is busy for some of them loses no lease."""
+"""Three beats' time: a host that is busy for one or two of them loses no lease."""
 _SOCKET_TIMEOUT_S: Final = 1.0
 _OPERATION_TIMEOUT_S: Final = 2.5
 """Bound of one registry call: name resolution, connecting and one retry included."""

@@ -1,8 +1,8 @@
 """DecodeService: convert, call the worker, convert back."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any, Final
 
 from precast.errors import InvalidRequest
@@ -78,15 +78,14 @@ async def _generate(
     if sink is not None:
         stream.outbox.attach(sink)
     reader = asyncio.create_task(stream.read(requests))
-    heart = asyncio.create_task(stream.beat(wanted=heartbeats))
     try:
-        async for response in stream.outbox.responses():
-            yield response
+        with stream.beating() if heartbeats else nullcontext():
+            async for response in stream.outbox.responses():
+                yield response
         if reader.done():
             reader.result()  # raises what it failed with
     finally:
         reader.cancel()
-        heart.cancel()
         stream.abort_all()
 
 
@@ -98,6 +97,7 @@ class _Stream:
         self.outbox = Outbox(columns=columns)
         self._live: set[str] = set()
         self._half_closed = False
+        self._next_beat: asyncio.TimerHandle | None = None
 
     async def read(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
         """Starts and aborts requests until the client half-closes; the rest is then still sent."""
@@ -109,11 +109,25 @@ class _Stream:
             self._half_closed = True
             self._close_if_done()
 
-    async def beat(self, *, wanted: bool) -> None:
-        """Says every second, and when the state changes, that the worker lives."""
-        while wanted:
-            self.outbox.heartbeat(self._worker.heartbeat())
-            await self._worker.wait_changed(HEARTBEAT_S)
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Says meanwhile, every second and when the state changes, that the worker lives."""
+        self._worker.watchers.add(self._beat)
+        self._beat()
+        try:
+            yield
+        finally:
+            self._worker.watchers.discard(self._beat)
+            self._cancel_beat()
+
+    def _beat(self) -> None:
+        self._cancel_beat()
+        self._next_beat = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
+        self.outbox.heartbeat(self._worker.heartbeat())
+
+    def _cancel_beat(self) -> None:
+        if self._next_beat is not None:
+            self._next_beat.cancel()
 
     def abort_all(self) -> None:
         for request_id in list(self._live):

@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import time
-from contextlib import suppress
 from typing import Final
 
 import uvloop
@@ -34,7 +33,7 @@ from services.decode_worker.engine.scheduler import Scheduler
 from services.decode_worker.engine.sizing import Share, rank_inits, window_blocks
 from services.decode_worker.graphs.autotune.loop import keep_tuning
 from services.decode_worker.graphs.autotune.policy import AutotunePolicy, kept_sizes
-from services.decode_worker.graphs.compiler_client import CompilerClient
+from services.decode_worker.graphs.compiler_client import LOOK_S, CompilerClient
 from services.decode_worker.graphs.loader import ArtifactLoader
 from services.decode_worker.graphs.manager import GraphManager
 from services.decode_worker.metrics import Metrics
@@ -53,10 +52,6 @@ _OPEN_AFTER_S: Final = 0.2
 _WARM_S: Final = 5.0
 """After its start a worker has other things to do with its processors than to get ready for
 constraints."""
-_START_POLL_S: Final = 0.02
-_STATE_POLL_S: Final = 1.0
-"""How often the state is looked at though nothing is known to have changed: each look wakes a
-process that may have one stream to serve."""
 
 
 def run(settings: DecodeWorkerSettings, launcher: RankLauncher, share: Share) -> int:
@@ -79,7 +74,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
             "UNSIGNED GRAPHS ARE ALLOWED: whoever reaches the compile worker runs code here"
         )
     pace = Pace(settings.max_decode_gap_ms / 1e3)
-    changed, state_changed = asyncio.Event(), asyncio.Event()
+    changed = asyncio.Event()
     graphs = GraphManager(settings.graph_sizes, changed.set)
     scheduler = Scheduler(
         blocks=share.kv_blocks,
@@ -107,7 +102,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         metrics=metrics,
         pace=pace,
         content=share.content,
-        on_change=state_changed.set,
+        on_change=changed.set,
     )
     running = asyncio.create_task(engine.run(), name="engine")
     worker_id = f"decode-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -126,7 +121,7 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
         constraints=constraints,
         tokenizer_digest=digest_of_tokenizer(settings),
         tracer=tracer,
-        on_change=state_changed.set,
+        on_change=changed.set,
     )
     registry = Registry.connect(settings.redis_url)
     tls = Tls.load(settings.tls_dir, Role.DECODE_WORKER)
@@ -150,9 +145,8 @@ async def _serve(settings: DecodeWorkerSettings, launcher: RankLauncher, share: 
                     asyncio.create_task(
                         _get_graphs(worker_id, settings, engine, graphs, registry, tls)
                     ),
-                    asyncio.create_task(_follow_changes(changed, heartbeat)),
                     asyncio.create_task(
-                        _follow_state(worker, state_changed, server, heartbeat, started)
+                        _follow_changes(worker, changed, server, heartbeat, started)
                     ),
                     asyncio.create_task(_adapt(settings, engine, graphs)),
                     asyncio.create_task(_open_constraints(engine, constraints)),
@@ -187,7 +181,7 @@ async def _get_graphs(
     )
     while not (trusted.allow_unsigned or any(trusted.folder.glob("*.pub"))):  # noqa: ASYNC110
         # A compile worker that starts for the first time has yet to make its key.
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(LOOK_S)
     trusted.require_valid()
     client = CompilerClient(
         worker_id=worker_id,
@@ -225,32 +219,24 @@ async def _open_constraints(engine: Engine, constraints: ConstraintCompiler) -> 
     await asyncio.Event().wait()
 
 
-async def _follow_changes(changed: asyncio.Event, heartbeat: Heartbeat) -> None:
+async def _follow_changes(
+    worker: Worker, changed: asyncio.Event, server: Server, heartbeat: Heartbeat, started: float
+) -> None:
+    """Keeps the health service, the lease and gateways in step with the worker, of whose state and
+    graphs each change is told."""
+    known, first = "starting", True
     while True:
         await changed.wait()
         changed.clear()
         heartbeat.publish_soon()
-
-
-async def _follow_state(
-    worker: Worker, changed: asyncio.Event, server: Server, heartbeat: Heartbeat, started: float
-) -> None:
-    """Keeps the health service, the lease and gateways in step with the worker's state."""
-    known, first = "starting", True
-    while True:
-        changed.clear()
         if (state := worker.state) != known:
             known = state
             worker.tell_change()
             await server.set_serving(state == "ready")
-            heartbeat.publish_soon()
             if state == "ready" and first:
                 first = False
                 start_s = round(time.monotonic() - started, 2)
                 log.info("decode worker ready", port=server.port, start_s=start_s)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_START_POLL_S if first else _STATE_POLL_S):
-                await changed.wait()
 
 
 def _watch(metrics: Metrics, engine: Engine, scheduler: Scheduler) -> None:

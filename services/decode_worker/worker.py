@@ -1,9 +1,7 @@
 """A decode worker as its gRPC service and its lease see it."""
 
-import asyncio
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 from tokenizers import Tokenizer
@@ -91,8 +89,8 @@ class Worker:
         self._draining = Draining(self.abort, on_change)
         self._constraints = constraints
         self._pending = PendingRequests(constraints, self._admit, _code_of)
-        self._changed = asyncio.Event()
-        """Set when the state changes."""
+        self.watchers: Final = set[Callable[[], None]]()
+        """Told when the state changes."""
         self._had_graphs = False
         """Whether all graphs were there once: a size that is added later is no reason to pause."""
 
@@ -220,15 +218,9 @@ class Worker:
         return "ready"
 
     def tell_change(self) -> None:
-        """The state is another one than before: wakes all that wait for that."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def wait_changed(self, timeout_s: float) -> None:
-        """Until the state changes, or the time is over."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
+        """The state is another one than before."""
+        for tell in list(self.watchers):
+            tell()
 
     def heartbeat(self) -> pb.Heartbeat:
         return pb.Heartbeat(

@@ -21,6 +21,7 @@ from precast.errors import ConfigError
 from precast.log import get_logger
 from precast.rpc.address import is_loopback
 from precast.system.alive import keep_beating
+from precast.system.wakeup import Wakeup
 from services.gateway.app import create_app
 from services.gateway.http.protocol import ConnectionLimits, limited
 from services.gateway.in_flight import InFlight
@@ -54,7 +55,7 @@ class _Server(uvicorn.Server):
         self._app = app
         self._drain_s = drain_s
         self._stopped_at: float | None = None
-        self._stopping = asyncio.Event()
+        self._stopping = Wakeup()
         self._ending: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -73,9 +74,7 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Ticks, which keep the date of answers, once a second; uvicorn's own are ten."""
         while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_S):
-                    await self._stopping.wait()
+            await self._stopping.wait(_TICK_S)
 
     def _stop(self) -> None:
         """The first signal lets requests finish; a second one, a second later, ends them."""

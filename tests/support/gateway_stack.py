@@ -171,6 +171,7 @@ class Stack:
             "metrics_port": free_port(),
             "redis_url": self.redis_url,
             "drain_timeout_s": 2,
+            "worker_refresh_s": 0.5,
             **settings,
         }
         process = self._start(f"{__name__}:serve_gateway", json.dumps(values))

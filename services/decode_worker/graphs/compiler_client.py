@@ -48,8 +48,9 @@ SETTLED_S: Final = 10.0
 ASK_FIRST_S: Final = 2.0
 """How long a start waits for a compile worker before it trusts its cache alone."""
 TRIAL_REPORT_S: Final = 0.25
-TRUST_POLL_S: Final = 0.5
-"""How often the trusted keys are looked at; each verification looks at them too."""
+LOOK_S: Final = 1.0
+"""How often the trusted keys are looked at, which each verification does too, and whether there is
+a trial: not more often, for each look takes a token's time at one stream."""
 
 
 class CompilerClient:
@@ -116,7 +117,7 @@ class CompilerClient:
         """Gets rid of graphs whose key was revoked, and asks anew once trust has changed."""
         known = self._trusted.keys
         while True:
-            await asyncio.sleep(TRUST_POLL_S)
+            await asyncio.sleep(LOOK_S)
             if self._trusted.keys != known:
                 known = self._trusted.keys
                 await self._loader.distrust()
@@ -199,7 +200,7 @@ class CompilerClient:
                 if told.get(report.key) != report:
                     await report_trial(stub, self._worker_id, report)
                     told[report.key] = report
-            await asyncio.sleep(TRIAL_REPORT_S)
+            await asyncio.sleep(TRIAL_REPORT_S if self._graphs.trials.busy else LOOK_S)
 
     async def _follow_trial(self, stub: Any, spec: Spec, state: pb.GraphState) -> None:
         """Takes up a trial that is this worker's, and ends one that is no longer."""

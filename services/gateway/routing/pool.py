@@ -30,6 +30,9 @@ log = get_logger(__name__)
 
 STOPPING: Final = "The gateway is shutting down."
 _MAX_PAUSE_S: Final = 2.0
+_OFTEN: Final = 4
+"""Times as often as usual the list is read while it may tell what became of a worker. Else it is
+not: what reads it has left the caches, and puts out of them what each token needs."""
 _MAX_MODELS: Final = 4096
 
 
@@ -51,8 +54,8 @@ class WorkerPool:
         shown, and who they must be."""
         self._tls = tls
         self._registry = registry
-        self._refresh_s = refresh_s
-        self._pause = Backoff(first_s=refresh_s, max_s=max(refresh_s, _MAX_PAUSE_S))
+        self._refresh_s, self._soon_s = refresh_s, refresh_s / _OFTEN
+        self._pause = Backoff(first_s=self._soon_s, max_s=max(self._soon_s, _MAX_PAUSE_S))
         self._workers: dict[str, Worker] = {}
         self._first_seen: dict[str, float] = {}
         self._expected = frozenset(expected_models)
@@ -178,8 +181,13 @@ class WorkerPool:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._pause.wait_s(self._failures) or self._refresh_s)
+            await self.wait_changed(self._pause.wait_s(self._failures) or self._next_look_s())
             await self.refresh()
+
+    def _next_look_s(self) -> float:
+        """Until the list is read again: while all workers answer it can tell of new ones alone."""
+        all_answer = all(worker.connection.up for worker in self._workers.values())
+        return self._refresh_s if self._workers and all_answer else self._soon_s
 
     async def refresh(self) -> None:
         """Read the leases. While Redis is down, the last-known workers stay. Never fails."""

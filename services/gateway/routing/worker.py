@@ -22,7 +22,7 @@ from services.gateway.routing.prefixes import BLOCK, MAX_BLOCKS, Hashes, PrefixI
 
 log = get_logger(__name__)
 
-MISSING_GRACE_S: Final = 2.0
+MISSING_GRACE_S: Final = 3.0
 """A worker that doesn't answer is gone only when its lease has been missing this long in answers of
 Redis. A Redis that comes back empty lacks every lease until the workers' next beat."""
 FORGET_S: Final = 60.0
