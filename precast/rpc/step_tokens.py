@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 
-class StepTokens(msgspec.Struct, array_like=True, frozen=True):
+class StepTokens(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """As in ``StepOutput``, which has what else a step may give."""
 
     handles: list[int]

@@ -97,25 +97,25 @@ class _Bytes:
         self._table = table
         self._show_special = show_special
         self._texts = table.whole_texts
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._partial = False
-        """Whether the decoder holds a part of a character."""
+        self._held = b""
+        """A part of a character."""
 
     def push(self, token_id: int) -> str:
         if self._show_special and self._table.is_special(token_id):
             return self._decode(self._table.name(token_id).encode())
         # Most tokens are whole characters that follow whole characters: a look-up, and no more.
-        if not self._partial and (text := self._texts.get(token_id)) is not None:
+        if not self._held and (text := self._texts.get(token_id)) is not None:
             return text
         return self._decode(self._table.bytes_of(token_id))
 
-    def _decode(self, added: bytes) -> str:
-        text = self._utf8.decode(added)
-        self._partial = bool(self._utf8.getstate()[0])
+    def _decode(self, added: bytes, *, final: bool = False) -> str:
+        known = self._held + added
+        text, used = codecs.utf_8_decode(known, "replace", final)
+        self._held = known[used:]
         return text
 
     def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return self._decode(b"", final=True)
 
 
 class _Window:

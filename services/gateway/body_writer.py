@@ -19,7 +19,6 @@ class BodyWriter:
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
 
-    @property
     def is_open(self) -> bool:
         """Whether the answer's headers are sent, and a piece can be sent behind them now."""
         cycle = self._cycle

@@ -26,7 +26,9 @@ def decode_on(
     sequence may have after those that are being drawn.
     """
     blocks, windows = room.blocks, room.windows
-    size, short, short_windows = blocks.block_size, list[int](), list[int]()
+    size = blocks.block_size
+    short: list[int] = []
+    short_windows: list[int] = []
     for place, one in enumerate(batch.chosen):
         sequence = one.sequence
         if not sequence.drawing or left(sequence) <= 0:

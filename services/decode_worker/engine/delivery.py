@@ -79,7 +79,7 @@ class Delivery:
         if self._unsent or self._scores or self._scheduler.windows is not None:
             return None
         first = self._request_of(batch.sequences[0])
-        if first is None or first.outbox.sink_now is None:  # over gRPC, or to a slow reader
+        if first is None or first.outbox.sink_now() is None:  # over gRPC, or to a slow reader
             return None
         requests = [r for s in batch.sequences if (r := self._request_of(s)) and r.is_plain]
         alike = {(one.outbox, one.told_s) for one in requests}

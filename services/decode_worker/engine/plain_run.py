@@ -103,7 +103,7 @@ class PlainRun:
     def take(self, done: StepDone, now: float) -> bool:
         """Takes in what a step gave; false, with nothing done, where that is not so simple, or
         where the ranks have no other. Else ``tell`` is to be called."""
-        tokens, sink = done.token_ids, self._outbox.sink_now
+        tokens, sink = done.token_ids, self._outbox.sink_now()
         if self.under_way < 2 or sink is None or done.failed or not self._ends.isdisjoint(tokens):
             return False
         self.under_way -= 1
@@ -118,7 +118,9 @@ class PlainRun:
     def tell(self) -> None:
         """Sends on what was taken in last: the last that is done for a step, for whoever reads it
         may get the processor at once."""
-        tokens, texts, failed = self._tokens[-1], list[str](), dict[int, Exception]()
+        tokens = self._tokens[-1]
+        texts: list[str] = []
+        failed: dict[int, Exception] = {}
         for text_of, token in zip(self._texts_of, tokens, strict=True):
             try:
                 texts.append(text_of(token))

@@ -120,7 +120,6 @@ class Outbox:
                 self._sink.send(response)
         self._read.set()
 
-    @property
     def sink_now(self) -> Sink | None:
         """Where tokens may be sent now, past what waits; None while other tokens do."""
         sink = self._sink
@@ -132,7 +131,10 @@ class Outbox:
         """What waits, if it is a few tokens and their text and nothing else."""
         if not self._outputs or self._endings or self._prompts or self._heartbeat is not None:
             return None
-        handles, counts, token_ids, texts = list[int](), list[int](), list[int](), list[str]()
+        handles: list[int] = []
+        counts: list[int] = []
+        token_ids: list[int] = []
+        texts: list[str] = []
         for output in self._outputs.values():
             if output.logprobs or len(token_ids) > _FEW_TOKENS:
                 return None

@@ -249,7 +249,8 @@ class Scheduler:
         Finished sequences free their blocks."""
         if len(token_ids) != step.batch.all_draws:
             raise ValueError(f"{len(token_ids)} tokens for {step.batch.all_draws} draws")
-        outcomes, place = list[Outcome](), 0
+        outcomes: list[Outcome] = []
+        place = 0
         for one, draws in zip(step.chosen, step.draws, strict=True):
             one.sequence.computing -= one.tokens
             if not one.sequence.alive:

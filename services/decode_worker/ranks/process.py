@@ -206,7 +206,8 @@ def _step(init: Init, rank: _Rank, step: Step | DecodeOn) -> StepDone | None:
     prepared = _prepared(init, rank, step)
     batch, draws, _ = prepared
     rank.model.choose_adapters(batch)
-    shadow, scores, pooled = None, list[Logprobs | None](), b""
+    scores: list[Logprobs | None] = []
+    shadow, pooled = None, b""
     if isinstance(step, Step) and step.shows_hidden:
         hidden = rank.model.hidden(batch)
         scores, pooled = _looked_at(init, rank.model, step, hidden)

@@ -257,7 +257,7 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     trial_us: float
 
 
-class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+class StepDone(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True, gc=False):
     token_ids: list[int]
     """[D]; -1 where none could be drawn."""
     logprobs: tuple[Logprobs | None, ...] = ()

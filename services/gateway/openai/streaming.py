@@ -287,7 +287,7 @@ class _Stream:
             return None
 
         def follow(index: int, tokens: int, text: str, now: float) -> bool:
-            if not writer.is_open:
+            if not writer.is_open():
                 return False
             writer.write(events[first + index].event(text))
             watch.see_tokens(first + index, tokens, now)
@@ -335,7 +335,7 @@ class _Sender:
     @property
     def is_open(self) -> bool:
         """Whether ``write`` may be called."""
-        return self.writer is not None and self.writer.is_open
+        return self.writer is not None and self.writer.is_open()
 
     def write(self, piece: bytes) -> None:
         """A piece of the body, without waiting."""
