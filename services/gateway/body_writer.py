@@ -11,6 +11,8 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 _EXTENSION: Final = "precast.body_writer"
+_BEGUN: Final = tuple(b"%x\r\n" % size for size in range(1024))
+"""What small chunks begin with, by their size."""
 
 
 class BodyWriter:
@@ -29,7 +31,9 @@ class BodyWriter:
     def write(self, piece: bytes) -> None:
         """Sends it, if it is not empty; only while ``is_open``."""
         if piece:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            size = len(piece)
+            begun = _BEGUN[size] if size < len(_BEGUN) else b"%x\r\n" % size
+            self._cycle.transport.write(begun + piece + b"\r\n")
 
 
 def offer(cycle: RequestResponseCycle) -> None:

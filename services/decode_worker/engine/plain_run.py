@@ -106,6 +106,8 @@ class PlainRun:
         tokens, sink = done.token_ids, self._outbox.sink_now()
         if self.under_way < 2 or sink is None or done.failed or not self._ends.isdisjoint(tokens):
             return False
+        if len(tokens) != len(self._requests):
+            return False
         self.under_way -= 1
         self._sink = sink
         self._tokens.append(tokens)
@@ -121,11 +123,11 @@ class PlainRun:
         tokens = self._tokens[-1]
         texts: list[str] = []
         failed: dict[int, Exception] = {}
-        for text_of, token in zip(self._texts_of, tokens, strict=True):
+        for place, token in enumerate(tokens):
             try:
-                texts.append(text_of(token))
+                texts.append(self._texts_of[place](token))
             except Exception as error:  # the others go on
-                failed[len(texts)] = error
+                failed[place] = error
                 texts.append("")
         columns = StepTokens(self._handles, self._counts, tokens, texts)
         self._sink.send_tokens(_without(columns, failed) if failed else columns)
