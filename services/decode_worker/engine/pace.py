@@ -6,7 +6,7 @@ graphs that are loaded and whatever else the machine does.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 _WEIGHT: Final = 0.3
@@ -42,14 +42,15 @@ class Pace:
         self._steps = 0
         self._token_s: float | None = None
 
-    def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """A step is over."""
-        self._steps += 1
+    def observe(self, decoding: int, prompt_tokens: int, *seconds: float) -> None:
+        """Steps of so many tokens are over, which took so long each."""
+        self._steps += len(seconds)
         if prompt_tokens == 0:
             self._seen[decoding] = self._steps
             self._decode_s[decoding] = _average(self._decode_s.get(decoding), seconds)
         elif prompt_tokens >= LEAST_TOKENS or self._token_s is None:
-            each = max(0.0, seconds - self.decode_s(decoding)) / prompt_tokens
+            decode_s = self.decode_s(decoding)
+            each = [max(0.0, one - decode_s) / prompt_tokens for one in seconds]
             self._token_s = _average(self._token_s, each)
 
     def decode_s(self, decoding: int) -> float:
@@ -105,5 +106,9 @@ def _guess(size: int, known: Mapping[int, float]) -> float:
     return known[below] * (1 + GUESSED_GROWTH * (size - below))
 
 
-def _average(before: float | None, newest: float) -> float:
-    return newest if before is None else before + _WEIGHT * (newest - before)
+def _average(before: float | None, newest: Sequence[float]) -> float:
+    """With those that came after it, in their order."""
+    average = newest[0] if before is None else before
+    for one in newest:
+        average += _WEIGHT * (one - average)
+    return average

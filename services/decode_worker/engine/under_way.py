@@ -202,11 +202,11 @@ class StepsUnderWay:
         self.settle()
         steps, self._uncounted = self._uncounted, []
         self._like = None
-        for sent, step_us in steps:
-            step = sent.step
-            self._pace.observe(step.decode_tokens, step.prompt_tokens, step_us / 1e6)
         for (batch, graph_size), alike in groupby(steps, _kind):
-            self._counts.count(batch, graph_size, [step_us for _, step_us in alike])
+            steps_us = [step_us for _, step_us in alike]
+            seconds = [step_us / 1e6 for step_us in steps_us]
+            self._pace.observe(batch.decode_tokens, batch.prompt_tokens, *seconds)
+            self._counts.count(batch, graph_size, steps_us)
         if repeats := sum(sent.repeats for sent, _ in steps):
             self._graphs.count_repeats(steps[-1][0].step.tokens, repeats)
 
