@@ -24,9 +24,9 @@ from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import DecodeOn, StepDone, frame
 
-MOST: Final = 64
+MOST: Final = 128
 """Steps of a run."""
-MOST_S: Final = 0.5
+MOST_S: Final = 1.0
 """Of a run: what is made up at its end, metrics among it, is no later."""
 LEAST: Final = 4
 """Steps that a run is worth beginning for."""
