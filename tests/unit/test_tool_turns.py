@@ -10,6 +10,7 @@ from services.gateway.openai.call_ids import short_call_id
 from services.gateway.openai.prompts import template_messages
 from services.gateway.openai.schemas import ChatRequest
 from services.gateway.openai.tools.generic import explained
+from services.gateway.openai.tools.shown import with_descriptions, with_tools
 
 ALTERNATING = (
     "{% for m in messages if m.role != 'system' %}"
@@ -62,9 +63,40 @@ def test_results_of_several_calls_are_one_turn(tools: list[Any]) -> None:
     assert list(told) == sorted(told)
 
 
+PHI = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+    "message['tools'] is not none %}<|system|>{{ message['content'] }}<|tool|>"
+    "{{ message['tools'] }}<|/tool|><|end|>{% else %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endif %}"
+    "{% endfor %}"
+)
+"""As of Phi-4-mini."""
+OSS = "{% for tool in tools %}{{- '// ' + tool.function.description + '\\n' }}{% endfor %}"
+"""As of gpt-oss."""
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be kind."}]])
+def test_tools_are_where_the_template_looks_for_them(system: list[Any]) -> None:
+    messages = [*system, {"role": "user", "content": "go"}]
+    text = rendered(with_tools(messages, [WEATHER], PHI), PHI)
+    assert text.startswith("<|system|>Be kind.<|tool|>" if system else "<|system|>You are")
+    assert '<|tool|>[{"name": "weather", "parameters": {}}]<|/tool|><|end|><|user|>go' in text
+    assert with_tools(messages, [WEATHER], ALTERNATING) == messages
+    assert with_tools(messages, [], PHI) == messages
+
+
+def test_a_tool_without_a_description_is_shown_by_templates_that_want_one() -> None:
+    tools: Any = with_descriptions([WEATHER], OSS)
+    (text,), _ = render_jinja_template([TURNS[:1]], tools=tools, chat_template=OSS)
+    assert text == "// \n"
+    assert with_descriptions([WEATHER], PHI) == [WEATHER]
+
+
 def test_ids_of_calls_are_as_long_as_the_template_wants() -> None:
     text = rendered(turns(NINE), NINE)
     assert text == "{0}{1}={0}={1}".format(*map(short_call_id, ("c1", "c2")))
+    assert rendered(turns(NINE), NINE.replace("!=", "<")) == text
+    assert turns(NINE.replace("!=", "<")) == turns(NINE)
     assert short_call_id("abcdefGH1") == "abcdefGH1"
     shown = json.dumps(turns(ALTERNATING))
     assert '"c1"' in shown

@@ -17,11 +17,12 @@ from services.gateway.openai.messages import Message
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.tools.formats import knows_tools
 from services.gateway.openai.tools.generic import explained
+from services.gateway.openai.tools.shown import with_descriptions, with_tools
 from services.gateway.openai.tools.use import ToolUse
 
 _JOINS_ARGUMENTS: Final = re.compile(r"arguments['\"]?\]?\s*(\+|~)")
 """A template that puts a call's arguments into its text as they are wants them as a text."""
-_SHORT_IDS: Final = re.compile(r"\bid['\"]?\]?\s*\|\s*length\s*!=\s*9\b")
+_SHORT_IDS: Final = re.compile(r"\bid['\"]?\]?\s*\|\s*length\s*(!=|<)\s*9\b")
 """A template that refuses ids of calls but those of nine letters and digits."""
 _RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a template that have fields of their own."""
@@ -93,8 +94,10 @@ async def chat_prompt(
     shown = [] if use is None else use.shown
     if use.form.instructs if use is not None else _called_unknown(body.messages, template):
         messages, shown = explained(messages, shown), []
+    else:
+        messages = with_tools(messages, shown, template)
     options = ChatOptions(
-        tools=shown,
+        tools=with_descriptions(shown, template),
         variables=_variables(body, template),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
