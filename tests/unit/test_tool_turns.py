@@ -66,7 +66,8 @@ def test_results_of_several_calls_are_one_turn(tools: list[Any]) -> None:
 PHI = (
     "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
     "message['tools'] is not none %}<|system|>{{ message['content'] }}<|tool|>"
-    "{{ message['tools'] }}<|/tool|><|end|>{% else %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endif %}"
+    "{{ message['tools'] }}<|/tool|><|end|>{% else %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endif %}"
     "{% endfor %}"
 )
 """As of Phi-4-mini."""
