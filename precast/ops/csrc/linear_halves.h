@@ -32,7 +32,8 @@ inline void split(const float* x, int64_t count, uint16_t* rounded, uint16_t* le
   const __m512 a = load_some(x, count), b = load_some(x + kLanes, count - kLanes);
   const __m512bh both = _mm512_cvtne2ps_pbh(b, a);
   std::memcpy(rounded, &both, sizeof(both));
-  const __m512 a_left = (__m512)((vfloat)a - widened(rounded)), b_left = (__m512)((vfloat)b - widened(rounded + kLanes));
+  const __m512 a_left = (__m512)((vfloat)a - widened(rounded));
+  const __m512 b_left = (__m512)((vfloat)b - widened(rounded + kLanes));
   const __m512bh rest = _mm512_cvtne2ps_pbh(b_left, a_left);
   std::memcpy(left, &rest, sizeof(rest));
 }
@@ -108,8 +109,8 @@ inline void halves_of_rows(const LinearArgs& a, int64_t panel, int64_t begin, in
   for (int64_t g = 0; g < groups; g += kStretch) {
     const int count = static_cast<int>(std::min<int64_t>(kStretch, groups - g));
     for (int i = 0; i < NP * count; ++i) {
-      const int64_t p = i / count, at = g + i % count;
-      pair_up(from + p * stride + at * kRightValues, a.k - at * kDepth, weights + (p * kStretch + i % count) * kRightValues);
+      const int64_t p = i / count, own = i % count, at = g + own;
+      pair_up(from + p * stride + at * kRightValues, a.k - at * kDepth, weights + (p * kStretch + own) * kRightValues);
     }
     written();
     for (int64_t first = begin; first < end; first += kRowBlock) {
@@ -140,7 +141,7 @@ inline void halves_of_panels(const LinearArgs& a, int64_t panel) {
 }
 
 // A panel against a single block of rows: memory is what it waits for. Each matrix is made while the one before it is
-// multiplied.
+// multiplied. What is four pages ahead is asked for: with one, reading took 1.02 to 1.15 times as long.
 inline void stream_panel(const LinearArgs& a, int64_t panel) {
   alignas(64) float sums[kSumValues];
   alignas(64) uint16_t weights[2][kRightValues];
@@ -148,7 +149,8 @@ inline void stream_panel(const LinearArgs& a, int64_t panel) {
   const auto* from = reinterpret_cast<const uint16_t*>(a.weight + panel * panel_bytes(a.format, a.k));
   const auto make = [&](int64_t g) {
     const uint16_t* group = from + g * kRightValues;
-    Prefetch(reinterpret_cast<const char*>(group) + kPageBytes, sizeof(weights[0])).ask(sizeof(weights[0]) / kLineBytes);
+    Prefetch ahead(reinterpret_cast<const char*>(group) + 4 * kPageBytes, sizeof(weights[0]));
+    ahead.ask(ahead.lines);
     pair_up(group, a.k - g * kDepth, weights[g % 2]);
     written();
   };
