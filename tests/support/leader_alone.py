@@ -71,7 +71,7 @@ class Ranks:
         if len(self._due) == 1:
             self._compute()
 
-    def send_frames(self, frames: bytes, *, timeout_s: float) -> None:
+    def send_frames(self, frames: bytes, timeout_s: float) -> None:
         step = decode_command(frames[FRAME_HEADER.size :])
         assert isinstance(step, DecodeOn)
         self.send_step(step, timeout_s=timeout_s)

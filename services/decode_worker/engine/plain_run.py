@@ -150,7 +150,7 @@ class PlainRun:
         self._left -= 1
         self.sent += 1
         self.under_way += 1
-        group.send_frames(command, timeout_s=self._like.limit_s)
+        group.send_frames(command, self._like.limit_s)
         return True
 
     def settle(self, metrics: Metrics) -> None:

@@ -145,9 +145,9 @@ class RankGroup:
         Doesn't raise: a group that has failed says so to whoever waits for the answer.
         """
         frames = b"".join(frame(message) for message in (*sampling, step))
-        self.send_frames(frames, timeout_s=timeout_s)
+        self.send_frames(frames, timeout_s)
 
-    def send_frames(self, frames: bytes, *, timeout_s: float) -> None:
+    def send_frames(self, frames: bytes, timeout_s: float) -> None:
         """``send_step`` of one that is in frames already."""
         for rank in self._ranks:
             rank.send(frames)
