@@ -261,6 +261,12 @@ def test_tokens_and_back(gateway: Gateway) -> None:
     assert back.json() == {"prompt": "the 🦊"}
 
 
+def test_a_text_without_letters_has_no_tokens(gateway: Gateway) -> None:
+    """Who counts tokens counts those of empty texts, too."""
+    found = gateway.post("/tokenize", json={"model": "thinker", "prompt": ""}).json()
+    assert (found["count"], found["tokens"]) == (0, [])
+
+
 def test_tokens_of_a_chat(gateway: Gateway) -> None:
     messages = [{"role": "user", "content": "hi"}]
     body = {"model": "thinker", "messages": messages}

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from precast.errors import InvalidRequest
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.constraints.grammar import grammar_of
 from services.decode_worker.constraints.matcher import Vocabulary
 from services.gateway.openai.harmony import MARKS, HarmonyReader, harmony_lark, writes_harmony
 from services.gateway.openai.parts import CallArguments, CallBegun, Content, Part, Reasoning
+from services.gateway.openai.refusals import named_refusal
 from services.gateway.openai.tools.fields import Tool
 from tests.support.tokenizers import byte_level
 
@@ -97,6 +99,15 @@ def test_the_template_shows_it() -> None:
 
 
 # --- grammars ---
+
+
+@pytest.mark.parametrize("field", ["tools", "response_format", "grammar"])
+def test_refusals_speak_of_what_the_client_wrote(field: str) -> None:
+    error = InvalidRequest("constraint: lark: not supported: uniqueItems")
+    told = str(named_refusal(error, field))
+    assert ("lark" in told) == (field == "grammar")
+    assert told.endswith("not supported: uniqueItems.")
+
 
 TOKENIZER = byte_level(("<end>", *MARKS))
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

@@ -164,7 +164,10 @@ class Planner:
         limit = self._pool.max_context_length(model)
         tokenizer = await self._tokenizer(model)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
-        if body.prompt is not None:
+        if body.prompt == "":  # which completions don't take
+            special = body.add_special_tokens is not False
+            [ids] = await tokenizer.encode([""], add_special_tokens=special)
+        elif body.prompt is not None:
             [ids] = await completion_prompts(body.completion(model), tokenizer, limited)
         else:
             ids = await self._chat_ids(body.chat(model), tokenizer, limited)

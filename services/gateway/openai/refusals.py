@@ -8,6 +8,8 @@ from services.gateway.openai.errors import invalid
 _CONSTRAINT: Final = "constraint: "
 _DIMENSIONS: Final = "dimensions: "
 """What workers begin their refusals of these with."""
+_GRAMMARS: Final = ("grammar", "guided_grammar", "structured_outputs")
+"""Fields in which clients write grammars."""
 
 
 def named_refusal(error: Exception, field: str | None) -> Exception:
@@ -18,5 +20,8 @@ def named_refusal(error: Exception, field: str | None) -> Exception:
     text = str(error)
     for prefix, name in ((_CONSTRAINT, field), (_DIMENSIONS, "dimensions")):
         if name is not None and text.startswith(prefix):
-            return invalid(f"Invalid '{name}': {text.removeprefix(prefix)}.", name)
+            reason = text.removeprefix(prefix)
+            if name not in _GRAMMARS:  # the client wrote schemas, out of which a grammar was made
+                reason = reason.removeprefix("lark: ")
+            return invalid(f"Invalid '{name}': {reason}.", name)
     return error

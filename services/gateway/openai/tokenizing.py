@@ -36,7 +36,7 @@ class TokenizeRequest(_Body):
 
     model_config = ConfigDict(json_schema_extra=_one_of_two)
 
-    prompt: str | None = Field(default=None, min_length=1)
+    prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = None
     """true for texts, false for chats."""
