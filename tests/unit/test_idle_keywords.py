@@ -13,6 +13,7 @@ from services.decode_worker.constraints.checker import checked
 from services.decode_worker.constraints.grammar import grammar_of
 from services.decode_worker.constraints.matcher import Vocabulary
 from services.decode_worker.constraints.trial import trial
+from services.gateway.openai.tools.grammar import json_in_lark
 from tests.support.models import VOCABULARY, _tokenizer
 
 VALUES: list[Any] = [None, 1, 2.5, "", "text", [], [1, 1], {}, {"a": 1}, {"a": "b", "not": [1, 1]}]
@@ -67,9 +68,12 @@ def test_what_asks_something_stays(schema: Any) -> None:
     assert without_idle(schema) == schema
 
 
-def test_a_schema_that_nothing_fits_is_refused_as_such() -> None:
+@pytest.mark.parametrize("schema", [False, {"not": {}}])
+def test_a_schema_that_nothing_fits_is_refused_as_such(vocabulary: Vocabulary, schema: Any) -> None:
     with pytest.raises(InvalidRequest, match="json_schema: allows no output"):
-        grammar_of(pb.OutputConstraint(json_schema="false"))
+        grammar_of(pb.OutputConstraint(json_schema=json.dumps(schema)))
+    within = pb.OutputConstraint(lark=f"start: {json_in_lark(schema)}\n")
+    assert checked(vocabulary, grammar_of(within)).startswith("constraint: lark: ")
 
 
 @pytest.mark.parametrize("text", ['{"maximum": 1e999}', '{"enum": [1e999]}'])

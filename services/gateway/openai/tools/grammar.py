@@ -29,7 +29,8 @@ def forced_schema(tools: Sequence[Tool], *, several: bool) -> _Schema:
 
 def json_in_lark(schema: Any) -> str:
     """A schema within a grammar."""
-    whole = {**without_idle(schema), "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
+    kept = without_idle(schema)
+    whole = {**kept, "x-guidance": _OPTIONS} if isinstance(kept, dict) else kept
     return f"%json {json.dumps(whole, ensure_ascii=False, separators=(',', ':'))}"
 
 
