@@ -800,7 +800,7 @@ def test_prompts_beside_decoding_take_no_longer_than_the_gap() -> None:
     assert sum(times) / len(times) > 0.08, "the gap is not used"
 
 
-def test_drafts_are_part_of_the_gap() -> None:
+def test_drafts_are_part_of_the_gap_and_leave_prompts_half_of_it() -> None:
     pace = Pace(0.150)
     scheduler = make(
         max_context_length=8192,
@@ -811,7 +811,7 @@ def test_drafts_are_part_of_the_gap() -> None:
     )
     for name in "ab":
         scheduler.add(sequence(name, prompt=2, max_tokens=2000))
-    times = []
+    times, prompts = [], list[int]()
     for number in range(80):
         if number == 20:
             scheduler.add(sequence("long", prompt=3000))
@@ -820,10 +820,12 @@ def test_drafts_are_part_of_the_gap() -> None:
         seconds = 0.02 + 0.004 * step.decode_tokens + 0.001 * step.prompt_tokens
         if step.decode_tokens > step.decoding and step.prompt_tokens:
             times.append(seconds)
+            prompts.append(step.prompt_tokens)
         pace.observe(step.decode_tokens, step.prompt_tokens, seconds)
         scheduler.apply(step, draw(step))  # the same token again and again, as drafts have it
     assert len(times) > 10
     assert max(times) <= 0.150
+    assert min(prompts[20:-1]) >= 40  # once it is known what they cost
 
 
 def test_one_prompt_of_eight_choices_is_computed_once() -> None:

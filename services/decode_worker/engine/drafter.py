@@ -37,9 +37,11 @@ class Drafter:
         """Whether drafts may follow what these sequences draw now."""
         return bool(drawing) and any(self.counts(drawing, skip=1))
 
-    def counts(self, decoding: Many[Sequence], skip: int = 0) -> list[int]:
+    def counts(
+        self, decoding: Many[Sequence], skip: int = 0, *, prompts: bool = False
+    ) -> list[int]:
         """How many tokens to draft for each; the first ``skip`` of what is guessed are being
-        drawn."""
+        drawn. ``prompts``: in a step that goes on with some too."""
         none = [0] * len(decoding)
         sizes = self._graph_sizes() if self._graph_sizes is not None and decoding else ()
         if len(decoding) >= max(sizes, default=0):
@@ -48,7 +50,7 @@ class Drafter:
         if not any(guesses):
             return none
         rates = [s.drafting.rate if s.drafting is not None else 0.0 for s in decoding]
-        costs = self._pace.decode_costs(len(decoding), sizes)
+        costs = self._pace.decode_costs(len(decoding), sizes, prompts=prompts)
         return lengths(list(zip(rates, guesses, strict=True)), len(decoding), costs)
 
     def watched(self, decoding: Many[Sequence]) -> list[tuple[int, Drafting]] | None:

@@ -59,20 +59,25 @@ class Pace:
             return 0.0
         return self._decode_s[min(self._decode_s, key=lambda known: abs(known - decoding))]
 
-    def decode_costs(self, decoding: int, sizes: Iterable[int]) -> dict[int, float]:
+    def decode_costs(
+        self, decoding: int, sizes: Iterable[int], *, prompts: bool = False
+    ) -> dict[int, float]:
         """What steps of ``decoding`` tokens take, and of those larger ``sizes`` that keep the gap;
         empty if nothing is known. What was not seen lately is guessed from the next smaller one
-        that was."""
+        that was. ``prompts``: half of what decoding leaves of the gap is for prompts."""
         known = {
             size: self._decode_s[size] for size, step in self._seen.items() if self._fresh(step)
         }
         known.setdefault(decoding, self.decode_s(decoding))
         if not known[decoding]:
             return {}
+        most = self._gap_s * _MARGIN
+        if prompts:
+            most = (known[decoding] + most) / 2
         costs = {decoding: known[decoding]}
         for size in sizes:
             cost = (known.get(size) or _guess(size, known)) if size > decoding else math.inf
-            if cost <= self._gap_s * _MARGIN:
+            if cost <= most:
                 costs[size] = cost
         return costs
 

@@ -231,8 +231,8 @@ class Scheduler:
             alone = suspects.alone(suspect, self._prefill_chunk)
             return self._kv.fitted(alone), int(suspect.to_prefill == 0)
         decoding = self._decoding()
-        chosen = self._with_drafts(decoding)
         prompts = unfinished_prompts(self._running, self.blocks.block_size)
+        chosen = self._with_drafts(decoding, prompts=bool(prompts))
         budget = self._budget(sum(one.tokens for one in chosen))
         chunks = prompt_chunks(prompts, budget, alone=not decoding)
         return chosen + self._kv.fitted(chunks), len(decoding)
@@ -347,8 +347,8 @@ class Scheduler:
         ]
         return [sequence for sequence in grown if sequence.blocks]
 
-    def _with_drafts(self, decoding: list[Sequence]) -> list[Chosen]:
-        counts = self._drafter.counts(decoding)
+    def _with_drafts(self, decoding: list[Sequence], *, prompts: bool) -> list[Chosen]:
+        counts = self._drafter.counts(decoding, prompts=prompts)
         return [
             Chosen(sequence, 1, self._room(sequence, sequence.draft(count)) if count else ())
             for sequence, count in zip(decoding, counts, strict=True)
