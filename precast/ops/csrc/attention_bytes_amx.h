@@ -37,11 +37,25 @@ inline void split_bytes(vint bits, int8_t* upper, int8_t* lower) {
   narrow(bits, lower);
 }
 
-// Four of each of kPanel columns by turns.
-inline void store_quads(const int8_t* from, int64_t stride, int8_t* to) {
-  const auto row = [&](int i) { return load_as<__m128i>(from + i * stride); };
-  const __m128i a = _mm_unpacklo_epi8(row(0), row(1)), b = _mm_unpackhi_epi8(row(0), row(1));
-  const __m128i c = _mm_unpacklo_epi8(row(2), row(3)), d = _mm_unpackhi_epi8(row(2), row(3));
+// The two bytes of a row's kKeyBlock integers that `rounded` leaves, in the order in which they are made in the
+// least time: four neighbours are keys k, k + 16, k + 1 and k + 17 from k = first_of_quad on.
+inline void split_bytes(const vint (&bits)[4], int8_t* upper, int8_t* lower) {
+  const auto pairs = [&](int i) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)bits[i], _mm512_slli_epi32((__m512i)bits[i + 1], 16));
+  };
+  const __m512i first = pairs(0), second = pairs(2), half = _mm512_set1_epi16(128), low = _mm512_set1_epi16(255);
+  const auto rest = [&](__m512i x) { return _mm512_srai_epi16(_mm512_add_epi16(x, half), 8); };
+  _mm512_storeu_si512(upper, _mm512_packs_epi16(rest(first), rest(second)));
+  _mm512_storeu_si512(lower, _mm512_packus_epi16(_mm512_and_si512(first, low), _mm512_and_si512(second, low)));
+}
+constexpr int first_of_quad(int quad) { return quad % 4 / 2 * 32 + quad / 4 * 4 + quad % 2 * 2; }
+
+// Four rows of kPanel columns by turns: from, then those `second`, `third` and `fourth` bytes behind it.
+inline void store_quads(const int8_t* from, int64_t second, int64_t third, int64_t fourth, int8_t* to) {
+  const __m128i one = load_as<__m128i>(from), two = load_as<__m128i>(from + second);
+  const __m128i three = load_as<__m128i>(from + third), four = load_as<__m128i>(from + fourth);
+  const __m128i a = _mm_unpacklo_epi8(one, two), b = _mm_unpackhi_epi8(one, two);
+  const __m128i c = _mm_unpacklo_epi8(three, four), d = _mm_unpackhi_epi8(three, four);
   const __m128i quads[4] = {_mm_unpacklo_epi16(a, c), _mm_unpackhi_epi16(a, c),
                             _mm_unpacklo_epi16(b, d), _mm_unpackhi_epi16(b, d)};
   std::memcpy(to, quads, sizeof(quads));
@@ -52,29 +66,37 @@ inline ByteBlock convert_bytes(const KeyBlock<int8_t>& from, int dim, int count,
   for (int p = 0; p < panels; ++p) {
     for (int i = 0; i < dim / 4; ++i) {
       int8_t* to = keys + (i / 16 * kKeyPanels + p) * kByteMatrix + i % 16 * 64;
-      store_quads(from.keys[p] + static_cast<int64_t>(4 * i) * from.key_stride, from.key_stride, to);
+      const int64_t stride = from.key_stride;
+      store_quads(from.keys[p] + 4 * i * stride, stride, 2 * stride, 3 * stride, to);
     }
   }
-  for (int i = 0; i < panels * kPanel / 4; ++i) {
-    const int8_t* value = from.values[4 * i / kPanel] + 4 * i % kPanel * from.value_stride;
+  // Panels behind the last key repeat it.
+  for (int i = 0; i < kKeyBlock / 4; ++i) {
+    const int j = first_of_quad(i), panel = j / kPanel;
+    const int8_t* value = from.values[panel] + j % kPanel * from.value_stride;
+    const int8_t* other = from.values[panel + 1] + j % kPanel * from.value_stride;
+    const int64_t second = other - value, next = from.value_stride;
     for (int d = 0; d < dim; d += kMatrixColumns) {
-      store_quads(value + d, from.value_stride, values + d / kMatrixColumns * kByteMatrix + i * 64);
+      store_quads(value + d, second, next, second + next, values + d / kMatrixColumns * kByteMatrix + i * 64);
     }
   }
   return {keys, values};
 }
 
 // Sums of both bytes over `depths` right-hand matrices, `next` bytes apart. S: 0 or 1, the set of registers,
-// so that two are under way.
+// so that two are under way. `loaded`: left is one matrix, and in its registers already.
 template <int S>
-inline void multiply_bytes(ByteHalves left, int stride, const int8_t* right, int64_t next, int depths) {
+inline void multiply_bytes(ByteHalves left, int stride, const int8_t* right, int64_t next, int depths,
+                           bool loaded) {
   constexpr int kUpper = 2 * S, kLower = 2 * S + 1, kRight = 6 + S;
   tile_zero<kUpper>();
   tile_zero<kLower>();
   for (int s = 0; s < depths; ++s, right += next) {
     tile_load<kRight>(right, 64);
-    tile_load<4>(left.upper + s * kByteDepth, stride);
-    tile_load<5>(left.lower + s * kByteDepth, stride);
+    if (!loaded) {
+      tile_load<4>(left.upper + s * kByteDepth, stride);
+      tile_load<5>(left.lower + s * kByteDepth, stride);
+    }
     tile_dots<kUpper, 4, kRight>();
     tile_dots<kLower, 5, kRight>();
   }
@@ -84,34 +106,41 @@ inline vint joined(const int32_t* upper, const int32_t* lower) {
   return (load_as<vint>(upper) << 8) + load_as<vint>(lower);
 }
 
-// upper, lower: scratch [rows][kKeyBlock]; scores may be upper's.
-inline void score_bytes(ByteHalves q, const float* steps, const ByteBlock& block, int rows, int dim,
-                        int32_t* upper, int32_t* lower, float* scores) {
+// Sums of both bytes [rows][kKeyBlock] of a tile's scores.
+struct ByteSums {
+  int32_t *upper, *lower;
+};
+
+inline void score_bytes(ByteHalves q, const ByteBlock& block, int dim, ByteSums sums) {
   constexpr int64_t kStride = kKeyBlock * sizeof(int32_t);
   const int width = padded(dim, kByteDepth), depths = width / kByteDepth;
   for (int p = 0; p < kKeyPanels; p += 2) {
-    multiply_bytes<0>(q, width, block.keys + p * kByteMatrix, kKeyPanels * kByteMatrix, depths);
-    multiply_bytes<1>(q, width, block.keys + (p + 1) * kByteMatrix, kKeyPanels * kByteMatrix, depths);
-    tile_store<0>(upper + p * kPanel, kStride);
-    tile_store<1>(lower + p * kPanel, kStride);
-    tile_store<2>(upper + (p + 1) * kPanel, kStride);
-    tile_store<3>(lower + (p + 1) * kPanel, kStride);
+    multiply_bytes<0>(q, width, block.keys + p * kByteMatrix, kKeyPanels * kByteMatrix, depths,
+                      p > 0 && depths == 1);
+    multiply_bytes<1>(q, width, block.keys + (p + 1) * kByteMatrix, kKeyPanels * kByteMatrix, depths, depths == 1);
+    tile_store<0>(sums.upper + p * kPanel, kStride);
+    tile_store<1>(sums.lower + p * kPanel, kStride);
+    tile_store<2>(sums.upper + (p + 1) * kPanel, kStride);
+    tile_store<3>(sums.lower + (p + 1) * kPanel, kStride);
   }
+}
+
+inline void join_scores(ByteSums sums, const float* steps, int rows, float* scores) {
   for (int r = 0; r < rows; ++r) {
     for (int j = r * kKeyBlock; j < (r + 1) * kKeyBlock; j += kLanes) {
-      store(scores + j, to_float(joined(upper + j, lower + j)) * steps[r]);
+      store(scores + j, to_float(joined(sums.upper + j, sums.lower + j)) * steps[r]);
     }
   }
 }
 
 inline void round_weights(const float* weights, int rows, Seen tile, ByteHalves to, Folding& folding) {
-  std::memset(to.upper, 0, rows * kKeyBlock);
-  std::memset(to.lower, 0, rows * kKeyBlock);
   for_rounded_weights(weights, rows, tile, folding, [&](int r, const float* from, float in_one) {
-    for (int j = tile.low; j < tile.high; j += kLanes, from += kLanes) {
-      const int at = r * kKeyBlock + j;
-      split_bytes(rounded(load(from), in_one), to.upper + at, to.lower + at);
+    vint bits[kKeyPanels] = {};
+    for (int p = 0; p < kKeyPanels; ++p) {
+      const int j = p * kPanel;
+      if (j >= tile.low && j < tile.high) bits[p] = rounded(load(from - tile.low + j), in_one);
     }
+    split_bytes(bits, to.upper + r * kKeyBlock, to.lower + r * kKeyBlock);
   });
 }
 
@@ -128,8 +157,8 @@ inline void add_byte_matrices(ByteHalves weights, const ByteBlock& block, int ro
   for (int f = 0; f < width; f += kMatrixColumns) {
     const int8_t* values = block.values + f / kMatrixColumns * kByteMatrix;
     const bool second = f + kMatrixColumns < width;
-    multiply_bytes<0>(weights, kKeyBlock, values, 0, 1);
-    if (second) multiply_bytes<1>(weights, kKeyBlock, values + kByteMatrix, 0, 1);
+    multiply_bytes<0>(weights, kKeyBlock, values, 0, 1, f > 0);
+    if (second) multiply_bytes<1>(weights, kKeyBlock, values + kByteMatrix, 0, 1, true);
     tile_store<0>(sums[0]);
     tile_store<1>(sums[1]);
     fold_bytes(rows, sums[0], sums[1], folding, width, out + f);
@@ -164,38 +193,59 @@ inline void split_queries_to_bytes(const AttentionArgs& a, const AttentionTile& 
   }
 }
 
-// As attend_pairs, of up to 16 rows.
-inline void attend_bytes(const AttentionArgs& a, const Scratch& s, const ByteBlock& block,
-                         const Weighing& weighing, RowTiles tiles, int t, const State& state) {
-  const int rows = tiles.rows, dim = a.head_dim;
+// A tile's weights, and how their products with values are folded.
+struct ByteWeights {
+  ByteHalves bytes;
+  Folding folding;
+  bool any;  // whether its rows see any key
+};
+
+// A tile's scores become its weights.
+inline void weigh_bytes(const Scratch& s, const Weighing& weighing, ByteSums scores, int rows, int t,
+                        const State& state, ByteWeights& to) {
   const Seen* seen = s.seen + t * rows;
   const SeenByAny any = seen_by_any(rows, seen);
-  if (any.keys.low >= any.keys.high) return;
+  to.any = any.keys.low < any.keys.high;
+  if (!to.any) return;
   const Seen tile = whole_panels(any.keys);
-  int32_t *upper = as_integers(s.wide), *lower = upper + rows * kKeyBlock;
-  int8_t* bytes = reinterpret_cast<int8_t*>(s.weights);
-  const ByteHalves weights{bytes, bytes + rows * kKeyBlock};
-  written();
-  score_bytes(query_bytes(a, s, tiles, t), s.steps + t * rows, block, rows, dim, upper, lower, s.scores);
+  join_scores(scores, s.steps + t * rows, rows, s.scores);
   BlockSums sums;
   soften(weighing, rows, tile, seen, any.all, s.scores, sums);
-  Folding folding;
-  fold_sums(state, rows, load(sums.maxima), sums.totals, folding.factors);
-  round_weights(s.scores, rows, tile, weights, folding);
-  written();
-  add_byte_matrices(weights, block, rows, dim, folding, state.out);
+  fold_sums(state, rows, load(sums.maxima), sums.totals, to.folding.factors);
+  round_weights(s.scores, rows, tile, to.bytes, to.folding);
 }
 
+// A block against all rows, up to 16 at a time. A tile's matrices lie a step apart from what they are loaded from
+// and what they are stored for: its scores are under way while the tile before it is weighed, its outputs are
+// computed once the next one is.
 inline void attend_by_bytes(const AttentionArgs& a, const Scratch& s, const KeyBlock<int8_t>& block, int count,
                             const Weighing& weighing, RowTiles tiles, float* states) {
-  const int width = state_width(a);
+  const int width = state_width(a), rows = tiles.rows, size = rows * kKeyBlock;
+  int8_t* halves = reinterpret_cast<int8_t*>(s.weights);
   const ByteBlock bytes = convert_bytes(block, a.head_dim, count, reinterpret_cast<int8_t*>(s.keys),
                                         reinterpret_cast<int8_t*>(s.values));
+  ByteWeights weights[2];
+  for (int i = 0; i < 2; ++i) weights[i].bytes = {halves + 2 * i * size, halves + (2 * i + 1) * size};
+  const auto sums = [&](int t) {
+    int32_t* upper = as_integers(s.wide) + t % 2 * 2 * size;
+    return ByteSums{upper, upper + size};
+  };
+  const auto state = [&](int t) { return state_at(states + t * state_size(rows, width), rows, width); };
+  const auto score = [&](int t) { score_bytes(query_bytes(a, s, tiles, t), bytes, a.head_dim, sums(t)); };
+  const auto add = [&](int t) {
+    const ByteWeights& of = weights[t % 2];
+    if (of.any) add_byte_matrices(of.bytes, bytes, rows, a.head_dim, of.folding, state(t).out);
+  };
+  written();
+  score(0);
   for (int t = 0; t < tiles.count; ++t) {
     ask_for_next(block, a.head_dim, t, tiles.count);
-    attend_bytes(a, s, bytes, weighing, tiles, t,
-                 state_at(states + t * state_size(tiles.rows, width), tiles.rows, width));
+    if (t + 1 < tiles.count) score(t + 1);
+    weigh_bytes(s, weighing, sums(t), rows, t, state(t), weights[t % 2]);
+    written();
+    if (t > 0) add(t - 1);
   }
+  add(tiles.count - 1);
 }
 
 }  // namespace

@@ -96,7 +96,7 @@ inline void score_pairs(IntegerQueries q, const PairBlock& block, Seen tile, int
 }
 
 template <int MR>
-inline void score_pairs(IntegerQueries q, const KeyBlock<int8_t>& block, Seen tile, int dim, float* scores) {
+[[gnu::noinline]] void score_pairs(IntegerQueries q, const KeyBlock<int8_t>& block, Seen tile, int dim, float* scores) {
   constexpr int NP = panels_at_once(MR);
   for (int first = tile.low / kPanel / NP * NP; first * kPanel < tile.high; first += NP) {
     vint sums[MR][NP * kVectors];
@@ -160,7 +160,7 @@ inline void add_pairs(const int32_t* weights, const PairBlock& block, Seen tile,
 }
 
 template <int MR>
-inline void add_pairs(const int32_t* weights, const KeyBlock<int8_t>& block, Seen tile, int width,
+[[gnu::noinline]] void add_pairs(const int32_t* weights, const KeyBlock<int8_t>& block, Seen tile, int width,
                       const Folding& folding, float* out) {
   const auto add = [&](auto panels, int feature) {
     vint sums[MR][panels * kVectors];
@@ -216,9 +216,10 @@ inline void round_weights(const float* weights, int rows, Seen tile, int32_t* to
   });
 }
 
-// As attend_block. Scratch: scores [MR][kKeyBlock], weights [MR][kKeyPairs].
+// As attend_block. Scratch: scores [MR][kKeyBlock], weights [MR][kKeyPairs]. Not inline, as what it calls, for the
+// same reason.
 template <int MR, typename Block>
-inline void attend_pairs(IntegerQueries q, const Block& block, const Weighing& weighing, const Seen* seen,
+[[gnu::noinline]] void attend_pairs(IntegerQueries q, const Block& block, const Weighing& weighing, const Seen* seen,
                          int dim, int width, float* scores, int32_t* weights, const State& state) {
   const auto [keys, all] = seen_by_any(MR, seen);
   if (keys.low >= keys.high) return;

@@ -94,7 +94,7 @@ inline Scratch scratch_at(const AttentionArgs& a, int rows, float* at) {
   s.states = take(state_floats(a, rows));
   s.scores = take(tiles.rows * kKeyBlock);
   s.weights = take(matrices || integers ? tiles.rows * kKeyBlock : 0);
-  s.wide = take(matrices || integers ? 2 * tiles.rows * (kKeyBlock + a.head_dim) : 0);
+  s.wide = take(matrices ? 2 * tiles.rows * (kKeyBlock + a.head_dim) : integers ? 4 * tiles.rows * kKeyBlock : 0);
   s.steps = take(integers ? tiles.count * tiles.rows : 0);
   s.row = take(integers ? a.head_dim : 0);
   s.key_scales = take(kKeyBlock);

@@ -220,9 +220,10 @@ inline SeenByAny seen_by_any(int rows, const Seen* seen) {
   return any;
 }
 
-// Folds a block into the state of MR rows, which see `seen` of it. Scratch: scores [MR][kKeyBlock].
+// Folds a block into the state of MR rows, which see `seen` of it. Scratch: scores [MR][kKeyBlock]. Not inline:
+// what its callers keep in registers put a sum of its inner loops on the stack.
 template <int MR, typename Block>
-inline void attend_block(const float* q, const Block& block, const Weighing& weighing, const Seen* seen,
+[[gnu::noinline]] void attend_block(const float* q, const Block& block, const Weighing& weighing, const Seen* seen,
                          int dim, int width, float* scores, const State& state) {
   const auto [tile, all] = seen_by_any(MR, seen);
   if (tile.low >= tile.high) return;

@@ -96,7 +96,7 @@ struct Steps {
 inline Steps steps_of(float largest, float most) {
   if (!(largest < INFINITY)) return {NAN, 0};
   if (largest < 1e-30f) return {0, 0};
-  return {largest / most, most / largest};
+  return {largest * (1 / most), most / largest};
 }
 
 // The larger of values without a sign; NaN if either is: their bits, as integers, are in that order.
