@@ -73,7 +73,8 @@ def _units() -> list[tuple[str, Path, list[str]]]:
     # every number of rows.
     exactly = ("-ffp-contract=off",)
     units += [
-        _kernels(f"attention_{isa}", "attention_impl", isa, exactly) for isa in (*WHOLE_SETS, "amx")
+        _kernels(f"attention_{isa}", "attention_impl", isa, exactly)
+        for isa in (*WHOLE_SETS, "avxvnni", "amx")
     ]
     units += [_kernels(f"sampling_{isa}", "sampling_impl", isa, exactly) for isa in WHOLE_SETS]
     units += [_kernels(f"lora_{isa}", "lora_impl", isa, ()) for isa in WHOLE_SETS]

@@ -72,6 +72,7 @@ struct AttentionKernels {
 
 const AttentionKernels& attention_scalar();
 const AttentionKernels& attention_avx2();
+const AttentionKernels& attention_avxvnni();
 const AttentionKernels& attention_avx512();
 const AttentionKernels& attention_amx();
 

@@ -61,7 +61,7 @@ const Kernels& choose() {
                            ": not an instruction set that this CPU runs (scalar, avx2, avxvnni, avx512, amx)");
 }
 
-// But for its linears.
+// But for its linears and attention over 8 bits.
 bool has_avx2_otherwise(const Kernels* chosen) {
   return chosen == &kernels_avx2() || chosen == &kernels_avxvnni();
 }
@@ -81,8 +81,10 @@ const SamplingKernels& sampling_kernels() {
 
 const AttentionKernels& attention_kernels(CacheType type) {
   const Kernels* chosen = &kernels();
-  const bool integers = type == CacheType::kInt8 && chosen == &kernels_avx512_with_matrices();
-  if (integers || chosen == &kernels_amx()) return attention_amx();
+  const bool integers = type == CacheType::kInt8;
+  if (integers && chosen == &kernels_avx512_with_matrices()) return attention_amx();
+  if (integers && chosen == &kernels_avxvnni()) return attention_avxvnni();
+  if (chosen == &kernels_amx()) return attention_amx();
   if (has_avx2_otherwise(chosen)) return attention_avx2();
   return chosen == &kernels_scalar() ? attention_scalar() : attention_avx512();
 }

@@ -1,4 +1,5 @@
-// AVX-VNNI without AVX-512: AVX2's kernels, but for linears with quantised weights.
+// AVX-VNNI without AVX-512: AVX2's kernels, but for linears with quantised weights (and attention over 8 bits, which
+// has its own table).
 #include "kernels.h"
 #include "linear_quantized.h"
 

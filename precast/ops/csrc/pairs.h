@@ -21,6 +21,8 @@ inline vint splat_pair(int32_t pair) {
 [[gnu::always_inline]] inline vint add_dots(vint sum, vint a, vint b) {
 #if defined(__AVX512VNNI__)
   return (vint)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (vint)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #else
 #if defined(__AVX2__)
   sum += (vint)_mm256_madd_epi16((__m256i)a, (__m256i)b);
