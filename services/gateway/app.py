@@ -38,6 +38,7 @@ from services.gateway.routes import (
     token_routes,
 )
 from services.gateway.routing.pool import WorkerPool
+from services.gateway.sole_model import SoleModel
 from services.gateway.tracing import Traces
 
 _POSTS: Final = (
@@ -113,12 +114,13 @@ def create_app(
         reasoning=settings.reasoning_parser,
         allow_control_tokens=settings.allow_control_tokens,
     )
-    bodies = Bodies(settings, metrics, keys)
+    sole = SoleModel(pool, models)
+    bodies = Bodies(settings, metrics, keys, sole)
     planner = Planner(pool, TokenizerStore(settings.models_dir), parsers)
     for paths in (
         generation_routes(planner, pool, metrics, settings, bodies, conversations, models),
         kept_routes(conversations),
-        token_routes(planner, bodies, models),
+        token_routes(planner, bodies, models, sole),
         model_routes(pool, models),
         health_routes(pool, models),
         reference_routes(reference),

@@ -40,7 +40,7 @@ class Models(AbstractAsyncContextManager["Models"], Protocol):
     def end(self) -> None:
         """Requests that wait for a model are told that there will be none."""
 
-    def held(self, model: str | None, request: Request) -> Held:
+    def held(self, model: str, request: Request) -> Held:
         """The body of the request has been read. Raises ``PrecastError`` as it is entered, or
         ``ClientDisconnect``."""
 
@@ -62,7 +62,7 @@ class Present:
     def end(self) -> None:
         pass
 
-    def held(self, model: str | None, request: Request) -> "Held":
+    def held(self, model: str, request: Request) -> "Held":
         return _NOTHING
 
     async def listed(self) -> Mapping[str, ListedModel]:
@@ -94,8 +94,8 @@ class OnDemand:
     def end(self) -> None:
         self._link.end(WorkerUnavailable(STOPPING))
 
-    def held(self, model: str | None, request: Request) -> "Held":
-        return _NOTHING if model is None else _HeldModel(self, model, request)
+    def held(self, model: str, request: Request) -> "Held":
+        return _HeldModel(self, model, request)
 
     async def listed(self) -> Mapping[str, ListedModel]:
         try:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from msgspec import UNSET, Struct
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,29 +31,46 @@ from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
 from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeRequest, Version
 from services.gateway.routing.pool import WorkerPool
+from services.gateway.sole_model import SoleModel
 
 IGNORED: Final = "x-precast-ignored-fields"
 """Header of answers: fields of the request that nobody here knows."""
-_B = TypeVar("_B", bound=BaseModel)
+_B = TypeVar(
+    "_B",
+    CompletionRequest,
+    ChatRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 class Bodies:
     """Reads the bodies of requests."""
 
-    def __init__(self, settings: GatewaySettings, metrics: Metrics, keys: KeyRing) -> None:
+    def __init__(
+        self, settings: GatewaySettings, metrics: Metrics, keys: KeyRing, sole: SoleModel
+    ) -> None:
         self._reader = BodyReader(settings.max_body_bytes)
         self._open_to_pages = bool(settings.cors_origins)
         self._keys = keys
         self._strict = settings.strict_fields
         self._metrics = metrics
+        self._sole = sole
 
     async def read(self, kind: type[_B], request: Request) -> tuple[_B, dict[str, str]]:
-        """The body, and what the answer's headers say of it. Raises ``ApiError``."""
+        """The body, with a model, and what the answer's headers say of it. Raises ``ApiError`` or
+        ``WorkerUnavailable``."""
         typed = self._open_to_pages or not self._keys.open
         check_content_type(request, required=typed)
         content = await self._reader.read(request)
         body, unknown = parse_naming_unknown(kind, content, strict=self._strict)
         self._metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
+        if not body.model:
+            body = body.model_copy(update={"model": await self._sole.name()})
         return body, {IGNORED: named(unknown)} if unknown else {}
 
 
@@ -145,7 +161,7 @@ def kept_routes(conversations: Conversations) -> Paths:
     return router
 
 
-def token_routes(planner: Planner, bodies: Bodies, models: Models) -> Paths:
+def token_routes(planner: Planner, bodies: Bodies, models: Models, sole: SoleModel) -> Paths:
     router = Paths()
 
     @router.post("/tokenize")
@@ -162,7 +178,7 @@ def token_routes(planner: Planner, bodies: Bodies, models: Models) -> Paths:
 
     @router.get("/tokenizer_info")
     async def tokenizer_info(request: Request) -> Response:
-        model = request.query_params.get("model")
+        model = request.query_params.get("model") or await sole.name()
         async with models.held(model, request):
             return _json(await planner.tokenizer_info(model))
 

@@ -90,6 +90,8 @@ def test_each_name_is_listed_with_its_model(gateway: Gateway) -> None:
     found = {one["id"]: one.get("parent") for one in gateway.get("/v1/models").json()["data"]}
     assert found == {MODEL: None, "first": MODEL, "second": MODEL}
     assert gateway.post("/tokenize", json={"model": "first", "prompt": "a"}).status_code == 200
+    unnamed = gateway.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1})
+    assert unnamed.json()["model"] == MODEL
 
 
 def test_a_batch_has_each_request_s_own(

@@ -95,6 +95,33 @@ def test_streamed_completion_equals_the_whole(client: openai.OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("model", [{}, {"model": None}], ids=["left out", "null"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2}),
+        ("/v1/messages", {"messages": MESSAGES[1:], "max_tokens": 2}),
+        ("/v1/embeddings", {"input": "a"}),
+    ],
+)
+def test_without_a_model_the_only_one_answers(
+    gateway: Gateway, path: str, body: Any, model: Any
+) -> None:
+    answer = gateway.post(path, json=body | model)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "tiny"
+
+
+def test_without_a_model_there_is_a_prompt_to_count(gateway: Gateway) -> None:
+    answer = gateway.post("/v1/messages/count_tokens", json={"messages": MESSAGES[1:]})
+    assert answer.json()["input_tokens"] > 0, answer.text
+    [own] = gateway.post("/tokenize", json={"prompt": "q"}).json()["tokens"]
+    assert gateway.post("/detokenize", json={"tokens": [own]}).json() == {"prompt": "q"}
+    assert gateway.get("/tokenizer_info").json()["model"] == "tiny"
+
+
 def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=50)
     message = answer.choices[0].message

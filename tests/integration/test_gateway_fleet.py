@@ -302,6 +302,9 @@ def test_two_models_go_to_their_own_workers(stack: Stack) -> None:
         assert complete(gateway, model="other").status_code == 200
     assert (tiny.served(), other.served()) == (0, 3)
     assert [m["id"] for m in gateway.get("/v1/models").json()["data"]] == ["other", "tiny"]
+    error = gateway.post("/v1/completions", json={"prompt": "a"}).json()["error"]
+    assert error["param"] == "model"
+    assert "2 models are served: other, tiny" in error["message"]
 
 
 def test_a_long_request_goes_to_the_worker_that_can_hold_it(stack: Stack) -> None:

@@ -52,7 +52,7 @@ def url(stack: Serve, path: str) -> str:
     return f"http://127.0.0.1:{stack.port}{path}"
 
 
-def ask(stack: Serve, model: str, **fields: object) -> httpx.Response:
+def ask(stack: Serve, model: str | None, **fields: object) -> httpx.Response:
     body = {"model": model, "prompt": "the sea", "temperature": 0, "max_tokens": 4, **fields}
     return httpx.post(url(stack, "/v1/completions"), json=body, timeout=DEADLINE_S, trust_env=False)
 
@@ -82,6 +82,9 @@ def test_lists_all_and_runs_none(stack: Serve) -> None:
     models = httpx.get(url(stack, "/v1/models"), trust_env=False).json()["data"]
     assert [(one["id"], one["max_model_len"]) for one in models] == [(name, 256) for name in NAMES]
     assert httpx.get(url(stack, "/v1/models/second"), trust_env=False).status_code == 200
+    unnamed = ask(stack, None)
+    assert unnamed.status_code == 400
+    assert ", ".join(NAMES) in unnamed.json()["error"]["message"]
     assert httpx.get(url(stack, "/ready"), trust_env=False).json()["workers"] == 0
     assert not workers(stack)
 

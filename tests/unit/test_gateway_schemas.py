@@ -61,7 +61,6 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model", None),
         ("model", ""),
         ("model", 5),
         ("n", 0),
@@ -155,7 +154,6 @@ def test_fields_that_contradict_each_other() -> None:
 
 
 def test_missing_fields_are_named() -> None:
-    assert refusal(CompletionRequest, {"prompt": "p"})[0] == "model"
     assert refusal(CompletionRequest, {"model": "m"})[0] == "prompt"
     assert refusal(ChatRequest, {"model": "m"})[0] == "messages"
 

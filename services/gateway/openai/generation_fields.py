@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from services.gateway.openai.fields import MAX_CHOICES, LogitBias, Stop, whole
 from services.gateway.openai.known_fields import LABELS, NEUTRAL, described, served
 from services.gateway.openai.messages import FieldError
+from services.gateway.openai.model_name import ModelName
 from services.gateway.openai.structured.fields import StructureFields
 
 _MAX_SEED: Final = 2**63 - 1
@@ -54,7 +55,8 @@ class GenerationFields(StructureFields):
     accepted: ClassVar[frozenset[str]] = LABELS | NEUTRAL.keys()
     """Fields that it knows beside its own."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: ModelName = Field(default_factory=str)
+    """May be left out where one model is served."""
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)

@@ -16,7 +16,7 @@ from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
 from services.gateway.openai.chat_constraint import chat_constraint, special_ids
 from services.gateway.openai.embeddings.fields import EmbeddingRequest, Pooling
 from services.gateway.openai.embeddings.prepare import embedding_plan
-from services.gateway.openai.errors import ApiError, internal, invalid
+from services.gateway.openai.errors import internal, invalid
 from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.fingerprint import fingerprint
 from services.gateway.openai.harmony import writes_harmony
@@ -160,17 +160,16 @@ class Planner:
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Raises as the requests do whose prompt it is."""
-        model = self._sole(body.model)
-        limit = self._pool.max_context_length(model)
-        tokenizer = await self._tokenizer(model)
+        limit = self._pool.max_context_length(body.model)
+        tokenizer = await self._tokenizer(body.model)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
         if body.prompt == "":  # which completions don't take
             special = body.add_special_tokens is not False
             [ids] = await tokenizer.encode([""], add_special_tokens=special)
         elif body.prompt is not None:
-            [ids] = await completion_prompts(body.completion(model), tokenizer, limited)
+            [ids] = await completion_prompts(body.completion(), tokenizer, limited)
         else:
-            ids = await self._chat_ids(body.chat(model), tokenizer, limited)
+            ids = await self._chat_ids(body.chat(), tokenizer, limited)
         names = [tokenizer.tokenizer.id_to_token(token) or "" for token in ids]
         return Tokenized(
             count=len(ids),
@@ -195,14 +194,12 @@ class Planner:
         return prompt.ids
 
     async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
-        model = self._sole(body.model)
-        self._pool.max_context_length(model)  # raises for an unknown model
-        tokenizer = await self._tokenizer(model)
+        self._pool.max_context_length(body.model)  # raises for an unknown model
+        tokenizer = await self._tokenizer(body.model)
         check_ids("tokens", body.tokens, tokenizer)
         return Detokenized(prompt=tokenizer.decode(body.tokens))
 
-    async def tokenizer_info(self, name: str | None) -> TokenizerInfo:
-        model = self._sole(name)
+    async def tokenizer_info(self, model: str) -> TokenizerInfo:
         limit = self._pool.max_context_length(model)
         tokenizer = await self._tokenizer(model)
         tokens = tokenizer.chat_template.variables
@@ -216,18 +213,6 @@ class Planner:
             pad_token=tokens.get("pad_token"),
             unk_token=tokens.get("unk_token"),
         )
-
-    def _sole(self, model: str | None) -> str:
-        """The model, or the only one that is served."""
-        if model is not None:
-            return model
-        served = list(self._pool.models)
-        if not served:
-            raise ApiError(404, "No model is served.", param="model", code="model_not_found")
-        if len(served) > 1:
-            reason = f"{len(served)} models are served"
-            raise invalid(f"Missing required parameter: 'model' ({reason}).", "model")
-        return served[0]
 
     async def _tokenizer(self, model: str) -> ModelTokenizer:
         """The one that the model's workers have: of its folder, or of the folder that was there

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from services.gateway.openai.fields import MAX_PROMPT_IDS
 from services.gateway.openai.generation_fields import TokenId
 from services.gateway.openai.messages import MAX_MESSAGES, FieldError, Message
+from services.gateway.openai.model_name import ModelName
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.tools.fields import MAX_TOOLS, Tool
 
@@ -17,7 +18,7 @@ class _Body(BaseModel):
         strict=True, extra="ignore", frozen=True, use_attribute_docstrings=True
     )
 
-    model: str | None = Field(default=None, min_length=1, max_length=256)
+    model: ModelName = Field(default_factory=str)
     """May be left out where one model is served."""
 
 
@@ -52,17 +53,17 @@ class TokenizeRequest(_Body):
             raise FieldError("prompt", "or messages is required, not both")
         return self
 
-    def completion(self, model: str) -> CompletionRequest:
+    def completion(self) -> CompletionRequest:
         """The request whose prompt this is."""
         assert self.prompt is not None, "it is a chat"
         special = self.add_special_tokens
-        return CompletionRequest(model=model, prompt=self.prompt, add_special_tokens=special)
+        return CompletionRequest(model=self.model, prompt=self.prompt, add_special_tokens=special)
 
-    def chat(self, model: str) -> ChatRequest:
+    def chat(self) -> ChatRequest:
         """The request whose prompt this is."""
         assert self.messages is not None, "it is a text"
         return ChatRequest(
-            model=model,
+            model=self.model,
             messages=self.messages,
             tools=self.tools,
             add_special_tokens=self.add_special_tokens,

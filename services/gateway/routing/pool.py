@@ -98,6 +98,16 @@ class WorkerPool:
         names = sorted({name for worker in self.workers for name in worker.names})
         return {name: int(self._first_seen.get(name, 0.0)) for name in names}
 
+    @property
+    def bases(self) -> frozenset[str]:
+        """Names of the models, without adapters, that live workers serve or are expected to."""
+        return self._expected | {worker.lease.model for worker in self.workers}
+
+    @property
+    def has_served(self) -> bool:
+        """Whether a worker was ever seen."""
+        return bool(self._first_seen)
+
     def base_of(self, model: str) -> str:
         """The model whose adapter this is; itself if it is none, or not known."""
         return next((worker.lease.model for worker in self._serving(model)), model)

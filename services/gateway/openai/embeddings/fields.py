@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from services.gateway.openai.fields import Inputs, prompts_of
 from services.gateway.openai.known_fields import LABELS, Neutral, describing, served
 from services.gateway.openai.lenient import Lenient
+from services.gateway.openai.model_name import ModelName
 
 Pooling = Literal["mean", "last"]
 _NEUTRAL: Final[Neutral] = {
@@ -25,7 +26,8 @@ class EmbeddingRequest(Lenient):
     accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
     """Fields that it knows beside its own."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: ModelName = Field(default_factory=str)
+    """May be left out where one model is served."""
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1, lt=2**31)

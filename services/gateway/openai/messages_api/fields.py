@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from services.gateway.openai.known_fields import Neutral, describing, served
 from services.gateway.openai.lenient import Lenient
 from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS
+from services.gateway.openai.model_name import ModelName
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
 
 _NEUTRAL: Final[Neutral] = {
@@ -94,7 +95,8 @@ class MessagesRequest(Lenient):
     accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
     """Fields that it knows beside its own."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: ModelName = Field(default_factory=str)
+    """May be left out where one model is served."""
     messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int = Field(ge=1, lt=2**31)
     system: Text | None = None

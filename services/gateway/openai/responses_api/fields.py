@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from services.gateway.openai.known_fields import LABELS, Neutral, describing, served
 from services.gateway.openai.lenient import Lenient
 from services.gateway.openai.messages import MAX_MESSAGES, MAX_PARTS
+from services.gateway.openai.model_name import ModelName
 from services.gateway.openai.structured.fields import JsonObjectFormat, Schema, TextFormat
 from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
 
@@ -156,7 +157,8 @@ class ResponsesRequest(Lenient):
     accepted: ClassVar[frozenset[str]] = _LABELS | _NEUTRAL.keys()
     """Fields that it knows beside its own."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: ModelName = Field(default_factory=str)
+    """May be left out where one model is served."""
     input: Input
     instructions: str | None = None
     """Of this response alone: the ones that follow don't have them."""
