@@ -10,7 +10,6 @@ medians of each round's, and so is what is added, in microseconds for each layer
 """
 
 import argparse
-import gc
 import os
 import statistics
 import tempfile
@@ -41,10 +40,11 @@ from precast.graphs.capture import export as models
 from precast.graphs.capture.export import Span
 from precast.graphs.factors import rank_factors
 from precast.graphs.runner import Graph
+from precast.models.kv_cache import LayerCache
 from precast.models.layers import Shape
-from precast.models.load import random_weights
+from precast.models.load import Weights, random_weights
 from precast.models.shape import AdapterShape
-from precast.models.weights.adapters import MAX_ROWS, RandomAdapters
+from precast.models.weights.adapters import RandomAdapters
 from precast.ops import native
 
 ADAPTERS: Final = 4
@@ -83,42 +83,59 @@ def prompt_step(tokens: int, rounds: int) -> Step:
     return Step(name=f"prompt {tokens}", spans=spans, graph=False, rounds=rounds, choices=choices)
 
 
-def runner(shape: Shape, step: Step, folder: Path, source: RandomAdapters | None) -> Timed:
-    """Runs the step with weights of its own."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Random weights of a shape, and the adapters among them."""
+
+    shape: Shape
+    weights: Weights
+    caches: list[LayerCache]
+    source: RandomAdapters | None
+
+    @property
+    def rank(self) -> int:
+        return self.shape.adapters.rank if self.shape.adapters else 0
+
+    def choose(self, each: Tensor) -> None:
+        assert self.source is not None
+        self.source.slots.zero_()
+        self.source.slots[: len(each)] = each.int()
+
+
+def load(shape: Shape) -> Model:
     generator = torch.Generator().manual_seed(0)
     plan = models.verification_plan(shape, LAYERS)
-    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator, source)
-    caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
+    source = RandomAdapters(shape.adapters, generator, ADAPTERS) if shape.adapters else None
+    return Model(
+        shape=shape,
+        weights=random_weights(shape, plan, models.CAPTURE_POSITIONS, generator, source),
+        caches=[models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)],
+        source=source,
+    )
+
+
+def runner(model: Model, step: Step, folder: Path) -> Timed:
+    shape, weights, caches = model.shape, model.weights, model.caches
+    generator = torch.Generator().manual_seed(1)
     inputs = models.step_inputs(shape, BLOCK_SIZE, step.spans, generator)
     if not step.graph:
         rows = inputs.paging.query_starts[1:].long() - 1
         return partial(models.eager_step, shape, inputs, weights, caches, rows)
     factors = rank_factors(shape, block_size=BLOCK_SIZE, torch_version=str(torch.__version__))
-    rank = shape.adapters.rank if shape.adapters else 0
-    package = capture_factors(factors, step.tokens, folder / f"rank{rank}-{step.tokens}")
+    package = capture_factors(factors, step.tokens, folder / f"rank{model.rank}-{step.tokens}")
     graph = Graph(package, step.tokens, shape, weights, caches)
     return partial(graph.replay, inputs.token_ids, inputs.positions, inputs.paging, None)
 
 
-def measure(base: Shape, rank: int, step: Step, folder: Path) -> list[list[float]]:
+def measure(base: Model, adapted: Model, step: Step, folder: Path) -> list[list[float]]:
     """Each round's seconds, of the model alone and with each choice of adapters."""
-    gc.collect()
-    own = AdapterShape(rank=rank, targets=ALL)
-    source = RandomAdapters(own, torch.Generator().manual_seed(1), ADAPTERS)
-    alone = runner(base, step, folder, None)
-    adapted = runner(replace(base, adapters=own), step, folder, source)
-
-    def choose(each: Tensor) -> None:
-        source.slots.zero_()
-        source.slots[: step.tokens] = each.int()
-
-    assert len(source.slots) == MAX_ROWS >= step.tokens
+    alone, own = (runner(model, step, folder) for model in (base, adapted))
 
     def one_round() -> Iterator[float]:
         yield timed(alone)
         for each in step.choices.values():
-            choose(each)
-            yield timed(adapted)
+            adapted.choose(each)
+            yield timed(own)
 
     return [list(one_round()) for _ in range(step.rounds + 1)][1:]
 
@@ -164,10 +181,11 @@ def main() -> None:
     steps += [prompt_step(n, max(2, options.rounds // 10)) for n in sizes(options.prompts)]
     table = Table("step", "rank", "adapters", "ms", "ratio", "µs a layer")
     with graphs(options.graphs) as folder, torch.inference_mode():
-        for step in steps:
-            for rank in sizes(options.ranks):
-                base = smollm2(options.quantization)
-                for row in rows(rank, step, measure(base, rank, step, folder)):
+        base = load(smollm2(options.quantization))
+        for rank in sizes(options.ranks):
+            adapted = load(replace(base.shape, adapters=AdapterShape(rank=rank, targets=ALL)))
+            for step in steps:
+                for row in rows(rank, step, measure(base, adapted, step, folder)):
                     table.add_row(*row)
                 table.add_section()
     title = f"{len(CORES)} threads, {native.native_isa()}, load {os.getloadavg()[0]:.1f}"
