@@ -22,8 +22,9 @@
 namespace precast {
 namespace {
 
-constexpr int64_t kParallelWork = 32768;  // multiplications; two forks and joins take as long
-constexpr int64_t kColumns = 128;         // of a result, that one job writes: whole vectors
+// Multiplications from which on threads share them. With less, the others fetch the next weights meanwhile.
+constexpr int64_t kParallelWork = 131072;
+constexpr int64_t kColumns = 128;  // of a result, that one job writes: whole vectors
 constexpr int64_t kMaxChunks = 8, kChunk = 128;
 constexpr int64_t kFewRows = 4;  // more read weights from a copy: where 3072 floats lie between rows of
                                  // B, all of these have the same few lines of a cache
