@@ -185,7 +185,7 @@ class Worker:
             on_end=ended,
             hidden_token_ids=sequence.stop_token_ids,
             show_special_tokens=stop.show_special_tokens,
-            prompt_only=stop.max_tokens == 0,
+            prompt_only=sequence.prompt_only,
             deliver_at_end=start.deliver_at_end,
             trace_id=start.trace_id,
             traceparent=start.traceparent,

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread, Timer
+from typing import Any
 
 import numpy as np
 import openai
@@ -110,6 +111,20 @@ def test_numbers_and_base64_are_the_same(client: openai.OpenAI) -> None:
     assert np.frombuffer(data, dtype="<f4").tolist() == written["data"][0]["embedding"]
     assert written["usage"] == {"prompt_tokens": len(PROMPT), "total_tokens": len(PROMPT)}
     assert packed["model"] == MODEL
+
+
+def test_a_prompt_may_fill_the_context(client: openai.OpenAI, reference: Reference) -> None:
+    prompt = [5, *PROMPT, *PROMPT, *PROMPT[:55]]
+    [vector] = embed(client, prompt, pooling="last")
+    assert vector == pytest.approx(unit(reference(prompt)[-1]), abs=1e-3)
+    scored: Any = {"model": MODEL, "prompt": prompt, "echo": True, "logprobs": 0}
+    [choice] = client.completions.create(**scored, max_tokens=0).choices
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.token_logprobs or ()) == len(prompt) == 256
+    with pytest.raises(openai.BadRequestError, match="257 tokens"):
+        client.completions.create(**scored, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="257 tokens"):
+        embed(client, [*prompt, 1])
 
 
 def test_more_dimensions_than_there_are(client: openai.OpenAI) -> None:

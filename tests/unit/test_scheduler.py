@@ -330,6 +330,27 @@ def test_a_sequence_goes_on_behind_what_it_has_already() -> None:
         scheduler.add(full)
 
 
+@pytest.mark.parametrize("blocks", [8, 16], ids=["all blocks", "blocks to spare"])
+def test_where_nothing_is_generated_a_prompt_may_fill_the_context(blocks: int) -> None:
+    scheduler = make(blocks=blocks)
+    for name in ("a", "b"):
+        whole = sequence(name, prompt=32, max_tokens=1)
+        whole.prompt[0], whole.prompt_only = ord(name), True
+        scheduler.add(whole)
+    assert {name: len(output) for name, output in run(scheduler).items()} == {"a": 1, "b": 1}
+    assert scheduler.blocks.free_blocks == blocks
+
+
+def test_prompts_that_leave_no_room() -> None:
+    scheduler = make()
+    with pytest.raises(ContextLengthExceeded, match=r"32 tokens, .* no room is left for a token"):
+        scheduler.add(sequence("full", prompt=32, max_tokens=1))
+    long = sequence("long", prompt=33, max_tokens=1)
+    long.prompt_only = True
+    with pytest.raises(ContextLengthExceeded, match="has 33 tokens; 32 fit"):
+        scheduler.add(long)
+
+
 def test_how_to_draw_travels_once() -> None:
     scheduler = make()
     scheduler.add(sequence("a", presence_penalty=0.5, seed=3))

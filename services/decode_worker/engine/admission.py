@@ -62,6 +62,7 @@ def make_sequence(
         prompt_logprobs=start.prompt_logprobs if start.HasField("prompt_logprobs") else -1,
         pooling=_pooling(start, hidden_size) if start.HasField("embed") else None,
         stop_token_ids=stop_token_ids,
+        prompt_only=start.stop.max_tokens == 0,
         priority=start.priority,
         cache_salt=start.cache_salt,
         adapter=models.index(start.model),

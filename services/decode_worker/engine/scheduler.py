@@ -103,12 +103,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Overloaded, ContextLengthExceeded or InvalidRequest."""
-        if len(sequence.prompt) >= self._capacity:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(sequence.prompt)} tokens; prompt and completion together may "
-                f"have {self._capacity}"
-            )
-        if sequence.known >= self._capacity:
+        self._check_prompt(sequence)
+        if sequence.output and sequence.known >= self._capacity:
             raise InvalidRequest(
                 f"prompt and resumed_token_ids have {sequence.known} tokens; prompt and completion "
                 f"together may have {self._capacity}"
@@ -117,6 +113,18 @@ class Scheduler:
             raise Overloaded(f"{self._max_waiting} requests are waiting already")
         self._drafter.begin(sequence)
         self._waiting.append(sequence)
+
+    def _check_prompt(self, sequence: Sequence) -> None:
+        """Where nothing is generated, a prompt may be all that fits: the token that is drawn behind
+        it is dropped, and never computed."""
+        tokens, most = len(sequence.prompt), self._capacity
+        if tokens > most:
+            raise ContextLengthExceeded(f"the prompt has {tokens} tokens; {most} fit")
+        if tokens == most and not sequence.prompt_only:
+            raise ContextLengthExceeded(
+                f"the prompt has {tokens} tokens, and no more than {most} fit: no room is left for "
+                "a token of the completion"
+            )
 
     def abort(self, request_id: str) -> Sequence | None:
         """Drops a sequence and frees its blocks; safe while a step with it is running."""
@@ -306,7 +314,8 @@ class Scheduler:
 
     def _left(self, sequence: Sequence, drawn: int) -> int:
         """Tokens that a sequence may still draw with so many drawn."""
-        return min(sequence.max_tokens, self._capacity - len(sequence.prompt)) - drawn
+        room = max(1, self._capacity - len(sequence.prompt))  # one is drawn of whole prompts too
+        return min(sequence.max_tokens, room) - drawn
 
     def _admit(self) -> None:
         """Gives slots and blocks to those that have waited longest."""

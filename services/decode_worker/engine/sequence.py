@@ -59,6 +59,8 @@ class Sequence:
     sampling: SamplingSpec
     max_tokens: int
     stop_token_ids: frozenset[int]
+    prompt_only: bool = False
+    """Only the prompt's log-probabilities or its embedding are wanted: what is drawn is dropped."""
     priority: int = 0
     """Higher ones get slots first."""
     cache_salt: str = ""

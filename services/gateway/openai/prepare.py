@@ -72,7 +72,8 @@ class Planner:
         check_ids("logit_bias", list(body.logit_bias), tokenizer)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
         whole = await completion_prompts(body, tokenizer, limited)
-        prompts = [truncated(body, ids, limit) for ids in whole]
+        most = limit if body.max_tokens == 0 else limit - 1
+        prompts = [truncated(body, ids, most) for ids in whole]
         each = body.generated_per_prompt
         wanted = _wanted(body, stops_of(body, tokenizer, limit, len(prompts) * each))
         starts = [
@@ -111,7 +112,7 @@ class Planner:
         use = tool_use(body, format_of(template, self._parsers.tools))
         allow = self._parsers.allow_control_tokens
         prompt = await chat_prompt(body, tokenizer, limited, use, allow_control_tokens=allow)
-        ids = truncated(body, prompt.ids, limit)
+        ids = truncated(body, prompt.ids, limit - 1)
         reading = Reading(
             thinking=thinking_of(template, prompt.text, self._parsers.reasoning),
             show_reasoning=body.include_reasoning is not False,

@@ -69,14 +69,14 @@ class Truncated(Protocol):
     def truncate_prompt_tokens(self) -> int | None: ...
 
 
-def truncated(body: Truncated, ids: list[int], limit: int) -> list[int]:
-    """The prompt's last tokens, as many as were asked for; ``limit``: of the context."""
+def truncated(body: Truncated, ids: list[int], most: int) -> list[int]:
+    """The prompt's last tokens, as many as were asked for; ``most``: that the context takes."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return ids
     if keep == 0:
         raise invalid("Invalid 'truncate_prompt_tokens': must not be 0.", "truncate_prompt_tokens")
-    return ids[-(limit - 1 if keep == -1 else keep) :]
+    return ids[-(most if keep == -1 else keep) :]
 
 
 async def chat_prompt(

@@ -24,8 +24,8 @@ async def embedding_plan(
     """``limit``: of the context; ``pooling``: where none is asked for. Raises ``ApiError`` 400."""
     inputs = [truncated(body, ids, limit) for ids in await _input_ids(body, tokenizer, limited)]
     for ids in inputs:
-        if len(ids) >= limit:
-            raise context_length_exceeded(limit, len(ids), 1, "input")
+        if len(ids) > limit:
+            raise context_length_exceeded(limit, len(ids), 0, "input")
     wanted = pb.Embedding(
         pooling=_POOLINGS[body.pooling or pooling],
         dimensions=body.dimensions or 0,
