@@ -5,6 +5,7 @@ int32`` and ``password`` say nothing of a text. Who can't hold an answer to such
 refuse it either, so these are left out before anybody looks.
 """
 
+from collections.abc import Iterator, Set
 from typing import Any, Final
 
 _VALUES: Final = frozenset({"const", "enum", "default", "examples"})
@@ -63,3 +64,24 @@ def _behind(key: str, value: Any) -> Any:
     if key in _NAMED and isinstance(value, dict):
         return {name: without_idle(schema) for name, schema in value.items()}
     return without_idle(value)
+
+
+def place_of(keywords: Set[str], schema: Any, path: str = "") -> str | None:
+    """Path of the first schema that has one of the keywords, whatever it asks; None: none has."""
+    if isinstance(schema, dict) and keywords & schema.keys():
+        return path
+    inner = (place_of(keywords, part, f"{path}{step}") for step, part in _parts(schema))
+    return next((found for found in inner if found is not None), None)
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Schemas, or what holds some, right within a schema, and the steps to them."""
+    if isinstance(schema, list):
+        yield from ((f"[{at}]", each) for at, each in enumerate(schema))
+    if not isinstance(schema, dict):
+        return
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            yield from ((f".{key}.{name}", each) for name, each in value.items())
+        elif key not in _VALUES:
+            yield f".{key}", value

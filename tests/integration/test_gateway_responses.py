@@ -341,7 +341,7 @@ def test_how_embeddings_are_pooled_is_a_setting(gateway: Gateway, stack: Stack) 
         ({"input": ["a"] * 2049}, "input"),
         ({"input": [[99_999]]}, "input"),
         ({"input": "a" * 5000}, "input"),
-        ({"input": [1] * 4096}, "input"),
+        ({"input": [1] * 4097}, "input"),
         ({"input": None}, "input"),
         ({"encoding_format": "int8"}, "encoding_format"),
         ({"dimensions": 0}, "dimensions"),

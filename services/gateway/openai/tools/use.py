@@ -25,6 +25,8 @@ class ToolUse:
     mode: Literal["auto", "forced"]
     several: bool
     """Whether more than one call is allowed."""
+    places: tuple[int, ...] = ()
+    """Of these tools among the request's."""
 
     @property
     def shown(self) -> list[dict[str, Any]]:
@@ -39,6 +41,10 @@ class ToolUse:
     def strict(self) -> bool:
         """Whether some arguments have to follow their schema although the call is optional."""
         return self.mode == "auto" and any(tool.function.strict for tool in self.tools)
+
+    def holds(self, tool: Tool) -> bool:
+        """Whether calls of the tool are held to its schema."""
+        return self.mode == "forced" or bool(tool.function.strict)
 
     @property
     def syntax(self) -> Syntax:
@@ -71,9 +77,11 @@ def tool_use(body: ToolFields, form: ToolFormat | None) -> ToolUse | None:
         raise invalid("'tools' are switched off for this server.", "tools", "unsupported_parameter")
     forced = choice == "required" or isinstance(choice, NamedChoice) or _requires(choice)
     named = isinstance(choice, NamedChoice)
+    places = tuple(_offered(body.tools, choice))
     use = ToolUse(
         form=form,
-        tools=tuple(_offered(body.tools, choice)),
+        tools=tuple(body.tools[place] for place in places),
+        places=places,
         mode="forced" if forced else "auto",
         several=body.parallel_tool_calls is not False and not named,
     )
@@ -109,6 +117,7 @@ def _requires(choice: object) -> bool:
     return isinstance(choice, AllowedChoice) and choice.allowed_tools.mode == "required"
 
 
-def _offered(tools: Sequence[Tool], choice: object) -> list[Tool]:
+def _offered(tools: Sequence[Tool], choice: object) -> list[int]:
+    """Their places."""
     chosen = _chosen(choice)
-    return [tool for tool in tools if not chosen or tool.function.name in chosen]
+    return [place for place, tool in enumerate(tools) if not chosen or tool.function.name in chosen]
