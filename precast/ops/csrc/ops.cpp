@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "mixed.h"
 #include "pool.h"
+#include "prefetch.h"
 #include "shims.h"
 
 namespace precast {
@@ -232,6 +233,8 @@ int64_t read_memory(const at::Tensor& x) {
     const Range r = share(x.numel() / 8, part, parts);
     int64_t sums[8] = {};
     for (int64_t i = r.begin; i < r.end; ++i) {
+      // as linears of one row do, which would be faster than what the memory is said to give
+      __builtin_prefetch(reinterpret_cast<const char*>(words + i * 8) + kPageBytes, 0, 2);
       for (int lane = 0; lane < 8; ++lane) sums[lane] += words[i * 8 + lane];
     }
     for (const int64_t sum : sums) total += sum;
