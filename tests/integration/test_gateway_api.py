@@ -441,7 +441,7 @@ def test_odd_model_names(gateway: Gateway, model: str) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"prompt": "x"}, "model"),
+        ({"model": "", "prompt": "x"}, "model"),
         ({"model": "tiny"}, "prompt"),
         ({**BODY, "prompt": 5}, "prompt"),
         ({**BODY, "prompt": ""}, "prompt"),
