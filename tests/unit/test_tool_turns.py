@@ -1,16 +1,23 @@
 """Earlier calls and their results, as strict chat templates take them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from precast.tokenizer.model_tokenizer import TokenizerStore
 from services.gateway.openai.call_ids import short_call_id
-from services.gateway.openai.prompts import template_messages
+from services.gateway.openai.errors import ApiError
+from services.gateway.openai.lengths import LimitedTokenizer, make_gate
+from services.gateway.openai.prompts import chat_prompt, template_messages
 from services.gateway.openai.schemas import ChatRequest
+from services.gateway.openai.tools.formats import format_of
 from services.gateway.openai.tools.generic import explained
 from services.gateway.openai.tools.shown import with_descriptions, with_tools
+from services.gateway.openai.tools.use import tool_use
+from tests.support.tokenizers import byte_level
 
 ALTERNATING = (
     "{% for m in messages if m.role != 'system' %}"
@@ -61,6 +68,41 @@ def test_results_of_several_calls_are_one_turn(tools: list[Any]) -> None:
     assert text.count("[user]") == 2
     told = text.index("\none\n"), text.index("\ntwo\n"), text.index("So?")
     assert list(told) == sorted(told)
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+"""As of Mistral 7B 0.2 and Gemma 2."""
+
+
+async def prompt_of(folder: Path, *messages: Any) -> str:
+    """With a tool, as the model gets it."""
+    byte_level(("<end>",)).save(str(folder / "tokenizer.json"))
+    config = {"chat_template": NO_SYSTEM}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = await TokenizerStore(folder.parent).get(folder.name)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    body = ChatRequest.model_validate({"model": "m", "messages": [*messages], "tools": tools})
+    limited = LimitedTokenizer(tokenizer, 4096, make_gate())
+    use = tool_use(body, format_of(NO_SYSTEM, "auto"))
+    prompt = await chat_prompt(body, tokenizer, limited, use, allow_control_tokens=False)
+    return prompt.text
+
+
+async def test_tools_are_explained_where_no_system_message_is_taken(tmp_path: Path) -> None:
+    text = await prompt_of(tmp_path, *TURNS)
+    assert text.startswith("[user]You may call functions")
+    assert text.index("weather") < text.index("</tool_call>\n\ngo[assistant]<tool_call>")
+    assert text.endswith("So?")
+
+
+async def test_a_system_message_of_the_client_s_is_still_refused(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match="roles must alternate"):
+        await prompt_of(tmp_path, {"role": "system", "content": "Be kind."}, *TURNS)
 
 
 PHI = (

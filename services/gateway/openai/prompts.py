@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 from precast.errors import InvalidRequest
@@ -16,7 +17,7 @@ from services.gateway.openai.lengths import LimitedTokenizer
 from services.gateway.openai.messages import Message
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.tools.formats import knows_tools
-from services.gateway.openai.tools.generic import explained
+from services.gateway.openai.tools.generic import explained, in_users_words
 from services.gateway.openai.tools.shown import with_descriptions, with_tools
 from services.gateway.openai.tools.use import ToolUse
 
@@ -102,18 +103,30 @@ async def chat_prompt(
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
     )
+    encode = partial(
+        limited.encode_chat,
+        options=options,
+        allow_control_tokens=allow_control_tokens,
+        add_special_tokens=bool(body.add_special_tokens),
+    )
     try:
-        ids, text = await limited.encode_chat(
-            messages,
-            options,
-            allow_control_tokens=allow_control_tokens,
-            add_special_tokens=bool(body.add_special_tokens),
-        )
+        try:
+            ids, text = await encode(messages)
+        except InvalidRequest:
+            if not _has_our_system(body, use):
+                raise
+            ids, text = await encode(in_users_words(messages))
     except InvalidRequest as error:
         raise invalid(str(error), "messages") from None
     if not ids:
         raise invalid("Invalid 'messages': they have no tokens.", "messages")
     return ChatPrompt(ids=ids, text=text)
+
+
+def _has_our_system(body: ChatRequest, use: ToolUse | None) -> bool:
+    """Whether the first message explains tools, and the client has written no system message."""
+    roles = {message.role for message in body.messages}
+    return use is not None and use.form.instructs and not roles & {"system", "developer"}
 
 
 def _called_unknown(messages: Sequence[Message], template: str) -> bool:

@@ -50,6 +50,17 @@ def explained(messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]]) 
     return [{"role": "system", "content": text}, *plain]
 
 
+def in_users_words(messages: Sequence[_Message]) -> list[_Message]:
+    """The same for a template that refuses the system's message, which is the first: its text is in
+    front of what the user says first."""
+    text, turns = messages[0]["content"], list(messages[1:])
+    for place, turn in enumerate(turns):
+        if turn["role"] == "user":
+            turns[place] = {**turn, "content": f"{text}\n\n{turn['content']}"}
+            return turns
+    return [{"role": "user", "content": text}, *turns]
+
+
 def _as_text(message: _Message) -> _Message:
     if message["role"] == "tool":
         text = f"<tool_response>\n{message['content']}\n</tool_response>"
