@@ -116,3 +116,14 @@ def test_drafts_keep_the_gap_between_tokens() -> None:
     assert sorted(pace.decode_costs(4, (1, 4, 16, 256))) == [4, 16]
     pace.observe(16, 0, 0.090)
     assert sorted(pace.decode_costs(4, (1, 4, 16, 256))) == [4]
+
+
+def test_a_draft_beside_prompts_takes_what_their_tokens_do() -> None:
+    pace = Pace(0.100)
+    for _ in range(8):
+        pace.observe(4, 0, 0.016)
+        pace.observe(4, 40, 0.056)
+    assert pace.decode_costs(4, (8, 16, 64))[16] < 0.026  # it was not seen: it is tried
+    beside = pace.decode_costs(4, (8, 16, 64), prompts=True)
+    assert sorted(beside) == [4, 8, 16]
+    assert beside[16] == pytest.approx(0.016 + 12 * 0.001)

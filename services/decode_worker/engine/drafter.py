@@ -31,11 +31,12 @@ class Drafter:
         of one were right has to be known in any case."""
         if any(sequence.drafted for sequence in running):
             return True
-        return self.may_follow([s for s in running if s.drawing and s.to_prefill == 0])
+        drawing = [s for s in running if s.drawing and s.to_prefill == 0]
+        return self.may_follow(drawing, prompts=any(s.to_prefill for s in running))
 
-    def may_follow(self, drawing: Many[Sequence]) -> bool:
-        """Whether drafts may follow what these sequences draw now."""
-        return bool(drawing) and any(self.counts(drawing, skip=1))
+    def may_follow(self, drawing: Many[Sequence], *, prompts: bool = False) -> bool:
+        """Whether drafts may follow what these sequences draw now; ``prompts`` as of ``counts``."""
+        return bool(drawing) and any(self.counts(drawing, skip=1, prompts=prompts))
 
     def counts(
         self, decoding: Many[Sequence], skip: int = 0, *, prompts: bool = False

@@ -64,7 +64,8 @@ class Pace:
     ) -> dict[int, float]:
         """What steps of ``decoding`` tokens take, and of those larger ``sizes`` that keep the gap;
         empty if nothing is known. What was not seen lately is guessed from the next smaller one
-        that was. ``prompts``: half of what decoding leaves of the gap is for prompts."""
+        that was. ``prompts``: half of what decoding leaves of the gap is for prompts, and another
+        token takes what theirs do."""
         known = {
             size: self._decode_s[size] for size, step in self._seen.items() if self._fresh(step)
         }
@@ -72,11 +73,17 @@ class Pace:
         if not known[decoding]:
             return {}
         most = self._gap_s * _MARGIN
+        each = 0.0
         if prompts:
             most = (known[decoding] + most) / 2
+            each = self._token_s or 0.0
         costs = {decoding: known[decoding]}
         for size in sizes:
             cost = (known.get(size) or _guess(size, known)) if size > decoding else math.inf
+            # Beside prompts a step computes as fast as it can, and reads its weights in any case:
+            # drafts are not cheap there. Of 16 streams that began at once they took a quarter of
+            # all rows, and the last stream ended later for it.
+            cost = max(cost, known[decoding] + (size - decoding) * each)
             if cost <= most:
                 costs[size] = cost
         return costs
