@@ -2,9 +2,6 @@
 matrices and without."""
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from precast.ops.gguf_types import BLOCKS
 from precast.ops.packing import Format, pack
 from precast.system.cpu import this_cpu
 from tests.support import gguf_kernels
+from tests.support.other_isa import output_with
 
 QUANTIZED = [Format.INT8, Format.Q8_0, Format.Q4_0, Format.Q4_1]
 ROWS = (1, 7, 11, 12, 16, 17, 30, 65)
@@ -61,15 +59,7 @@ def attention_digest() -> str:
 def test_linears_and_attention_over_int8_have_the_bits_of_avx512() -> None:
     names = "linear_digest, attention_digest"
     program = f"from tests.unit.test_amx import {names}; print(linear_digest(), attention_digest())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PRECAST_NATIVE_ISA": "avx512"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=True,
-    )
-    assert run.stdout.split() == [linear_digest(), attention_digest()]
+    assert output_with("avx512", "-c", program).split() == [linear_digest(), attention_digest()]
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, begin: int, kv_dtype: str = "bf16") -> Tensor:

@@ -1,13 +1,10 @@
 """Linears give the same bits on every instruction set that has multiply-add."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from precast.ops import native
 from precast.system.cpu import this_cpu
+from tests.support.other_isa import output_with
 from tests.unit.test_amx import linear_digest
 
 SETS = {"avx2": {"avx2", "fma"} <= this_cpu().flags, "avxvnni": this_cpu().avxvnni}
@@ -19,12 +16,4 @@ OTHERS = [isa for isa, there in SETS.items() if there and isa != native.native_i
 @pytest.mark.parametrize("isa", OTHERS)
 def test_linears_have_the_same_bits(isa: str) -> None:
     program = "from tests.unit.test_amx import linear_digest; print(linear_digest())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PRECAST_NATIVE_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=True,
-    )
-    assert run.stdout.strip() == linear_digest()
+    assert output_with(isa, "-c", program).strip() == linear_digest()

@@ -4,13 +4,12 @@ Graphs against eager steps: ``tests/integration/test_captured_architectures.py``
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from precast.ops import native
 from tests.support import same_bits
+from tests.support.other_isa import output_with
 
 # Without AVX-VNNI, which differs from AVX2 in its linears only: tests/unit/test_linear_bits.py.
 LESSER = {
@@ -30,12 +29,4 @@ def test_bits_do_not_depend_on_the_step() -> None:
 def test_nor_do_they_on_lesser_instruction_sets(isa: str) -> None:
     if os.environ.get("PRECAST_NATIVE_ISA"):
         pytest.skip("one is chosen for all tests")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.same_bits"],
-        env={**os.environ, "PRECAST_NATIVE_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=True,
-    )
-    assert done.stdout.split("\n") == ["", ""]
+    assert output_with(isa, "-m", "tests.support.same_bits").split("\n") == ["", ""]

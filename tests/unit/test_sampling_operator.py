@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -20,6 +18,7 @@ from precast.ops import native
 from precast.ops.draw_status import DrawStatus
 from precast.ops.sampling import Drawings, sample
 from tests.support import command
+from tests.support.other_isa import output_with
 from tests.support.sampling_reference import (
     Floats,
     Row,
@@ -211,15 +210,7 @@ def test_instruction_sets_give_the_same_bits() -> None:
     )
     seen = {native.native_isa(): batch_digest()}
     for isa in ("scalar", "avx2"):
-        run = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PRECAST_NATIVE_ISA": isa},
-            capture_output=True,
-            text=True,
-            timeout=110,
-            check=True,
-        )
-        name, digest = run.stdout.split()
+        name, digest = output_with(isa, "-c", program).split()
         assert name == isa
         seen[isa] = digest
     assert len(set(seen.values())) == 1, seen

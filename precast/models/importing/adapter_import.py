@@ -9,7 +9,7 @@ from precast.models.importing.adapters import BASE, AdapterInfo, described
 from precast.models.importing.catalog import check_name, find_model
 from precast.models.importing.conversion import Report
 from precast.models.importing.copying import check_space, copy_file
-from precast.models.importing.importer import locked, placed
+from precast.models.importing.importer import check_free, file_errors_named, locked, placed
 from precast.models.json_file import read_object
 from precast.models.weights.adapter_folder import CONFIG, WEIGHTS, is_adapter, read_adapter
 
@@ -38,21 +38,9 @@ def import_adapter(
     target = models_dir / check_name(name or folder.name)
     if target.name == base:
         raise ConfigError(f"{base} is the model's own name: give the adapter another --name")
-    try:
-        with locked(models_dir, report):
-            check_free(target, replace=replace)
-            return _import(folder, target, base, report)
-    except OSError as error:
-        raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
-
-
-def check_free(target: Path, *, replace: bool) -> None:
-    """Raises ``ConfigError`` if something is there that is not to be replaced."""
-    if target.exists() and not replace:
-        raise ConfigError(
-            f"{target.name} is there already, and nothing was imported: give another --name, or "
-            "--replace it"
-        )
+    with file_errors_named(models_dir), locked(models_dir, report):
+        check_free(target, replace=replace)
+        return _import(folder, target, base, report)
 
 
 def _named_base(folder: Path, models_dir: Path) -> str:

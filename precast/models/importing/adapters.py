@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from precast.errors import ConfigError, ModelNotFound, PrecastError
+from precast.errors import ConfigError, ModelNotFound
 from precast.models.config import load_config
-from precast.models.importing.catalog import BrokenModel
+from precast.models.importing.catalog import BrokenModel, inspected
 from precast.models.json_file import read_object
 from precast.models.weights.adapter_folder import (
     CONFIG,
@@ -63,7 +63,7 @@ def described(adapter: Adapter, folder: Path, base: str) -> AdapterInfo:
 
 def list_adapters(models_dir: Path) -> list[AdapterInfo | BrokenModel]:
     """Every adapter's folder by name, broken ones too."""
-    return [_inspect(folder) for folder in adapter_folders(models_dir)]
+    return [inspected(folder, check_adapter) for folder in adapter_folders(models_dir)]
 
 
 def adapter_folders(models_dir: Path) -> Iterator[Path]:
@@ -72,13 +72,3 @@ def adapter_folders(models_dir: Path) -> Iterator[Path]:
         for folder in sorted(models_dir.iterdir()):
             if not folder.name.startswith(".") and is_adapter(folder):
                 yield folder
-
-
-def _inspect(folder: Path) -> AdapterInfo | BrokenModel:
-    try:
-        return check_adapter(folder)
-    except PrecastError as error:
-        problem = str(error)
-    except Exception as error:  # one folder's files must not hide the others
-        problem = f"{folder}: {type(error).__name__}: {error}"
-    return BrokenModel(name=folder.name, path=folder, problem=" ".join(problem.split())[:500])

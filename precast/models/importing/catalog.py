@@ -5,10 +5,10 @@ Only headers are read: neither torch nor the weights are loaded.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -32,6 +32,7 @@ from precast.tokenizer.load import load_tokenizer
 _COMPUTED: Final = (".rotary_emb.inv_freq",)
 """Tensors of old checkpoints that are calculated anew."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+Info = TypeVar("Info")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def check_name(name: str) -> str:
 def list_models(models_dir: Path) -> list[ModelInfo | BrokenModel]:
     """Every model folder by name, broken ones too; adapters are none. Empty if the directory
     doesn't exist."""
-    return [_inspect(models_dir / name) for name in model_names(models_dir)]
+    return [inspected(models_dir / name, check_model) for name in model_names(models_dir)]
 
 
 def model_names(models_dir: Path) -> list[str]:
@@ -179,9 +180,10 @@ def check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) ->
         )
 
 
-def _inspect(folder: Path) -> ModelInfo | BrokenModel:
+def inspected(folder: Path, check: Callable[[Path], Info]) -> Info | BrokenModel:
+    """What ``check`` says of a folder, or why that can't be served."""
     try:
-        return check_model(folder)
+        return check(folder)
     except PrecastError as error:
         problem = str(error)
     except Exception as error:  # one folder's files must not hide the others

@@ -63,12 +63,18 @@ def import_model(
     target = models_dir / name
     if kept := _kept(target, replace=replace, must_be_new=must_be_new):
         return kept
+    with file_errors_named(models_dir), locked(models_dir, report):
+        # another process may have imported it meanwhile
+        if kept := _kept(target, replace=replace, must_be_new=must_be_new):
+            return kept
+        return _import(path or find_built_in(source), target, report)
+
+
+@contextmanager
+def file_errors_named(models_dir: Path) -> Iterator[None]:
+    """Turns an OSError into a ConfigError of one line that names the file."""
     try:
-        with locked(models_dir, report):
-            # another process may have imported it meanwhile
-            if kept := _kept(target, replace=replace, must_be_new=must_be_new):
-                return kept
-            return _import(path or find_built_in(source), target, report)
+        yield
     except OSError as error:
         raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
 
@@ -98,14 +104,18 @@ def _same_content(one: Path, other: Path) -> bool:
 
 def _kept(target: Path, *, replace: bool, must_be_new: bool) -> ModelInfo | None:
     """The model that is there and stays."""
-    if replace or not target.exists():
-        return None
     if must_be_new:
+        check_free(target, replace=replace)
+    return check_model(target) if target.exists() and not replace else None
+
+
+def check_free(target: Path, *, replace: bool) -> None:
+    """Raises ``ConfigError`` if something is there that is not to be replaced."""
+    if target.exists() and not replace:
         raise ConfigError(
             f"{target.name} is there already, and nothing was imported: give another --name, or "
             "--replace it"
         )
-    return check_model(target)
 
 
 def _import(source: Path, target: Path, report: Report) -> ModelInfo:

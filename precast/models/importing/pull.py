@@ -16,14 +16,14 @@ from typing import Final
 
 from precast.errors import ConfigError
 from precast.models.importing import hub
-from precast.models.importing.adapter_import import check_free, import_adapter
+from precast.models.importing.adapter_import import import_adapter
 from precast.models.importing.adapters import AdapterInfo
 from precast.models.importing.catalog import ModelInfo, check_model, check_name
 from precast.models.importing.conversion import Report, check_in_child
 from precast.models.importing.copying import check_room
 from precast.models.importing.gguf.parts import part_names
 from precast.models.importing.hub import HubName, Remote, default_name
-from precast.models.importing.importer import import_model
+from precast.models.importing.importer import check_free, file_errors_named, import_model
 from precast.models.json_file import read_object
 from precast.models.weights.adapter_folder import CONFIG, WEIGHTS
 from precast.system.held_folders import put_in_place, remove_unheld
@@ -57,12 +57,9 @@ def pull_model(
         raise ConfigError(f"{remote.repo} is an adapter: pull it with --base, its model")
     if target.exists() and not replace and _source_of(target).get("commit") == remote.commit:
         return check_model(target)
-    try:
-        with _download_folder(models_dir, remote) as folder:
-            _fetch_all(source, remote, folder, report)
-            return _put(source, remote, folder, target, report)
-    except OSError as error:
-        raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
+    with file_errors_named(models_dir), _download_folder(models_dir, remote) as folder:
+        _fetch_all(source, remote, folder, report)
+        return _put(source, remote, folder, target, report)
 
 
 def pull_adapter(
@@ -81,16 +78,13 @@ def pull_adapter(
     check_free(models_dir / name, replace=replace)
     report("asking the hub")
     remote = hub.find(source.repo, revision)
-    try:
-        with _download_folder(models_dir, remote) as folder:
-            _fetch(remote, (CONFIG, WEIGHTS), folder, report)
-            info = import_adapter(
-                str(folder), models_dir, base=base, name=name, replace=replace, report=report
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            return info
-    except OSError as error:
-        raise ConfigError(f"{error.filename or models_dir}: {error.strerror or error}") from None
+    with file_errors_named(models_dir), _download_folder(models_dir, remote) as folder:
+        _fetch(remote, (CONFIG, WEIGHTS), folder, report)
+        info = import_adapter(
+            str(folder), models_dir, base=base, name=name, replace=replace, report=report
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        return info
 
 
 def _kept(
