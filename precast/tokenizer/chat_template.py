@@ -14,10 +14,8 @@ from jinja2 import nodes
 
 from precast.errors import InvalidRequest
 from precast.tokenizer.template_environment import ChatEnvironment
+from precast.tokenizer.template_files import DEFAULT, FOR_TOOLS, template_files
 
-FILE: Final = "chat_template.jinja"
-FOLDER: Final = "additional_chat_templates"
-_DEFAULT: Final = "default"
 _SPECIAL_TOKENS: Final = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
@@ -34,14 +32,17 @@ class ChatOptions:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """The text ends with the last message's, for the answer to go on with it."""
+    placeholders: Mapping[str, str] = field(default_factory=dict)
+    """Words in messages, and what stands for each in the chat as if the template had written it.
+    They have to be such as nobody guesses."""
 
 
 PLAIN: Final = ChatOptions()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChatTemplate:
-    """A model's way to write chats."""
+    """A model's way to write chats. Equal is only what is the same, so that caches may hold it."""
 
     template: jinja2.Template | None
     reason: str = ""
@@ -80,6 +81,8 @@ class ChatTemplate:
             raise InvalidRequest(f"The model's chat template refuses the messages: {reason}") from (
                 None
             )
+        for placeholder, own in options.placeholders.items():
+            text = text.replace(placeholder, own)
         return _left_open(text) if options.continue_final_message else text
 
 
@@ -104,11 +107,16 @@ def _left_open(text: str) -> str:
     return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
 
 
-def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
-    """The folder's default template. ``config``: ``tokenizer_config.json``. Raises nothing."""
+def read_chat_template(
+    folder: Path, config: Mapping[str, Any], *, for_tools: bool = False
+) -> ChatTemplate:
+    """The folder's template for chats, or for those with tools: the default, unless it has one of
+    its own for them. ``config``: ``tokenizer_config.json``. Raises nothing."""
     variables = _variables(config)
     try:
-        source = _default(folder.name, _sources(folder, config))
+        sources = _sources(folder, config)
+        special = sources.get(FOR_TOOLS) if for_tools else None
+        source = special or _default(folder.name, sources)
         template, literals = _compiled(source)
     except InvalidRequest as missing:
         return ChatTemplate(template=None, reason=str(missing), variables=variables)
@@ -119,17 +127,12 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
     return ChatTemplate(template=template, variables=variables, source=source, literals=literals)
 
 
-def template_files(folder: Path) -> tuple[Path, ...]:
-    """Files of a folder that hold templates."""
-    return folder / FILE, *sorted((folder / FOLDER).glob("*.jinja"))
-
-
 def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Templates by name. Files replace all that the config has, as with ``transformers``."""
     default, *others = template_files(folder)
     files = {path.stem: path for path in others}
     if default.is_file():
-        files[_DEFAULT] = default
+        files[DEFAULT] = default
     if files:
         return {name: path.read_text("utf-8") for name, path in files.items()}
     return _named(config.get("chat_template"))
@@ -139,7 +142,7 @@ def _named(found: object) -> dict[str, str]:
     if found is None:
         return {}
     if isinstance(found, str):
-        return {_DEFAULT: found}
+        return {DEFAULT: found}
     if isinstance(found, list):  # several
         found = {entry["name"]: entry["template"] for entry in found}
     if isinstance(found, dict) and all(isinstance(source, str) for source in found.values()):
@@ -151,10 +154,10 @@ def _default(model: str, sources: Mapping[str, str]) -> str:
     """Raises ``InvalidRequest`` if there is none."""
     if not sources:
         raise InvalidRequest(f"The model {model!r} has no chat template; use /v1/completions.")
-    if _DEFAULT not in sources:
+    if DEFAULT not in sources:
         names = ", ".join(sorted(sources))
         raise InvalidRequest(f"None of the chat templates of {model!r} is the default: {names}.")
-    return sources[_DEFAULT]
+    return sources[DEFAULT]
 
 
 def _compiled(source: str) -> tuple[jinja2.Template, str]:

@@ -6,15 +6,16 @@ from typing import Final
 from blake3 import blake3
 
 from precast.errors import ModelCorrupt
+from precast.tokenizer.template_files import FILE, TOOL_FILE
 
-_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FILES: Final = ("tokenizer.json", "tokenizer_config.json", FILE)
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """BLAKE3 in hex over the folder's tokenizer, its settings and its chat template. The same for
+    """BLAKE3 in hex over the folder's tokenizer, its settings and its chat templates. The same for
     the same contents, wherever they are. Raises ``ModelCorrupt`` if one can't be read."""
     digest = blake3()
-    for name in _FILES:
+    for name in (*_FILES, *([TOOL_FILE] if (folder / TOOL_FILE).exists() else [])):
         content = _read(folder / name)
         size = -1 if content is None else len(content)
         digest.update(f"{name}:{size}\n".encode())

@@ -15,8 +15,6 @@ from tokenizers import Tokenizer
 from precast.errors import ModelCorrupt
 from precast.log import get_logger
 from precast.system.held_folders import replaced_folders
-from precast.tokenizer.chat_template import FILE as TEMPLATE_FILE
-from precast.tokenizer.chat_template import FOLDER as TEMPLATE_FOLDER
 from precast.tokenizer.chat_template import (
     PLAIN,
     ChatOptions,
@@ -26,6 +24,8 @@ from precast.tokenizer.chat_template import (
 from precast.tokenizer.control_tokens import ControlTokens
 from precast.tokenizer.digest import tokenizer_digest
 from precast.tokenizer.load import load_tokenizer
+from precast.tokenizer.template_files import FILE as TEMPLATE_FILE
+from precast.tokenizer.template_files import FOLDER as TEMPLATE_FOLDER
 
 log = get_logger(__name__)
 
@@ -55,9 +55,15 @@ class ModelTokenizer:
     longest_token: int
     """Characters of text that one token may stand for, at the most."""
     chat_template: ChatTemplate
+    tool_template: ChatTemplate
+    """For chats with tools."""
     control_tokens: ControlTokens
     digest: str
     """Of what turns text into tokens and chats into text; see ``tokenizer_digest``."""
+
+    def template(self, *, tools: bool) -> ChatTemplate:
+        """For chats with or without tools."""
+        return self.tool_template if tools else self.chat_template
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text, in which names of control tokens are these tokens. Long texts
@@ -97,12 +103,13 @@ class ModelTokenizer:
         options: ChatOptions,
         allow_control_tokens: bool,
     ) -> Chat:
+        template = self.template(tools=bool(options.tools))
         texts = [*messages, *options.tools]  # the tools' too come from others
         marked = None if allow_control_tokens else self.control_tokens.mark(texts)
         if marked is None:
-            return Chat(text=self.chat_template.render(messages, options), marked=False)
+            return Chat(text=template.render(messages, options), marked=False)
         clean = replace(options, tools=marked[len(messages) :])
-        text = self.chat_template.render(marked[: len(messages)], clean)
+        text = template.render(marked[: len(messages)], clean)
         return Chat(text=text, marked=True)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
@@ -181,13 +188,17 @@ def read_model_tokenizer(folder: Path) -> ModelTokenizer:
     if not isinstance(declared, int):
         raise ModelCorrupt(f"{folder / 'config.json'}: vocab_size is not an integer")
     template = read_chat_template(folder, config)
+    for_tools = read_chat_template(folder, config, for_tools=True)
+    if for_tools.source == template.source:
+        for_tools = template
     loaded = ModelTokenizer(
         model=folder.name,
         tokenizer=tokenizer,
         vocab_size=max(tokenizer.get_vocab_size(with_added_tokens=True), declared),
         longest_token=max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1),
         chat_template=template,
-        control_tokens=ControlTokens(tokenizer, template.literals),
+        tool_template=for_tools,
+        control_tokens=ControlTokens(tokenizer, template.literals + for_tools.literals),
         digest=digest,
     )
     load_ms = round(1000 * (time.monotonic() - start))

@@ -27,6 +27,7 @@ from precast.models.weights.gguf_checkpoint import GgufCheckpoint
 from precast.ops import native
 from precast.ops.scaled import floats
 from precast.tokenizer.load import load_tokenizer
+from precast.tokenizer.model_tokenizer import read_model_tokenizer
 from tests.support import models
 from tests.support.gguf_files import (
     TEMPLATE,
@@ -111,6 +112,13 @@ def test_only_the_files_own_tokenizer_counts(tmp_path: Path) -> None:
     folder = converted(source)
     assert load_tokenizer(folder).get_vocab_size() == COUNT
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_a_template_for_tools_is_taken_along(tmp_path: Path) -> None:
+    fields = {"tokenizer.chat_template.tool_use": "for tools"}
+    folder = converted(write_gguf(tmp_path / "tiny.gguf", fields=fields))
+    assert read_model_tokenizer(folder).template(tools=True).source == "for tools"
+    assert read_model_tokenizer(folder).template(tools=False).source == TEMPLATE
 
 
 BIASED = {"attention_bias": True, "mlp_bias": True}

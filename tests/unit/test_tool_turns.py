@@ -11,8 +11,9 @@ from precast.tokenizer.model_tokenizer import TokenizerStore
 from services.gateway.openai.call_ids import short_call_id
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.lengths import LimitedTokenizer, make_gate
-from services.gateway.openai.prompts import chat_prompt, template_messages
+from services.gateway.openai.prompts import chat_prompt
 from services.gateway.openai.schemas import ChatRequest
+from services.gateway.openai.template_messages import template_messages
 from services.gateway.openai.tools.formats import format_of
 from services.gateway.openai.tools.generic import explained
 from services.gateway.openai.tools.shown import with_descriptions, with_tools

@@ -13,6 +13,7 @@ from precast.errors import ConfigError, ModelCorrupt, ModelNotFound, PrecastErro
 from precast.models.importing.conversion import Report
 from precast.models.importing.gguf.parts import model_name
 from precast.models.json_file import read_object
+from precast.tokenizer.template_files import TOOL_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -31,6 +32,7 @@ SMALL: Final = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_FILE,
 )
 """Files that a folder has beside its weights."""
 INDEX: Final = "model.safetensors.index.json"
@@ -96,8 +98,12 @@ def find(repo: str, revision: str | None) -> Remote:
     if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{6,64}", info.sha):
         raise Unavailable(f"{repo}: the hub does not say which commit {revision or 'main'} is")
     siblings = (info.siblings or ())[:_MOST_FILES]
-    files = {file.rfilename: file for file in siblings if _FILE.fullmatch(file.rfilename)}
+    files = {file.rfilename: file for file in siblings if _is_named(file.rfilename)}
     return Remote(repo=repo, commit=info.sha, files=files)
+
+
+def _is_named(name: str) -> bool:
+    return name == TOOL_FILE or _FILE.fullmatch(name) is not None
 
 
 def first_files(remote: Remote) -> list[str]:

@@ -24,6 +24,7 @@ from precast.models.importing.gguf.parts import find_parts, model_name, stored_n
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.content import file_digest
 from precast.system.held_folders import put_in_place, remove_unheld
+from precast.tokenizer.template_files import TOOL_FILE
 
 COPIED: Final = (
     "config.json",
@@ -34,6 +35,7 @@ COPIED: Final = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    TOOL_FILE,
     "model.safetensors.index.json",
 )
 """Files of a Hugging Face folder that are taken along with the weights, where they exist."""
@@ -189,6 +191,7 @@ def _take_folder(source: Path, target: Path, report: Report) -> None:
     check_space(target, weights)
     for name in COPIED:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             copy_file(source / name, target / name)
     for path in weights:
         report(f"copying {path.name}")

@@ -108,7 +108,7 @@ class Planner:
         tokenizer = await self._tokenizer(body.model)
         check_ids("logit_bias", list(body.logit_bias), tokenizer)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
-        template = tokenizer.chat_template.source
+        template = tokenizer.template(tools=bool(body.tools)).source
         use = tool_use(body, format_of(template, self._parsers.tools))
         allow = self._parsers.allow_control_tokens
         prompt = await chat_prompt(body, tokenizer, limited, use, allow_control_tokens=allow)
@@ -189,7 +189,8 @@ class Planner:
     async def _chat_ids(
         self, chat: ChatRequest, tokenizer: ModelTokenizer, limited: LimitedTokenizer
     ) -> list[int]:
-        use = tool_use(chat, format_of(tokenizer.chat_template.source, self._parsers.tools))
+        template = tokenizer.template(tools=bool(chat.tools)).source
+        use = tool_use(chat, format_of(template, self._parsers.tools))
         allow = self._parsers.allow_control_tokens
         prompt = await chat_prompt(chat, tokenizer, limited, use, allow_control_tokens=allow)
         return prompt.ids

@@ -1,30 +1,24 @@
 """From what clients write to the token ids of prompts."""
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
 from precast.errors import InvalidRequest
-from precast.tokenizer.chat_template import ChatOptions
+from precast.tokenizer.chat_template import ChatOptions, ChatTemplate
 from precast.tokenizer.model_tokenizer import ModelTokenizer
-from services.gateway.openai.call_ids import short_call_id
 from services.gateway.openai.errors import invalid
 from services.gateway.openai.infilling import infilling_of
 from services.gateway.openai.lengths import LimitedTokenizer
-from services.gateway.openai.messages import Message
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
-from services.gateway.openai.tools.formats import knows_tools
+from services.gateway.openai.template_messages import template_messages
+from services.gateway.openai.tools.earlier import CallStyle, shown_earlier, style_of
 from services.gateway.openai.tools.generic import explained, in_users_words
 from services.gateway.openai.tools.shown import with_descriptions, with_tools
 from services.gateway.openai.tools.use import ToolUse
 
-_JOINS_ARGUMENTS: Final = re.compile(r"arguments['\"]?\]?\s*(\+|~)")
-"""A template that puts a call's arguments into its text as they are wants them as a text."""
-_SHORT_IDS: Final = re.compile(r"\bid['\"]?\]?\s*\|\s*length\s*(!=|<)\s*9\b")
-"""A template that refuses ids of calls but those of nine letters and digits."""
 _RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a template that have fields of their own."""
 _NO_THOUGHT: Final = ("none", "minimal")
@@ -90,19 +84,7 @@ async def chat_prompt(
 ) -> ChatPrompt:
     """Raises ``ApiError`` 400."""
     _check_variables(body)
-    template = tokenizer.chat_template.source
-    messages = template_messages(body.messages, template)
-    shown = [] if use is None else use.shown
-    if use.form.instructs if use is not None else _called_unknown(body.messages, template):
-        messages, shown = explained(messages, shown), []
-    else:
-        messages = with_tools(messages, shown, template)
-    options = ChatOptions(
-        tools=with_descriptions(shown, template),
-        variables=_variables(body, template),
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-    )
+    messages, options = await _for_template(body, tokenizer, use)
     encode = partial(
         limited.encode_chat,
         options=options,
@@ -123,16 +105,41 @@ async def chat_prompt(
     return ChatPrompt(ids=ids, text=text)
 
 
+async def _for_template(
+    body: ChatRequest, tokenizer: ModelTokenizer, use: ToolUse | None
+) -> tuple[list[Mapping[str, Any]], ChatOptions]:
+    """Messages as the model's template takes them, and what else it is told."""
+    shown: Sequence[Mapping[str, Any]] = [] if use is None else use.shown
+    placeholders: Mapping[str, str] = {}
+    instructs = use is not None and use.form.instructs
+    template = tokenizer.template(tools=use is not None and not instructs)
+    if instructs:
+        messages, shown = explained(template_messages(body.messages, template.source), shown), []
+    else:
+        style = await _call_style(body, template)
+        messages, placeholders = shown_earlier(body.messages, template.source, style)
+        messages = with_tools(messages, shown, template.source)
+    return messages, ChatOptions(
+        tools=with_descriptions(shown, template.source),
+        variables=_variables(body, template.source),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        placeholders=placeholders,
+    )
+
+
 def _has_our_system(body: ChatRequest, use: ToolUse | None) -> bool:
     """Whether the first message explains tools, and the client has written no system message."""
     roles = {message.role for message in body.messages}
     return use is not None and use.form.instructs and not roles & {"system", "developer"}
 
 
-def _called_unknown(messages: Sequence[Message], template: str) -> bool:
-    """Whether there were calls, of which the template knows nothing."""
-    called = any(message.role == "tool" or message.tool_calls for message in messages)
-    return called and not knows_tools(template)
+async def _call_style(body: ChatRequest, template: ChatTemplate) -> CallStyle:
+    """How the calls of the chat have to be shown, if there are any."""
+    if not any(message.role == "tool" or message.tool_calls for message in body.messages):
+        return CallStyle()
+    # In a thread, because a template may take as long as it is allowed to.
+    return await asyncio.to_thread(style_of, template)
 
 
 def _check_variables(body: ChatRequest) -> None:
@@ -159,60 +166,6 @@ def _variables(body: ChatRequest, template: str) -> dict[str, Any]:
         )
         raise invalid(message, "reasoning_effort", "unsupported_parameter")
     return variables
-
-
-def template_messages(messages: Sequence[Message], template: str) -> list[Mapping[str, Any]]:
-    """Messages as chat templates look for them."""
-    as_text = _JOINS_ARGUMENTS.search(template) is not None
-    id_of = short_call_id if _SHORT_IDS.search(template) else str
-    names: dict[str, str] = {}
-    """Of the functions that were called, by the calls' ids."""
-    shown: list[Mapping[str, Any]] = []
-    for message in messages:
-        names |= {call.id: call.function.name for call in message.tool_calls or ()}
-        shown.append(_message(message, names, id_of, as_text=as_text))
-    return shown
-
-
-def _message(
-    message: Message, names: Mapping[str, str], id_of: Callable[[str], str], *, as_text: bool
-) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    shown: dict[str, Any] = {"role": role, "content": message.text}
-    name = message.name
-    if role == "tool" and message.tool_call_id is not None:
-        shown["tool_call_id"] = id_of(message.tool_call_id)
-        name = name or names.get(message.tool_call_id)
-    if name is not None:
-        shown["name"] = name
-    if message.reasoning_content is not None:
-        shown["reasoning_content"] = message.reasoning_content
-        if message.tool_calls and not message.text:  # as gpt-oss' template calls it
-            shown["thinking"] = message.reasoning_content
-    if message.tool_calls:
-        shown["tool_calls"] = [
-            {
-                "id": id_of(call.id),
-                "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": _arguments(call.function.arguments, as_text=as_text),
-                },
-            }
-            for call in message.tool_calls
-        ]
-    return shown
-
-
-def _arguments(text: str, *, as_text: bool) -> Any:
-    """An object, unless the template wants a text or it isn't one."""
-    if as_text:
-        return text
-    try:
-        parsed = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return text
-    return parsed if isinstance(parsed, dict) else text
 
 
 def check_ids(field: str, ids: Sequence[int], tokenizer: ModelTokenizer) -> None:

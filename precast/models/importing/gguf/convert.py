@@ -19,6 +19,8 @@ from precast.models.importing.gguf.metadata import Metadata
 from precast.models.importing.gguf.tensors import wanted_tensors
 from precast.models.importing.gguf.tokenizer import Vocabulary, build_tokenizer, read_vocabulary
 from precast.models.importing.gguf.weights import check_numbers, index_of
+from precast.tokenizer.template_files import FILE as TEMPLATE_FILE
+from precast.tokenizer.template_files import TOOL_FILE
 
 _ARCHITECTURE: Final = "general.architecture"
 END_OF_TURN: Final = (
@@ -68,7 +70,10 @@ def _write_tokenizer(data: Metadata, vocabulary: Vocabulary, target: Path) -> No
     build_tokenizer(file, vocabulary).save(str(target / "tokenizer.json"))
     template = file.text("tokenizer.chat_template")
     if template:
-        (target / "chat_template.jinja").write_text(template, "utf-8")
+        (target / TEMPLATE_FILE).write_text(template, "utf-8")
+    if for_tools := file.text("tokenizer.chat_template.tool_use"):
+        (target / TOOL_FILE).parent.mkdir()
+        (target / TOOL_FILE).write_text(for_tools, "utf-8")
     names = {
         "bos_token": vocabulary.text(vocabulary.bos),
         "eos_token": vocabulary.text(vocabulary.eos),

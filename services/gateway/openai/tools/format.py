@@ -1,5 +1,7 @@
 """What there is to say of a model's way to write calls."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.gateway.openai.tools.reader import Syntax
@@ -14,9 +16,9 @@ class ToolFormat:
     syntax: Syntax
     seen_in: tuple[str, ...] = ()
     """Texts of a chat template that mean this format."""
-    strict_head: str = '{{"name": {name}, "arguments": '
-    """How a call begins that a grammar writes, behind the mark; ``name`` is put in as JSON."""
-    strict_tail: str = "}"
+    head: str = '{{"name": {name}, "arguments": '
+    """How a call begins, behind the mark; ``name`` is put in as JSON."""
+    tail: str = "}"
     can_be_strict: bool = True
     """Whether arguments are JSON, which a schema can be enforced on."""
     instructs: bool = False
@@ -25,3 +27,16 @@ class ToolFormat:
     """The body of calls is made with the schemas of the functions' arguments, by their names."""
     short_ids: bool = False
     """Calls' ids are nine letters and digits, as the template demands."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Those that the format writes around a call."""
+        return (*self.syntax.begins[:1], *self.syntax.ends)
+
+    def written(self, name: str, arguments: str, instead: Mapping[str, str]) -> str:
+        """A call as a model writes it. ``arguments``: JSON; ``instead``: of marks."""
+        mark = "".join(self.syntax.begins[:1])
+        tail = self.tail
+        for own, other in instead.items():
+            mark, tail = mark.replace(own, other), tail.replace(own, other)
+        return f"{mark}{self.head.format(name=json.dumps(name))}{arguments}{tail}"

@@ -103,9 +103,9 @@ def _bare_or(content: str, tools: Sequence[Tool]) -> str:
 
 
 def _body(form: ToolFormat, tool: Tool) -> str:
-    head = form.strict_head.format(name=json.dumps(tool.function.name))
+    head = form.head.format(name=json.dumps(tool.function.name))
     schema = tool.function.schema_of_arguments if tool.function.strict else {"type": "object"}
-    return f"{json.dumps(head)} {json_in_lark(schema)} {json.dumps(form.strict_tail)}"
+    return f"{json.dumps(head)} {json_in_lark(schema)} {json.dumps(form.tail)}"
 
 
 def _call(tool: Tool, arguments: str) -> _Schema:

@@ -10,6 +10,6 @@ FORMAT: Final = ToolFormat(
     name="hermes",
     syntax=SYNTAX,
     seen_in=("<tool_call>",),
-    strict_head='\n{{"name": {name}, "arguments": ',
-    strict_tail="}\n</tool_call>",
+    head='\n{{"name": {name}, "arguments": ',
+    tail="}\n</tool_call>",
 )

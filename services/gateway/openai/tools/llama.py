@@ -10,5 +10,5 @@ FORMAT: Final = ToolFormat(
     name="llama3",
     syntax=Syntax(begins=("<|python_tag|>",), bare=True),
     seen_in=("<|python_tag|>", '{"name": function name, "parameters":', "<|eom_id|>"),
-    strict_head='{{"name": {name}, "parameters": ',
+    head='{{"name": {name}, "parameters": ',
 )

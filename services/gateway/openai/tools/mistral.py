@@ -57,7 +57,7 @@ FORMAT: Final = ToolFormat(
     name="mistral",
     syntax=Syntax(begins=("[TOOL_CALLS]",), body=MistralCall),
     seen_in=("[TOOL_CALLS]",),
-    strict_head='[{{"name": {name}, "arguments": ',
-    strict_tail="}]",
+    head='[{{"name": {name}, "arguments": ',
+    tail="}]",
     short_ids=True,
 )

@@ -9,6 +9,6 @@ FORMAT: Final = ToolFormat(
     name="phi4",
     syntax=Syntax(begins=("<|tool_call|>", "functools"), ends=("<|/tool_call|>",)),
     seen_in=("<|tool_call|>", "<|tool|>", "functools["),
-    strict_head='[{{"name": {name}, "arguments": ',
-    strict_tail="}]<|/tool_call|>",
+    head='[{{"name": {name}, "arguments": ',
+    tail="}]<|/tool_call|>",
 )
