@@ -5,6 +5,10 @@
 
 namespace precast {
 
+// Of functions that units of several instruction sets share. A copy of its own would be the one that the linker
+// takes, whichever set that is for; and calls of block_of for each group took a seventh of a linear of 8 rows.
+#define PRECAST_INLINE [[gnu::always_inline]] inline
+
 // Output columns in a packed panel.
 constexpr int kPanel = 16;
 // Inputs that share a scale in the grouped formats, as in GGUF's Q4_0, Q4_1 and Q8_0.
@@ -32,7 +36,7 @@ struct Block {
   int parameters = 0;  // bytes of all groups' scales and minima
 };
 
-constexpr Block block_of(Format f) {
+PRECAST_INLINE constexpr Block block_of(Format f) {
   switch (f) {
     case Format::kQ8_0: return {2, 8, 64};
     case Format::kQ4_0: return {2, 4, 64};
@@ -49,12 +53,12 @@ constexpr Block block_of(Format f) {
   }
 }
 
-constexpr bool is_grouped(Format f) { return block_of(f).groups > 0; }
-constexpr bool is_quantized(Format f) { return f == Format::kInt8 || is_grouped(f); }
+PRECAST_INLINE constexpr bool is_grouped(Format f) { return block_of(f).groups > 0; }
+PRECAST_INLINE constexpr bool is_quantized(Format f) { return f == Format::kInt8 || is_grouped(f); }
 // Whether each half of a group, 16 inputs, has a scale of its own.
-constexpr bool has_halves(Format f) { return f == Format::kQ6_K; }
+PRECAST_INLINE constexpr bool has_halves(Format f) { return f == Format::kQ6_K; }
 
-inline int64_t padded_k(Format f, int64_t k) {
+PRECAST_INLINE int64_t padded_k(Format f, int64_t k) {
   const int64_t unit = is_grouped(f) ? block_of(f).groups * kGroup : f == Format::kInt8 ? 4 : 1;
   return (k + unit - 1) / unit * unit;
 }
@@ -62,20 +66,20 @@ inline int64_t padded_k(Format f, int64_t k) {
 // Groups of a row's inputs, each with its scale; kInt8's last one may be short. One scale for a whole row
 // would do for kInt8's weights, but a few large activations leave the others of their row few steps:
 // SmolLM2-135M's perplexity rose by 3.9 %, by 1.3 % with groups of 64, and by 0.9 % with these.
-inline int64_t input_groups(Format f, int64_t k) { return (padded_k(f, k) + kGroup - 1) / kGroup; }
+PRECAST_INLINE int64_t input_groups(Format f, int64_t k) { return (padded_k(f, k) + kGroup - 1) / kGroup; }
 
 // Bytes of one group's values, and of a block with its parameters. Large blocks have these in front, which
 // a row at a time reads as one stream; small ones behind.
-constexpr int64_t group_bytes(Format f) { return kGroup * kPanel * block_of(f).bits / 8; }
-constexpr int64_t block_bytes(Format f) {
+PRECAST_INLINE constexpr int64_t group_bytes(Format f) { return kGroup * kPanel * block_of(f).bits / 8; }
+PRECAST_INLINE constexpr int64_t block_bytes(Format f) {
   return block_of(f).groups * group_bytes(f) + block_of(f).parameters;
 }
-constexpr int64_t values_at(Format f) { return block_of(f).groups > 2 ? block_of(f).parameters : 0; }
-constexpr int64_t parameters_at(Format f) {
+PRECAST_INLINE constexpr int64_t values_at(Format f) { return block_of(f).groups > 2 ? block_of(f).parameters : 0; }
+PRECAST_INLINE constexpr int64_t parameters_at(Format f) {
   return block_of(f).groups > 2 ? 0 : block_of(f).groups * group_bytes(f);
 }
 
-inline int64_t panel_bytes(Format f, int64_t k) {
+PRECAST_INLINE int64_t panel_bytes(Format f, int64_t k) {
   if (is_grouped(f)) return padded_k(f, k) / (block_of(f).groups * kGroup) * block_bytes(f);
   const int64_t values = padded_k(f, k) * kPanel;
   if (f == Format::kInt8) return (values + kPanel * 4 + 63) / 64 * 64;
