@@ -10,11 +10,12 @@ import sys, time
 from pathlib import Path
 from tests.support.chaos_serve import write_until_full
 from tests.support.models import write_model
-from tests.support.serve_stack import MODEL, serving
+from tests.support.serve_stack import MODEL, NO_GRAPHS, serving
 
 LEASE_S = 6.0
 home = Path(sys.argv[1])
 write_model(home / "models" / MODEL)
+(home / "precast.toml").write_text(NO_GRAPHS)
 with serving(home, f"--model={MODEL}", "--batch-sizes=1", "--prefill-buckets=") as stack:
     stack.wait_line(f"Precast serves {MODEL} at http://", 100)
     answers = [stack.ask("One, two,", 4).status_code]

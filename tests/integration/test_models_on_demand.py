@@ -15,8 +15,9 @@ import pytest
 from precast.models.importing.adapter_import import import_adapter
 from tests.support.adapters import write_adapter
 from tests.support.models import write_model
+from tests.support.plain_http import PLAIN
 from tests.support.processes import words
-from tests.support.serve_stack import Serve, poll, serving
+from tests.support.serve_stack import NO_GRAPHS, Serve, poll, serving
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ("first", "second", "third")
@@ -41,8 +42,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     home = tmp_path_factory.mktemp("home")
     for number, name in enumerate(NAMES):
         write_model(home / "models" / name, rope_theta=10_000.0 + number)
-    # Steps run eagerly: no graph is needed here.
-    (home / "precast.toml").write_text("[compile-worker]\ncapture_timeout_s = 0.01\n")
+    (home / "precast.toml").write_text(NO_GRAPHS)
     with serving(home, *FLAGS) as running:
         running.wait_line("Precast serves first at http://", DEADLINE_S)
         yield running
@@ -54,7 +54,9 @@ def url(stack: Serve, path: str) -> str:
 
 def ask(stack: Serve, model: str | None, **fields: object) -> httpx.Response:
     body = {"model": model, "prompt": "the sea", "temperature": 0, "max_tokens": 4, **fields}
-    return httpx.post(url(stack, "/v1/completions"), json=body, timeout=DEADLINE_S, trust_env=False)
+    return httpx.post(
+        url(stack, "/v1/completions"), json=body, timeout=DEADLINE_S, trust_env=False, verify=PLAIN
+    )
 
 
 def text(answer: httpx.Response) -> str:
@@ -79,13 +81,15 @@ def starts(stack: Serve, model: str) -> int:
 
 
 def test_lists_all_and_runs_none(stack: Serve) -> None:
-    models = httpx.get(url(stack, "/v1/models"), trust_env=False).json()["data"]
+    models = httpx.get(url(stack, "/v1/models"), trust_env=False, verify=PLAIN).json()["data"]
     assert [(one["id"], one["max_model_len"]) for one in models] == [(name, 256) for name in NAMES]
-    assert httpx.get(url(stack, "/v1/models/second"), trust_env=False).status_code == 200
+    assert (
+        httpx.get(url(stack, "/v1/models/second"), trust_env=False, verify=PLAIN).status_code == 200
+    )
     unnamed = ask(stack, None)
     assert unnamed.status_code == 400
     assert ", ".join(NAMES) in unnamed.json()["error"]["message"]
-    assert httpx.get(url(stack, "/ready"), trust_env=False).json()["workers"] == 0
+    assert httpx.get(url(stack, "/ready"), trust_env=False, verify=PLAIN).json()["workers"] == 0
     assert not workers(stack)
 
 
@@ -123,7 +127,7 @@ def test_adapters_come_and_go_with_their_model(stack: Serve, tmp_path: Path) -> 
     for seed, name in enumerate(("x", "y")):
         folder = write_adapter(tmp_path / name, models_dir / "second", seed=seed, lora_alpha=64)
         import_adapter(str(folder), models_dir, base="second", report=lambda _: None)
-    models = httpx.get(url(stack, "/v1/models"), trust_env=False).json()["data"]
+    models = httpx.get(url(stack, "/v1/models"), trust_env=False, verify=PLAIN).json()["data"]
     assert [(one["id"], one["root"], one.get("parent")) for one in models] == [
         *((name, name, None) for name in NAMES),
         *((name, "second", "second") for name in ("x", "y")),
@@ -140,7 +144,7 @@ def test_adapters_come_and_go_with_their_model(stack: Serve, tmp_path: Path) -> 
     assert text(ask(stack, "y")) == answers["y"]
     for name in ("x", "y"):
         shutil.rmtree(models_dir / name)
-    again = httpx.get(url(stack, "/v1/models/x"), trust_env=False)
+    again = httpx.get(url(stack, "/v1/models/x"), trust_env=False, verify=PLAIN)
     assert again.status_code == 200  # what was started with it serves it on
     missing = ask(stack, "z")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
@@ -152,7 +156,12 @@ def test_a_stream_goes_on_when_its_worker_is_killed(stack: Serve) -> None:
     body |= {"stream": True, "ignore_eos": True}
     pieces: list[str] = []
     with httpx.stream(
-        "POST", url(stack, "/v1/completions"), json=body, timeout=DEADLINE_S, trust_env=False
+        "POST",
+        url(stack, "/v1/completions"),
+        json=body,
+        timeout=DEADLINE_S,
+        trust_env=False,
+        verify=PLAIN,
     ) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):

@@ -31,6 +31,7 @@ from precast.system.redis_server import start_redis
 from tests.support.decode_worker import DecodeWorker, decode_worker
 from tests.support.gateway_stack import Gateway, Stack
 from tests.support.models import write_model
+from tests.support.plain_http import PLAIN
 from tests.support.ports import free_ports
 from tests.support.processes import words
 
@@ -244,7 +245,7 @@ async def answers(fleet: Fleet, asked: Sequence[dict[str, Any]]) -> list[Answer]
     """To all of them, which are asked at once."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
-        base_url=fleet.gateway.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
+        base_url=fleet.gateway.url, timeout=TIMEOUT_S, limits=limits, trust_env=False, verify=PLAIN
     ) as client:
         return await asyncio.gather(*(ask(client, body) for body in asked))
 
@@ -270,7 +271,7 @@ async def again_and_again(
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
-        base_url=fleet.gateway.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
+        base_url=fleet.gateway.url, timeout=TIMEOUT_S, limits=limits, trust_env=False, verify=PLAIN
     ) as client:
         await asyncio.gather(*(keep_asking(client, number) for number in range(len(asked))))
     await striking

@@ -22,6 +22,7 @@ from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from services.gateway import processes
 from services.gateway.main import run
 from tests.support import forked
+from tests.support.plain_http import PLAIN
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -107,17 +108,26 @@ class Gateway(Process):
         return f"http{'s' if self.authority else ''}://127.0.0.1:{self.port}"
 
     @property
-    def _verify(self) -> ssl.SSLContext | bool:
-        return ssl.create_default_context(cafile=self.authority) if self.authority else True
+    def _verify(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.authority) if self.authority else PLAIN
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30, **options
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=30,
+            http_client=openai.DefaultHttpxClient(verify=self._verify),
+            **options,
         )
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=30,
+            http_client=openai.DefaultAsyncHttpxClient(verify=self._verify),
         )
 
     def get(self, path: str) -> httpx.Response:
@@ -125,7 +135,9 @@ class Gateway(Process):
 
     def metrics(self) -> dict[str, float]:
         """Values by name and labels, as they are written."""
-        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        text = httpx.get(
+            f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10, verify=PLAIN
+        ).text
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 

@@ -32,6 +32,7 @@ from tests.support.gateway_stack import Gateway, Stack
 from tests.support.hostile_bytes import http2_bytes, http_bytes
 from tests.support.hostile_messages import Call, calls
 from tests.support.models import write_model
+from tests.support.plain_http import PLAIN
 
 MODEL: Final = "tiny"
 AT_ONCE: Final = 8
@@ -173,7 +174,9 @@ async def batter(targets: Targets, count: int, seed: int, found: Found) -> None:
 
 async def _ask_on(url: str, found: Found) -> None:
     body = {"model": MODEL, "prompt": "ab", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=url, timeout=CALL_S, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=CALL_S, trust_env=False, verify=PLAIN
+    ) as client:
         expected = (await client.post("/v1/completions", json=body)).json()["choices"]
         while True:
             began = time.monotonic()

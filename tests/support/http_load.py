@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 
+from tests.support.plain_http import PLAIN
+
 DEADLINE_S = 30.0
 
 
@@ -70,7 +72,9 @@ class Load:
 
     def _run(self, number: int) -> None:
         limits = httpx.Limits(max_keepalive_connections=0)  # a new gateway has other connections
-        with httpx.Client(timeout=DEADLINE_S, limits=limits, trust_env=False) as client:
+        with httpx.Client(
+            timeout=DEADLINE_S, limits=limits, trust_env=False, verify=PLAIN
+        ) as client:
             for count in itertools.count(number):
                 if self._stop.wait(self.pause_s):
                     return

@@ -17,11 +17,14 @@ import psutil
 from tests.support import forked
 from tests.support.capture import BUILD_DIR
 from tests.support.http_load import Load
+from tests.support.plain_http import PLAIN
 from tests.support.ports import free_port
 
 MODEL = "smollm2-135m-instruct"
 RANK = "services.decode_worker.ranks.process"
 STOP_DEADLINE_S = 30.0
+NO_GRAPHS = "[compile-worker]\ncapture_timeout_s = 0.01\n"
+"""A home's ``precast.toml`` where steps run eagerly: captures take time that other tests need."""
 
 
 class Serve:
@@ -80,7 +83,7 @@ class Serve:
         body = {"model": MODEL, "prompt": prompt, "temperature": 0}
         body |= {"max_tokens": max_tokens}
         url = f"http://127.0.0.1:{self.port}/v1/completions"
-        return httpx.post(url, json=body, timeout=timeout_s, trust_env=False)
+        return httpx.post(url, json=body, timeout=timeout_s, trust_env=False, verify=PLAIN)
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
