@@ -23,6 +23,8 @@ from tests.support.graph_fleet import ask, traffic, version
 
 MODEL = "tiny"
 CAPTURE_S = 240
+FRESH = ("/usr/bin/env",)
+"""In front of a worker that is to import in its own environment, and not be a fork."""
 TOOLS = ("g++", "gcc", "cc", "c++", "clang", "clang++", "ld", "as", "make", "ninja", "cmake")
 
 pytestmark = pytest.mark.timeout(400)
@@ -52,7 +54,7 @@ def test_eager_at_first_then_a_graph_then_its_next_version(
     tiny_home: Path, tiny_redis: str, compiler: WorkerProcess, no_compiler: dict[str, str]
 ) -> None:
     with decode_worker(
-        tiny_home, tiny_redis, MODEL, batch_sizes="1", environment=no_compiler
+        tiny_home, tiny_redis, MODEL, batch_sizes="1", environment=no_compiler, prefix=FRESH
     ) as worker:
         eager = ask(worker)
         assert worker.status().eager_steps > 0

@@ -1,13 +1,13 @@
 """A tiny model's graph through the real capture program: compiled, verified, signed, fetched."""
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +18,7 @@ from precast.graphs.artifacts.cache import GraphCache
 from precast.graphs.artifacts.fetch import fetch_graph
 from precast.graphs.artifacts.signing import TrustedKeys
 from precast.graphs.artifacts.store import StoredArtifact
+from precast.graphs.capture import entry, export
 from precast.graphs.capture.verify.failure import read_mismatch
 from precast.graphs.factors import needs_of, rank_factors
 from precast.models.options import LlamaOptions
@@ -125,16 +126,16 @@ def leaves_no_files_behind(package: Path, folder: Path) -> None:
     program = f"""
 import os, torch
 from pathlib import Path
-from precast.graphs.capture import export as models
+from precast.graphs.capture import export
 from precast.graphs.runner import Graph
 from precast.models.load import random_weights
 from tests.integration.test_real_capture import SHAPE
 generator = torch.Generator().manual_seed(0)
-plan = models.verification_plan(SHAPE, 2)
+plan = export.verification_plan(SHAPE, 2)
 weights = random_weights(SHAPE, plan, 64, generator)
-caches = [models.random_cache(SHAPE, 32, generator) for _ in plan]
+caches = [export.random_cache(SHAPE, 32, generator) for _ in plan]
 graph = Graph(Path({str(package)!r}), 2, SHAPE, weights, caches)
-inputs = models.decode_inputs(SHAPE, 32, [3, 4], generator)
+inputs = export.decode_inputs(SHAPE, 32, [3, 4], generator)
 graph.replay(inputs.token_ids, inputs.positions, inputs.paging)
 os.kill(os.getpid(), 9)
 """
@@ -144,34 +145,27 @@ os.kill(os.getpid(), 9)
     assert list(folder.iterdir()) == []
 
 
-WRONG = """
-import sys
-from precast.graphs.capture import entry as capture
-from precast.graphs.capture import export as capture_models
-right, calls = capture_models.eager_step, []
+WRONG = "tests.integration.test_real_capture:capture_wrong"
 
-def wrong(*arguments, **named):
-    out = right(*arguments, **named)
-    calls.append(1)
-    if len(calls) == 2:
-        out[0, 9] = out[0, 9].nextafter(2 * out[0, 9])  # the last bit
-    return out
 
-capture_models.eager_step = wrong
-sys.exit(capture.main())
-"""
+def capture_wrong() -> int:
+    """A capture whose eager steps are wrong in one bit."""
+    right, calls = export.eager_step, []
+
+    def wrong(*arguments: Any, **named: Any) -> torch.Tensor:
+        out = right(*arguments, **named)
+        calls.append(1)
+        if len(calls) == 2:
+            out[0, 9] = out[0, 9].nextafter(2 * out[0, 9])  # the last bit
+        return out
+
+    export.eager_step = wrong
+    return entry.main()
 
 
 @pytest.mark.timeout(400)
 def test_graph_that_differs_from_eager_is_kept_with_its_inputs(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WRONG, "--out", str(tmp_path), "--kept", str(BUILD_DIR)],
-        input=json.dumps(tiny_spec()),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_capture(tiny_spec(), tmp_path, program=WRONG)
     assert done.returncode == 3, done.stderr[-2000:]
     assert not (tmp_path / "report.json").exists()
     found = read_mismatch(tmp_path)

@@ -1,11 +1,10 @@
 """Tiny models of every architecture, as transformers makes and runs them.
 
-``python -m tests.support.architectures OUT SEGMENT RANK TP FOLDER...`` runs each folder's model on
-``SEQUENCES`` as one rank of a group and writes the logits to ``OUT``.
+``main`` with OUT SEGMENT RANK TP FOLDER... runs each folder's model on ``SEQUENCES`` as one rank of
+a group and writes the logits to ``OUT``.
 """
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,7 +313,8 @@ def _paging(ranges: list[tuple[int, range]]) -> Paging:
     )
 
 
-def main(out: str, segment: str, rank: str, tp: str, *folders: str) -> None:
+def main(arguments: Sequence[str]) -> None:
+    out, segment, rank, tp, *folders = arguments
     native.start_threads((-1,))
     native.join_group(segment, int(rank), int(tp), 60.0)
     results = {
@@ -323,7 +323,3 @@ def main(out: str, segment: str, rank: str, tp: str, *folders: str) -> None:
         for index, rows in enumerate(forward(load(Path(folder), int(rank), int(tp))))
     }
     save_file(results, out)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

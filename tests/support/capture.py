@@ -17,9 +17,12 @@ BUILD_DIR = HOME / "cache" / "build"
 
 
 def run_capture(
-    factors: Mapping[str, str], out: Path, build_dir: Path = BUILD_DIR
+    factors: Mapping[str, str],
+    out: Path,
+    build_dir: Path = BUILD_DIR,
+    program: str = capture_forks.PROGRAM,
 ) -> "subprocess.CompletedProcess[str]":
-    """One capture into ``out``, as the compile worker has it made."""
+    """One capture into ``out``, as the compile worker has it made; or by another ``program``."""
     arguments = ["--out", str(out), "--kept", str(build_dir)]
     with (
         tempfile.TemporaryFile("w+") as given,
@@ -29,6 +32,6 @@ def run_capture(
         given.write(json.dumps(dict(factors)))
         given.seek(0)
         descriptors = [file.fileno() for file in (given, said, failed)]
-        code = capture_forks.order(str(capture_forks.path()), arguments, descriptors)
+        code = capture_forks.order(str(capture_forks.path()), arguments, descriptors, program)
         texts = [file.seek(0) or file.read() for file in (said, failed)]
     return subprocess.CompletedProcess(arguments, code, *texts)

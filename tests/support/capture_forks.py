@@ -1,21 +1,23 @@
-"""Real captures as forks of a process that has preloaded, once for each process of a test run.
+"""Real captures as forks of a process that has preloaded, one for a whole test run.
 
 A capture server imports and warms up for 8 s of processor time, and the suite would start some
 twenty. ``precast serve`` in tests, and tests of the server itself, have real ones.
 
-``python -m tests.support.capture_forks OWNER PATH`` is the process that forks. Who connects to the
-socket PATH sends an order with three descriptors, which become stdin, stdout and stderr; the answer
-is the exit code. If it leaves before that, the capture is killed. ``main`` here is a capture
-program (see ``services.compile_worker.sandbox.server``) that orders from the process at the path of
-its first argument.
+``python -m tests.support.capture_forks OWNER PATH`` is the process that forks, for as long as the
+process OWNER lives. Who connects to the socket PATH sends an order with three descriptors, which
+become stdin, stdout and stderr; the answer is the exit code. If it leaves before that, the capture
+is killed. ``main`` here is a capture program (see ``services.compile_worker.sandbox.server``) that
+orders from the process at the path of its first argument.
 """
 
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,21 +28,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from precast.system.process import ONE_THREAD, die_with_parent, fork
+from precast.system.process import ONE_THREAD, fork
+from tests.support.forked import ISA, ROOT
 
-ROOT: Final = Path(__file__).parents[2]
 _MAX_BYTES: Final = 128 << 10
 _START_S: Final = 120.0
-_PROGRAM: Final = "precast.graphs.capture.entry"
+PROGRAM: Final = "precast.graphs.capture.entry:main"
+_SOCKET: Final = "orders"
+
+
+def path() -> Path:
+    """Of the socket whose captures have the kernels that this environment chooses. All workers of
+    a run share the process behind it, which the first one starts."""
+    return _path(os.environ.get(ISA, ""))
 
 
 @functools.cache
-def path() -> Path:
-    """Of the socket. The process behind it lives as long as this one."""
-    socket_path = Path(tempfile.mkdtemp(prefix="captures-")) / "orders"
-    command = [sys.executable, "-m", __name__, str(os.getpid()), str(socket_path)]
+def _path(isa: str) -> Path:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return _start(os.getpid(), Path(tempfile.mkdtemp(prefix="captures-")))
+    folder = Path(tempfile.gettempdir()) / f"captures-{run}-{isa}"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # another worker's, which starts or has started it
+        return folder / _SOCKET
+    return _start(os.getppid(), folder)
+
+
+def _start(owner: int, folder: Path) -> Path:
+    command = [sys.executable, "-m", __name__, str(owner), str(folder / _SOCKET)]
     subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ONE_THREAD})
-    return socket_path
+    return folder / _SOCKET
 
 
 def preload() -> None:
@@ -56,10 +75,13 @@ def main() -> int:
         return order(orders, arguments, (factors.fileno(), 1, 2))
 
 
-def order(orders: str, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-    """The exit code of a capture with the instruction set that the process at ``orders`` has."""
+def order(
+    orders: str, arguments: Sequence[str], descriptors: Sequence[int], program: str = PROGRAM
+) -> int:
+    """The exit code of a capture with the instruction set that the process at ``orders`` has.
+    ``program`` is a ``module:function``."""
     with _connect(orders) as connection:
-        message = {"arguments": [_PROGRAM, *arguments], "environment": dict(os.environ)}
+        message = {"command": [program, *arguments], "environment": dict(os.environ)}
         socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors))
         return int(connection.recv(64) or b"1")
 
@@ -79,13 +101,6 @@ def _connect(orders: str) -> socket.socket:
             return connection
 
 
-def _capture(command_line: Sequence[str]) -> int:
-    from precast.graphs.capture import entry
-
-    sys.argv = list(command_line)
-    return entry.main()
-
-
 def _become(message: Mapping[str, Any], descriptors: Sequence[int]) -> int:
     os.setpgid(0, 0)
     for number, descriptor in enumerate(descriptors):
@@ -94,15 +109,20 @@ def _become(message: Mapping[str, Any], descriptors: Sequence[int]) -> int:
     os.environ.clear()
     os.environ.update(message["environment"])
     tempfile.tempdir = None  # where TMPDIR says now
-    return _capture(message["arguments"])
+    sys.argv = message["command"]
+    module, _, function = sys.argv[0].partition(":")
+    return int(getattr(importlib.import_module(module), function)())
 
 
-def _serve(listener: socket.socket) -> None:
+def _serve(listener: socket.socket, owner: int) -> None:
+    """Until the process behind the descriptor ``owner`` has ended."""
     running: dict[socket.socket, int] = {}
     """The process of each connection; 0: none yet."""
     while True:
         pidfds = {os.pidfd_open(pid): connection for connection, pid in running.items() if pid}
-        ready, _, _ = select.select([listener, *running, *pidfds], [], [])
+        ready, _, _ = select.select([owner, listener, *running, *pidfds], [], [])
+        if owner in ready:
+            return
         for pidfd, connection in pidfds.items():
             if pidfd in ready and connection not in ready:
                 _finish(connection, running.pop(connection))
@@ -146,19 +166,26 @@ def _finish(connection: socket.socket, pid: int) -> None:
         connection.send(str(code).encode())
 
 
-def serve(owner: int, orders: str) -> None:
-    die_with_parent(signal.SIGKILL, owner)
+def serve(owner: int, orders: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pidfd = os.pidfd_open(owner)
+        _preload()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(orders))
+        listener.listen()
+        _serve(listener, pidfd)
+    finally:
+        shutil.rmtree(orders.parent, ignore_errors=True)
+
+
+def _preload() -> None:
     from precast.graphs.capture import entry
 
     gc.disable()
     entry.preload()
     gc.enable()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(orders)
-    listener.listen()
-    _serve(listener)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2])
+    serve(int(sys.argv[1]), Path(sys.argv[2]))

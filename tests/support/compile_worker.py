@@ -33,7 +33,6 @@ from tests.support.ports import free_port
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.support.compile_worker:main"
 CAPTURES = "CAPTURE_FORKS"
-_RUNS_ISA = os.environ.get(forked.ISA)
 BUILD = {"compiler": "test 1.0", "flags": "-O2"}
 FACTORS = {
     "architecture": "llama",
@@ -87,12 +86,6 @@ def program(ledger: Path) -> CaptureProgram:
     )
 
 
-def _as_run() -> bool:
-    """Whether kernels are as they were when the test run began: what forks captures loads them
-    once."""
-    return os.environ.get(forked.ISA) == _RUNS_ISA
-
-
 def forked_captures(settings: CompileWorkerSettings) -> CaptureProgram:
     """The real ones."""
     given = capture_program(settings).arguments
@@ -128,7 +121,7 @@ def compile_worker(
             environment={
                 **os.environ,
                 "PRECAST_LOG_FORMAT": "json",
-                CAPTURES: str(capture_forks.path()) if ledger is None and _as_run() else "",
+                CAPTURES: str(capture_forks.path()) if ledger is None else "",
             },
         )
     worker = WorkerProcess(
@@ -142,7 +135,7 @@ def compile_worker(
         process.wait()
 
 
-def _wait_until_serving(worker: WorkerProcess, deadline_s: float = 20.0) -> None:
+def _wait_until_serving(worker: WorkerProcess, deadline_s: float = 60.0) -> None:
     def serving() -> bool:
         assert worker.process.poll() is None, worker.log.read_text()
         with grpc.insecure_channel(worker.address) as channel:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import grpc
 
@@ -150,14 +150,6 @@ def eventually(check: Callable[[], Any], deadline_s: float = 30.0) -> Any:
     return value
 
 
-def _fresh(
-    command: Sequence[str], log: IO[bytes], environment: dict[str, str] | None
-) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
-    )
-
-
 @contextmanager
 def decode_worker(
     home: Path,
@@ -171,8 +163,10 @@ def decode_worker(
     prefix: tuple[str, ...] = (),
     **settings: Any,
 ) -> Iterator[DecodeWorker]:
-    """``precast decode-worker`` with these settings, ready; stopped at the end. ``prefix``:
-    words in front of the command. With these or an environment the process is a fresh one."""
+    """``precast decode-worker`` with these settings, ready; stopped at the end.
+
+    ``environment`` is in addition to ours; ``prefix``: words in front of the command, which is
+    a fresh process then."""
     address = address or f"127.0.0.1:{free_port()}"
     flags = {"home": home, "redis_url": redis_url, "listen": address, "model": model}
     flags |= {"prefill_buckets": "", **settings}  # tests that need no captures of them ask for none
@@ -181,12 +175,18 @@ def decode_worker(
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in flags.items()
     ]
+    variables = {**os.environ, **(environment or {})}
     with log.open("wb") as file:
         command = ["decode-worker", *arguments]
-        if prefix or environment is not None:
-            process: forked.Process = _fresh([*prefix, *PRECAST, *command], file, environment)
+        if prefix:
+            fresh = [*prefix, *PRECAST, *command]
+            process: forked.Process = subprocess.Popen(
+                fresh, cwd=ROOT, stdout=file, stderr=file, env=variables
+            )
         else:
-            process = forked.start(PROGRAM, command, stdout=file, stderr=file)
+            process = forked.start(
+                PROGRAM, command, stdout=file, stderr=file, environment=variables
+            )
     worker = DecodeWorker(process=process, address=address, log=log, model=model, tls=tls)
     try:
         eventually(worker.is_ready, ready_s)

@@ -1,7 +1,5 @@
 """Every architecture's logits are transformers', eagerly, on one rank and on two."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,10 @@ from torch import Tensor
 
 from precast.models.config import ARCHITECTURES
 from precast.system.shared_memory import new_segment_name
+from tests.support import forked
 from tests.support.architectures import CONFIGS, SEQUENCES, forward, load, reference, write_model
 
+PROGRAM = "tests.support.architectures:main"
 BOUND = 1e-4
 SHARDED = (
     "llama",
@@ -53,9 +53,8 @@ def test_logits_are_those_of_transformers(name: str, folders: Path) -> None:
 def test_logits_of_two_ranks_are_those_of_one(folders: Path, tmp_path: Path) -> None:
     paths = [str(folders / name) for name in SHARDED]
     segment = new_segment_name()
-    command = [sys.executable, "-m", "tests.support.architectures"]
     ranks = [
-        subprocess.Popen([*command, str(tmp_path / str(rank)), segment, str(rank), "2", *paths])
+        forked.start(PROGRAM, [str(tmp_path / str(rank)), segment, str(rank), "2", *paths])
         for rank in range(2)
     ]
     assert [rank.wait(100) for rank in ranks] == [0, 0]

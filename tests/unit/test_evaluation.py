@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from precast.errors import ConfigError
 from precast.evaluation.perplexity import TEXT, evaluate, windows
 from precast.models.precision import Precision
+from tests.support.command import precast
 from tests.support.models import write_model
 
 WINDOW = 64
@@ -61,9 +61,8 @@ def test_a_text_shorter_than_a_window_is_refused(folder: Path) -> None:
 
 
 def precast_eval(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    home = str(folder.parent.parent)
-    command = [sys.executable, "-m", "precast", "eval", folder.name, "--home", home, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    home = folder.parent.parent
+    return precast("eval", folder.name, "--home", home, *arguments, timeout_s=100)
 
 
 def test_command_prints_every_combination(folder: Path, tmp_path: Path) -> None:
