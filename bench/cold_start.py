@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.decode_step import BLOCK_SIZE, LAYERS, capture, smollm2
-from precast.graphs.capture import export as models
+from precast.graphs.capture import export
 from precast.graphs.runner import Graph
 from precast.models.importing.importer import import_model
 from precast.models.load import random_weights
@@ -62,14 +62,14 @@ def load_costs(folder: Path) -> list[tuple[int, float, float]]:
     """For each size: milliseconds to load it and the MB of memory that it adds, replay included."""
     shape = smollm2("int8")
     generator = torch.Generator().manual_seed(0)
-    plan = models.verification_plan(shape, LAYERS)
-    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
-    caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
+    plan = export.verification_plan(shape, LAYERS)
+    weights = random_weights(shape, plan, export.CAPTURE_POSITIONS, generator)
+    caches = [export.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
     rows, graphs = [], []
     for size in SIZES:
         package = capture(shape, size, folder)
-        inputs = models.decode_inputs(shape, BLOCK_SIZE, [64] * size, generator)
-        models.eager_step(shape, inputs, weights, caches)
+        inputs = export.decode_inputs(shape, BLOCK_SIZE, [64] * size, generator)
+        export.eager_step(shape, inputs, weights, caches)
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         graph = Graph(package, size, shape, weights, caches)
         load_ms = (time.perf_counter() - start) * 1e3

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench.torch_eager import TorchOperators
 from precast.graphs import runner as graph_runner
-from precast.graphs.capture import export as models
+from precast.graphs.capture import export
 from precast.graphs.capture.export import Span
 from precast.graphs.factors import rank_factors
 from precast.graphs.runner import Graph
@@ -137,10 +137,10 @@ class Steps:
 def measure(shape: Shape, spans: list[Span], package: Path) -> Steps:
     """Logits are those of each sequence's last token."""
     generator = torch.Generator().manual_seed(0)
-    plan = models.verification_plan(shape, LAYERS)
-    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
-    caches = [models.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
-    inputs = models.step_inputs(shape, BLOCK_SIZE, spans, generator)
+    plan = export.verification_plan(shape, LAYERS)
+    weights = random_weights(shape, plan, export.CAPTURE_POSITIONS, generator)
+    caches = [export.random_cache(shape, BLOCK_SIZE, generator) for _ in range(LAYERS)]
+    inputs = export.step_inputs(shape, BLOCK_SIZE, spans, generator)
     tokens = len(inputs.token_ids)
     graph = Graph(package, tokens, shape, weights, caches)
     rows = None if tokens == len(spans) else inputs.paging.query_starts[1:].long() - 1
@@ -148,8 +148,8 @@ def measure(shape: Shape, spans: list[Span], package: Path) -> Steps:
     graph_s, eager_s, torch_s = alternate(
         [
             lambda: graph.replay(inputs.token_ids, inputs.positions, inputs.paging, rows),
-            lambda: models.eager_step(shape, inputs, weights, caches, rows),
-            lambda: models.eager_step(shape, inputs, weights, caches, rows),
+            lambda: export.eager_step(shape, inputs, weights, caches, rows),
+            lambda: export.eager_step(shape, inputs, weights, caches, rows),
         ],
         [lambda: use(ours, 1), lambda: use(ours, 1), lambda: use(torchs, THREADS)],
         ROUNDS if tokens < 64 else ROUNDS // 4,

@@ -25,10 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bench.decode_step import BLOCK_SIZE, CONTEXT, LAYERS, alternate, smollm2
 from precast.graphs import runner as graph_runner
-from precast.graphs.capture import build as code_build
-from precast.graphs.capture import codegen as code_gen
-from precast.graphs.capture import export as models
-from precast.graphs.capture.build import Build
+from precast.graphs.capture import codegen, export
+from precast.graphs.capture.build import Build, files
 from precast.graphs.capture.export import Part, StepInputs
 from precast.models.kv_cache import LayerCache
 from precast.models.layers import Shape
@@ -67,12 +65,12 @@ class Model:
 
 def model_of(shape: Shape, batch_size: int) -> Model:
     generator = torch.Generator().manual_seed(0)
-    plan = models.verification_plan(shape, LAYERS)
+    plan = export.verification_plan(shape, LAYERS)
     return Model(
         shape=shape,
-        weights=random_weights(shape, plan, models.CAPTURE_POSITIONS, generator),
-        caches=[models.random_cache(shape, BLOCK_SIZE, generator) for _ in plan],
-        inputs=models.decode_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator),
+        weights=random_weights(shape, plan, export.CAPTURE_POSITIONS, generator),
+        caches=[export.random_cache(shape, BLOCK_SIZE, generator) for _ in plan],
+        inputs=export.decode_inputs(shape, BLOCK_SIZE, [CONTEXT] * batch_size, generator),
     )
 
 
@@ -90,7 +88,7 @@ def unrolled_parts(model: Model) -> tuple[list[Part], list[Tensor]]:
     """The parts, and what the driver binds to the whole step's beside ids and positions."""
 
     def step(inputs: StepInputs, weights: Weights, caches: list[LayerCache]) -> Tensor:
-        return models.eager_step(model.shape, inputs, weights, caches)
+        return export.eager_step(model.shape, inputs, weights, caches)
 
     whole = model.inputs, model.weights, model.caches
     leaves = (whole[0].token_ids, whole[0].positions, whole[0].paging)
@@ -108,7 +106,7 @@ def unrolled_parts(model: Model) -> tuple[list[Part], list[Tensor]]:
 
 def layered_parts(model: Model) -> list[Part]:
     generator = torch.Generator().manual_seed(0)
-    return models.parts(model.shape, len(model.inputs.token_ids), BLOCK_SIZE, generator)
+    return export.parts(model.shape, len(model.inputs.token_ids), BLOCK_SIZE, generator)
 
 
 def compiled(parts: list[Part], folder: Path, kept: Path) -> tuple[Path, float]:
@@ -121,12 +119,12 @@ def compiled(parts: list[Part], folder: Path, kept: Path) -> tuple[Path, float]:
     started = time.perf_counter()
     running = []
     for each in parts:
-        code = code_gen.generate(each, ISA)
+        code = codegen.generate(each, ISA)
         running.append(build.start(each.name, code.wrapper, code.kernels))
     for future in running:
         future.result()
-    files = {p.name: [str(path) for path in code_build.files(folder, p.name)] for p in parts}
-    package_aoti(str(folder / "graph.pt2"), files)  # type: ignore[arg-type]
+    paths = {p.name: [str(path) for path in files(folder, p.name)] for p in parts}
+    package_aoti(str(folder / "graph.pt2"), paths)  # type: ignore[arg-type]
     return folder / "graph.pt2", time.perf_counter() - started
 
 
@@ -170,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = available_cpus()
     native.start_threads(cores)
-    code_gen.prepare(ISA)
+    codegen.prepare(ISA)
     table = Table(
         "batch", "by layer µs", "unrolled µs", "by layer", "its s, MB", "unrolled's s, MB"
     )

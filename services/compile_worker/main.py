@@ -55,7 +55,7 @@ class CaptureProgram:
     """What captures a graph, and what it adds to the graph's key."""
 
     module: str
-    """See ``fork_server``."""
+    """See ``services.compile_worker.sandbox.server``."""
     arguments: Sequence[str]
     build_factors: Callable[[], Mapping[str, str]] = compiler.build_factors
 

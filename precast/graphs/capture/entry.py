@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from precast.errors import CaptureFailed, InvalidRequest
-from precast.graphs.capture import build as code_build
-from precast.graphs.capture.build import Build
+from precast.graphs.capture.build import Build, files, write_metadata
 from precast.graphs.capture.compiler import build_factors
 from precast.graphs.capture.object_cache import PartCache, part_key
 from precast.graphs.targets import runs
@@ -91,31 +90,29 @@ def _capture(
 def _parts(factors: Mapping[str, str], shape: "Shape") -> "list[Part]":
     import torch
 
-    from precast.graphs.capture import export as capture_models
+    from precast.graphs.capture import export
 
     generator = torch.Generator().manual_seed(0)
-    return capture_models.parts(
-        shape, int(factors["num_tokens"]), int(factors["block_size"]), generator
-    )
+    return export.parts(shape, int(factors["num_tokens"]), int(factors["block_size"]), generator)
 
 
 def _compile(
     factors: Mapping[str, str], parts: "Sequence[Part]", build: Build, folders: Folders
 ) -> None:
     """Makes the package. C++ is compiled while Inductor works on the next part."""
-    from precast.graphs.capture import codegen as code_gen
+    from precast.graphs.capture import codegen
 
     cache = PartCache(folder=folders.kept / "parts")
-    code_gen.prepare(factors["isa"])
+    codegen.prepare(factors["isa"])
     running: dict[str, Future[Path]] = {}
     keys = {part.name: part_key(part.name, factors, build_factors()) for part in parts}
     to_keep = set[str]()
     for part in parts:
         done = folders.out / f"{part.name}.so"
         if part.shared and cache.get(keys[part.name], done):
-            code_build.write_metadata(done)
+            write_metadata(done)
             continue
-        code = code_gen.generate(part, factors["isa"])
+        code = codegen.generate(part, factors["isa"])
         running[part.name] = build.start(part.name, code.wrapper, code.kernels)
         if code.dispatched:
             (folders.out / f"{part.name}.json").write_text(code.dispatched)
@@ -131,8 +128,8 @@ def _compile(
 def _package(names: Sequence[str], folder: Path) -> None:
     from torch._inductor.package.package import package_aoti
 
-    files = {name: [str(path) for path in code_build.files(folder, name)] for name in names}
-    package_aoti(str(folder / "graph.pt2"), files)  # type: ignore[arg-type]
+    paths = {name: [str(path) for path in files(folder, name)] for name in names}
+    package_aoti(str(folder / "graph.pt2"), paths)  # type: ignore[arg-type]
 
 
 def preload() -> None:
@@ -146,9 +143,9 @@ def preload() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         _set_environment(Path(scratch))
 
-        from precast.graphs.capture import codegen as code_gen
+        from precast.graphs.capture import codegen
 
-        code_gen.warm_up()
+        codegen.warm_up()
     gc.collect()
     gc.freeze()  # a collection in a fork would copy what it looks at
 

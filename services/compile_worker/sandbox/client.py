@@ -67,8 +67,9 @@ class ForkServer:
     def __init__(
         self, module: str, arguments: Sequence[str], *, idle: bool = True, cpus: Sequence[int] = ()
     ) -> None:
-        """``module`` with ``arguments`` captures (see ``fork_server``). ``idle``: it gets only what
-        others leave. ``cpus`` are the CPUs on which it may run, none: wherever this process may."""
+        """``module`` with ``arguments`` captures (see ``sandbox.server``). ``idle``: it gets only
+        what others leave. ``cpus`` are the CPUs on which it may run, none: wherever this process
+        may."""
         self._program = (IDLE if idle else "", ",".join(map(str, cpus)), module, *arguments)
         self._process: asyncio.subprocess.Process | None = None
         self._orders: socket.socket | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from precast.graphs.capture import export as models
+from precast.graphs.capture import export
 from precast.graphs.capture.verify.cases import (
     VERIFY_LAYERS,
     Case,
@@ -45,10 +45,10 @@ class _Trial:
 
     @property
     def blocks(self) -> int:
-        return models.blocks_for(self.tokens, self.block)
+        return export.blocks_for(self.tokens, self.block)
 
-    def inputs(self, spans: tuple[models.Span, ...]) -> models.StepInputs:
-        return models.step_inputs(self.shape, self.block, spans, self.generator, self.blocks)
+    def inputs(self, spans: tuple[export.Span, ...]) -> export.StepInputs:
+        return export.step_inputs(self.shape, self.block, spans, self.generator, self.blocks)
 
 
 def verify(factors: Mapping[str, str], package: Path, group: Group) -> tuple[float, float]:
@@ -66,10 +66,10 @@ def _trial(factors: Mapping[str, str], package: Path) -> _Trial:
     shape, block = shape_from(factors), int(factors["block_size"])
     tokens = int(factors["num_tokens"])
     generator = torch.Generator().manual_seed(SEED)
-    plan = models.verification_plan(shape, VERIFY_LAYERS)
-    weights = random_weights(shape, plan, models.CAPTURE_POSITIONS, generator)
-    blocks = models.blocks_for(tokens, block)
-    caches = [models.random_cache(shape, block, generator, blocks) for _ in plan]
+    plan = export.verification_plan(shape, VERIFY_LAYERS)
+    weights = random_weights(shape, plan, export.CAPTURE_POSITIONS, generator)
+    blocks = export.blocks_for(tokens, block)
+    caches = [export.random_cache(shape, block, generator, blocks) for _ in plan]
     return _Trial(
         package=package,
         factors=factors,
@@ -87,7 +87,7 @@ def _difference(trial: _Trial, graph: Graph, case: Case) -> float:
     """Of logits and caches, after the same step on both sides."""
     inputs = trial.inputs(case.spans)
     rows = None if case.rows is None else torch.tensor(case.rows, dtype=torch.int64)
-    expected = models.eager_step(trial.shape, inputs, trial.weights, trial.eager_caches, rows)
+    expected = export.eager_step(trial.shape, inputs, trial.weights, trial.eager_caches, rows)
     actual = graph.replay(inputs.token_ids, inputs.positions, inputs.paging, rows)
     outputs = {"logits": (actual, expected)} if case.rows != () else {}
     for layer, both in enumerate(zip(trial.caches, trial.eager_caches, strict=True)):
