@@ -24,7 +24,6 @@ from precast.system.backoff import Backoff
 
 log = get_logger(__name__)
 
-MAX_LISTED: Final = 4096
 _MAX_LINE_BYTES: Final = 4 << 20
 _MAX_AT_ONCE: Final = 4096
 """Asks of one connection that have no answer yet."""

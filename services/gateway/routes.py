@@ -17,7 +17,7 @@ from services.gateway.http.paths import Paths
 from services.gateway.metrics import Metrics
 from services.gateway.on_demand import Models
 from services.gateway.openai import errors, responses
-from services.gateway.openai.bodies import named, parse_naming_unknown
+from services.gateway.openai.bodies import named, parse_body
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.errors import ApiError
 from services.gateway.openai.messages_api import convert as messages_api
@@ -67,7 +67,7 @@ class Bodies:
         typed = self._open_to_pages or not self._keys.open
         check_content_type(request, required=typed)
         content = await self._reader.read(request)
-        body, unknown = parse_naming_unknown(kind, content, strict=self._strict)
+        body, unknown = parse_body(kind, content, strict=self._strict)
         self._metrics.ignored_fields.labels(request.scope["path"]).inc(len(unknown))
         if not body.model:
             body = body.model_copy(update={"model": await self._sole.name()})

@@ -16,7 +16,6 @@ from precast.ops.packing import Format
 
 ops = torch.ops.precast
 QUANTIZED = [kind for kind in GgufType if kind not in PLAIN]
-_NUMPY = {GgufType.F32: "<f4", GgufType.F16: "<f2", GgufType.BF16: "<u2"}
 
 
 def random_rows(kind: GgufType, rows: int, columns: int, seed: int = 0) -> RawRows:

@@ -52,10 +52,6 @@ def exported(store: DiskStore) -> bytes:
     return file.getvalue()
 
 
-def files_under(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def test_what_serves_goes_from_a_store_into_another(store: DiskStore, tmp_path: Path) -> None:
     other = DiskStore(tmp_path / "other")
     raw = exported(store)

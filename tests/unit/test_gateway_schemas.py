@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from services.gateway.openai.bodies import named, parse_body, parse_naming_unknown
+from services.gateway.openai.bodies import named, parse_body
 from services.gateway.openai.embeddings.fields import EmbeddingRequest
 from services.gateway.openai.errors import ApiError, invalid
 from services.gateway.openai.examples import EXAMPLES
@@ -174,7 +174,7 @@ ANSWER: dict[str, Any] = {
 
 def test_an_answer_is_accepted_as_a_message() -> None:
     messages = [{"role": "user", "content": "hi"}, ANSWER, {"role": "user", "content": "more"}]
-    body = parse_body(
+    body, _ = parse_body(
         ChatRequest, bytearray(json.dumps({"model": "m", "messages": messages}).encode())
     )
     assert [message.text for message in body.messages] == ["hi", "hello", "more"]
@@ -260,7 +260,7 @@ def test_bounds_are_in_the_reference() -> None:
 def test_many_and_long_stop_strings() -> None:
     stops = ["x" * 100_000, *(f"stop {index}" for index in range(63))]
     body = bytearray(json.dumps({**COMPLETION, "stop": stops}).encode())
-    assert parse_body(CompletionRequest, body).stop == stops
+    assert parse_body(CompletionRequest, body)[0].stop == stops
 
 
 @pytest.mark.parametrize(
@@ -287,17 +287,16 @@ def test_what_is_wrong_with_a_body_is_said(content: bytes, reason: str) -> None:
 
 
 def test_a_byte_order_mark_is_skipped() -> None:
-    assert (
-        parse_body(ChatRequest, bytearray(b"\xef\xbb\xbf" + json.dumps(CHAT).encode())).model == "m"
-    )
+    body, _ = parse_body(ChatRequest, bytearray(b"\xef\xbb\xbf" + json.dumps(CHAT).encode()))
+    assert body.model == "m"
 
 
 def test_unknown_fields_are_named_or_refused() -> None:
     content = json.dumps({**COMPLETION, "bogus": 1, "mirostat": 0, "user": "me"}).encode()
-    _, unknown = parse_naming_unknown(CompletionRequest, bytearray(content), strict=False)
+    _, unknown = parse_body(CompletionRequest, bytearray(content), strict=False)
     assert unknown == ["bogus"]
     with pytest.raises(ApiError, match="bogus") as caught:
-        parse_naming_unknown(CompletionRequest, bytearray(content), strict=True)
+        parse_body(CompletionRequest, bytearray(content), strict=True)
     assert caught.value.param == "bogus"
     assert named(["a b", "\ud800x", "y" * 1000]) == f"a%20b, %3Fx, {'y' * 64}"
 
@@ -429,9 +428,7 @@ def test_a_schema_as_llama_server_takes_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_examples_of_the_reference_are_right(kind: type[BaseModel]) -> None:
     for example in EXAMPLES[kind].values():
-        _, unknown = parse_naming_unknown(
-            kind, bytearray(json.dumps(example["value"]).encode()), strict=True
-        )
+        _, unknown = parse_body(kind, bytearray(json.dumps(example["value"]).encode()), strict=True)
         assert unknown == []
 
 

@@ -121,9 +121,6 @@ def test_a_template_for_tools_is_taken_along(tmp_path: Path) -> None:
     assert read_model_tokenizer(folder).template(tools=False).source == TEMPLATE
 
 
-BIASED = {"attention_bias": True, "mlp_bias": True}
-
-
 def biased_tensors(**changes: Any) -> dict[str, Any]:
     """By Hugging Face's names, with MLP biases, which the tiny models have not."""
     plain = hugging_face_tensors(models.config(attention_bias=True, **changes), COUNT)

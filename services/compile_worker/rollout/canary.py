@@ -40,7 +40,6 @@ NO_WORKER_S: Final = 3.5
 leases are gone for a moment when Redis comes back empty."""
 ANSWER_S: Final = 30.0
 """What a worker has beyond the time for live steps before another one is chosen."""
-_LIVE: Final = ("ready", "restarting")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,13 +30,10 @@ _MAX_NAME: Final = 64
 _B = TypeVar("_B", bound=BaseModel)
 
 
-def parse_body(kind: type[_B], body: bytearray, *, strict: bool = False) -> _B:
-    """The request in a body. Raises ``ApiError`` 400; ``strict``: for unknown fields too."""
-    return parse_naming_unknown(kind, body, strict=strict)[0]
+def parse_body(kind: type[_B], body: bytearray, *, strict: bool = False) -> tuple[_B, list[str]]:
+    """The request, and its top-level fields that are ignored because nobody knows them.
 
-
-def parse_naming_unknown(kind: type[_B], body: bytearray, *, strict: bool) -> tuple[_B, list[str]]:
-    """The request, and its top-level fields that are ignored because nobody knows them."""
+    Raises ``ApiError`` 400; ``strict``: for unknown fields too."""
     value = _parse_json(body)
     if not isinstance(value, dict):
         raise invalid("The request body must be a JSON object.")
