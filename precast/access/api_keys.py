@@ -28,6 +28,11 @@ log = get_logger(__name__)
 Limit = Annotated[int, Field(ge=1)]
 _SECRET_BYTES: Final = 32
 _LOOK_S: Final = 0.5
+_SETTLED_S: Final = 1.0
+"""More than file systems' clocks tick in."""
+_FILES: Final = "[!.]*.json"
+"""Not those that are being written."""
+_File = tuple[str, int, int, int]
 _PARTS: Final = re.compile(r"pk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _NO_DIGEST: Final = "0" * 64
 
@@ -90,7 +95,7 @@ class NewKey:
 
 def load(folder: Path) -> list[ApiKey]:
     """All keys of a folder by age; a file that is none is left out, with a line in the log."""
-    return sorted(filter(None, map(_read, folder.glob("*.json"))), key=lambda key: key.created)
+    return sorted(filter(None, map(_read, folder.glob(_FILES))), key=lambda key: key.created)
 
 
 def revoke(folder: Path, beginning: str) -> ApiKey:
@@ -111,7 +116,12 @@ class KeyRing:
 
     folder: Path
     _keys: dict[str, ApiKey] | None = None
-    _state: int | None = None
+    _files: frozenset[_File] | None = None
+    """That the keys were read from."""
+    _changed_ns: int = -1
+    """When the folder was changed, the last time that it was looked at."""
+    _settled: float = field(default=float("-inf"))
+    """When one more change would have another time (monotonic, s)."""
     _looked: float = field(default=float("-inf"))
 
     @property
@@ -130,9 +140,17 @@ class KeyRing:
 
     def _known(self, identifier: str) -> ApiKey | None:
         """Looks at once for an id that is not known: its key may have been made just now."""
-        if identifier not in (self._now() or {}):
+        if identifier not in (self._now() or {}) and self._has_changed():
             self._looked = float("-inf")
         return (self._now() or {}).get(identifier)
+
+    def _has_changed(self) -> bool:
+        """Whether the folder may have. Costs little: whoever invents keys can have it asked."""
+        try:
+            changed_ns = self.folder.stat().st_mtime_ns
+        except OSError:
+            return True
+        return changed_ns != self._changed_ns or time.monotonic() < self._settled
 
     def _now(self) -> dict[str, ApiKey] | None:
         now = time.monotonic()
@@ -143,18 +161,27 @@ class KeyRing:
 
     def _look(self) -> None:
         try:
-            state: int | None = self.folder.stat().st_mtime_ns
+            changed_ns = self.folder.stat().st_mtime_ns
+            files = frozenset(map(_file, self.folder.glob(_FILES)))
         except FileNotFoundError:
-            state = None
+            if self.folder.exists():  # a file of it was deleted just now
+                self._looked = float("-inf")
+            else:
+                self._keys, self._files = None, None
         except OSError as error:  # closed, rather than open to all
             log.error("api keys can't be read", folder=str(self.folder), reason=error.strerror)
-            self._keys, self._state = {}, None
-            return
-        if state is None:
-            self._keys = None
-        elif state != self._state or self._keys is None:
-            self._keys = {key.id: key for key in load(self.folder)}
-        self._state = state
+            self._keys, self._files = {}, None
+        else:
+            if changed_ns != self._changed_ns:
+                self._changed_ns, self._settled = changed_ns, time.monotonic() + _SETTLED_S
+            if files != self._files or self._keys is None:
+                self._keys, self._files = {key.id: key for key in load(self.folder)}, files
+
+
+def _file(path: Path) -> _File:
+    """What changes with a file's content."""
+    found = path.stat()
+    return path.name, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _digest(secret: str) -> str:

@@ -73,7 +73,7 @@ def create_app(
         tls=Tls.load(settings.tls_dir, Role.GATEWAY),
     )
     models = models_of(settings, pool)
-    quota = Quota(settings.redis_url, longest_s=settings.request_timeout_s)
+    quota = Quota(settings.redis_url)
     conversations = _conversations(settings)
     tracer = open_tracer(
         settings.otlp_endpoint, service="precast-gateway", instance=f"{gethostname()}-{getpid()}"

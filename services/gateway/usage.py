@@ -1,5 +1,6 @@
 """What a request has used: told by whoever answers it, read by whoever let it in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,15 +12,23 @@ _KEY: Final = "precast.usage"
 
 @dataclass
 class Usage:
-    tokens: int = 0
-    """Of prompts and answers."""
+    _count: Callable[[], int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers, as far as they have come."""
+        return 0 if self._count is None else self._count()
+
+    def follow(self, count: Callable[[], int]) -> None:
+        """``tokens`` is what ``count`` says, from now on."""
+        self._count = count
 
     def watch(self, scope: Scope) -> Scope:
         """The scope of a request whose tokens are counted here."""
         return {**scope, _KEY: self}
 
 
-def count_tokens(scope: Scope, tokens: int) -> None:
-    """Add to what the request of this scope has used."""
-    if usage := scope.get(_KEY):
-        usage.tokens += tokens
+def count_tokens(scope: Scope, count: Callable[[], int]) -> None:
+    """What the request of this scope uses is what ``count`` says, from now on."""
+    if (usage := scope.get(_KEY)) is not None:
+        usage.follow(count)

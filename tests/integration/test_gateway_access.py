@@ -1,5 +1,7 @@
 """The gateway's door: closed without a key, open with one, and only as wide as the key's limits."""
 
+import contextlib
+import http.client
 import json
 import subprocess
 import time
@@ -12,8 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import redis
 
 from precast.system.redis_server import start_redis
+from services.gateway.access.quota import LEASE_S
 from tests.support.command import precast
 from tests.support.gateway_stack import Gateway, Stack, Worker, eventually, running_stack
 from tests.support.plain_http import PLAIN
@@ -164,6 +168,44 @@ def test_requests_at_once_are_bounded_and_given_back(house: House) -> None:
     assert limited(house.ask(key, door=1), "concurrent requests")
     first.join()
     assert house.ask(key, door=1).status_code == 200
+
+
+def test_slots_of_a_gateway_that_died_come_back(house: House) -> None:
+    """Not when its longest request would have ended, but when its lease has: here that is over as
+    soon as it is seen to be short."""
+    key = house.key("orphan", "--max-concurrent=1")
+    mortal = house.stack.gateway()
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"model": "tiny", "prompt": "!silent"}
+    running = house.worker.running()
+    asking = Thread(target=_ask_in_vain, args=(mortal, body, headers))
+    asking.start()
+    eventually(lambda: house.worker.running() > running)
+    assert limited(house.ask(key), "concurrent requests")
+    mortal.kill()
+    asking.join()
+    [identifier] = [row["id"] for row in listed(house) if row["name"] == "orphan"]
+    with redis.Redis.from_url(house.stack.redis_url) as counts:
+        place = f"precast:quota:{identifier}:running"
+        [(request, end)] = counts.zrange(place, 0, -1, withscores=True)
+        assert 0 < end - counts.time()[0] <= LEASE_S + 1
+        counts.zadd(place, {request: counts.time()[0] - 1})
+    assert house.ask(key).status_code == 200
+
+
+def _ask_in_vain(gateway: Gateway, body: Any, headers: dict[str, str]) -> None:
+    with contextlib.suppress(httpx.TransportError):
+        gateway.post("/v1/completions", json=body, headers=headers)
+
+
+def test_a_large_body_without_a_key_is_told_so(house: House) -> None:
+    """All of it is sent before the answer is read, as most clients do it."""
+    connection = http.client.HTTPConnection("127.0.0.1", house.doors[0].port, timeout=30)
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", body=b" " * (8 << 20), headers=headers)
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["code"]) == (401, "invalid_api_key")
+    connection.close()
 
 
 def test_without_keys_it_warns_who_listens_to_all(

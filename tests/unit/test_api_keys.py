@@ -1,6 +1,7 @@
 """API keys as files: made, found, listed, revoked; what is kept can't be sent."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -68,6 +69,33 @@ def test_a_new_key_counts_at_once(folder: Path) -> None:
     assert not keys.open
     text, key = api_keys.create(folder, NewKey(name="bob"))
     assert keys.find(text) == key
+
+
+def test_changes_within_a_tick_of_the_file_system_count(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_keys, "_LOOK_S", 0.0)
+    ann, first = api_keys.create(folder, NewKey(name="ann"))
+    keys = ring(folder)
+    assert keys.find(ann) == first
+    before = folder.stat()
+    bob, second = api_keys.create(folder, NewKey(name="bob"))
+    api_keys.revoke(folder, first.id)
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert keys.find(bob) == second
+    assert keys.find(ann) is None
+
+
+def test_limits_may_be_changed_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_keys, "_LOOK_S", 0.0)
+    text, key = api_keys.create(folder, NewKey(name="ann", max_concurrent=1))
+    keys = ring(folder)
+    assert keys.find(text) == key
+    [path] = folder.iterdir()
+    path.write_text(path.read_text().replace('"max_concurrent": 1', '"max_concurrent": 12'))
+    found = keys.find(text)
+    assert found is not None
+    assert found.max_concurrent == 12
 
 
 def test_what_is_no_key_is_left_out(folder: Path) -> None:

@@ -11,7 +11,6 @@ from precast.access.api_keys import Scope as AccessScope
 from services.gateway.access.quota import Quota, Refusal
 from services.gateway.access.tenant import tenant_scope
 from services.gateway.openai.errors import ApiError
-from services.gateway.usage import Usage
 
 _BEARER: Final = "bearer "
 
@@ -59,11 +58,10 @@ class Guard:
         ticket = await self._quota.enter(key)
         if isinstance(ticket, Refusal):
             raise _Refused(_limited(key, ticket))
-        usage = Usage()
         try:
-            await self._app(usage.watch(scope), receive, send)
+            await self._app(ticket.usage.watch(scope), receive, send)
         finally:
-            await self._quota.leave(ticket, usage.tokens)
+            await self._quota.leave(ticket)
 
 
 _CHALLENGE: Final = {"www-authenticate": "Bearer"}

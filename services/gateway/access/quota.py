@@ -1,13 +1,18 @@
 """What API keys have used, counted in Redis, so that all gateways agree.
 
-Requests and tokens are counted by calendar minute; requests that run are a sorted set by the time
-at which they can't be running any more, so that those of a gateway that died end too. While Redis
-is away limits don't hold: it is the requests that must not fail then.
+Requests and tokens are counted by calendar minute, and requests that run are a sorted set of leases
+that their gateways renew: those of a gateway that died end soon. It is Redis' clock that counts,
+for those of gateways may differ. While Redis is away limits don't hold: it is the requests that
+must not fail then.
 """
 
+import asyncio
 import time
 import uuid
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -15,26 +20,19 @@ from redis.exceptions import RedisError
 from precast.access.api_keys import ApiKey
 from precast.fleet.leases import connect_redis
 from precast.log import get_logger
+from services.gateway.access.quota_scripts import ADMIT, RENEW
+from services.gateway.usage import Usage
 
 log = get_logger(__name__)
 
-_MINUTE_S: Final = 60
+LEASE_S: Final = 20
+"""How long a request counts as running after its gateway was heard of last."""
+_RENEW_S: Final = 5.0
 _TIMEOUT_S: Final = 0.5
+_SPARED_S: Final = 1.0
+"""How long Redis is not asked after it failed: where it hangs, each request would wait for it."""
 _UNLIMITED: Final = -1
 _REFUSALS: Final = ("", "concurrent requests", "requests per minute", "tokens per minute")
-_ADMIT: Final = """
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1])
-local limits = {tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])}
-if limits[1] >= 0 and redis.call('ZCARD', KEYS[1]) >= limits[1] then return 1 end
-for i = 2, 3 do
-  if limits[i] >= 0 and tonumber(redis.call('GET', KEYS[i]) or '0') >= limits[i] then return i end
-end
-redis.call('ZADD', KEYS[1], ARGV[2], ARGV[3])
-redis.call('EXPIREAT', KEYS[1], math.ceil(ARGV[2]) + 1)
-redis.call('INCR', KEYS[2])
-redis.call('EXPIRE', KEYS[2], 120)
-return 0
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +43,31 @@ class Refusal:
     retry_after_s: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Ticket:
     """A request that counts while it runs."""
 
     key: ApiKey
     id: str
+    usage: Usage = field(default_factory=Usage)
+    charged: int = 0
+    """Of its tokens, those that are in Redis."""
 
 
 class Quota:
     """Admits requests of keys, and counts what they used."""
 
-    def __init__(self, redis_url: str, *, longest_s: float) -> None:
-        """``longest_s``: how long a request may run."""
+    def __init__(self, redis_url: str) -> None:
         self._redis = connect_redis(redis_url, timeout_s=_TIMEOUT_S)
-        self._admit = self._redis.register_script(_ADMIT)
-        self._longest_s = longest_s
+        self._admit = self._redis.register_script(ADMIT)
+        self._renew = self._redis.register_script(RENEW)
+        self._running: dict[str, Ticket] = {}
+        """Of keys with limits, by id."""
+        self._renewing: asyncio.Task[None] | None = None
+        self._renewed = asyncio.Event()
+        """Not while leases are renewed: one that ends meanwhile would begin again."""
+        self._renewed.set()
+        self._spared_until = 0.0
 
     async def enter(self, key: ApiKey) -> Ticket | Refusal:
         """Counts a request, unless one of the key's limits is reached."""
@@ -68,43 +75,74 @@ class Quota:
         limits = (key.max_concurrent, key.requests_per_minute, key.tokens_per_minute)
         if all(limit is None for limit in limits):
             return ticket
-        now = time.time()
-        keys = [_running(key), _used("requests", key, now), _used("tokens", key, now)]
         bounds = [_UNLIMITED if limit is None else limit for limit in limits]
-        try:
-            reached = await self._admit(
-                keys=keys, args=[now, now + self._longest_s, ticket.id, *bounds]
-            )
-        except (RedisError, OSError) as error:
-            log.warning("limits of api keys don't hold", reason=str(error))
-            return ticket
-        if not reached:
-            return ticket
-        wait_s = 1 if reached == 1 else int(_MINUTE_S - now % _MINUTE_S) + 1
-        return Refusal(limit=_REFUSALS[reached], retry_after_s=wait_s)
+        reached, wait_s = await self._asked([ticket.id, LEASE_S, *bounds], key)
+        if reached:
+            return Refusal(limit=_REFUSALS[reached], retry_after_s=wait_s)
+        self._running[ticket.id] = ticket
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._keep_renewing(), name="renew leases")
+        return ticket
 
-    async def leave(self, ticket: Ticket, tokens: int) -> None:
-        """The request has ended, and has used so many tokens."""
-        key = ticket.key
-        if key.max_concurrent is None and key.tokens_per_minute is None:
-            return
-        used = _used("tokens", key, time.time())
-        try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.zrem(_running(key), ticket.id)
-                pipe.incrby(used, tokens)
-                pipe.expire(used, 2 * _MINUTE_S)
-                await pipe.execute()
-        except (RedisError, OSError) as error:
-            log.warning("use of an api key was not counted", reason=str(error))
+    async def leave(self, ticket: Ticket) -> None:
+        """The request has ended."""
+        if self._running.pop(ticket.id, None) is not None:
+            await self._renewed.wait()
+            await self._tell(ticket.key, [ticket], ended=ticket.id)
 
     async def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         await self._redis.aclose()
 
+    async def _asked(self, arguments: Sequence[str | int], key: ApiKey) -> tuple[int, int]:
+        """The limit that is reached, 0 for none, and how long to wait, s."""
+        reached, wait_s = 0, 0
+        if time.monotonic() < self._spared_until:
+            return reached, wait_s
+        with self._excused("limits of api keys don't hold"):
+            reached, wait_s = await self._admit(keys=_places(key), args=arguments)
+        return reached, wait_s
 
-def _running(key: ApiKey) -> str:
-    return f"precast:quota:{key.id}:running"
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            self._renewed.clear()
+            try:
+                await self._renew_all()
+            finally:
+                self._renewed.set()
+
+    async def _renew_all(self) -> None:
+        by_key: dict[str, list[Ticket]] = defaultdict(list)
+        for ticket in self._running.values():
+            by_key[ticket.key.id].append(ticket)
+        for tickets in by_key.values():
+            await self._tell(tickets[0].key, tickets)
+
+    async def _tell(self, key: ApiKey, tickets: Sequence[Ticket], *, ended: str = "") -> None:
+        """These requests run, but for the one that has ended, and have used what they have."""
+        if time.monotonic() < self._spared_until:
+            return
+        used = [ticket.usage.tokens for ticket in tickets]
+        fresh = sum(used) - sum(ticket.charged for ticket in tickets)
+        running = [ticket.id for ticket in tickets if ticket.id != ended]
+        with self._excused("use of an api key was not counted"):
+            await self._renew(keys=_places(key), args=[LEASE_S, fresh, ended, *running])
+            for ticket, tokens in zip(tickets, used, strict=True):
+                ticket.charged = tokens
+
+    @contextmanager
+    def _excused(self, what: str) -> Iterator[None]:
+        """Goes on without Redis where it fails."""
+        try:
+            yield
+        except (RedisError, OSError) as error:
+            self._spared_until = time.monotonic() + _SPARED_S
+            log.warning(what, reason=str(error))
 
 
-def _used(what: str, key: ApiKey, now: float) -> str:
-    return f"precast:quota:{key.id}:{what}:{int(now) // _MINUTE_S}"
+def _places(key: ApiKey) -> list[str]:
+    """What runs, and what was used in a minute."""
+    return [f"precast:quota:{key.id}:running", f"precast:quota:{key.id}:used"]

@@ -93,6 +93,7 @@ class GenerationResponse(Response):
             start.trace_id = request_id(scope)
         if span is not None:
             self._trace(span)
+        count_tokens(scope, lambda: self._watch.used)
         try:
             async with WhileConnected(scope, receive):
                 await self._before_deadline(self._answer(sender))
@@ -101,7 +102,7 @@ class GenerationResponse(Response):
         except Exception as error:
             await self._fail(sender, error)
         finally:
-            count_tokens(scope, self._watch.used)
+            self._watch.close()
             if span is not None:
                 span.set(self._watch.attributes())
             elapsed = time.monotonic() - self._started

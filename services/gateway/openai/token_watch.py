@@ -84,6 +84,10 @@ class TokenWatch:
         if len(noted) >= _MOST_NOTED or now - noted[0][2] >= _MOST_NOTED_S:
             self._measure()
 
+    def close(self) -> None:
+        """Measures what is not yet."""
+        self._measure()
+
     def _measure(self) -> None:
         noted, self._noted = self._noted, []
         for index, tokens, now in noted:

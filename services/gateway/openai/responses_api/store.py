@@ -2,11 +2,10 @@
 
 A tenant has so much room: what is oldest, and would end first, makes way for what is new. Redis
 forgets a response when its time is over; the sorted set of a tenant's responses, whose members have
-ids and sizes, is put right whenever something is added.
+ids and sizes, is put right whenever something is added. Redis' clock counts: gateways' may differ.
 """
 
 import re
-import time
 from collections.abc import Awaitable
 from typing import Any, Final, cast
 
@@ -28,20 +27,22 @@ end
 """
 _PUT: Final = f"""
 {_SIZES}
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ARGV[1])) do forget(member) end
-local size, most = string.len(ARGV[5]), tonumber(ARGV[6])
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do forget(member) end
+local size, most = string.len(ARGV[3]), tonumber(ARGV[4])
 if size > most then return 0 end
 while tonumber(redis.call('GET', KEYS[3]) or '0') + size > most do
   local oldest = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
   if not oldest then redis.call('DEL', KEYS[3]) break end
-  redis.call('DEL', ARGV[7] .. string.match(oldest, '^[^:]+'))
+  redis.call('DEL', ARGV[5] .. string.match(oldest, '^[^:]+'))
   forget(oldest)
 end
-redis.call('SET', KEYS[1], ARGV[5], 'EX', ARGV[3])
-redis.call('ZADD', KEYS[2], ARGV[2], ARGV[4] .. ':' .. size)
+redis.call('SET', KEYS[1], ARGV[3], 'EX', ARGV[1])
+redis.call('ZADD', KEYS[2], now + ARGV[1], ARGV[2] .. ':' .. size)
 redis.call('INCRBY', KEYS[3], size)
-redis.call('EXPIRE', KEYS[2], ARGV[3])
-redis.call('EXPIRE', KEYS[3], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[1])
+redis.call('EXPIRE', KEYS[3], ARGV[1])
 return 1
 """
 _DELETE: Final = f"""
@@ -75,9 +76,8 @@ class ResponseStore:
 
     async def put(self, tenant: str, kept: Kept) -> bool:
         """Whether there is room for it at all."""
-        now, name, data = time.time(), kept.response["id"], msgspec.json.encode(kept)
-        end, most = now + self._lifetime_s, self._max_bytes
-        args = [now, end, self._lifetime_s, name, data, most, _prefix(tenant)]
+        name, data = kept.response["id"], msgspec.json.encode(kept)
+        args = [self._lifetime_s, name, data, self._max_bytes, _prefix(tenant)]
         return bool(await _reached(self._put(keys=_keys(tenant, name), args=args)))
 
     async def get(self, tenant: str, name: str) -> Kept | None:

@@ -1,0 +1,120 @@
+"""What API keys have used, as gateways count it in a real Redis."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from precast.access.api_keys import ApiKey
+from services.gateway.access import quota as quotas
+from services.gateway.access.quota import Quota, Refusal, Ticket
+
+KEY = ApiKey(id="0" * 12, name="ann", digest="0" * 64, created=0)
+DEADLINE_S = 10
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quotas, "LEASE_S", 1)
+    monkeypatch.setattr(quotas, "_RENEW_S", 0.1)
+
+
+@pytest.fixture
+async def doors(redis_url: str) -> AsyncIterator[tuple[Quota, Quota]]:
+    """Of two gateways."""
+    both = Quota(redis_url), Quota(redis_url)
+    yield both
+    for one in both:
+        await one.close()
+
+
+def key(number: int, **limits: int) -> ApiKey:
+    return KEY.model_copy(update={"id": f"{number:012x}", **limits})
+
+
+async def entered(door: Quota, whose: ApiKey) -> Ticket:
+    ticket = await door.enter(whose)
+    assert isinstance(ticket, Ticket)
+    return ticket
+
+
+async def refused(door: Quota, whose: ApiKey, limit: str) -> bool:
+    answer = await door.enter(whose)
+    if isinstance(answer, Refusal):
+        assert answer.limit == limit
+        assert 1 <= answer.retry_after_s <= 60
+        return True
+    await door.leave(answer)
+    return False
+
+
+async def until_refused(door: Quota, whose: ApiKey, limit: str) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not await refused(door, whose, limit):
+            await asyncio.sleep(0.05)
+
+
+async def test_clocks_of_gateways_do_not_count(
+    doors: tuple[Quota, Quota], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is an hour ahead, the other one behind."""
+    real, whose = time.time, key(1, max_concurrent=2, requests_per_minute=3)
+    shifts = {doors[0]: 3600.0, doors[1]: -3600.0}
+    tickets = []
+    for door, shift in shifts.items():
+        monkeypatch.setattr(time, "time", lambda shift=shift: real() + shift)
+        tickets.append(await entered(door, whose))
+    for door in doors:
+        assert await refused(door, whose, "concurrent requests")
+    for door, ticket in zip(doors, tickets, strict=True):
+        await door.leave(ticket)
+    await doors[0].leave(await entered(doors[0], whose))
+    assert await refused(doors[1], whose, "requests per minute")
+
+
+async def test_what_runs_counts_until_it_ends(doors: tuple[Quota, Quota]) -> None:
+    """Longer than its lease, which is renewed; and not a moment more."""
+    whose = key(2, max_concurrent=1)
+    ticket = await entered(doors[0], whose)
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        assert await refused(doors[1], whose, "concurrent requests")
+        await asyncio.sleep(0.1)
+    for _ in range(20):  # whatever is renewed meanwhile
+        await doors[0].leave(ticket)
+        ticket = await entered(doors[1], whose)
+        doors = doors[1], doors[0]
+        await asyncio.sleep(0.02)
+
+
+async def test_a_gateway_that_is_gone_gives_back_what_it_held(redis_url: str) -> None:
+    whose = key(3, max_concurrent=1)
+    gone, left = Quota(redis_url), Quota(redis_url)
+    await entered(gone, whose)
+    assert await refused(left, whose, "concurrent requests")
+    await gone.close()
+    async with asyncio.timeout(DEADLINE_S):
+        while await refused(left, whose, "concurrent requests"):
+            await asyncio.sleep(0.1)
+    await left.close()
+
+
+async def test_tokens_count_while_they_come(doors: tuple[Quota, Quota]) -> None:
+    whose = key(4, tokens_per_minute=100)
+    ticket = await entered(doors[0], whose)
+    assert not await refused(doors[1], whose, "tokens per minute")
+    ticket.usage.follow(lambda: 100)
+    await until_refused(doors[1], whose, "tokens per minute")
+    await doors[0].leave(ticket)
+
+
+async def test_a_redis_that_is_away_refuses_nobody_and_is_not_waited_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    away = Quota("redis://127.0.0.1:1/0")
+    began = time.monotonic()
+    for _ in range(50):
+        await away.leave(await entered(away, key(5, requests_per_minute=1)))
+    assert time.monotonic() - began < 5
+    await away.close()
