@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol, with deadlines and bounds for slow, hostile and old clients.
 
 What it adds: a deadline and a bound for headers, a bound on connections, answers to clients that
-have closed their half of the connection, answers without chunks to HTTP/1.0, and errors in the
-API's shape.
+have closed their half of the connection or still send, answers without chunks to HTTP/1.0, and
+errors in the API's shape.
 """
 
 import asyncio
@@ -23,6 +23,9 @@ from services.gateway.presence import Presence, offer_presence
 
 _LINGER_S: Final = 10.0
 """How long a client may take to read the end of its answer after the connection was closed."""
+_UNREAD_S: Final = 5.0
+_UNREAD_BYTES: Final = 64 << 20
+"""How long, and how much, a client may go on sending after an answer that did not wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class ConnectionLimits:
     header_timeout_s: float
     """From a connection's start, or a request's first byte, to the end of its headers."""
     header_bytes: int = 64 << 10
+    """The same bounds what comes between pieces of a body, and behind them."""
 
 
 def limited(limits: ConnectionLimits) -> type["LimitedProtocol"]:
@@ -49,8 +53,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._header_deadline: asyncio.TimerHandle | None = None
-        self._header_size = 0
-        self._in_body = False
+        self._parsed = 0
+        """Headers, pieces of bodies, and requests that were complete."""
+        self._unparsed_bytes = 0
+        """Since the last of these."""
+        self._may_send: int | None = None
+        """How many bytes more, where the connection is to be closed; None: it is not."""
+        self._last_wait: asyncio.TimerHandle | None = None
+        """Until the connection is closed."""
         self._waiting_since = self.loop.time()
         self._begun: _BegunAnswer | None = None
         self._client = Presence()
@@ -77,30 +87,41 @@ class LimitedProtocol(HttpToolsProtocol):
         self._headers_are_here()
         if self._begun is not None:
             self._begun.stop()
+        if self._last_wait is not None:
+            self._last_wait.cancel()
         super().connection_lost(exc)
         self._client.end()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.busy or self.transport.is_closing():
+        if self._may_send is not None:
+            self._leave_unread(len(data))
             return
-        if not self._in_body:  # else it is the rest of a body that nobody reads
-            self._header_size += len(data)
-        if self._header_size > self.limits.header_bytes:
+        parsed = self._parsed
+        super().data_received(data)
+        if self.transport.is_closing() or self._may_send is not None:
+            return
+        self._unparsed_bytes = 0 if self._parsed != parsed else self._unparsed_bytes + len(data)
+        if self._unparsed_bytes > self.limits.header_bytes:
             self._refuse(431, f"The headers are larger than {self.limits.header_bytes} bytes.")
-        elif self._header_deadline is None:
+        elif self._header_deadline is None and not self.busy:
             self._expect_headers()
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._in_body = True
+        self._parsed += 1
         self._headers_are_here()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._parsed += 1
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if not self.pipeline:  # a body that came at once has paused it, and nobody would see an end
             self.flow.resume_reading()
-        self._in_body = False
+        if isinstance(self.cycle.transport, _Unread):  # all of it was
+            self.cycle.transport = self.transport
+        self._parsed += 1
         self._headers_are_here()
 
     def _expect_headers(self) -> None:
@@ -108,14 +129,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_deadline = self.loop.call_later(timeout_s, self._headers_are_late)
 
     def _headers_are_here(self) -> None:
-        self._header_size = 0
+        self._unparsed_bytes = 0
         if self._header_deadline is not None:
             self._header_deadline.cancel()
             self._header_deadline = None
 
     def _headers_are_late(self) -> None:
         self._header_deadline = None
-        if self._header_size:
+        if self._unparsed_bytes:
             limit = self.limits.header_timeout_s
             self._refuse(408, f"The request's headers took longer than {limit:g} s.")
         else:
@@ -126,11 +147,32 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer without a request; the connection can't be used after it."""
+        if self.busy:  # an answer within another one's would be no answer
+            self.transport.abort()
+            return
         answer = ApiError(status, message, headers={"connection": "close"}).response()
         lines = [STATUS_LINE[status].rstrip()]
         lines += [b"%s: %s" % header for header in answer.raw_headers]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
-        self._close_soon()
+        self._close_behind_client()
+
+    def _close_behind_client(self) -> None:
+        """Close when the client has sent what it wants to: with something unread the kernel would
+        reset the connection, and the client lose its answer."""
+        if self.transport.is_closing():
+            return
+        self._headers_are_here()
+        self._may_send = _UNREAD_BYTES
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._last_wait = self.loop.call_later(_UNREAD_S, self._close_soon)
+
+    def _leave_unread(self, size: int) -> None:
+        assert self._may_send is not None, "asked for before the answer"
+        self._may_send -= size
+        if self._may_send < 0:
+            self.transport.abort()
 
     def _close_soon(self) -> None:
         self.transport.close()
@@ -141,11 +183,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._waiting_since = self.loop.time()
-        super().on_response_complete()
+        if self._may_send is None:
+            super().on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":
             app = _until_the_end(cycle, app)
+        if cycle.more_body:
+            cycle.transport = _Unread(self.transport, self._close_behind_client)  # type: ignore[assignment]
         offer(cycle)
         offer_presence(cycle.scope, self._client)
         super()._start_asgi_task(cycle, self._closed_in_time(app))
@@ -196,6 +241,15 @@ def _until_the_end(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
         await app(scope, receive, plain)
 
     return run
+
+
+class _Unread:
+    """The transport of an answer to a request whose body was not read to its end yet."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
 
 
 class _BegunAnswer:
