@@ -19,7 +19,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from precast.access.files import write_whole
 from precast.errors import ConfigError
-from precast.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, NAME, Role
+from precast.rpc.tls import NAME, Role
+from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 
 AUTHORITY_KEY: Final = "ca.key"
 _AUTHORITY_DAYS: Final = 3650

@@ -41,7 +41,7 @@ def run(settings: ServeSettings) -> None:
     console.print("settings:")
     print_settings(console, settings)
     warn_if_open(console, settings)
-    url = f"http://{_shown_host(settings.host)}:{settings.port}"
+    url = gateway_url(settings)
     if not settings.port:
         raise ConfigError("port = 0: serve needs a port of its own to tell you")
     sources = needed(settings)
@@ -81,6 +81,13 @@ def warn_if_open(console: Console, settings: ServeSettings) -> None:
             "no API keys: precast keys api create NAME",
             soft_wrap=True,
         )
+
+
+def gateway_url(settings: ServeSettings) -> str:
+    """Where the gateway is reached from this machine, by what it speaks."""
+    gateway = load_settings(GatewaySettings, home=settings.home, port=settings.port, metrics_port=0)
+    scheme = "http" if gateway.https_certificate is None else "https"
+    return f"{scheme}://{_shown_host(settings.host)}:{settings.port}"
 
 
 def _shown_host(host: str) -> str:

@@ -2,14 +2,18 @@
 
 URL is ``http://host:port/path`` (healthy: status 200), ``grpc://host:port`` (the standard health
 service says SERVING) or ``redis://host:port`` (it answers a ping). Says why not in one line.
+``https://`` is for a gateway with a certificate, of which nothing is checked: its name is not
+that of this machine's loopback.
 
-``PRECAST_TLS_DIR`` and ``PRECAST_REDIS_PASSWORD_FILE`` count as for the services. Settings are not
-loaded for them: this runs every few seconds.
+``PRECAST_TLS_DIR``, ``PRECAST_HTTPS_CERTIFICATE`` (``http://`` is ``https://`` then) and
+``PRECAST_REDIS_PASSWORD_FILE`` count as for the services. Settings are not loaded for them: this
+runs every few seconds.
 """
 
 import functools
 import http.client
 import os
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,17 +33,17 @@ def failure(
     parts = urlsplit(url)
     checks: dict[str, Callable[[SplitResult], str | None]] = {
         "http": _http,
+        "https": _http,
         "grpc": functools.partial(_grpc, tls_dir=tls_dir),
         "redis": functools.partial(_redis, password_file=redis_password_file),
     }
     if parts.scheme not in checks or not parts.hostname:
-        return "must be an http://, grpc:// or redis:// URL"
+        return "must be an http://, https://, grpc:// or redis:// URL"
     return checks[parts.scheme](parts)
 
 
 def _http(url: SplitResult) -> str | None:
-    assert url.hostname is not None
-    connection = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=TIMEOUT_S)
+    connection = _connection(url)
     try:
         connection.request("GET", url.path or "/")
         status = connection.getresponse().status
@@ -48,6 +52,17 @@ def _http(url: SplitResult) -> str | None:
     finally:
         connection.close()
     return None if status == 200 else f"status {status}"
+
+
+def _connection(url: SplitResult) -> http.client.HTTPConnection:
+    assert url.hostname is not None
+    if url.scheme == "http":
+        return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=TIMEOUT_S)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    port = url.port or 443
+    return http.client.HTTPSConnection(url.hostname, port, timeout=TIMEOUT_S, context=context)
 
 
 def _grpc(url: SplitResult, tls_dir: Path | None) -> str | None:
@@ -98,8 +113,11 @@ def _redis(url: SplitResult, password_file: Path | None) -> str | None:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m precast.rpc.healthcheck URL")
+    url = sys.argv[1]
+    if os.environ.get("PRECAST_HTTPS_CERTIFICATE") and url.startswith("http://"):
+        url = url.replace("http", "https", 1)
     reason = failure(
-        sys.argv[1],
+        url,
         tls_dir=_path("PRECAST_TLS_DIR"),
         redis_password_file=_path("PRECAST_REDIS_PASSWORD_FILE"),
     )

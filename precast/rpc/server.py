@@ -61,6 +61,7 @@ _SERVER_OPTIONS: Final = [
     *_SIZE_OPTIONS,
     ("grpc.so_reuseport", 0),  # else a second server on a used port starts without an error
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # 120 s by default
     *_keepalive(time_ms=20_000),
 ]
 _CHANNEL_OPTIONS: Final = [

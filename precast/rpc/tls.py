@@ -14,11 +14,9 @@ from typing import Any, Final, Self
 import grpc
 
 from precast.errors import ConfigError
+from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE, check
 
 NAME: Final = "precast"
-CA_FILE: Final = "ca.crt"
-CERTIFICATE_FILE: Final = "tls.crt"
-KEY_FILE: Final = "tls.key"
 
 
 class Role(StrEnum):
@@ -49,6 +47,7 @@ class Tls:
             authority, certificate, key = ((folder / role / name).read_bytes() for name in names)
         except OSError as error:
             raise ConfigError(f"tls_dir {error.filename}: {error.strerror}") from None
+        check(folder / role, authority=authority, certificate=certificate, key=key)
         return cls(authority=authority, certificate=certificate, key=key)
 
     @classmethod

@@ -8,9 +8,8 @@ import os
 import resource
 import signal
 import socket
-import ssl
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +23,7 @@ from precast.rpc.address import is_loopback
 from precast.system.alive import keep_beating
 from precast.system.wakeup import Wakeup
 from services.gateway.app import create_app
+from services.gateway.http.certificate import Certificate
 from services.gateway.http.protocol import ConnectionLimits, limited
 from services.gateway.in_flight import InFlight
 
@@ -39,6 +39,8 @@ _OTHER_FILES: Final = 128
 _FORCE_AFTER_S: Final = 1.0
 """A signal that follows the first one sooner is part of it: a whole tree of processes is told to
 stop at once, in more than one way."""
+_HANDSHAKE_TIMEOUT_S: Final = 10.0
+"""Of TLS."""
 _TICK_S: Final = 1.0
 _LAST_WORDS_S: Final = 5
 """How long responses may take to end once their requests were ended."""
@@ -51,8 +53,15 @@ class _Server(uvicorn.Server):
     shape for what still does. uvicorn itself would cancel it and answer with plain text.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        drain_s: float,
+        certificate: Certificate | None = None,
+    ) -> None:
         super().__init__(config)
+        self._certificate = certificate
         self._app = app
         self._drain_s = drain_s
         self._stopped_at: float | None = None
@@ -72,9 +81,32 @@ class _Server(uvicorn.Server):
             for signum in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(signum)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with a deadline for handshakes of which nobody waits a minute."""
+        await super().startup(sockets=[])
+        loop, secure = asyncio.get_running_loop(), self.config.ssl
+        for listener in sockets or ():
+            server = await loop.create_server(
+                self._protocol,
+                sock=listener,
+                backlog=self.config.backlog,
+                ssl=secure,
+                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if secure else None,
+            )
+            self.servers.append(server)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
     async def main_loop(self) -> None:
         """Ticks, which keep the date of answers, once a second; uvicorn's own are ten."""
         while not await self.on_tick(0):
+            if self._certificate is not None and self.config.ssl is not None:
+                self._certificate.renew(self.config.ssl)
             await self._stopping.wait(_TICK_S)
 
     def _stop(self) -> None:
@@ -118,7 +150,7 @@ def serve(settings: GatewaySettings, listeners: list[socket.socket], in_flight: 
     app = create_app(settings, _private_port(listeners), in_flight)
     config = _config(app, settings)
     gc.freeze()  # a full collection would walk all of this: 0.1 s in which no token goes out
-    server = _Server(config, app, settings.drain_timeout_s)
+    server = _Server(config, app, settings.drain_timeout_s, _certificate(settings))
     log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
     server.run(sockets=listeners)
     log.info("gateway stopped")
@@ -166,16 +198,14 @@ def _config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
 
 def check_certificate(settings: GatewaySettings) -> None:
     """Raises ``ConfigError``, where the server would end with a traceback."""
+    if (certificate := _certificate(settings)) is not None:
+        certificate.check()
+
+
+def _certificate(settings: GatewaySettings) -> Certificate | None:
     if settings.https_certificate is None:
-        return
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.https_certificate, settings.https_key)
-    except OSError as error:  # ssl's errors too
-        raise ConfigError(
-            f"https_certificate {settings.https_certificate}, https_key {settings.https_key}: "
-            f"{error.strerror or error}"
-        ) from None
+        return None
+    return Certificate(settings.https_certificate, settings.https_key)
 
 
 def _allow_files(connections: int) -> int:

@@ -18,7 +18,8 @@ import httpx
 
 from precast.proto.admin.v1 import admin_service_pb2_grpc
 from precast.proto.decode.v1 import decode_service_pb2, decode_service_pb2_grpc
-from precast.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, NAME, Role, Tls
+from precast.rpc.tls import NAME, Role, Tls
+from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 from precast.system.process import available_cpus
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,8 @@ from compose_stack import (
 )
 
 from precast.proto.admin.v1 import admin_service_pb2 as admin
-from precast.rpc.tls import KEY_FILE, Role
+from precast.rpc.tls import Role
+from precast.rpc.tls_files import KEY_FILE
 
 pytestmark = [
     pytest.mark.skipif(

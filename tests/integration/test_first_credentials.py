@@ -13,7 +13,8 @@ import pytest
 
 from precast.access import api_keys
 from precast.access.api_keys import KeyRing
-from precast.rpc.tls import KEY_FILE, Role, Tls
+from precast.rpc.tls import Role, Tls
+from precast.rpc.tls_files import KEY_FILE
 from tests.support.decode_worker import ROOT
 
 SCRIPT = ROOT / "deploy" / "credentials.sh"

@@ -2,6 +2,10 @@
 
 import asyncio
 import http.server
+import os
+import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,7 @@ from precast.access.authority import make
 from precast.rpc.healthcheck import failure
 from precast.rpc.server import start_server
 from precast.rpc.tls import Role, Tls
+from precast.rpc.tls_files import CERTIFICATE_FILE, KEY_FILE
 from tests.support.ports import free_port
 
 pytestmark = pytest.mark.timeout(30)
@@ -37,6 +42,33 @@ def http_port() -> Iterator[int]:
 def test_http(http_port: int) -> None:
     assert failure(f"http://127.0.0.1:{http_port}/health") is None
     assert failure(f"http://127.0.0.1:{http_port}/ready") == "status 503"
+
+
+def test_https(http_port: int, tmp_path: Path) -> None:
+    """As a gateway with a certificate speaks it, whatever name the certificate has."""
+    make(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    folder = tmp_path / Role.GATEWAY
+    context.load_cert_chain(folder / CERTIFICATE_FILE, folder / KEY_FILE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_address[1]}/health"
+        assert failure(url) is None
+        assert _main(url.replace("https", "http"), PRECAST_HTTPS_CERTIFICATE="/x") == ""
+        assert _main(url.replace("https", "http")) != ""
+        server.shutdown()
+    assert failure(f"https://127.0.0.1:{http_port}/health") is not None
+
+
+def _main(url: str, **environment: str) -> str:
+    """What the command says; nothing of a healthy server."""
+    command = [sys.executable, "-m", "precast.rpc.healthcheck", url]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode == 0) == (done.stderr == "")
+    return done.stderr
 
 
 @pytest.mark.asyncio

@@ -1,5 +1,6 @@
 """gRPC between services with certificates: every door is closed without, and open to its role."""
 
+import datetime
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from precast.access import authority
 from precast.access.authority import AUTHORITY_KEY, make
 from precast.errors import ConfigError
 from precast.proto.decode.v1 import decode_service_pb2 as pb
@@ -15,7 +17,8 @@ from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
 from precast.rpc.server import open_channel
-from precast.rpc.tls import KEY_FILE, Role, Tls
+from precast.rpc.tls import Role, Tls
+from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 from tests.support.command import precast
 from tests.support.decode_worker import decode_worker
 from tests.support.gateway_stack import Stack
@@ -132,6 +135,37 @@ def test_made_again_they_are_of_the_same_authority(tmp_path: Path) -> None:
     assert (tmp_path / AUTHORITY_KEY).read_bytes() == authority
     assert all((tmp_path / role / KEY_FILE).read_bytes() != key for role, key in keys.items())
     assert {(tmp_path / role / KEY_FILE).stat().st_mode & 0o777 for role in Role} == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (CA_FILE, b"none", "not a certificate"),
+        (CERTIFICATE_FILE, b"", "not a certificate"),
+        (KEY_FILE, b"none", "not a key"),
+        (KEY_FILE, None, "not the key of tls.crt"),
+    ],
+)
+def test_what_is_no_certificate_is_named(
+    tmp_path: Path, file: str, content: bytes | None, said: str
+) -> None:
+    """gRPC would say that the address can't be bound, or nothing."""
+    make(tmp_path)
+    other = (tmp_path / Role.ADMIN / file).read_bytes()
+    (tmp_path / Role.GATEWAY / file).write_bytes(other if content is None else content)
+    with pytest.raises(ConfigError, match=f"tls_dir .*/gateway/{file}: {said}"):
+        Tls.load(tmp_path, Role.GATEWAY)
+
+
+@pytest.mark.parametrize(("days", "said"), [(-1, "expired at 20"), (10, "not valid before")])
+def test_a_certificate_that_does_not_hold_now_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int, said: str
+) -> None:
+    monkeypatch.setattr(authority, "_DAYS", 0 if days < 0 else days + 1)
+    monkeypatch.setattr(authority, "_SKEW", datetime.timedelta(days=-days))
+    make(tmp_path)
+    with pytest.raises(ConfigError, match=f"{said}"):
+        Tls.load(tmp_path, Role.GATEWAY)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

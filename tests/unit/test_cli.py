@@ -21,7 +21,7 @@ from precast.cli import stack
 from precast.cli.main import app
 from precast.cli.on_demand.parts import HomeAdapter, HomeModel
 from precast.cli.options import settings_command
-from precast.cli.serve import check_adapters, named, needed, warn_if_open
+from precast.cli.serve import check_adapters, gateway_url, named, needed, warn_if_open
 from precast.cli.status import ServiceState, Status
 from precast.cli.tables import identifier
 from precast.config.settings import (
@@ -385,3 +385,14 @@ def test_serve_looks_for_api_keys_where_the_gateway_does(
     assert "there are no API keys" in said()
     keys.mkdir(parents=True)
     assert said() == ""
+
+
+def test_serve_finds_a_gateway_with_a_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever port it has: the gateway's own defaults don't matter."""
+    settings = load_settings(ServeSettings, home=tmp_path, port=8001)
+    assert gateway_url(settings) == "http://127.0.0.1:8001"
+    for name in ("CERTIFICATE", "KEY"):
+        monkeypatch.setenv(f"PRECAST_HTTPS_{name}", str(tmp_path / name))
+    assert gateway_url(settings) == "https://127.0.0.1:8001"
