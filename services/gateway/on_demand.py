@@ -37,6 +37,10 @@ class Models(AbstractAsyncContextManager["Models"], Protocol):
     def startable(self) -> bool:
         """Whether models can be started."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether who starts models is away."""
+
     def end(self) -> None:
         """Requests that wait for a model are told that there will be none."""
 
@@ -52,6 +56,7 @@ class Present:
     """Models that run by themselves."""
 
     startable = False
+    lost = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,6 +96,10 @@ class OnDemand:
     def startable(self) -> bool:
         return self._link.connected
 
+    @property
+    def lost(self) -> bool:
+        return not self._link.connected
+
     def end(self) -> None:
         self._link.end(WorkerUnavailable(STOPPING))
 
@@ -98,6 +107,8 @@ class OnDemand:
         return _HeldModel(self, model, request)
 
     async def listed(self) -> Mapping[str, ListedModel]:
+        if self.lost:
+            return {}
         try:
             return {model.name: model for model in await self._link.models()}
         except WorkerUnavailable:

@@ -17,7 +17,9 @@ class SoleModel:
 
     async def name(self) -> str:
         """An adapter is no model of its own, one that can be started is. Raises ``ApiError``, or
-        ``WorkerUnavailable`` where the models that were served are gone."""
+        ``WorkerUnavailable`` where the models that were served are gone, or who starts them is."""
+        if self._models.lost:  # which ones there are is not known
+            raise WorkerUnavailable("No model can be started at the moment.")
         startable = (await self._models.listed()).values()
         names = set(self._pool.bases) | {one.name for one in startable if not one.parent}
         if len(names) > 1:

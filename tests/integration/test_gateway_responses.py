@@ -133,7 +133,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
         ({"max_output_tokens": 5000}, "input"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
-        ({"text": {"format": UNIQUE}}, "text.format"),
+        ({"text": {"format": UNIQUE}}, "text.format.schema"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
     ],
@@ -219,6 +219,20 @@ def test_an_answer_that_was_begun_goes_on(gateway: Gateway) -> None:
     count = gateway.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
     again = {**body, "messages": [turns[0], {**turns[1], "content": "On and on"}]}
     assert gateway.post("/v1/messages/count_tokens", json=again).json()["input_tokens"] > count
+
+
+def test_reasoning_that_nobody_can_read_is_left_out(gateway: Gateway) -> None:
+    """As Claude's history has it, of a session that goes on here."""
+    turns: list[Any] = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": [{"type": "text", "text": "On"}]},
+        {"role": "user", "content": "go"},
+    ]
+    counted = gateway.post("/v1/messages/count_tokens", json=messages("", messages=turns))
+    turns[1]["content"].insert(0, {"type": "redacted_thinking", "data": "EmwKAhgB"})
+    again = gateway.post("/v1/messages/count_tokens", json=messages("", messages=turns))
+    assert again.status_code == 200, again.text
+    assert again.json() == counted.json()
 
 
 def test_tokens_of_messages_are_counted(gateway: Gateway) -> None:

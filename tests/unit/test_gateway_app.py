@@ -218,6 +218,16 @@ async def test_too_many_are_counted_under_their_endpoint(client: httpx.AsyncClie
     assert 'gateway_requests_total{endpoint="other",status="429"} 1.0' in text
 
 
+@pytest.mark.parametrize("options", [{"model_host": "nobody-is-here"}])
+async def test_who_starts_models_is_away(client: httpx.AsyncClient) -> None:
+    """Clients try again after a 503; a 404 they take for good."""
+    async with asyncio.timeout(5):
+        answer = await client.post("/v1/completions", json={"prompt": "p"})
+        assert error_of(answer, 503)["code"] == "worker_unavailable"
+        assert answer.headers["retry-after"]
+        assert (await client.get("/v1/models")).json()["data"] == []
+
+
 # --- addresses ---
 
 

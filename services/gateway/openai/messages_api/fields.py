@@ -28,6 +28,12 @@ class ThinkingBlock(Lenient):
     thinking: str
 
 
+class RedactedThinkingBlock(Lenient):
+    """Reasoning of another server's model, which nobody here can read: it is left out."""
+
+    type: Literal["redacted_thinking"]
+
+
 class ToolUseBlock(Lenient):
     """A call that the model made."""
 
@@ -56,7 +62,8 @@ class ToolResultBlock(Lenient):
 
 
 Block = Annotated[
-    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
 ]
 _Blocks = Annotated[list[Block], Field(max_length=MAX_PARTS)]
 Content = Annotated[
