@@ -25,7 +25,7 @@ from services.gateway.openai.messages_api.fields import CountTokensRequest, Mess
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.prepare import Planner
 from services.gateway.openai.responses_api.conversation import Conversations, KeepingResponse
-from services.gateway.openai.responses_api.convert import as_written, chat_of, path_as_written
+from services.gateway.openai.responses_api.convert import as_written, chat_of
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
@@ -115,8 +115,7 @@ def generation_routes(
                 plan = await planner.chat(chat_of(origin.whole))
             except ApiError as error:
                 raise as_written(error) from None
-            field = plan.constrained_by and path_as_written(plan.constrained_by)
-            plan = replace(plan, endpoint="responses", origin=origin, constrained_by=field)
+            plan = replace(plan, endpoint="responses", origin=origin)
             kept = KeepingResponse(answer(plan, started, headers), conversations, origin)
             return held.until_sent(kept)
 

@@ -160,6 +160,21 @@ def test_a_bias_for_every_token_and_penalties_beside_other_streams(worker: Decod
     assert len(set(tokens)) == 12
 
 
+def test_tokens_are_allowed_or_banned_whatever_the_model_prefers(worker: DecodeWorker) -> None:
+    client = worker.client()
+    client.start("free", worker.request([9], 8, stop=ENDLESS))
+    free = client.finish("free").token_ids
+    banned = {"banned_token_ids": sorted(set(free))}
+    client.start("banned", worker.request([9], 8, sampling=banned, stop=ENDLESS))
+    assert not set(free) & set(client.finish("banned").token_ids)
+    # no end either, which is none of them; what is biased is still not allowed
+    allowed = {"allowed_token_ids": [40, 41], "logit_bias": {42: 100.0, 41: 50.0}}
+    client.start("allowed", worker.request([9], 40, sampling=allowed))
+    answer = client.finish("allowed")
+    assert answer.token_ids == [41] * 40
+    assert answer.end.finished.reason == pb.FINISH_REASON_LENGTH
+
+
 def test_logprobs_come_with_every_token(worker: DecodeWorker) -> None:
     client = worker.client()
     client.start("a", worker.request([1], 3, logprobs=2, stop=ENDLESS))
@@ -286,6 +301,16 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redi
             {"sampling": pb.SamplingParams(logit_bias=dict.fromkeys(range(1 << 17), 1.0))},
             pb.ERROR_CODE_INVALID_ARGUMENT,
             "131072 entries",
+        ),
+        (
+            {"sampling": pb.SamplingParams(allowed_token_ids=[VOCABULARY])},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "allowed_token_ids: token id",
+        ),
+        (
+            {"sampling": pb.SamplingParams(allowed_token_ids=[7], banned_token_ids=[7])},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "no token is left",
         ),
         ({"sampling": pb.SamplingParams(min_p=1.5)}, pb.ERROR_CODE_INVALID_ARGUMENT, "min_p"),
         (

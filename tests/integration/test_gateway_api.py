@@ -65,6 +65,93 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
 # --- answers ---
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_llama_servers_names_for_the_same(gateway: Gateway, path: str) -> None:
+    body = {**BODY, "messages": MESSAGES}
+    short = gateway.post(path, json={**body, "n_predict": 5, "repeat_penalty": 1.1})
+    assert short.status_code == 200, short.text
+    assert short.headers.get("x-precast-ignored-fields", "") in ("messages", "prompt")
+    assert short.json()["usage"]["completion_tokens"] == 5
+    full = gateway.post(path, json={**body, "n_predict": -1})
+    assert full.json()["usage"]["total_tokens"] == 256
+    both = gateway.post(path, json={**body, "n_predict": 5, "max_tokens": 6})
+    assert error_of(both, 400)["param"] == "n_predict"
+    both = gateway.post(path, json={**body, "repeat_penalty": 2, "repetition_penalty": 2})
+    assert error_of(both, 400)["param"] == "repeat_penalty"
+    none = gateway.post(path, json={**body, "n_predict": 0})
+    assert error_of(none, 400)["param"] == "n_predict"
+
+
+@pytest.mark.parametrize("top", [0, 2])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_log_probabilities_of_prompts(gateway: Gateway, path: str, top: int) -> None:
+    """As vLLM shows them: by id, the prompt's own token first."""
+    body = {**BODY, "messages": MESSAGES, "max_tokens": 1, "return_token_ids": True}
+    answer = gateway.post(path, json={**body, "prompt_logprobs": top}).json()
+    choice = answer["choices"][0]
+    ids = (answer if "message" in choice else choice)["prompt_token_ids"]
+    first, *others = (answer if "message" in choice else choice)["prompt_logprobs"]
+    assert first is None
+    assert [next(iter(one)) for one in others] == [str(token) for token in ids[1:]]
+    for at, (token, one) in enumerate(zip(ids[1:], others, strict=True), 1):
+        assert one[str(token)]["logprob"] == -at / 4
+        assert one[str(token)]["rank"] is None
+        assert [other["rank"] for other in one.values()] == [None, 1, 2][: top + 1]
+    plain = gateway.post(path, json=body).json()
+    assert "prompt_logprobs" not in json.dumps(plain)
+
+
+def test_log_probabilities_of_prompts_and_what_is_against_them(gateway: Gateway) -> None:
+    asked = {**BODY, "prompt_logprobs": 2}
+    for fields in ({"stream": True}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 21}):
+        answer = gateway.post("/v1/completions", json={**asked, **fields})
+        assert error_of(answer, 400)["param"] == "prompt_logprobs"
+    echoed = gateway.post("/v1/completions", json={**asked, "echo": True, "logprobs": 2}).json()
+    choice = echoed["choices"][0]
+    assert len(choice["logprobs"]["tokens"]) == len(choice["prompt_logprobs"]) + 16
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1], "guided_regex": "a"}, "allowed_token_ids"),
+        ({"bad_words": ["a"], "guided_regex": "a"}, "bad_words"),
+        ({"bad_words": ["unheard-of"]}, "bad_words"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words[0]"),
+        ({"bad_words": "a"}, "bad_words"),
+    ],
+)
+def test_tokens_that_can_not_be_forbidden(
+    gateway: Gateway, path: str, fields: Any, param: str
+) -> None:
+    answer = gateway.post(path, json={**BODY, "messages": MESSAGES, **fields})
+    assert error_of(answer, 400)["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_single_tokens_are_forbidden(gateway: Gateway, path: str) -> None:
+    """The parrot repeats what of its prompt it may say."""
+    messages = [{"role": "user", "content": "x y"}]
+    body = {"model": "tiny", "prompt": "x y", "messages": messages, "return_token_ids": True}
+
+    def said(**fields: Any) -> list[int]:
+        answer = gateway.post(path, json={**body, "max_tokens": 40, **fields})
+        assert answer.status_code == 200, answer.text
+        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        return found
+
+    tokens = gateway.post("/tokenize", json={"model": "tiny", "prompt": "xy"}).json()["tokens"]
+    assert set(tokens) <= set(said())
+    assert set(said(allowed_token_ids=tokens[:1])) == {tokens[0]}
+    assert tokens[0] in said(bad_words=["y"])
+    assert not {tokens[1]} & set(said(bad_words=["y"]))
+
+
 def test_completion(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30)
     choice = answer.choices[0]

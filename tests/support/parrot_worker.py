@@ -73,9 +73,18 @@ class Speech:
     finished: int = 0
     """The reason, once it has one."""
     stop_string: str = ""
+    _heard: list[int] = field(init=False)
+    """Of the prompt, what may be said."""
 
     def __post_init__(self) -> None:
         """What is resumed was said already."""
+        sampling = self.start.sampling
+        allowed = sampling.allowed_token_ids or range(2**32)
+        self._heard = [
+            token
+            for token in self.start.prompt_token_ids
+            if token in allowed and token not in sampling.banned_token_ids
+        ]
         for token in self.start.resumed_token_ids:
             self.ids.append(token)
             self.sent = max(self.sent, len(self._sendable(self._text())))
@@ -87,7 +96,7 @@ class Speech:
     def step(self) -> tuple[int, str, pb.TokenLogprob | None]:
         """A token, the text that it completes, and its report."""
         prompt = self.start.prompt_token_ids
-        words = self.words or prompt
+        words = self.words or self._heard
         self.ids.append(words[len(self.ids) % len(words)])
         if len(self.ids) == len(self.words):
             self.finished = pb.FINISH_REASON_STOP

@@ -7,18 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precast.errors import InvalidRequest
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.constraints.grammar import grammar_of
 from services.decode_worker.constraints.matcher import Vocabulary
-from services.gateway.openai.errors import ApiError
 from services.gateway.openai.harmony import MARKS, HarmonyReader, harmony_lark, writes_harmony
 from services.gateway.openai.parts import CallArguments, CallBegun, Content, Part, Reasoning
-from services.gateway.openai.refusals import named_refusal, refused_tool
-from services.gateway.openai.schemas import ChatRequest
 from services.gateway.openai.tools.fields import Tool
-from services.gateway.openai.tools.formats import FORMATS
-from services.gateway.openai.tools.use import tool_use
 from tests.support.tokenizers import byte_level
 
 TEMPLATE = "<|start|>assistant<|channel|>final<|message|>"
@@ -103,43 +97,6 @@ def test_the_template_shows_it() -> None:
 
 
 # --- grammars ---
-
-
-@pytest.mark.parametrize("field", ["tools", "response_format", "grammar"])
-def test_refusals_speak_of_what_the_client_wrote(field: str) -> None:
-    error = InvalidRequest("constraint: lark: not supported: uniqueItems")
-    told = str(named_refusal(error, field))
-    assert ("lark" in told) == (field == "grammar")
-    assert told.endswith("not supported: uniqueItems.")
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "path"),
-    [
-        ("chat", "tools[1].function.parameters.properties.tags"),
-        ("responses", "tools[1].parameters.properties.tags"),
-        ("messages", "tools[1].input_schema.properties.tags"),
-    ],
-)
-def test_refusals_name_the_tool_that_they_are_about(endpoint: str, path: str) -> None:
-    tags = {"type": "array", "uniqueItems": True}
-    schemas = [
-        {"type": "object", "properties": {"tags": {**tags, "uniqueItems": False}}},
-        {"type": "object", "properties": {"uniqueItems": {"const": tags}, "tags": tags}},
-    ]
-    tools = [
-        {"type": "function", "function": {"name": name, "parameters": schema}}
-        for name, schema in zip(("tag", "save"), schemas, strict=True)
-    ]
-    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
-    forced = {"tools": tools, "tool_choice": "required"}
-    use = tool_use(ChatRequest.model_validate(body | forced), FORMATS["hermes"])
-    assert use is not None
-    error = InvalidRequest("constraint: json_schema: not supported: uniqueItems")
-    told = refused_tool(error, use, endpoint)
-    assert isinstance(told, ApiError)
-    assert told.param == path
-    assert str(told) == f"Invalid '{path}': not supported: uniqueItems, in the function 'save'."
 
 
 TOKENIZER = byte_level(("<end>", *MARKS))

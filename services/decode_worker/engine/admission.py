@@ -1,8 +1,6 @@
 """Checks a StartGeneration and makes the sequence that the scheduler runs."""
 
-import math
 import secrets
-from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Final
 
@@ -11,6 +9,8 @@ import numpy as np
 from precast.errors import InvalidRequest, ModelNotFound
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.engine.pooling import Pooling
+from services.decode_worker.engine.ranges import check_range
+from services.decode_worker.engine.requested_biases import token_biases
 from services.decode_worker.engine.resume import resumed_output
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 
@@ -19,9 +19,6 @@ MAX_STOP_STRINGS: Final = 64
 MAX_LOGPROBS: Final = 20
 MAX_PENALTY: Final = 2.0
 MAX_TEMPERATURE: Final = 100.0
-MAX_BIAS: Final = 100.0
-MAX_BIAS_ENTRIES: Final = 1 << 16
-"""Half a megabyte to the rank. Vocabularies may be larger, but no client names them all."""
 MAX_REPETITION: Final = 100.0
 MAX_CACHE_SALT: Final = 256
 
@@ -110,16 +107,17 @@ def _sampling(start: pb.StartGeneration, vocab_size: int, endings: frozenset[int
     given = start.sampling
     top_p = given.top_p if given.HasField("top_p") else 1.0
     repetition = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
-    _check_range("temperature", given.temperature, 0.0, MAX_TEMPERATURE)
-    _check_range("top_p", top_p, 0.0, 1.0)
-    _check_range("min_p", given.min_p, 0.0, 1.0)
-    _check_range("repetition_penalty", repetition, 1 / MAX_REPETITION, MAX_REPETITION)
-    _check_range("presence_penalty", given.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-    _check_range("frequency_penalty", given.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    check_range("temperature", given.temperature, 0.0, MAX_TEMPERATURE)
+    check_range("top_p", top_p, 0.0, 1.0)
+    check_range("min_p", given.min_p, 0.0, 1.0)
+    check_range("repetition_penalty", repetition, 1 / MAX_REPETITION, MAX_REPETITION)
+    check_range("presence_penalty", given.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    check_range("frequency_penalty", given.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(start, name) > MAX_LOGPROBS:
             raise InvalidRequest(f"{name} = {getattr(start, name)}: at most {MAX_LOGPROBS}")
-    bias_token_ids, bias_values = _bias(given.logit_bias, vocab_size)
+    early = endings if start.stop.min_tokens else frozenset[int]()
+    bias_token_ids, bias_values = token_biases(given, vocab_size, early)
     return SamplingSpec(
         temperature=given.temperature,
         top_p=top_p,
@@ -141,26 +139,3 @@ def _endings(token_ids: frozenset[int], vocab_size: int) -> bytes:
     """int32 ids, which rise. Stop tokens may be any number; no other one is ever drawn."""
     known = sorted(token for token in token_ids if token < vocab_size)
     return np.array(known, dtype=np.int32).tobytes()
-
-
-def _bias(given: Mapping[int, float], vocab_size: int) -> tuple[bytes, bytes]:
-    """int32 ids, which rise, and their float32 values."""
-    if len(given) > MAX_BIAS_ENTRIES:
-        raise InvalidRequest(f"logit_bias has {len(given)} entries: at most {MAX_BIAS_ENTRIES}")
-    if not given:
-        return b"", b""
-    ids = np.fromiter(given.keys(), dtype=np.int64, count=len(given))
-    values = np.fromiter(given.values(), dtype=np.float32, count=len(given))
-    if (largest := int(ids.max())) >= vocab_size:
-        raise InvalidRequest(f"logit_bias: token id {largest} is outside of the vocabulary")
-    wrong = np.flatnonzero(~(np.abs(values) <= MAX_BIAS))
-    if wrong.size:
-        name, value = f"logit_bias of token {ids[wrong[0]]}", float(values[wrong[0]])
-        _check_range(name, value, -MAX_BIAS, MAX_BIAS)
-    order = np.argsort(ids)  # for the rank's caches
-    return ids[order].astype(np.int32).tobytes(), values[order].tobytes()
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequest(f"{name} = {value:g} is not in {low:g} to {high:g}")

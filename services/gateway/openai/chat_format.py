@@ -13,7 +13,7 @@ from services.gateway.openai.errors import ApiError
 from services.gateway.openai.events import DONE, MARK, TextEvents, error_event, event
 from services.gateway.openai.formats import Choice, ChunkUsage, finish_reason, stop_reason
 from services.gateway.openai.interpret import AnswerReader
-from services.gateway.openai.logprobs import chat_logprobs
+from services.gateway.openai.logprobs import chat_logprobs, prompt_logprobs_by_id
 from services.gateway.openai.message import message_of
 from services.gateway.openai.parts import CallBegun, Content, Part, Reasoning
 from services.gateway.openai.plan import Plan
@@ -88,6 +88,9 @@ class ChatFormat:
             choices=[self._whole_choice(index, choice) for index, choice in enumerate(choices)],
             usage=usage,
             prompt_token_ids=self._prompt_ids(0),
+            prompt_logprobs=prompt_logprobs_by_id(choices[0].prompt_logprobs)
+            if self._plan.shows_prompt_logprobs
+            else UNSET,
         )
 
     def _whole_choice(self, index: int, choice: Choice) -> api.ChatChoice:

@@ -16,6 +16,7 @@ from services.gateway.openai.logprobs import (
     completion_logprobs,
     joined,
     prompt_logprobs,
+    prompt_logprobs_by_id,
 )
 from services.gateway.openai.plan import Plan
 from services.gateway.routing.event_queue import Delta
@@ -102,6 +103,9 @@ class CompletionFormat:
             stop_reason=stop_reason(choice.finished),
             prompt_token_ids=self._prompt_ids(at),
             token_ids=choice.token_ids if plan.shows_token_ids else UNSET,
+            prompt_logprobs=prompt_logprobs_by_id(choice.prompt_logprobs)
+            if plan.shows_prompt_logprobs
+            else UNSET,
         )
 
     def _prompt(self, index: int, delta: Delta) -> bytes:

@@ -14,6 +14,8 @@ MAX_STOPS: Final = 64
 MAX_PROMPT_IDS: Final = 2**20
 """Token ids of one prompt; more than any context has."""
 MAX_BIAS: Final = 100
+MAX_LOGPROBS: Final = 20
+MAX_BAD_WORDS: Final = 1024
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 

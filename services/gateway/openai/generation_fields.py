@@ -4,7 +4,15 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from services.gateway.openai.fields import MAX_CHOICES, LogitBias, Stop, whole
+from services.gateway.openai.fields import (
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_PROMPT_IDS,
+    LogitBias,
+    Stop,
+    whole,
+)
 from services.gateway.openai.known_fields import LABELS, NEUTRAL, described, served
 from services.gateway.openai.messages import FieldError
 from services.gateway.openai.model_name import ModelName
@@ -80,7 +88,22 @@ class GenerationFields(StructureFields):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     """Extension: above 1, tokens of prompt and answer are less likely."""
+    repeat_penalty: float | None = Field(default=None, gt=0, le=100)
+    """Extension: repetition_penalty, as llama-server calls it."""
+    n_predict: int | None = Field(default=None, ge=-1, lt=_MAX_TOKENS)
+    """Extension: max_tokens, as llama-server calls it; -1: what the context has left."""
     logit_bias: LogitBias = Field(default={})
+    allowed_token_ids: list[TokenId] | None = Field(
+        default=None, min_length=1, max_length=MAX_PROMPT_IDS
+    )
+    """Extension, as vLLM has it: no other token is drawn, one that ends the answer included."""
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, max_length=MAX_BAD_WORDS
+    )
+    """Extension, as vLLM has it: words that are not drawn. Refused for one of several tokens."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Extension, as vLLM has it: log-probabilities of the prompt's tokens, with so many of the
+    likeliest ones beside each."""
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     """Extension: what is cached of a prompt is shared only by requests of the same salt, so that
     nobody can tell from a first token's time what others have sent."""

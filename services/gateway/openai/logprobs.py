@@ -54,6 +54,26 @@ def prompt_logprobs(tokens: Sequence[pb.TokenLogprob]) -> api.CompletionLogprobs
     )
 
 
+def prompt_logprobs_by_id(tokens: Sequence[pb.TokenLogprob]) -> api.PromptLogprobs:
+    """Of a whole prompt, as vLLM shows it."""
+    return [_by_id(token) if at else None for at, token in enumerate(tokens)]
+
+
+def _by_id(token: pb.TokenLogprob) -> dict[str, api.PromptLogprob]:
+    """The token itself first."""
+    ranks = {other.token_id: rank for rank, other in enumerate(token.top, 1)}
+    shown: list[_Token] = [
+        token,
+        *(other for other in token.top if other.token_id != token.token_id),
+    ]
+    return {
+        str(one.token_id): api.PromptLogprob(
+            logprob=one.logprob, rank=ranks.get(one.token_id), decoded_token=one.text
+        )
+        for one in shown
+    }
+
+
 def joined(
     first: api.CompletionLogprobs | None, second: api.CompletionLogprobs | None
 ) -> api.CompletionLogprobs | None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai.interpret import PLAIN, Reading
+from services.gateway.openai.structured.constraint import Asked
 
 Endpoint = Literal["completions", "chat", "responses", "messages", "embeddings"]
 
@@ -32,9 +33,11 @@ class Plan:
     shows_logprobs: bool = False
     echoes_logprobs: bool = False
     """The prompts' tokens are shown with their probabilities."""
+    shows_prompt_logprobs: bool = False
+    """The prompts' tokens are shown with their probabilities, as vLLM does it."""
     shows_token_ids: bool = False
-    constrained_by: str | None = None
-    """The field that a grammar for the answer came from."""
+    asked: Asked | None = None
+    """What the answer has to be, apart from calls of tools."""
     reading: Reading = PLAIN
     """How answers are read."""
     short_call_ids: bool = False

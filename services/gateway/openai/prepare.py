@@ -5,7 +5,7 @@ the name of the field.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from msgspec import UNSET
@@ -13,11 +13,12 @@ from msgspec import UNSET
 from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
+from services.gateway.openai.bad_words import banned_ids
 from services.gateway.openai.chat_constraint import chat_constraint, special_ids
+from services.gateway.openai.checks import check_choices, check_fields, check_free, scored
 from services.gateway.openai.embeddings.fields import EmbeddingRequest, Pooling
 from services.gateway.openai.embeddings.prepare import embedding_plan
 from services.gateway.openai.errors import internal, invalid
-from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.fingerprint import fingerprint
 from services.gateway.openai.harmony import writes_harmony
 from services.gateway.openai.interpret import Reading, thinking_of
@@ -27,7 +28,7 @@ from services.gateway.openai.prompts import chat_prompt, check_ids, completion_p
 from services.gateway.openai.reasoning import CLOSE, OPEN
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.starts import Wanted, fitting, start_of, stops_of, what_is_left
-from services.gateway.openai.structured.constraint import constraining_field, constraint_of
+from services.gateway.openai.structured.constraint import asked_of, constraint_of
 from services.gateway.openai.tokenizing import (
     Detokenized,
     DetokenizeRequest,
@@ -67,15 +68,17 @@ class Planner:
 
     async def completion(self, body: CompletionRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
-        _check_choices(body)
+        check_choices(body)
         tokenizer = await self._tokenizer(body.model)
-        check_ids("logit_bias", list(body.logit_bias), tokenizer)
+        check_fields(body, tokenizer)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
         whole = await completion_prompts(body, tokenizer, limited)
-        most = limit if body.max_tokens == 0 else limit - 1
+        most = limit if body.asked_tokens == 0 else limit - 1
         prompts = [truncated(body, ids, most) for ids in whole]
         each = body.generated_per_prompt
         wanted = _wanted(body, stops_of(body, tokenizer, limit, len(prompts) * each))
+        wanted = replace(wanted, banned=await banned_ids(body.bad_words or (), limited))
+        check_free(body, wanted)
         starts = [
             start_of(body, ids, _completion_budget(body, len(ids), limit), wanted, choice)
             for ids in prompts
@@ -95,10 +98,11 @@ class Planner:
             shown_per_prompt=body.choices_per_prompt,
             shows_logprobs=body.logprobs is not None,
             echoes_logprobs=bool(body.echo) and body.logprobs is not None,
+            shows_prompt_logprobs=body.prompt_logprobs is not None,
             shows_token_ids=bool(body.return_token_ids),
-            constrained_by=constraining_field(body),
+            asked=asked_of(body),
             fingerprint=fingerprint(self._pool, body.model),
-            open_ended=body.max_tokens is None,
+            open_ended=body.asked_tokens is None,
             tokenizer_digest=tokenizer.digest,
             session=body.prompt_cache_key or "",
         )
@@ -106,7 +110,7 @@ class Planner:
     async def chat(self, body: ChatRequest) -> Plan:
         limit = self._pool.max_context_length(body.model)
         tokenizer = await self._tokenizer(body.model)
-        check_ids("logit_bias", list(body.logit_bias), tokenizer)
+        check_fields(body, tokenizer)
         limited = LimitedTokenizer(tokenizer, limit, self._gate)
         template = tokenizer.template(tools=bool(body.tools)).source
         use = tool_use(body, format_of(template, self._parsers.tools))
@@ -124,10 +128,13 @@ class Planner:
         wanted = Wanted(
             stops=stops_of(body, tokenizer, limit, count),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+            banned=await banned_ids(body.bad_words or (), limited),
             constraint=chat_constraint(body, use, tokenizer, reading),
             show_special_tokens=body.skip_special_tokens is False
             or bool(special_ids(reading.marks, tokenizer)),
         )
+        check_free(body, wanted)
         budget = _chat_budget(body, len(ids), limit)
         return Plan(
             endpoint="chat",
@@ -141,8 +148,9 @@ class Planner:
             choices_per_prompt=count,
             shown_per_prompt=count,
             shows_logprobs=bool(body.logprobs),
+            shows_prompt_logprobs=body.prompt_logprobs is not None,
             shows_token_ids=bool(body.return_token_ids),
-            constrained_by="tools" if use is not None else constraining_field(body),
+            asked=asked_of(body),
             reading=reading,
             short_call_ids=use is not None and use.form.short_ids,
             fingerprint=fingerprint(self._pool, body.model),
@@ -242,33 +250,14 @@ def _marks_of_thought(tokenizer: ModelTokenizer) -> tuple[int | None, int | None
     return first, last
 
 
-def _check_choices(body: CompletionRequest) -> None:
-    """Raises ``ApiError`` 400 for numbers that don't go together."""
-    each, prompts = body.generated_per_prompt, len(body.prompts)
-    if each < body.choices_per_prompt:
-        raise invalid("Invalid 'best_of': must be at least n.", "best_of")
-    if body.stream and each > body.choices_per_prompt:
-        raise invalid("Invalid 'best_of': must equal n when stream is true.", "best_of")
-    if body.max_tokens == 0 and not body.echo:
-        raise invalid("Invalid 'max_tokens': may only be 0 when echo is true.", "max_tokens")
-    if body.suffix and body.echo:
-        raise invalid("Invalid 'suffix': can't be combined with echo.", "suffix")
-    if prompts * each > MAX_CHOICES:
-        field = "n" if body.best_of is None else "best_of"
-        asked = f"{prompts} prompts times {field} = {each}"
-        reason = f"{asked} is too much; at most {MAX_CHOICES} choices"
-        raise invalid(f"Invalid '{field}': {reason}.", field)
-
-
 def _wanted(body: CompletionRequest, stops: Sequence[str]) -> Wanted:
     logprobs = body.logprobs
     if logprobs is None and body.generated_per_prompt > body.choices_per_prompt:
         logprobs = 0  # for the likeliest to be found
-    scored = bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0)
     return Wanted(
         stops=stops,
         logprobs=logprobs,
-        prompt_logprobs=(body.logprobs or 0) if scored else None,
+        prompt_logprobs=scored(body),
         constraint=constraint_of(body),
         show_special_tokens=body.skip_special_tokens is False,
     )
@@ -291,13 +280,16 @@ def _echoes(
 
 def _completion_budget(body: CompletionRequest, prompt: int, limit: int) -> int:
     """Tokens to generate: what was asked for, else the default or what the context has left."""
-    if body.max_tokens is None:
-        return what_is_left(_DEFAULT_COMPLETION_TOKENS, prompt, limit, "prompt")
-    return fitting(body.max_tokens, prompt, limit, "prompt")
+    if body.asked_tokens is None:
+        usual = _DEFAULT_COMPLETION_TOKENS if body.n_predict is None else limit
+        return what_is_left(usual, prompt, limit, "prompt")
+    return fitting(body.asked_tokens, prompt, limit, "prompt")
 
 
 def _chat_budget(body: ChatRequest, prompt: int, limit: int) -> int:
     asked = body.asked_tokens
+    if body.n_predict == 0:
+        raise invalid("Invalid 'n_predict': must be at least 1, or -1.", "n_predict")
     if asked is None:
         return what_is_left(limit, prompt, limit, "messages")
     return fitting(asked, prompt, limit, "messages")

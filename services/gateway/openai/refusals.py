@@ -1,12 +1,17 @@
 """What workers refuse, by the names of the client's own fields."""
 
+import json
 import re
-from typing import Final
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 from precast.errors import InvalidRequest
 from precast.json_schema import place_of, without_idle
 from services.gateway.openai.errors import invalid
-from services.gateway.openai.tools.use import ToolUse
+from services.gateway.openai.plan import Plan
+from services.gateway.openai.responses_api.convert import path_as_written
+from services.gateway.openai.structured.constraint import Asked
 
 _CONSTRAINT: Final = "constraint: "
 _DIMENSIONS: Final = "dimensions: "
@@ -18,36 +23,65 @@ _PARAMETERS: Final = {"responses": "parameters", "messages": "input_schema"}
 """Where the clients of an endpoint write a tool's schema."""
 
 
-def named_refusal(error: Exception, field: str | None) -> Exception:
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a client has written what an answer is held to."""
+
+    path: str
+    schema: Any
+    """Without what asks nothing; None of a grammar."""
+    function: str = ""
+    """Of which it is."""
+
+
+def named_refusal(error: Exception, plan: Plan) -> Exception:
     """A worker's refusal, with the client's field that it is about: that which a grammar came
     from, or the one of embeddings that the worker knows more of."""
+    text = str(error)
     if not isinstance(error, InvalidRequest):
         return error
-    text = str(error)
-    for prefix, name in ((_CONSTRAINT, field), (_DIMENSIONS, "dimensions")):
-        if name is not None and text.startswith(prefix):
-            reason = text.removeprefix(prefix)
-            if name not in _GRAMMARS:  # the client wrote schemas, out of which a grammar was made
-                reason = reason.removeprefix("lark: ")
-            return invalid(f"Invalid '{name}': {reason}.", name)
+    if text.startswith(_DIMENSIONS):
+        return invalid(f"Invalid 'dimensions': {text.removeprefix(_DIMENSIONS)}.", "dimensions")
+    if text.startswith(_CONSTRAINT) and (places := list(_places(plan))):
+        return _refused(text.removeprefix(_CONSTRAINT), places, plan)
     return error
 
 
-def refused_tool(
-    error: Exception, use: ToolUse, endpoint: str, *, harmony: bool = False
-) -> Exception:
-    """A worker's refusal of a keyword, with the tool that has it; as it was if none has.
-
-    ``harmony``: whose grammar holds all calls to their schemas."""
-    found = _KEYWORDS.search(str(error)) if isinstance(error, InvalidRequest) else None
-    if found is None or not str(error).startswith(_CONSTRAINT):
-        return error
-    keywords = frozenset(found[1].split(", "))
-    for place, tool in zip(use.places, use.tools, strict=True):
-        schema = without_idle(tool.function.schema_of_arguments)
-        within = place_of(keywords, schema) if harmony or use.holds(tool) else None
+def _refused(reason: str, places: list[_Place], plan: Plan) -> Exception:
+    found = _KEYWORDS.search(reason)
+    keywords = frozenset(found[1].split(", ") if found else ())
+    for place in places:
+        within = place_of(keywords, place.schema)
         if within is not None:
-            path = f"tools[{place}].{_PARAMETERS.get(endpoint, 'function.parameters')}{within}"
-            reason = f"{found[0]}, in the function {tool.function.name!r}"
-            return invalid(f"Invalid '{path}': {reason}.", path)
-    return error
+            assert found is not None, "a place of no keyword"
+            return _told(place.path + within, found[0], place.function)
+    if len(places) > 1:
+        return _told("tools", reason.removeprefix("lark: "))
+    if plan.asked is None or plan.asked.field not in _GRAMMARS:
+        reason = reason.removeprefix("lark: ")  # the client wrote schemas, which became a grammar
+    return _told(places[0].path, reason, places[0].function)
+
+
+def _told(path: str, reason: str, function: str = "") -> Exception:
+    where = f", in the function {function!r}" if function else ""
+    return invalid(f"Invalid '{path}': {reason}{where}.", path)
+
+
+def _places(plan: Plan) -> Iterator[_Place]:
+    """Tools first: with several, and an answer's own schema, it is mostly one of theirs."""
+    use, parameters = plan.reading.tools, _PARAMETERS.get(plan.endpoint, "function.parameters")
+    for place, tool in zip(use.places, use.tools, strict=True) if use is not None else ():
+        if plan.reading.harmony or (use is not None and use.holds(tool)):
+            yield _Place(
+                path=f"tools[{place}].{parameters}",
+                schema=without_idle(tool.function.schema_of_arguments),
+                function=tool.function.name,
+            )
+    if plan.asked is not None:
+        yield _asked(plan.asked, plan)
+
+
+def _asked(asked: Asked, plan: Plan) -> _Place:
+    path = path_as_written(asked.path) if plan.endpoint == "responses" else asked.path
+    written = asked.constraint.json_schema
+    return _Place(path=path, schema=without_idle(json.loads(written)) if written else None)

@@ -48,6 +48,20 @@ class CompletionLogprobs(Struct, frozen=True, kw_only=True):
     """Characters before each token in the choice's text; parts of one character have the same."""
 
 
+class PromptLogprob(Struct, frozen=True, kw_only=True):
+    """Extension, as vLLM has it."""
+
+    logprob: float
+    rank: int | None
+    """From 1 on, of a token that is among the likeliest ones."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt: it and the likeliest ones, by id. None for the first, which follows
+nothing."""
+
+
 class CompletionChoice(Struct, frozen=True, kw_only=True):
     index: int
     text: str
@@ -58,6 +72,8 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
     """Extension, with return_token_ids."""
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """Extension."""
 
 
 class Completion(Struct, frozen=True, kw_only=True):
@@ -136,6 +152,8 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
     """Extension, with return_token_ids."""
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """Extension."""
 
 
 class FunctionDelta(Struct, frozen=True, kw_only=True):

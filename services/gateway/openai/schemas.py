@@ -5,16 +5,14 @@ is refused by name unless it has its neutral value. Fields that only label a req
 and so are unknown ones, which the answer names.
 """
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from services.gateway.openai.fields import MAX_CHOICES, Prompt, prompts_of
+from services.gateway.openai.fields import MAX_CHOICES, MAX_LOGPROBS, Prompt, prompts_of
 from services.gateway.openai.generation_fields import GenerationFields
 from services.gateway.openai.messages import MAX_MESSAGES, FieldError, Message
 from services.gateway.openai.tools.fields import ToolFields
-
-MAX_LOGPROBS: Final = 20
 
 
 class CompletionRequest(GenerationFields):
@@ -29,6 +27,13 @@ class CompletionRequest(GenerationFields):
     """Answers to generate, of which the ``n`` likeliest (by token) are returned."""
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     """0, with echo: only the prompt is returned, and scored where logprobs are asked for."""
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Most tokens of an answer; None if that was left open."""
+        if self.n_predict is None or self.n_predict < 0:
+            return self.max_tokens
+        return self.n_predict
 
     @property
     def generated_per_prompt(self) -> int:
@@ -74,4 +79,4 @@ class ChatRequest(GenerationFields, ChatFields):
     @property
     def asked_tokens(self) -> int | None:
         """Most tokens of an answer; None if that was left open."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_completion_tokens or self.max_tokens or max(0, self.n_predict or 0) or None

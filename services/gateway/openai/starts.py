@@ -22,6 +22,8 @@ class Wanted:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: pb.OutputConstraint | None = None
+    banned: Sequence[int] = ()
+    """Tokens that are not drawn."""
     show_special_tokens: bool = False
 
 
@@ -32,7 +34,7 @@ def start_of(
     return pb.StartGeneration(
         model=body.model,
         prompt_token_ids=ids,
-        sampling=_sampling(body, choice),
+        sampling=_sampling(body, wanted, choice),
         stop=_stop(body, max_tokens, wanted),
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
@@ -63,7 +65,8 @@ def _least_tokens(body: GenerationFields, max_tokens: int) -> int:
     return least
 
 
-def _sampling(body: GenerationFields, choice: int) -> pb.SamplingParams:
+def _sampling(body: GenerationFields, wanted: Wanted, choice: int) -> pb.SamplingParams:
+    repetition = body.repetition_penalty
     # One seed for all choices would make them equal.
     seed = None if body.seed is None else (body.seed + choice) & _SEED_MASK
     return pb.SamplingParams(
@@ -74,8 +77,10 @@ def _sampling(body: GenerationFields, choice: int) -> pb.SamplingParams:
         seed=seed,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=body.repetition_penalty,
+        repetition_penalty=body.repeat_penalty if repetition is None else repetition,
         logit_bias=body.logit_bias,
+        allowed_token_ids=body.allowed_token_ids or (),
+        banned_token_ids=wanted.banned,
     )
 
 

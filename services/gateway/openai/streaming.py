@@ -31,7 +31,7 @@ from services.gateway.openai.events import WAITING
 from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.formats import Choice, Format, total_usage
 from services.gateway.openai.plan import Plan
-from services.gateway.openai.refusals import named_refusal, refused_tool
+from services.gateway.openai.refusals import named_refusal
 from services.gateway.openai.responses import Usage, encode
 from services.gateway.openai.token_watch import TokenWatch
 from services.gateway.presence import ClientGone, WhileConnected
@@ -126,7 +126,7 @@ class GenerationResponse(Response):
 
     async def _fail(self, sender: "_Sender", error: Exception) -> None:
         """Tell the client: with a status if nothing was sent yet, else as the last event."""
-        answer = errors.from_any(_named(error, self._plan))
+        answer = errors.from_any(named_refusal(error, self._plan))
         if answer.status >= 500:
             unexpected = not isinstance(error, ApiError | PrecastError)
             log.warning(
@@ -323,13 +323,6 @@ class _Stream:
     async def _begin(self) -> None:
         if not self._sender.started:
             await self._sender.start(200, [*_SSE_HEADERS, *self._extra])
-
-
-def _named(error: Exception, plan: Plan) -> Exception:
-    if plan.reading.tools is not None:
-        harmony = plan.reading.harmony
-        error = refused_tool(error, plan.reading.tools, plan.endpoint, harmony=harmony)
-    return named_refusal(error, plan.constrained_by)
 
 
 class _Sender:

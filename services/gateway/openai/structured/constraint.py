@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
@@ -21,22 +22,30 @@ MAX_TEXT: Final = 256 << 10
 """Characters of a schema, an expression or a grammar."""
 ANY_OBJECT: Final = {"type": "object"}
 _SPECIAL: Final = re.compile(r"[\\.+*?()|\[\]{}^$/]")
-_Found = tuple[str, pb.OutputConstraint]
-"""The path of a field, and what it asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a field says that the answer must be."""
+
+    field: str
+    path: str
+    """Of the schema or the grammar within the field, or the field."""
+    constraint: pb.OutputConstraint
 
 
 def constraint_of(body: StructureFields) -> pb.OutputConstraint | None:
     """What the answer must be; None for any text. Raises ``ApiError`` 400."""
     found = list(_asked(body))
     if len(found) > 1:
-        first, second = found[0][0], found[1][0]
+        first, second = found[0].field, found[1].field
         raise invalid(f"'{second}' can't be combined with '{first}'.", second)
-    return found[0][1] if found else None
+    return found[0].constraint if found else None
 
 
-def constraining_field(body: StructureFields) -> str | None:
-    """The field that says what the answer must be."""
-    return next((field for field, _ in _asked(body)), None)
+def asked_of(body: StructureFields) -> Asked | None:
+    """Where that is said."""
+    return next(_asked(body), None)
 
 
 def schema_constraint(schema: Any, field: str) -> pb.OutputConstraint:
@@ -45,51 +54,57 @@ def schema_constraint(schema: Any, field: str) -> pb.OutputConstraint:
     return pb.OutputConstraint(json_schema=_bounded(text, field))
 
 
-def _asked(body: StructureFields) -> Iterator[_Found]:
+def _asked(body: StructureFields) -> Iterator[Asked]:
     if body.response_format is not None and not isinstance(body.response_format, TextFormat):
         yield _of_format(body.response_format)
     if body.structured_outputs is not None:
         yield _of_outputs(body.structured_outputs)
     if body.guided_json is not None:
-        yield "guided_json", _json(body.guided_json, "guided_json")
+        yield _of("guided_json", _json, body.guided_json)
     if body.guided_regex is not None:
-        yield "guided_regex", _regex(body.guided_regex, "guided_regex")
+        yield _of("guided_regex", _regex, body.guided_regex)
     if body.guided_choice is not None:
-        yield "guided_choice", _choice(body.guided_choice, "guided_choice")
+        yield _of("guided_choice", _choice, body.guided_choice)
     if body.guided_grammar is not None:
-        yield "guided_grammar", _grammar(body.guided_grammar, "guided_grammar")
+        yield _of("guided_grammar", _grammar, body.guided_grammar)
     if body.grammar is not None:
-        yield "grammar", _grammar(body.grammar, "grammar")
+        yield _of("grammar", _grammar, body.grammar)
     if body.json_schema is not None:
-        yield "json_schema", schema_constraint(body.json_schema, "json_schema")
+        yield _of("json_schema", schema_constraint, body.json_schema)
 
 
-def _of_format(asked: JsonObjectFormat | JsonSchemaFormat) -> _Found:
-    field = "response_format.schema"
+def _of(
+    path: str, made: Callable[[Any, str], pb.OutputConstraint], value: Any, field: str = ""
+) -> Asked:
+    return Asked(field=field or path, path=path, constraint=made(value, path))
+
+
+def _of_format(asked: JsonObjectFormat | JsonSchemaFormat) -> Asked:
+    path = "response_format.schema"
     schema: Schema | None = None
     if isinstance(asked, JsonSchemaFormat):
-        field, schema = "response_format.json_schema.schema", asked.json_schema.schema_
+        path, schema = "response_format.json_schema.schema", asked.json_schema.schema_
     elif asked.schema_ is not None:
         schema = asked.schema_
     given = ANY_OBJECT if schema is None else schema
-    return "response_format", schema_constraint(given, field)
+    return _of(path, schema_constraint, given, "response_format")
 
 
-def _of_outputs(asked: StructuredOutputs) -> _Found:
+def _of_outputs(asked: StructuredOutputs) -> Asked:
     name = "structured_outputs"
     given = (asked.json_, asked.json_object or None, asked.regex, asked.choice, asked.grammar)
     if sum(value is not None for value in given) != 1:
         wanted = "exactly one of json, json_object, regex, choice and grammar"
         raise invalid(f"Invalid '{name}': it must have {wanted}.", name)
     if asked.json_ is not None:
-        return name, _json(asked.json_, f"{name}.json")
+        return _of(f"{name}.json", _json, asked.json_, name)
     if asked.regex is not None:
-        return name, _regex(asked.regex, f"{name}.regex")
+        return _of(f"{name}.regex", _regex, asked.regex, name)
     if asked.choice is not None:
-        return name, _choice(asked.choice, f"{name}.choice")
+        return _of(f"{name}.choice", _choice, asked.choice, name)
     if asked.grammar is not None:
-        return name, _grammar(asked.grammar, f"{name}.grammar")
-    return name, schema_constraint(ANY_OBJECT, f"{name}.json_object")
+        return _of(f"{name}.grammar", _grammar, asked.grammar, name)
+    return _of(f"{name}.json_object", schema_constraint, ANY_OBJECT, name)
 
 
 def _json(schema: Any, field: str) -> pb.OutputConstraint:
