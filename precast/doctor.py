@@ -231,6 +231,7 @@ def _bandwidth() -> Finding:
 
 def _providers(settings: DecodeWorkerSettings) -> Iterator[Finding]:
     """Who would serve each operator of the model that is set, and why not who was asked for."""
+    from precast.models.options import GptOssOptions, experts_of
     from precast.ops import providers
     from precast.ops.packing import Format
 
@@ -243,6 +244,8 @@ def _providers(settings: DecodeWorkerSettings) -> Iterator[Finding]:
         formats=frozenset(Format[(plain if f == "none" else f).upper()] for f in formats),
         kv_dtype=settings.kv_dtype,
         head_dim=config.head_dim if config else 64,  # most models'
+        experts=experts_of(config.options) if config else 0,
+        limited_experts=config is not None and isinstance(config.options, GptOssOptions),
     )
     selection = providers.select(settings.kernel_provider, needs)
     for name, text in providers.described(selection).items():

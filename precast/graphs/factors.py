@@ -15,7 +15,14 @@ import msgspec
 
 from precast.errors import InvalidRequest
 from precast.models.layers import Shape
-from precast.models.options import Options, check_architecture, from_factor, to_factor
+from precast.models.options import (
+    GptOssOptions,
+    Options,
+    check_architecture,
+    experts_of,
+    from_factor,
+    to_factor,
+)
 from precast.models.shape import MAX_ADAPTER_RANK, AdapterShape, AdapterTarget, ModelShape
 from precast.ops import providers
 from precast.ops.native import MAX_QUERY_GROUP, PACKING_VERSION, native_isa
@@ -83,6 +90,8 @@ def needs_of(shape: Shape) -> providers.Needs:
         kv_dtype=shape.kv_dtype,
         head_dim=shape.head_dim,
         uneven_groups=len(set(shape.query_groups)) > 1,
+        experts=experts_of(shape.options),
+        limited_experts=isinstance(shape.options, GptOssOptions),
     )
 
 

@@ -117,6 +117,11 @@ class Qwen3MoeOptions(ExpertOptions, frozen=True, kw_only=True, omit_defaults=Tr
     attention_bias: bool = False
 
 
+def experts_of(options: Options) -> int:
+    """How many a layer has to choose among; 0: none."""
+    return options.experts if isinstance(options, ExpertOptions) else 0
+
+
 class LayerPlan(NamedTuple):
     """Which captured layer and which rotary table a layer of the model uses."""
 

@@ -1,10 +1,10 @@
 """Kernel providers: every one gives the same results, and the choice among them has reasons."""
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,8 @@ from precast.ops.packing import Format, pack
 from precast.ops.providers import reference, sgl_kernel, sgl_trial
 from precast.ops.providers.base import Choice, Needs
 from precast.system.cpu import Cpu, narrowed, parse_cpuinfo, this_cpu
+from tests.support.upstream_kernels import AMX, AVX2, AVX512, BF16, FOLDER, RUNS, SERVER, loaded
 
-UPSTREAM = Path(__file__).parents[1] / "support" / "upstream"
-INSTALLED = importlib.util.find_spec("sgl_kernel") is not None
-"""Upstream's own: its operators are tested then, on this CPU, in place of the stand-in's."""
-AVX2 = frozenset({"avx2", "fma", "f16c"})
-AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
-AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16"})
-SERVER = Cpu(model="with AMX", flags=AVX512 | AMX)
-RUNS = this_cpu() if INSTALLED else SERVER
-"""Whose kernels are called."""
-BF16 = Needs(weight_dtype="bf16", formats=frozenset({Format.BF16}), kv_dtype="bf16", head_dim=32)
 BLOCK, BLOCKS = 16, 12
 
 
@@ -43,13 +34,8 @@ def native_again() -> Iterator[None]:
 
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not INSTALLED:
-        monkeypatch.syspath_prepend(UPSTREAM)
-    importlib.import_module("sgl_kernel")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the stand-in's tensors are tiny
-    yield
-    torch.set_num_threads(threads)
+    with loaded(monkeypatch):
+        yield
 
 
 def small_arguments(name: str) -> tuple[Tensor | float, ...]:
@@ -66,6 +52,7 @@ def small_arguments(name: str) -> tuple[Tensor | float, ...]:
 
 
 SERVED_UPSTREAM = ["rms_norm", "rotary", "silu_and_mul", "gelu_tanh_and_mul"]
+PRODUCTS = ("fused_experts", "linear")
 SMALL = [*SERVED_UPSTREAM, "sigmoid_and_mul", "soft_cap", "route"]
 
 
@@ -247,15 +234,13 @@ def test_all_operators_are_served_where_everything_is_there(upstream: None) -> N
     none = Choice(provider="native", reason="it has no such operator")
     assert {n for n, c in selection.choices.items() if c == none} == {
         "embedding",
-        "fused_experts",
-        "route",
         "sigmoid_and_mul",
         "soft_cap",
     }
     assert {c.provider for c in selection.choices.values() if c != none} == {"sgl_kernel"}
     assert selection.provider == "sgl_kernel"
     _, names, version = selection.abi.split(":")
-    assert names == "gelu_tanh_and_mul+linear+paged_attention+rms_norm+rotary+silu_and_mul"
+    assert names == "+".join(sorted(sgl_kernel.USES))
     assert version == f"{sys.modules['sgl_kernel'].__version__}-2"  # what pack makes
 
 
@@ -287,7 +272,7 @@ def test_a_library_is_tried_by_another_process_where_it_may_not_run(
 ) -> None:
     """Operators that are wrong, left out or beyond the CPU are native, each with its reason."""
     (tmp_path / "sgl_kernel.py").write_text(
-        HALF_A_LIBRARY.format(stand_in=str(UPSTREAM / "sgl_kernel" / "__init__.py"))
+        HALF_A_LIBRARY.format(stand_in=str(FOLDER / "sgl_kernel" / "__init__.py"))
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     sgl_trial.failures.cache_clear()
@@ -300,13 +285,16 @@ def test_a_library_is_tried_by_another_process_where_it_may_not_run(
         "gelu_tanh_and_mul": f"{trial} failed: not compiled",
         "rotary": f"{trial} ended with SIGILL: it is built for another CPU",
         "paged_attention": f"{trial} ended with SIGILL: it is built for another CPU",
+        "route": f"{trial} ended with SIGILL: it is built for another CPU",
+        "fused_experts": "this CPU has no AMX",
         "linear": "this CPU has no AMX",
     }
 
 
-def test_without_amx_linears_are_native(upstream: None) -> None:
+def test_without_amx_linears_and_experts_are_native(upstream: None) -> None:
     found = reasons(BF16, Cpu(model="no tiles", flags=AVX512))
-    assert found.pop("linear") == "this CPU has no AMX"
+    for name in PRODUCTS:
+        assert found.pop(name) == "this CPU has no AMX"
     assert set(found.values()) == {""}
 
 
@@ -329,19 +317,21 @@ def test_another_schema_is_the_reason(upstream: None, monkeypatch: pytest.Monkey
         ({"kv_dtype": "int8"}, {"paged_attention"}, "kv_dtype is int8: it takes bf16"),
         ({"head_dim": 40}, {"paged_attention"}, "head_dim is 40"),
         ({"uneven_groups": True}, {"paged_attention"}, "this rank's KV heads have different"),
-        ({"formats": frozenset({Format.Q4_0, Format.INT8})}, {"linear"}, "weights are q4_0"),
+        ({"formats": frozenset({Format.Q4_0, Format.INT8})}, {*PRODUCTS}, "weights are q4_0"),
         (
             {"weight_dtype": "fp32"},
-            {"linear", *SERVED_UPSTREAM},
+            {"route", *PRODUCTS, *SERVED_UPSTREAM},
             "weight_dtype is fp32: it takes bf16 and fp16",
         ),
+        ({"experts": 0}, {"fused_experts", "route"}, "the model has no experts"),
+        ({"experts": 60}, {"route"}, "it routes to no 60 experts"),
+        ({"limited_experts": True}, {"fused_experts"}, "experts have biases and a limit"),
     ],
 )
 def test_types_that_are_not_served(
     upstream: None, changes: dict[str, Any], operators: set[str], reason: str
 ) -> None:
-    needs = {name: getattr(BF16, name) for name in BF16.__dataclass_fields__}
-    found = reasons(Needs(**{**needs, **changes}), SERVER)
+    found = reasons(replace(BF16, **changes), SERVER)
     assert {name for name in found if found[name]} == operators
     assert all(found[name].startswith(reason) for name in operators)
 
@@ -349,18 +339,15 @@ def test_types_that_are_not_served(
 def test_linears_in_fp16_need_amx_that_has_it(upstream: None) -> None:
     """Elsewhere upstream's give wrong results, without a word."""
     older = Cpu(model="AMX of bf16 and int8", flags=SERVER.flags - {"amx_fp16"})
-    by_weights = Needs(
-        weight_dtype="fp16", formats=frozenset({Format.INT8}), kv_dtype="bf16", head_dim=32
-    )
-    by_format = Needs(
-        weight_dtype="bf16", formats=frozenset({Format.FP16}), kv_dtype="bf16", head_dim=32
-    )
+    by_weights = replace(BF16, weight_dtype="fp16", formats=frozenset({Format.INT8}))
+    by_format = replace(BF16, formats=frozenset({Format.FP16}))
     for needs in (by_weights, by_format):
         found = reasons(needs, older)
-        assert found.pop("linear").startswith("weights are fp16")
+        for name in PRODUCTS:
+            assert found.pop(name).startswith("weights are fp16")
         assert set(found.values()) == {""}
         newer = Cpu(model="AMX of fp16 too", flags=SERVER.flags | AMX)
-        assert reasons(needs, newer)["linear"] == ""
+        assert set(reasons(needs, newer).values()) == {""}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -462,7 +449,7 @@ def test_operators_trace_with_upstream(upstream: None) -> None:
     selection = sgl_kernel.select(BF16, RUNS)
     providers.start(selection)
     ops = torch.ops.precast
-    for name in SMALL:
+    for name in SERVED_UPSTREAM:
         torch.library.opcheck(getattr(ops, name), small_arguments(name))
     packed = (selection.pack or pack)(torch.randn(20, 8), Format.BF16)
     torch.library.opcheck(ops.linear, (torch.randn(3, 8), packed, None, 20, int(Format.BF16)))

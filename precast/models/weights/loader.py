@@ -186,7 +186,7 @@ class Loader(Generic[O_co]):
 
         return ExpertWeights(
             router=self.plain(f"{prefix}gate", count),
-            gate_up=self.stack(f"{prefix}experts.gate_up", count, gate_up),
+            gate_up=self.stack(f"{prefix}experts.gate_up", count, gate_up, parts=2),
             down=self.stack(f"{prefix}experts.down", count, down),
         )
 
@@ -199,21 +199,32 @@ class Loader(Generic[O_co]):
             fmt=self.shape.format_of("none"),
         )
 
-    def stack(self, name: str, count: int, weight: Callable[[int], Weight]) -> Tensor:
-        """``count`` packed linears in one tensor, packed now unless they are kept."""
+    def stack(
+        self, name: str, count: int, weight: Callable[[int], Weight], parts: int = 1
+    ) -> Tensor:
+        """``count`` packed linears in one tensor, packed now unless they are kept; ``parts``: how
+        many matrices each is of, one below the other."""
+        fmt, custom = self.shape.linear_format, providers.active().pack_experts
         if name in self.kept:
             packed = self.arena.copy(self.kept[name])
+        elif custom:
+            packed = self.arena.copy(custom(map(floats, map(weight, range(count))), parts, fmt))
         else:
-            fmt = self.shape.linear_format
-            first = weight(0)
-            size = packed_size_of(first, fmt)
-            packed = self.arena.empty((count, *size))
-            for index in range(count):
-                one = first if index == 0 else weight(index)
-                if packed_size_of(one, fmt) != size:
-                    raise ModelCorrupt(f"{name}: experts differ in their formats")
-                pack_into(packed[index], one, fmt)
+            packed = self._stacked(name, count, weight, fmt)
         self.packed[name] = packed
+        return packed
+
+    def _stacked(
+        self, name: str, count: int, weight: Callable[[int], Weight], fmt: Format
+    ) -> Tensor:
+        first = weight(0)
+        size = packed_size_of(first, fmt)
+        packed = self.arena.empty((count, *size))
+        for index in range(count):
+            one = first if index == 0 else weight(index)
+            if packed_size_of(one, fmt) != size:
+                raise ModelCorrupt(f"{name}: experts differ in their formats")
+            pack_into(packed[index], one, fmt)
         return packed
 
     def _by_halves(self, rotated: int) -> Tensor:

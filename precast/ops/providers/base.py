@@ -1,6 +1,6 @@
 """What a provider is, and what was chosen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -40,6 +40,10 @@ class Needs:
     head_dim: int
     uneven_groups: bool = False
     """Whether KV heads differ in how many query heads attend to them."""
+    experts: int = 0
+    """Of a mixture; 0: the model has none."""
+    limited_experts: bool = False
+    """Whether they have biases, and a limit for what they compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,9 @@ class Selection:
     """For each operator that is not native: what replaces it."""
     pack: Callable[[Tensor, Format], Tensor] | None = None
     """Packs a linear's weights [N, K] to uint8; None: as the native kernels want them."""
+    pack_experts: Callable[[Iterable[Tensor], int, Format], Tensor] | None = None
+    """Packs all experts' [N, K], of so many linears one below the other, to uint8 [experts, 1,
+    bytes]; None: one by one, as the native kernels want them."""
     token_major_cache: bool = False
     """Whether a token's keys and values lie side by side in memory."""
     rounds: bool = False

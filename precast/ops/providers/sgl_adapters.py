@@ -57,7 +57,7 @@ def pack(weight: Tensor, fmt: Format) -> Tensor:
         quantized, scales = quantize_int8(padded)
         parts = [convert(quantized.contiguous()), scales]
     else:
-        parts = [convert(padded.to(_float(fmt)).contiguous())]
+        parts = [convert(padded.to(float_type(fmt)).contiguous())]
     return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])[None]
 
 
@@ -72,7 +72,7 @@ def linear(
         return x.new_empty(0, out_features)
     fmt = Format(format)
     rows = -(-out_features // _ROWS[fmt]) * _ROWS[fmt]
-    x = _padded(x.to(_float(fmt)), -x.shape[1] % _COLUMNS).contiguous()
+    x = _padded(x.to(float_type(fmt)), -x.shape[1] % _COLUMNS).contiguous()
     if bias is not None:
         bias = _padded(bias.float(), rows - out_features).contiguous()
     if fmt == Format.INT8:
@@ -98,5 +98,6 @@ def _padded(x: Tensor, count: int) -> Tensor:
     return zero_pad(x, (0, count)) if count else x
 
 
-def _float(fmt: Format) -> torch.dtype:
+def float_type(fmt: Format) -> torch.dtype:
+    """Of what upstream takes and gives for weights of a format; int8 has results in bfloat16."""
     return torch.float16 if fmt == Format.FP16 else torch.bfloat16

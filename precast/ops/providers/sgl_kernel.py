@@ -18,7 +18,7 @@ import torch
 
 from precast.ops.packing import Format
 from precast.ops.providers import sgl_adapters as adapters
-from precast.ops.providers import sgl_attention, sgl_trial
+from precast.ops.providers import sgl_attention, sgl_experts, sgl_trial
 from precast.ops.providers.base import NATIVE, OPERATORS, Choice, Kernel, Needs, Selection
 from precast.system.cpu import Cpu
 
@@ -28,6 +28,8 @@ _FORMATS: Final = frozenset({Format.BF16, Format.FP16, Format.INT8})
 _BUILT_FOR: Final = frozenset({"avx512_bf16", "avx512_vnni"})
 """Beyond x86-64-v4. It has AMX instructions too, but runs those in some operators only."""
 _LEAST: Final = frozenset({"avx2", "fma", "f16c"})
+_PRODUCTS: Final = ("fused_experts", "linear")
+"""Operators that multiply by packed weights, which takes AMX."""
 
 SCHEMAS: Final = {
     "rmsnorm_cpu": "(Tensor input, Tensor weight, float eps) -> Tensor",
@@ -50,15 +52,23 @@ SCHEMAS: Final = {
     "weight_packed_linear": "(Tensor mat1, Tensor mat2, Tensor? bias, bool is_vnni) -> Tensor",
     "int8_scaled_mm_with_quant": "(Tensor mat1, Tensor mat2, Tensor scales2, Tensor? bias, "
     "ScalarType out_dtype, bool is_vnni) -> Tensor",
+    "fused_experts_cpu": "(Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, "
+    "Tensor topk_ids, bool inplace, int moe_comp_method, Tensor? w1_scale, Tensor? w2_scale, "
+    "Tensor? w1_zero, Tensor? w2_zero, int[]? block_size, Tensor? w1_bias, Tensor? w2_bias, "
+    "float? alpha, float? limit, bool is_vnni, str? activation=None) -> Tensor",
+    "topk_softmax_cpu": "(Tensor hidden_states, Tensor gating_output, int topk, "
+    "bool renormalize, Tensor? correction_bias=None) -> (Tensor, Tensor)",
 }
 """What the adapters were written against."""
 
 USES: Final[Mapping[str, tuple[str, ...]]] = {
+    "fused_experts": ("convert_weight_packed", "fused_experts_cpu"),
     "gelu_tanh_and_mul": ("gelu_tanh_and_mul_cpu",),
     "linear": ("convert_weight_packed", "weight_packed_linear", "int8_scaled_mm_with_quant"),
     "paged_attention": ("decode_attention_cpu", "extend_attention_cpu", "store_cache_cpu"),
     "rms_norm": ("rmsnorm_cpu",),
     "rotary": ("rotary_embedding_cpu",),
+    "route": ("topk_softmax_cpu",),
     "silu_and_mul": ("silu_and_mul_cpu",),
 }
 """Upstream's operators behind each of ours."""
@@ -76,6 +86,7 @@ def select(needs: Needs, cpu: Cpu) -> Selection:
         },
         kernels={name: kernels[name] for name in served},
         pack=adapters.pack if "linear" in served else None,
+        pack_experts=sgl_experts.pack if "fused_experts" in served else None,
         token_major_cache="paged_attention" in served,
         rounds=bool(served),
         torch_threads=bool(served),
@@ -90,11 +101,13 @@ def _library_version() -> str:
 def _kernels(needs: Needs, cpu: Cpu) -> dict[str, Kernel]:
     dtype = DTYPES.get(needs.weight_dtype, torch.bfloat16)
     return {
+        "fused_experts": sgl_experts.fused_experts,
         "gelu_tanh_and_mul": partial(adapters.gelu_tanh_and_mul, dtype),
         "linear": adapters.linear,
         "paged_attention": partial(sgl_attention.paged_attention, cpu.amx),
         "rms_norm": partial(adapters.rms_norm, dtype),
         "rotary": partial(adapters.rotary, dtype),
+        "route": sgl_experts.route,
         "silu_and_mul": partial(adapters.silu_and_mul, dtype),
     }
 
@@ -103,6 +116,8 @@ def _missing(operator: str, needs: Needs, cpu: Cpu) -> str:
     """Why upstream can't serve the operator; empty if it can."""
     if operator not in USES:
         return "it has no such operator"
+    if reason := _experts_unserved(operator, needs):
+        return reason
     if reason := _cpu_lacks(operator, needs, cpu):
         return reason
     if importlib.util.find_spec(NAME) is None:
@@ -119,7 +134,7 @@ def _as_built(cpu: Cpu) -> bool:
 def _cpu_lacks(operator: str, needs: Needs, cpu: Cpu) -> str:
     if lacking := sorted(_LEAST - cpu.flags):
         return f"this CPU has no {', '.join(lacking)}"
-    if operator == "linear":
+    if operator in _PRODUCTS:
         if not (cpu.amx and _as_built(cpu)):
             return "this CPU has no AMX"
         floats = {needs.weight_dtype, *(fmt.name.lower() for fmt in needs.formats)}
@@ -154,6 +169,19 @@ def _unserved(operator: str, needs: Needs) -> str:
     if needs.weight_dtype not in DTYPES:
         return f"weight_dtype is {needs.weight_dtype}: it takes {' and '.join(DTYPES)}"
     others = sorted(fmt.name.lower() for fmt in needs.formats - _FORMATS)
-    if operator == "linear" and others:
+    if operator in _PRODUCTS and others:
         return f"weights are {', '.join(others)}: it takes bf16, fp16 and int8"
+    return ""
+
+
+def _experts_unserved(operator: str, needs: Needs) -> str:
+    """Why upstream has nothing for the model's experts, whatever the machine."""
+    if operator not in ("fused_experts", "route"):
+        return ""
+    if not needs.experts:
+        return "the model has no experts"
+    if operator == "route" and needs.experts not in sgl_experts.ROUTED:
+        return f"it routes to no {needs.experts} experts"
+    if operator == "fused_experts" and needs.limited_experts:
+        return "experts have biases and a limit"
     return ""

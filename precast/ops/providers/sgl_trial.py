@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from precast.ops.providers import reference, sgl_attention
+from precast.ops.providers import reference, sgl_attention, sgl_experts
 from precast.ops.providers import sgl_adapters as adapters
 from precast.ops.providers.base import Kernel
 
@@ -120,11 +120,22 @@ def _attention() -> Pair:
     return attend(ours), attend(reference.paged_attention)
 
 
+def _route() -> Pair:
+    scores = torch.randn(3, 8)
+
+    def both(kernel: Kernel) -> Tensor:
+        chosen, weights = kernel(scores, 2, True)
+        return torch.cat((chosen.float(), weights), dim=1)
+
+    return both(sgl_experts.route), both(reference.route)
+
+
 TRIALS: Final[Mapping[str, Callable[[], Pair]]] = {
     "rms_norm": _rms_norm,
     "silu_and_mul": _silu,
     "gelu_tanh_and_mul": _gelu,
     "rotary": _rotary,
+    "route": _route,
     "paged_attention": _attention,
 }
-"""By our operators' names; linears need AMX, whatever the library is built for."""
+"""By our operators' names; linears and experts need AMX, whatever the library is built for."""

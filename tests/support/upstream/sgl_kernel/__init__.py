@@ -12,6 +12,7 @@ from torch import Tensor
 __version__ = "0.4.6.post1"
 TILE_N, TILE_K = 16, 32
 INT8_TILE_N = 32
+ROUTED = (1, 2, 4, 8, 16, 32, 64, 128, 160, 256, 384, 512)
 FLOATS = (torch.bfloat16, torch.float16)
 _library = torch.library.Library("sgl_kernel", "DEF")
 
@@ -291,3 +292,76 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 steps [M, K] and their float32 scales [M, 1]."""
     largest = x.float().abs().amax(1, keepdim=True).clamp(min=1e-7)
     return (x.float() * (127 / largest)).round().to(torch.int8), largest / 127
+
+
+@_operator(
+    "topk_softmax_cpu(Tensor hidden_states, Tensor gating_output, int topk, bool renormalize, "
+    "Tensor? correction_bias=None) -> (Tensor, Tensor)"
+)
+def topk_softmax_cpu(
+    hidden: Tensor, gating: Tensor, topk: int, renormalize: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    assert gating.is_contiguous() and len(hidden) == len(gating) and bias is None
+    assert gating.shape[1] in ROUTED, f"Unexpected num_experts: {gating.shape[1]}"
+    weights, chosen = gating.float().softmax(-1).topk(topk, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), chosen.int()
+
+
+@_operator(
+    "fused_experts_cpu(Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, "
+    "Tensor topk_ids, bool inplace, int moe_comp_method, Tensor? w1_scale, Tensor? w2_scale, "
+    "Tensor? w1_zero, Tensor? w2_zero, int[]? block_size, Tensor? w1_bias, Tensor? w2_bias, "
+    "float? alpha, float? limit, bool is_vnni, str? activation=None) -> Tensor"
+)
+def fused_experts_cpu(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    inplace: bool,
+    moe_comp_method: int,
+    w1_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    w1_zero: Tensor | None,
+    w2_zero: Tensor | None,
+    block_size: list[int] | None,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    alpha: float | None,
+    limit: float | None,
+    is_vnni: bool,
+    activation: str | None = None,
+) -> Tensor:
+    """What lies between gate and up, and down, is rounded to hidden_states' type, so is what each
+    expert gives. With biases the operator forgets those of gate and up where rows are few."""
+    assert is_vnni and not inplace and activation is None
+    assert all(x is None for x in (w1_zero, w2_zero, block_size, w1_bias, w2_bias, alpha, limit))
+    assert all(x.is_contiguous() for x in (hidden_states, w1, w2, topk_weights, topk_ids))
+    assert topk_ids.dtype == torch.int32 and topk_weights.dtype == torch.float32
+    assert topk_ids.shape == topk_weights.shape and len(topk_ids) == len(hidden_states) > 0
+    size, hidden = w1.shape[1] // 2, hidden_states.shape[1]
+    behind = 4 if moe_comp_method == 1 else 0
+    assert w1.shape[2] == hidden + behind and w2.shape == (len(w1), hidden, size + behind)
+    assert size % INT8_TILE_N == 0 and hidden % INT8_TILE_N == 0
+    out = torch.zeros(hidden_states.shape)
+    for token, (ids, likes) in enumerate(zip(topk_ids.tolist(), topk_weights, strict=True)):
+        for expert, like in zip(ids, likes, strict=True):
+            scales = [s if s is None else s.view(len(w1), -1)[expert] for s in (w1_scale, w2_scale)]
+            row = hidden_states[token : token + 1]
+            gate_up = _expert_linear(row, w1[expert], scales[0], bool(behind))
+            inner = torch.nn.functional.silu(gate_up[:, :size]) * gate_up[:, size:]
+            inner = inner.to(hidden_states.dtype)
+            y = _expert_linear(inner, w2[expert], scales[1], bool(behind)) * like
+            out[token] += y[0].to(hidden_states.dtype).float()
+    return out.to(hidden_states.dtype)
+
+
+def _expert_linear(x: Tensor, weight: Tensor, scales: Tensor | None, rounds: bool) -> Tensor:
+    _check_float(x)
+    if not rounds:
+        assert weight.dtype == x.dtype and scales is None
+        return x.float() @ _swap(weight).float().T
+    assert weight.dtype == torch.int8 and scales is not None and scales.dtype == torch.float32
+    steps, own = _rounded(x)
+    return (steps.float() @ _swap(weight)[:, :-4].float().T) * own * scales
