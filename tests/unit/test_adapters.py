@@ -22,7 +22,7 @@ from precast.models.precision import Precision
 from precast.models.shape import MAX_ADAPTER_RANK, shape_of
 from precast.models.sharding import shard
 from precast.models.weights.adapter_folder import read_adapter, shape_of_adapters
-from precast.models.weights.adapters import AdapterFolders
+from precast.models.weights.adapters import ADAPTER_DTYPE, AdapterFolders
 from precast.models.weights.size import adapter_bytes
 from precast.ops import native, providers
 from precast.ops.packing import Format, pack
@@ -40,6 +40,7 @@ BOUND = 1e-4
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """Phi-3's."""
+MODULE = "model.layers.0.self_attn.q_proj"
 adapted_linear = torch.ops.precast.adapted_linear
 
 
@@ -67,7 +68,8 @@ def test_rows_get_what_their_own_adapter_adds_and_others_keep_their_bits(
     x = torch.randn(rows, inputs, generator=generator)
     weight = pack(torch.randn(n, inputs, generator=generator), Format.Q4_0)
     a = torch.randn(count, inputs, len(widths) * rank, generator=generator) * inputs**-0.5
-    b = torch.randn(count, rank, n, generator=generator)
+    b = torch.randn(count, rank, n, generator=generator).half()
+    a = a.half()
     slots = torch.randint(count + 1, (rows + 5,), generator=generator).int()
     slots[0], slots[1] = 0, count
     y, added = torch.ops.precast.linear(x, weight, None, n, int(Format.Q4_0)), []
@@ -92,7 +94,7 @@ def test_whoever_serves_linears_serves_adapted_ones() -> None:
     """Weights are packed for the provider, whose result is added to."""
     generator = torch.Generator().manual_seed(2)
     x, weight = (torch.randn(size, 64, generator=generator) for size in (3, 32))
-    a, b = torch.randn(1, 64, 4, generator=generator), torch.randn(1, 4, 32, generator=generator)
+    a, b = (torch.randn(1, *size, generator=generator).half() for size in ((64, 4), (4, 32)))
     slots = torch.tensor([1, 0, 1], dtype=torch.int32)
     packed = pack(weight, Format.FP32)
     plain = adapted_linear(x, packed, None, slots, a, b, [32], int(Format.FP32))
@@ -113,9 +115,9 @@ def test_whoever_serves_linears_serves_adapted_ones() -> None:
         ({"slots": torch.tensor([0, 4], dtype=torch.int32)}, "there is no adapter 4"),
         ({"slots": torch.tensor([0, -1], dtype=torch.int32)}, "there is no adapter -1"),
         ({"slots": torch.zeros(1, dtype=torch.int32)}, "slots must be int32, one for each row"),
-        ({"b": torch.zeros(3, 2, 5)}, "don't go together"),
-        ({"a": torch.zeros(3, 9, 2)}, "differ in their sizes"),
-        ({"a": torch.zeros(3, 8, 2).double()}, "a must be contiguous float32"),
+        ({"b": torch.zeros(3, 2, 5).half()}, "don't go together"),
+        ({"a": torch.zeros(3, 9, 2).half()}, "differ in their sizes"),
+        ({"a": torch.zeros(3, 8, 2)}, "a must be contiguous float16"),
     ],
 )
 def test_wrong_tensors_are_refused(change: dict[str, Tensor], said: str) -> None:
@@ -124,8 +126,8 @@ def test_wrong_tensors_are_refused(change: dict[str, Tensor], said: str) -> None
         "weight": pack(torch.zeros(6, 8), Format.FP32),
         "bias": None,
         "slots": torch.zeros(2, dtype=torch.int32),
-        "a": torch.zeros(3, 8, 2),
-        "b": torch.zeros(3, 2, 6),
+        "a": torch.zeros(3, 8, 2).half(),
+        "b": torch.zeros(3, 2, 6).half(),
     }
     with pytest.raises(RuntimeError, match=said):
         adapted_linear(*(good | change).values(), [6], int(Format.FP32))
@@ -148,7 +150,7 @@ def test_each_sequence_of_a_batch_has_its_own_adapter(
     model = write_model(tmp_path / "model", name)
     folders = [
         write_adapter(tmp_path / "first", model, rank=4, targets=first, seed=1),
-        write_adapter(tmp_path / "second", model, rank=7, targets=second, seed=2),
+        write_adapter(tmp_path / "second", model, rank=3, targets=second, seed=2),
     ]
     merged = [write_merged(tmp_path / f"merged-{folder.name}", model, folder) for folder in folders]
     ours = forward(mixed(model, folders))
@@ -157,6 +159,38 @@ def test_each_sequence_of_a_batch_has_its_own_adapter(
         theirs = reference(folder)[number]
         assert error(ours[number], theirs) < BOUND
         assert error(ours[number], reference(model)[number]) > 100 * BOUND  # it does something
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 1e7])
+def test_values_keep_their_digits_in_16_bits(size: float, tmp_path: Path) -> None:
+    """Whatever their size: A's factor is taken from B. They were stored in bfloat16 here, and none
+    changes."""
+    model = write_model(tmp_path / "model", "llama")
+    folder = write_adapter(tmp_path / "one", model, targets=("q_proj",))
+    path = folder / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(4)
+    stored = {
+        name: (torch.rand(x.shape, generator=generator) + 0.1).bfloat16() * factor
+        for name, x in load_file(path).items()
+        for factor in [size if "lora_A" in name else 0.5]
+    }
+    save_file(stored, path)
+    config = load_config(model)
+    adapter = read_adapter("one", folder, config)
+    pair = AdapterFolders([adapter]).get(0, MODULE, 0, 0)
+    assert pair is not None
+    a, b = (x.to(ADAPTER_DTYPE).double() for x in pair)
+    wanted = [stored[f"base_model.model.{MODULE}.lora_{side}.weight"].double() for side in "BA"]
+    assert torch.equal(b @ a, wanted[0] * adapter.scale(MODULE) @ wanted[1])
+
+
+def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    folder = write_adapter(tmp_path / "one", model, targets=("q_proj",))
+    tensor(lambda found: found.update({k: x * 0 + 1e12 for k, x in found.items()}))(folder)
+    adapter = read_adapter("one", folder, load_config(model))
+    with pytest.raises(ConfigError, match=f"adapter one: values of {MODULE} are beyond 16 bits"):
+        AdapterFolders([adapter]).get(0, MODULE, 0, 0)
 
 
 def test_two_ranks_hold_what_one_does(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A rank writes each row's adapter of a step, counted from 1 on, or 0 for none, in
 all layers have, so that no graph has to be told of it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -20,6 +21,9 @@ from precast.ops.native import has_adapters
 MAX_ROWS: Final = MAX_ADAPTED_TOKENS
 """Tokens of a step, at the most."""
 RANDOM_ADAPTERS: Final = 2
+ADAPTER_DTYPE: Final = torch.float16
+"""Half of float32's memory to read; eight times as exact as bfloat16, for which ``balanced`` keeps
+values within its range."""
 Pair = tuple[Tensor, Tensor]
 
 
@@ -30,11 +34,9 @@ class AdapterSource(Protocol):
     """int32 [MAX_ROWS]"""
     count: int
 
-    def get(
-        self, number: int, module: str, rows: int, columns: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """A [rank, columns] and B [rows, rank], scaled, of an adapter; None: it leaves the linear
-        as it is."""
+    def get(self, number: int, module: str, rows: int, columns: int) -> Pair | None:
+        """A [rank, columns] and B [rows, rank], scaled, of an adapter, in ``ADAPTER_DTYPE``'s
+        range; None: it leaves the linear as it is."""
 
 
 class AdapterFolders:
@@ -48,9 +50,7 @@ class AdapterFolders:
         self.count = len(adapters)
         self.slots = torch.zeros(MAX_ROWS, dtype=torch.int32)
 
-    def get(
-        self, number: int, module: str, rows: int, columns: int
-    ) -> tuple[Tensor, Tensor] | None:
+    def get(self, number: int, module: str, rows: int, columns: int) -> Pair | None:
         del rows, columns  # they were compared with the model's as the header was read
         adapter = self._adapters[number]
         if module not in adapter.ranks:
@@ -58,7 +58,23 @@ class AdapterFolders:
         name = f"base_model.model.{module}"
         with safe_open(adapter.weights, framework="pt") as file:
             a, b = (file.get_tensor(f"{name}.lora_{side}.weight").float() for side in "AB")
-        return a, b * adapter.scale(module)
+        pair = balanced(a, b * adapter.scale(module))
+        if max(map(_largest, pair)) > torch.finfo(ADAPTER_DTYPE).max:
+            raise ConfigError(f"adapter {adapter.name}: values of {module} are beyond 16 bits")
+        return pair
+
+
+def balanced(a: Tensor, b: Tensor) -> Pair:
+    """A and B with largest values of about one size, by a power of two: their product stays."""
+    first, second = _largest(a), _largest(b)
+    if not (0 < first < math.inf and 0 < second < math.inf):
+        return a, b
+    power = 2.0 ** round((math.log2(second) - math.log2(first)) / 2)
+    return a * power, b / power
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
 
 
 class RandomAdapters:
@@ -72,9 +88,7 @@ class RandomAdapters:
         self.count = count
         self.slots = (torch.arange(MAX_ROWS) % (count + 1)).int()
 
-    def get(
-        self, number: int, module: str, rows: int, columns: int
-    ) -> tuple[Tensor, Tensor] | None:
+    def get(self, number: int, module: str, rows: int, columns: int) -> Pair | None:
         del number, module
         rank = self._shape.rank
         a = torch.randn(rank, columns, generator=self._generator) * columns**-0.5

@@ -23,7 +23,7 @@ from precast.models.layers import (
 from precast.models.shape import ModelShape, O_co
 from precast.models.sharding import Shard
 from precast.models.weights.adapter_folder import target_of
-from precast.models.weights.adapters import AdapterSource, fill
+from precast.models.weights.adapters import ADAPTER_DTYPE, AdapterSource, fill
 from precast.ops import providers
 from precast.ops.packing import Format, pack_into, packed_size_of
 from precast.ops.scaled import Weight, below, floats, in_order
@@ -282,8 +282,8 @@ class Loader(Generic[O_co]):
         sizes = [part.stop - part.start for part in parts]
         inputs = slice(columns.start, columns.stop)
         width = columns.stop - columns.start
-        a = torch.zeros(source.count, width, len(parts) * shape.rank)
-        b = torch.zeros(source.count, shape.rank, sum(sizes))
+        a = torch.zeros(source.count, width, len(parts) * shape.rank, dtype=ADAPTER_DTYPE)
+        b = torch.zeros(source.count, shape.rank, sum(sizes), dtype=ADAPTER_DTYPE)
         for number in range(source.count):
             for at, part in enumerate(parts):
                 found = source.get(number, part.name, part.total, columns.total)

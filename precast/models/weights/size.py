@@ -50,7 +50,7 @@ def adapter_bytes(config: ModelConfig, adapters: Sequence[Adapter]) -> int:
         if target_of(name.removesuffix(".weight")) in shape.targets
         for columns in rest
     ]
-    return 4 * len(adapters) * shape.rank * sum(sides)
+    return 2 * len(adapters) * shape.rank * sum(sides)
 
 
 def _vocabulary(shape: tuple[int, ...], own: GgufType | None, precision: Precision) -> int:

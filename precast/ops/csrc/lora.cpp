@@ -26,8 +26,8 @@ namespace {
 constexpr int64_t kParallelWork = 131072;
 constexpr int64_t kColumns = 128;  // of a result, that one job writes: whole vectors
 constexpr int64_t kMaxChunks = 8, kChunk = 128;
-constexpr int64_t kFewRows = 4;  // more read weights from a copy: where 3072 floats lie between rows of
-                                 // B, all of these have the same few lines of a cache
+constexpr int64_t kFewRows = 4;  // more read weights from a copy in float32: where 3072 columns lie between
+                                 // rows of B, all of these have the same few lines of a cache
 
 // For the instruction set that the other kernels have.
 const LoraKernels& choose() {
@@ -42,7 +42,7 @@ const LoraKernels& lora_kernels() {
 }
 
 struct Adapters {
-  const float *a, *b;  // [count, k, inner], [count, rank, n]
+  const uint16_t *a, *b;  // fp16 [count, k, inner], [count, rank, n]
   int64_t count, k, rank, n, inner;
   std::vector<int64_t> ends;  // of each part's columns
 
@@ -99,7 +99,7 @@ void add_inputs(const Job& job, const Block& block, int64_t begin, int64_t end, 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = all.k * chunk / chunks, last = all.k * (chunk + 1) / chunks;
     for (int64_t i = 0; i < rows; ++i) x[i] = job.x + job.rows[block.begin + i] * all.k + first;
-    const float* w = all.a + (block.adapter * all.k + first) * all.inner;
+    const uint16_t* w = all.a + (block.adapter * all.k + first) * all.inner;
     lora_kernels().multiply(x, rows, last - first, w, all.inner, all.inner, to, chunk > begin);
   }
 }
@@ -128,14 +128,14 @@ void add_outputs(const Job& job, const Block& block, int64_t part, int64_t first
     x[i] = hidden_part(job, block.begin + i, part, scratch.data() + i * all.rank);
     to[i] = job.y + job.rows[block.begin + i] * all.n + first;
   }
-  const float* w = all.b + block.adapter * all.rank * all.n + first;
+  const uint16_t* w = all.b + block.adapter * all.rank * all.n + first;
   if (rows <= kFewRows) {
     lora_kernels().multiply(x, rows, all.rank, w, all.n, count, to, true);
     return;
   }
   near.resize(all.rank * count);
-  for (int64_t i = 0; i < all.rank; ++i) std::copy_n(w + i * all.n, count, near.data() + i * count);
-  lora_kernels().multiply(x, rows, all.rank, near.data(), count, count, to, true);
+  for (int64_t i = 0; i < all.rank; ++i) lora_kernels().widen(w + i * all.n, count, near.data() + i * count);
+  lora_kernels().multiply_floats(x, rows, all.rank, near.data(), count, count, to, true);
 }
 
 // Pieces of the linear's columns, none of which is in two parts.
@@ -192,17 +192,20 @@ void add_adapters(const Adapters& all, const float* x, const int32_t* slots, int
   });
 }
 
-void check(const at::Tensor& x, int64_t dim, const char* what) {
-  TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == dim && x.is_contiguous(),
-              "adapted_linear: ", what, " must be contiguous float32 of ", dim,
-              " dimensions on the CPU");
+void check(const at::Tensor& x, at::ScalarType type, int64_t dim, const char* what) {
+  TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == dim && x.is_contiguous(),
+              "adapted_linear: ", what, " must be contiguous ", type == at::kHalf ? "float16" : "float32",
+              " of ", dim, " dimensions on the CPU");
+}
+
+const uint16_t* bits_of(const at::Tensor& halves) {
+  return reinterpret_cast<const uint16_t*>(halves.const_data_ptr<at::Half>());
 }
 
 Adapters adapters_of(const at::Tensor& a, const at::Tensor& b, at::IntArrayRef widths) {
-  check(a, 3, "a");
-  check(b, 3, "b");
-  Adapters all{a.const_data_ptr<float>(), b.const_data_ptr<float>(), a.size(0), a.size(1), b.size(1),
-               b.size(2), a.size(2), {}};
+  check(a, at::kHalf, 3, "a");
+  check(b, at::kHalf, 3, "b");
+  Adapters all{bits_of(a), bits_of(b), a.size(0), a.size(1), b.size(1), b.size(2), a.size(2), {}};
   int64_t end = 0;
   for (const int64_t width : widths) all.ends.push_back(end += width);
   TORCH_CHECK(b.size(0) == all.count && end == all.n &&
@@ -228,8 +231,8 @@ const int32_t* slots_of(const at::Tensor& slots, int64_t rows, const Adapters& a
 at::Tensor adapted(at::Tensor y, const at::Tensor& x_in, const at::Tensor& slots, const at::Tensor& a,
                    const at::Tensor& b, at::IntArrayRef widths) {
   const at::Tensor x = x_in.contiguous();
-  check(x, 2, "x");
-  check(y, 2, "y");
+  check(x, at::kFloat, 2, "x");
+  check(y, at::kFloat, 2, "y");
   const Adapters all = adapters_of(a, b, widths);
   TORCH_CHECK(x.size(1) == all.k && y.size(0) == x.size(0) && y.size(1) == all.n,
               "adapted_linear: x, the result and the adapters differ in their sizes");
@@ -255,7 +258,7 @@ at::Tensor adapted_linear(const at::Tensor& x, const at::Tensor& weight,
 TORCH_LIBRARY_FRAGMENT(precast, m) {
   // x [T, K]; slots int32 [T or more]: each row's adapter, counted from 1 on, or 0 for none. The columns
   // of the result are in parts of these widths, each of which has `rank` columns of an adapter's
-  // a [K, parts * rank].
+  // a, float16 [K, parts * rank]; b is float16 [rank, N].
   m.def("adapted_linear(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor a, Tensor b, "
         "int[] widths, int format) -> Tensor");
 }
