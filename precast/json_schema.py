@@ -5,7 +5,7 @@ int32`` and ``password`` say nothing of a text. Who can't hold an answer to such
 refuse it either, so these are left out before anybody looks.
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from typing import Any, Final
 
 _VALUES: Final = frozenset({"const", "enum", "default", "examples"})
@@ -66,12 +66,19 @@ def _behind(key: str, value: Any) -> Any:
     return without_idle(value)
 
 
-def place_of(keywords: Set[str], schema: Any, path: str = "") -> str | None:
+def place_of(keywords: Set[str], schema: Any) -> str | None:
     """Path of the first schema that has one of the keywords, whatever it asks; None: none has."""
-    if isinstance(schema, dict) and keywords & schema.keys():
-        return path
-    inner = (place_of(keywords, part, f"{path}{step}") for step, part in _parts(schema))
-    return next((found for found in inner if found is not None), None)
+    return next(places_where(lambda part: bool(keywords & part.keys()), schema), None)
+
+
+def places_where(
+    test: Callable[[dict[str, Any]], bool], schema: Any, path: str = ""
+) -> Iterator[str]:
+    """Paths of the schema, and of those within it, that pass."""
+    if isinstance(schema, dict) and test(schema):
+        yield path
+    for step, part in _parts(schema):
+        yield from places_where(test, part, f"{path}{step}")
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -115,6 +115,40 @@ def test_what_names_no_keyword(fields: Any, path: str) -> None:
     assert "unclosed group" in told.message
 
 
+P = "tools[1].function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "path", "told"),
+    [
+        ({"type": "integr"}, "Invalid type: integr", ".properties.p", None),
+        ({"type": "string", "format": "x"}, "Unknown format: x", ".properties.p", None),
+        (
+            {"$ref": "#/$defs/none"},
+            "Pointer '/$defs/tool_1/$defs/none' does not exist",
+            ".properties.p",
+            "Pointer '/$defs/none' does not exist",
+        ),
+        ({"pattern": "(?=a)"}, "look-around, including look-ahead,", ".properties.p", None),
+        ({"pattern": "(a"}, "unclosed group", ".properties.p", None),
+        ({"enum": []}, "required property 'p' is unsatisfiable", "", None),
+    ],
+)
+def test_what_a_refusal_quotes_tells_where_it_is(
+    bad: Any, reason: str, path: str, told: str | None
+) -> None:
+    good = {"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}
+    schema = {"type": "object", "properties": {"p": bad}, "required": ["p"]}
+    error = refused(f"constraint: json_schema: {reason}", **tools(good, schema))
+    assert error.param == P + path
+    assert (
+        error.message
+        == f"Invalid '{P}{path}': json_schema: {told or reason}, in the function 'f1'."
+    )
+    twice = refused(f"constraint: json_schema: {reason}", **tools(schema, schema))
+    assert twice.param == "tools"
+
+
 @pytest.mark.parametrize("field", ["response_format", "grammar"])
 def test_only_who_writes_grammars_reads_of_them(field: str) -> None:
     fields = {"grammar": 'root ::= "a"'} if field == "grammar" else named({})

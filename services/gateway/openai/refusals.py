@@ -10,6 +10,7 @@ from precast.errors import InvalidRequest
 from precast.json_schema import place_of, without_idle
 from services.gateway.openai.errors import invalid
 from services.gateway.openai.plan import Plan
+from services.gateway.openai.refusal_spots import spots_of
 from services.gateway.openai.responses_api.convert import path_as_written
 from services.gateway.openai.structured.constraint import Asked
 
@@ -19,6 +20,8 @@ _DIMENSIONS: Final = "dimensions: "
 _GRAMMARS: Final = ("grammar", "guided_grammar", "structured_outputs")
 """Fields in which clients write grammars."""
 _KEYWORDS: Final = re.compile(r"not supported: (.+)$")
+_WITHIN_TOOLS: Final = re.compile(r"/\$defs/(?:tool_\d+|answer)(?=/)")
+"""Where a schema is moved that becomes a part of another one."""
 _PARAMETERS: Final = {"responses": "parameters", "messages": "input_schema"}
 """Where the clients of an endpoint write a tool's schema."""
 
@@ -48,18 +51,23 @@ def named_refusal(error: Exception, plan: Plan) -> Exception:
 
 
 def _refused(reason: str, places: list[_Place], plan: Plan) -> Exception:
-    found = _KEYWORDS.search(reason)
-    keywords = frozenset(found[1].split(", ") if found else ())
-    for place in places:
-        within = place_of(keywords, place.schema)
-        if within is not None:
-            assert found is not None, "a place of no keyword"
-            return _told(place.path + within, found[0], place.function)
-    if len(places) > 1:
-        return _told("tools", reason.removeprefix("lark: "))
-    if plan.asked is None or plan.asked.field not in _GRAMMARS:
+    if len(places) > 1 or plan.asked is None or plan.asked.field not in _GRAMMARS:
         reason = reason.removeprefix("lark: ")  # the client wrote schemas, which became a grammar
-    return _told(places[0].path, reason, places[0].function)
+    reason = _WITHIN_TOOLS.sub("", reason)
+    if found := _KEYWORDS.search(reason):
+        keywords = frozenset(found[1].split(", "))
+        for place in places:
+            if (within := place_of(keywords, place.schema)) is not None:
+                return _told(place.path + within, found[0], place.function)
+    spots = [(place, within) for place in places for within in spots_of(reason, place.schema)]
+    if len(spots) == 1:
+        [(place, within)] = spots
+        return _told(place.path + within, reason, place.function)
+    meant = {place.path: place for place, _ in spots} or {place.path: place for place in places}
+    if len(meant) > 1:
+        return _told("tools", reason)
+    [place] = meant.values()
+    return _told(place.path, reason, place.function)
 
 
 def _told(path: str, reason: str, function: str = "") -> Exception:
