@@ -122,7 +122,9 @@ class SentSteps:
         taken = time.monotonic() - self._since
         if taken >= self._limits[0]:
             self._fail(f"no answer to step within {self._limits[0]:g} s")
-        elif self._watch is None:  # most answers come sooner: looking would cost each step
+        elif taken < LOOK_S / 2:
+            pass  # it has just begun, as nearly all have: looking would cost more than it does
+        elif self._watch is None:
             self._watch = Watch(self._pids())
         elif (hung := self._watch.hung()) is not None:
             self._fail(f"{hung}, with step to answer")
