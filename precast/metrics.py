@@ -26,6 +26,13 @@ class Series:
         self.counts[bisect_left(self._bounds, value)] += times
         self.total += value * times
 
+    def observe_all(self, values: Sequence[float], times: int = 1) -> None:
+        """Each of them, so many times."""
+        counts, bounds = self.counts, self._bounds
+        for value in values:
+            counts[bisect_left(bounds, value)] += times
+        self.total += sum(values) * times
+
 
 class PlainHistogram(Collector):
     """By one label, if it has a name."""

@@ -133,6 +133,4 @@ class Metrics:
             self._padding.inc((graph_size - tokens) * times)
         phase = "prefill" if prompt_tokens else "decode"
         self._sizes.of(phase).observe(tokens, times)
-        seconds = self._seconds.of(phase)
-        for step_us in steps_us:
-            seconds.observe(step_us / 1e6)
+        self._seconds.of(phase).observe_all([step_us / 1e6 for step_us in steps_us])
