@@ -79,7 +79,8 @@ class Delivery:
         if self._unsent or self._scores or self._scheduler.windows is not None:
             return None
         first = self._request_of(batch.sequences[0])
-        if first is None or first.outbox.sink_now() is None:  # over gRPC, or to a slow reader
+        sink = first.outbox.sink_now() if first is not None else None
+        if sink is None:  # over gRPC, or to a slow reader
             return None
         requests = [r for s in batch.sequences if (r := self._request_of(s)) and r.is_plain]
         alike = {(one.outbox, one.told_s) for one in requests}
@@ -90,10 +91,8 @@ class Delivery:
         drafting = self._scheduler.watched(batch) if steps >= LEAST else None
         if drafting is None:
             return None
-        scheduler = self._scheduler
-        return PlainRun(
-            requests, scheduler.blocks, like, steps, drafting, scheduler.settle, self._fail_text
-        )
+        blocks, settle = self._scheduler.blocks, self._scheduler.settle
+        return PlainRun(requests, sink, blocks, like, steps, drafting, settle, self._fail_text)
 
     def take_in(self, step: ScheduledStep, done: StepDone) -> None:
         """The oldest step is over; what it gave is told by the next ``tell``."""

@@ -9,6 +9,7 @@ once (``settle``): before anything else happens to one of the requests, and afte
 from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import pairwise
 from struct import Struct
 from typing import Final
 
@@ -24,9 +25,9 @@ from services.decode_worker.metrics import Metrics
 from services.decode_worker.ranks.group import RankGroup
 from services.decode_worker.ranks.protocol import DecodeOn, StepDone, frame
 
-MOST: Final = 128
+MOST: Final = 256
 """Steps of a run."""
-MOST_S: Final = 1.0
+MOST_S: Final = 2.0
 """Of a run: what is made up at its end, metrics among it, is no later."""
 LEAST: Final = 4
 """Steps that a run is worth beginning for."""
@@ -60,6 +61,7 @@ class PlainRun:
     def __init__(
         self,
         requests: Many[Request],
+        sink: Sink,
         blocks: BlockPool,
         like: RunSteps,
         steps: int,
@@ -67,13 +69,13 @@ class PlainRun:
         settle: Callable[[Sequence], None],
         fail: Callable[[Request, Exception], None],
     ) -> None:
-        """``steps``: that may be sent. ``drafting``: of those whose next tokens may be guessed,
-        with their places. ``settle`` is told whose steps are over. ``fail`` ends a request whose
-        text can't be made."""
+        """``sink``: of all of them, behind nothing that waits. ``steps``: that may be sent.
+        ``drafting``: of those whose next tokens may be guessed, with their places. ``settle`` is
+        told whose steps are over. ``fail`` ends a request whose text can't be made."""
         self._requests = requests
         self._blocks = blocks
         self._like = like
-        self._outbox = requests[0].outbox
+        self._sink: Final = sink
         self._texts_of = [one.detokenizer.push_plain for one in requests]
         self._ends = frozenset[int]().union(*(one.hidden_token_ids for one in requests))
         self._handles = [one.recipient.handle for one in requests]
@@ -91,36 +93,35 @@ class PlainRun:
         """Steps that were sent."""
         self.under_way = like.under_way
         """Steps that the ranks have not answered."""
-        self._sink: Sink
-        """Where the tokens go that were taken in last."""
-        self._tokens: list[list[int]] = []
-        """Of each step that was taken in."""
-        self.steps_us: list[int] = []
-        """What each took the ranks."""
-        self._told_s: list[float] = []
-        """When each was taken in (monotonic)."""
+        self._taken: list[tuple[list[int], int, float]] = []
+        """Of each step that was taken in: its tokens, what it took the ranks (us), and when that
+        was (monotonic)."""
 
-    def take(self, done: StepDone, now: float) -> bool:
-        """Takes in what a step gave; false, with nothing done, where that is not so simple, or
-        where the ranks have no other. Else ``tell`` is to be called."""
-        tokens, sink = done.token_ids, self._outbox.sink_now()
-        if self.under_way < 2 or sink is None or done.failed or not self._ends.isdisjoint(tokens):
+    def take(
+        self, done: StepDone, now: float, group: RankGroup | None, otherwise: Callable[[], None]
+    ) -> bool:
+        """Takes in what a step gave, sends the next one to ``group`` and the tokens on, in as few
+        calls as there can be. False, with nothing done, where that is not so simple, or where the
+        ranks have no other step. ``otherwise`` sees to what follows where there is no ``group``,
+        and where the next step is another one."""
+        tokens = done.token_ids
+        if self.under_way < 2 or done.failed or not self._ends.isdisjoint(tokens):
             return False
-        if len(tokens) != len(self._requests):
+        if len(tokens) != len(self._requests) or not self._sink.is_writable:
             return False
         self.under_way -= 1
-        self._sink = sink
-        self._tokens.append(tokens)
-        self.steps_us.append(done.step_us)
-        self._told_s.append(now)
+        self._taken.append((tokens, done.step_us, now))
         if self._drafting and self._guesses(tokens):
             self._left = 0
+        try:
+            if group is None or not self.send_next(group):
+                otherwise()
+        finally:  # last, for whoever reads it may get the processor at once
+            self._tell(tokens)
         return True
 
-    def tell(self) -> None:
-        """Sends on what was taken in last: the last that is done for a step, for whoever reads it
-        may get the processor at once."""
-        tokens = self._tokens[-1]
+    def _tell(self, tokens: list[int]) -> None:
+        """Sends on what a step gave."""
         texts: list[str] = []
         failed: dict[int, Exception] = {}
         for place, token in enumerate(tokens):
@@ -137,7 +138,12 @@ class PlainRun:
     @property
     def taken(self) -> int:
         """Steps that were taken in."""
-        return len(self._tokens)
+        return len(self._taken)
+
+    @property
+    def steps_us(self) -> list[int]:
+        """What each of them took the ranks."""
+        return [step_us for _, step_us, _ in self._taken]
 
     def send_next(self, group: RankGroup) -> bool:
         """The same batch once more; false: what else there may be has to be looked at."""
@@ -158,7 +164,7 @@ class PlainRun:
         taken = self.taken
         for place, request in enumerate(self._requests):
             sequence = request.sequence
-            sequence.output += [tokens[place] for tokens in self._tokens]
+            sequence.output += [tokens[place] for tokens, _, _ in self._taken]
             sequence.computed += self.sent
             sequence.computing += self.sent - taken
             sequence.drawing += self.sent - taken
@@ -167,13 +173,11 @@ class PlainRun:
         self._time(metrics)
 
     def _time(self, metrics: Metrics) -> None:
-        before = self._requests[0].told_s
-        series = metrics.inter_token_seconds.of("")
-        for now in self._told_s:
-            series.observe(now - before, len(self._requests))
-            before = now
+        told_s = [self._requests[0].told_s, *(now for _, _, now in self._taken)]
+        gaps = [after - before for before, after in pairwise(told_s)]
+        metrics.inter_token_seconds.of("").observe_all(gaps, len(self._requests))
         for request in self._requests:
-            request.told_s = before
+            request.told_s = told_s[-1]
 
     def _guesses(self, tokens: list[int]) -> bool:
         """Whether anything can be guessed of what follows the token that is being drawn."""

@@ -56,15 +56,10 @@ class SameBatch:
 
     def answered(self, done: StepDone, now: float) -> None:
         run = self._under_way.run
+        group = None if self._interrupted or run is None or not run.short else self._group
         try:
-            if run is None or not run.take(done, now):
+            if run is None or not run.take(done, now, group, self._plan):
                 self._take_in(done)
-                return
-            try:  # the short way
-                if self._interrupted or not run.short or not run.send_next(self._group):
-                    self._plan()
-            finally:
-                run.tell()
         except Exception as error:
             self._fail(error)
 

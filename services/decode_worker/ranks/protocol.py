@@ -16,6 +16,7 @@ import msgspec
 from precast.models.precision import Precision
 
 FRAME_HEADER: Final = struct.Struct("<I")
+HEADER_BYTES: Final = FRAME_HEADER.size
 MAX_FRAME_BYTES: Final = 64 << 20
 MAX_DIFFERENCE: Final = 1e9
 LAST_DRAWN: Final = -1

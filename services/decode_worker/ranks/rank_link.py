@@ -8,6 +8,7 @@ from typing import cast
 
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
+    HEADER_BYTES,
     MAX_FRAME_BYTES,
     Reply,
     StepDone,
@@ -44,9 +45,9 @@ class RankLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole frame, an answer to a step, and nothing that waits for the rest.
-        size = len(data) - FRAME_HEADER.size
+        size = len(data) - HEADER_BYTES
         alone = not self._buffer and size >= 0 and FRAME_HEADER.unpack_from(data)[0] == size
-        for body in (data[FRAME_HEADER.size :],) if alone else self._whole(data):
+        for body in (data[HEADER_BYTES:],) if alone else self._whole(data):
             reply = decode_reply(body)
             if isinstance(reply, StepDone):
                 self._on_step(reply)
