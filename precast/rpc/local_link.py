@@ -31,6 +31,7 @@ SLOW_READER_S: Final = 20.0
 """How long a peer may read nothing before it is given up."""
 _LENGTH: Final = struct.Struct("<I")
 _LENGTH_AND_KIND: Final = struct.Struct("<IB")
+_BEGUN_BYTES: Final = _LENGTH_AND_KIND.size
 _PROTOBUF: Final = 0
 _TOKENS: Final = 1
 _WITH_KINDS: Final = "/2"
@@ -89,11 +90,11 @@ class LocalLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole message of tokens, and nothing that waits for the rest of it.
-        size = len(data) - _LENGTH_AND_KIND.size
+        size = len(data) - _BEGUN_BYTES
         alone = size > 0 and not self._buffer and not self._tokens
         on_tokens = self._on_tokens if alone else None
         if on_tokens is not None and _LENGTH_AND_KIND.unpack_from(data) == (size, _TOKENS):
-            on_tokens(step_tokens.decode(data[_LENGTH_AND_KIND.size :]))
+            on_tokens(step_tokens.decode(data[_BEGUN_BYTES:]))
             return
         self._buffer += data
         self._take_whole()

@@ -11,7 +11,8 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 _EXTENSION: Final = "precast.body_writer"
-_BEGUN: Final = tuple(b"%x\r\n" % size for size in range(1024))
+_SMALL: Final = 1024
+_BEGUN: Final = tuple(b"%x\r\n" % size for size in range(_SMALL))
 """What small chunks begin with, by their size."""
 
 
@@ -23,17 +24,20 @@ class BodyWriter:
 
     def is_open(self) -> bool:
         """Whether the answer's headers are sent, and a piece can be sent behind them now."""
+        return self.write(b"")
+
+    def write(self, piece: bytes) -> bool:
+        """Sends it, if it is not empty. False, with nothing sent, where it is not open."""
         cycle = self._cycle
         if not cycle.chunked_encoding or cycle.response_complete or cycle.flow.write_paused:
             return False
-        return not cycle.disconnected
-
-    def write(self, piece: bytes) -> None:
-        """Sends it, if it is not empty; only while ``is_open``."""
+        if cycle.disconnected:
+            return False
         if piece:
             size = len(piece)
-            begun = _BEGUN[size] if size < len(_BEGUN) else b"%x\r\n" % size
-            self._cycle.transport.write(begun + piece + b"\r\n")
+            begun = _BEGUN[size] if size < _SMALL else b"%x\r\n" % size
+            cycle.transport.write(begun + piece + b"\r\n")
+        return True
 
 
 def offer(cycle: RequestResponseCycle) -> None:

@@ -29,7 +29,8 @@ class TextEvents:
 
     def __init__(self, chunk: Struct) -> None:
         """``chunk`` has ``MARK`` as its text, and no text of a client's after it."""
-        self._before, _, self._after = event(chunk).rpartition(encode_text(MARK))
+        self.before, _, self.after = event(chunk).rpartition(encode_text(MARK))
+        """What an event has around its text."""
 
     def event(self, text: str) -> bytes:
-        return self._before + encode_text(text) + self._after
+        return self.before + encode_text(text) + self.after

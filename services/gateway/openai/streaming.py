@@ -32,7 +32,7 @@ from services.gateway.openai.fields import MAX_CHOICES
 from services.gateway.openai.formats import Choice, Format, total_usage
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.refusals import named_refusal
-from services.gateway.openai.responses import Usage, encode
+from services.gateway.openai.responses import Usage, encode, encode_text
 from services.gateway.openai.token_watch import TokenWatch
 from services.gateway.presence import ClientGone, WhileConnected
 from services.gateway.request_id import request_id
@@ -283,14 +283,16 @@ class _Stream:
         self._sender.write(self._format.delta(index, delta))
 
     def text_follower(self, first: int, watch: TokenWatch) -> TextFollower | None:
-        writer, events = self._sender.writer, self._format.text_events
-        if writer is None or not events:
+        writer = self._sender.writer
+        pieces = [(one.before, one.after) for one in self._format.text_events]
+        if writer is None or not pieces:
             return None
+        write = writer.write
 
         def follow(index: int, tokens: int, text: str, now: float) -> bool:
-            if not writer.is_open():
+            before, after = pieces[first + index]
+            if not write(before + encode_text(text) + after):
                 return False
-            writer.write(events[first + index].event(text))
             watch.see_tokens(first + index, tokens, now)
             return True
 

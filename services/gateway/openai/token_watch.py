@@ -12,8 +12,8 @@ from services.gateway.routing.event_queue import Delta, Event
 
 _OPERATIONS: Final = {"completions": "text_completion", "embeddings": "embeddings"}
 """As OpenTelemetry calls endpoints; the others are chats."""
-_MOST_NOTED: Final = 64
-_MOST_NOTED_S: Final = 0.5
+_MOST_NOTED: Final = 128
+_MOST_NOTED_S: Final = 1.0
 
 
 class TokenWatch:
@@ -77,8 +77,8 @@ class TokenWatch:
             self.see_tokens(index, delta.tokens, time.monotonic())
 
     def see_tokens(self, index: int, tokens: int, now: float) -> None:
-        """Of a stream of a model that doesn't reason. Measured with others, at most half a second
-        late: what is touched for a single token is what that costs."""
+        """Of a stream of a model that doesn't reason. Measured with others, at most a second late:
+        what is touched for a single token is what that costs."""
         noted = self._noted
         noted.append((index, tokens, now))
         if len(noted) >= _MOST_NOTED or now - noted[0][2] >= _MOST_NOTED_S:

@@ -303,10 +303,15 @@ class WorkerConnection:
             count = step.token_counts[at]
             ids = token_ids[taken : taken + count]
             taken += count
-            if (place := places.get(handle)) is not None:  # None: it was aborted meanwhile
-                place.tokens += ids
+            if (place := places.get(handle)) is None:
+                continue  # it was aborted meanwhile
+            place.tokens += ids
+            if place.prompt_left or place.output_left < count:
                 done += place.done(count)
-                place.queue.put_text(place.index, ids, step.texts[at], now)
+            else:  # nearly always
+                place.output_left -= count
+                done += count
+            place.queue.put_text(place.index, ids, step.texts[at], now)
         self._load.left -= done
 
     def _columns(
