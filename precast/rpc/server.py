@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from precast import errors
 from precast.errors import ConfigError, InvalidRequest, PrecastError
 from precast.log import get_logger
+from precast.rpc.connect_errors import clear
 from precast.rpc.reflection import add_reflection
 from precast.rpc.tls import NAME, Tls, may_call
 
@@ -96,7 +97,7 @@ def status_of(error: PrecastError) -> grpc.StatusCode:
 
 def error_of(failure: grpc.aio.AioRpcError) -> PrecastError:
     """The ``PrecastError`` that a failed call stands for, of the class that the server raised."""
-    detail = failure.details() or failure.code().name
+    detail = clear(failure.details() or failure.code().name)
     raised = str(dict(_metadata(failure)).get(_ERROR_METADATA, ""))
     kind = getattr(errors, raised, None)
     if isinstance(kind, type) and issubclass(kind, PrecastError):

@@ -16,7 +16,7 @@ from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs_pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
-from precast.rpc.server import open_channel
+from precast.rpc.server import error_of, open_channel, start_server
 from precast.rpc.tls import Role, Tls
 from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 from tests.support.command import precast
@@ -103,6 +103,35 @@ async def test_closed_without_a_certificate_of_the_fleets(
         stub: Any = pb_grpc.DecodeServiceStub(channel)
         call = stub.GetStatus(pb.GetStatusRequest(), timeout=3)
         assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ("one", None, "it may want a certificate"),
+        (None, "one", "it speaks without TLS"),
+        ("one", "other", "not of the authority in tls_dir"),
+        ("gone", "one", "nobody listens there"),
+    ],
+)
+async def test_why_there_is_no_connection_is_said_in_words(
+    theirs: str | None, ours: str | None, said: str, tmp_path: Path
+) -> None:
+    loaded: dict[str | None, Tls | None] = {None: None}
+    for name in ("one", "other"):
+        make(tmp_path / name)
+        loaded[name] = Tls.load(tmp_path / name, Role.DECODE_WORKER)
+    server = await start_server("127.0.0.1:0", [], tls=loaded.get(theirs))
+    if theirs == "gone":
+        await server.stop(0)
+    async with open_channel(f"127.0.0.1:{server.port}", loaded[ours]) as channel:
+        stub: Any = pb_grpc.DecodeServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetStatus(pb.GetStatusRequest(), timeout=10)
+    await server.stop(0)
+    told = str(error_of(caught.value))
+    assert told.startswith("can't connect: ")
+    assert said in told
 
 
 def test_a_gateway_serves_through_it(
