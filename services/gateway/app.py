@@ -150,6 +150,7 @@ def _add_middleware(
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
+            allow_private_network=True,  # pages of the internet, at a gateway that is not in it
             expose_headers=("retry-after", REQUEST_ID, IGNORED),
         )
     if tracer is not None:

@@ -149,6 +149,9 @@ async def test_cors(client: httpx.AsyncClient, allowed: str) -> None:
     assert answer.headers["access-control-allow-origin"] == allowed
     assert "POST" in answer.headers["access-control-allow-methods"]
     assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+    private = {**PREFLIGHT, "access-control-request-private-network": "true"}
+    answer = await client.options("/v1/chat/completions", headers=private)
+    assert answer.headers["access-control-allow-private-network"] == "true"
     for refused in (
         await client.post("/v1/completions", json=BODY, headers={"origin": PREFLIGHT["origin"]}),
         await client.post(

@@ -25,6 +25,7 @@ from precast.errors import Overloaded, PrecastError, WorkerUnavailable, WorkerUn
 from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from precast.rpc.connect_errors import clear
 from precast.rpc.local_link import LocalLink
 from precast.rpc.server import COLUMNS, HEARTBEATS
 from precast.rpc.step_tokens import StepTokens
@@ -380,7 +381,7 @@ class WorkerConnection:
         for error in failures:
             reason = str(error)
             if isinstance(error, grpc.aio.AioRpcError):
-                reason = f"{error.code().name}: {error.details()}"
+                reason = f"{error.code().name}: {clear(error.details() or '')}"
             elif isinstance(error, grpc.aio.UsageError | asyncio.InvalidStateError):
                 continue  # written to after it ended: the reader says why
             elif error is not None and not isinstance(error, PrecastError):
