@@ -57,8 +57,10 @@ def _path(isa: str) -> Path:
 
 
 def _start(owner: int, folder: Path) -> Path:
+    """Nobody's child: what it forks for others is none of what this process has started."""
     command = [sys.executable, "-m", __name__, str(owner), str(folder / _SOCKET)]
-    subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ONE_THREAD})
+    environment = {**os.environ, **ONE_THREAD}
+    subprocess.run(["sh", "-c", '"$@" &', "sh", *command], cwd=ROOT, env=environment, check=True)
     return folder / _SOCKET
 
 
