@@ -7,7 +7,7 @@ import pytest
 
 from precast.system.redis_server import start_redis
 from tests.support.chaos_streams import Fleet, again_and_again, answers, bodies, fleet
-from tests.support.decode_worker import eventually
+from tests.support.decode_worker import DecodeWorker, eventually
 
 STREAMS = 16
 TOKENS = 200
@@ -27,6 +27,9 @@ def test_streams_outlive_their_workers(tmp_path: Path) -> None:
 
 
 def strike(running: Fleet) -> None:
+    begun = [steps(worker) for worker in running.workers]
+    # else streams would be struck that have no tokens yet, and begin anew
+    eventually(lambda: all(steps(w) > n + 16 for w, n in zip(running.workers, begun, strict=True)))
     before = running.retries()
     assert running.strike("worker stopped", 0)
     assert running.strike("worker killed", 1)
@@ -35,3 +38,8 @@ def strike(running: Fleet) -> None:
     assert running.strike("rank killed", 2)
     eventually(running.ready)
     assert running.strike("drained", 2)
+
+
+def steps(worker: DecodeWorker) -> int:
+    status = worker.status()
+    return int(status.eager_steps + status.graph_steps)
