@@ -1,9 +1,11 @@
 """The demo model, imported once and kept: in the home folder of `make`, where serve has it too."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -23,13 +25,20 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def transformers_model(once: Once, demo_model: Path) -> Any:
-    """transformers' fp32 model, read out of the demo model's GGUF file for half a minute."""
-    from transformers import AutoModelForCausalLM
+    """transformers' fp32 model, read out of the demo model's GGUF file."""
 
     def make(path: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(
-            demo_model, gguf_file=FILE, dtype=torch.float32
-        )
-        torch.save(model, path)  # transformers writes no model that was a GGUF file
+        torch.save(_read(demo_model), path)  # transformers writes no model that was a GGUF file
 
     return torch.load(once("transformers.pt", make), weights_only=False)
+
+
+def _read(folder: Path) -> Any:
+    """Parses the file once and names its tensors once: transformers does so twice, and for each
+    module, which takes half a minute on a busy machine."""
+    from transformers import AutoModelForCausalLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
