@@ -16,7 +16,7 @@ BOUNDS = [
 
 def test_perplexity_of_the_demo_model(demo_model: Path) -> None:
     start_threads((-1, -1))  # pinned to no core: other tests of this process go on with all
-    text = TEXT.read_text()[:3200]
+    text = TEXT.read_text()[:2400]
     scores = evaluate(demo_model, [precision for precision, _ in BOUNDS], text, 256)
     for score, (precision, bound) in zip(scores, BOUNDS, strict=True):
         assert abs(score.perplexity_change) < bound, precision

@@ -41,9 +41,9 @@ PROMPTS = [
     "My favourite season is autumn because",
 ]
 TOKENS = 48
-FEW = 8
-"""Prompts that are enough where only what all have in common can differ: eager steps from graphs.
-For two ranks and for padded steps one batch is."""
+FEW, EAGER_TOKENS = 8, 16
+"""Prompts, and tokens of them, that are enough where only what all have in common can differ: eager
+steps from graphs. For two ranks and for padded steps one batch is."""
 GRAPHS = {1: "1,8", 2: "8"}
 """For each number of ranks. What ranks add to a step does not depend on the requests in it."""
 AT_ONCE = {1: (1, 3, 8), 2: (3, 8)}
@@ -90,12 +90,12 @@ def redis_url(home: Path) -> Iterator[str]:
 
 
 def generate(
-    client: DecodeClient, worker: DecodeWorker, prompts: list[list[int]]
+    client: DecodeClient, worker: DecodeWorker, prompts: list[list[int]], tokens: int
 ) -> list[list[int]]:
     """All prompts at once."""
     names = [f"{id(prompts)}-{index}" for index in range(len(prompts))]
     for name, prompt in zip(names, prompts, strict=True):
-        client.start(name, worker.request(prompt, TOKENS, stop={"ignore_eos": True}))
+        client.start(name, worker.request(prompt, tokens, stop={"ignore_eos": True}))
     answers = [client.finish(name, 120) for name in names]
     assert all(answer.reason == pb.FINISH_REASON_LENGTH for answer in answers)
     return [answer.token_ids for answer in answers]
@@ -106,12 +106,13 @@ def check(
     worker: DecodeWorker,
     prompts: list[list[int]],
     greedy_continuation: Continuation,
+    tokens: int = TOKENS,
 ) -> None:
     client = worker.client()
     outputs = []
     for first in range(0, len(prompts), at_once):
-        outputs += generate(client, worker, prompts[first : first + at_once])
-    assert all(len(output) == TOKENS for output in outputs)
+        outputs += generate(client, worker, prompts[first : first + at_once], tokens)
+    assert all(len(output) == tokens for output in outputs)
     for text, prompt, output in zip(PROMPTS, prompts, outputs, strict=False):
         wanted = greedy_continuation(tuple(prompt), tuple(output))
         assert output == wanted, f"{at_once} at once: {text!r}"
@@ -137,13 +138,13 @@ def test_eager_then_graphs(
     }
     sizes = [int(size) for size in GRAPHS[tp].split(",")]
     with decode_worker(**settings) as worker:
-        check(8, worker, prompts[:FEW], greedy_continuation)
+        check(8, worker, prompts[:FEW], greedy_continuation, EAGER_TOKENS)
         eager = worker.status()
         assert (eager.graph_steps, eager.eager_steps > 0) == (0, True)
         with compile_worker(home, redis_url, capture_timeout_s=400, parallel_captures=2):
             eventually(lambda: len(worker.status().graphs) == len(sizes), 400)
         for at_once in AT_ONCE[tp]:
-            asked = prompts if (tp, at_once) == (1, 8) else prompts[: max(2, at_once)]
+            asked = prompts if (tp, at_once) == (1, 8) else prompts[:at_once]
             check(at_once, worker, asked, greedy_continuation)
         status = worker.status()
         assert (status.eager_steps, status.graph_steps > 0) == (eager.eager_steps, True)

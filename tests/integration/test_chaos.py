@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.chaos import run
 
-KILLS = 20
+KILLS = 14
 SEED = 4
 
 

@@ -14,7 +14,7 @@ from tests.support.models import write_model
 MODEL = "long"
 WINDOWS = "windows"
 """All of its layers attend to a window, which is shorter than the answers."""
-TOKENS = 700
+TOKENS = 300
 PROMPTS = ([1, 2, 3], [number % 200 + 1 for number in range(70)], [9] * 40)
 
 

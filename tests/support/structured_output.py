@@ -13,6 +13,9 @@ from tests.support.decode_worker import DecodeWorker
 from tests.support.json_schemas import Json
 
 AT_ONCE = 16
+ASKED = 2 * AT_ONCE
+"""As many are asked for together, so that the next one begins when one ends. No more may wait for
+their grammars."""
 PROMPTS = (
     "Make up an example, as JSON of this schema:\n{schema}",
     "Which values would you give somebody who asks for this?\n{schema}\nShort ones, please.",
@@ -32,15 +35,15 @@ class Verdict:
 def judged(
     worker: DecodeWorker, tokenizer: Tokenizer, schemas: Sequence[Json], max_tokens: int
 ) -> Verdict:
-    """What a model answers that is asked for each, some at once."""
+    """What a model answers that is asked for each, ``AT_ONCE`` at a time."""
     verdict = Verdict()
-    for first in range(0, len(schemas), AT_ONCE):
-        few = schemas[first : first + AT_ONCE]
+    for first in range(0, len(schemas), ASKED):
+        few = schemas[first : first + ASKED]
         starts = {
             f"{first + index}": _start(worker, tokenizer, schema, first + index, max_tokens)
             for index, schema in enumerate(few)
         }
-        answers = generate(worker, starts, 120)
+        answers = generate(worker, starts, 240)
         for schema, answer in zip(few, answers.values(), strict=True):
             _judge(verdict, schema, answer)
     return verdict
