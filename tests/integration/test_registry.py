@@ -68,7 +68,7 @@ async def test_a_lease_that_is_not_renewed_expires(redis_url: str) -> None:
         return await registry.decode_workers() == []
 
     assert not await gone()
-    await eventually(gone, 3)
+    await eventually(gone)
     await registry.close()
 
 
@@ -163,7 +163,7 @@ async def test_no_redis_is_reported_quickly() -> None:
     started = time.monotonic()
     with pytest.raises(RegistryUnavailable):
         await registry.decode_workers()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 6
     await registry.close()
 
 
@@ -175,7 +175,7 @@ async def test_a_redis_that_hangs_is_reported_in_bounded_time(redis_server: Redi
         started = time.monotonic()
         with pytest.raises(RegistryUnavailable):
             await registry.publish(decode_lease())
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 8
     finally:
         redis_server.process.send_signal(signal.SIGCONT)
     await registry.publish(decode_lease())

@@ -103,8 +103,8 @@ async def test_what_is_too_much_ends_in_time_and_hurts_nobody(
         await asyncio.sleep(0.005)
         longest = max(longest, time.monotonic() - before)
     assert words in await bad
-    assert time.monotonic() - began < 2 + 1  # a loaded machine's second
-    assert longest < 0.5, "the event loop was held up"
+    assert time.monotonic() - began < 2 + 4  # a loaded machine's seconds
+    assert longest < 1.0, "the event loop was held up"
     assert allowed(await beside)
     assert allowed(await compiler.compile(Grammar(kind="regex", text="[0-9]")))
 
