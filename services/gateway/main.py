@@ -25,6 +25,7 @@ from precast.system.wakeup import Wakeup
 from services.gateway.app import create_app
 from services.gateway.http.certificate import Certificate
 from services.gateway.http.protocol import ConnectionLimits, limited
+from services.gateway.http.secure_listener import HandshakeLimits, SecureListener
 from services.gateway.in_flight import InFlight
 
 log = get_logger(__name__)
@@ -58,9 +59,12 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         app: FastAPI,
         drain_s: float,
-        certificate: Certificate | None = None,
+        certificate: Certificate | None,
+        handshakes: int,
     ) -> None:
+        """``handshakes``: that may be under way at each socket, where there is a certificate."""
         super().__init__(config)
+        self._handshakes = handshakes
         self._certificate = certificate
         self._app = app
         self._drain_s = drain_s
@@ -82,17 +86,14 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, with a deadline for handshakes of which nobody waits a minute."""
+        """As uvicorn's, with bounds for handshakes."""
+        if self.config.ssl is None:
+            await super().startup(sockets)
+            return
         await super().startup(sockets=[])
-        loop, secure = asyncio.get_running_loop(), self.config.ssl
+        limits = HandshakeLimits(most=self._handshakes, timeout_s=_HANDSHAKE_TIMEOUT_S)
         for listener in sockets or ():
-            server = await loop.create_server(
-                self._protocol,
-                sock=listener,
-                backlog=self.config.backlog,
-                ssl=secure,
-                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if secure else None,
-            )
+            server: Any = SecureListener(listener, self.config.ssl, self._protocol, limits)
             self.servers.append(server)
 
     def _protocol(self) -> asyncio.Protocol:
@@ -148,9 +149,11 @@ def serve(settings: GatewaySettings, listeners: list[socket.socket], in_flight: 
     # The cores belong to the decode workers' ranks: a long prompt may have one, not all of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app = create_app(settings, _private_port(listeners), in_flight)
-    config = _config(app, settings)
+    connections = _connections(settings)
+    config = _config(app, settings, connections)
     gc.freeze()  # a full collection would walk all of this: 0.1 s in which no token goes out
-    server = _Server(config, app, settings.drain_timeout_s, _certificate(settings))
+    certificate, handshakes = _certificate(settings), max(1, connections // 2)
+    server = _Server(config, app, settings.drain_timeout_s, certificate, handshakes)
     log.info("gateway listening", host=settings.host, port=listeners[0].getsockname()[1])
     server.run(sockets=listeners)
     log.info("gateway stopped")
@@ -179,8 +182,13 @@ def _private_port(listeners: list[socket.socket]) -> int | None:
     return listeners[1].getsockname()[1] if len(listeners) > 1 else None
 
 
-def _config(app: FastAPI, settings: GatewaySettings) -> uvicorn.Config:
-    connections = _allow_files(settings.max_connections)
+def _connections(settings: GatewaySettings) -> int:
+    """How many there may be; with a certificate, as many more may shake hands."""
+    each = 1 if settings.https_certificate is None else 2
+    return max(1, _allow_files(settings.max_connections * each) // each)
+
+
+def _config(app: FastAPI, settings: GatewaySettings, connections: int) -> uvicorn.Config:
     limits = ConnectionLimits(connections=connections, header_timeout_s=_HEADER_TIMEOUT_S)
     return uvicorn.Config(
         app,

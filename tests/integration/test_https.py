@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from precast.access.authority import make
@@ -114,6 +115,7 @@ def answers(gateway: Gateway) -> bool:
 
 
 def test_who_does_not_shake_hands_holds_up_nobody(redis_url: str, tmp_path: Path) -> None:
+    """More than there may be open files: the oldest make way."""
     make(tmp_path / "tls")
     role = tmp_path / "tls" / Role.GATEWAY
     files = {"https_certificate": role / CERTIFICATE_FILE, "https_key": role / KEY_FILE}
@@ -121,8 +123,10 @@ def test_who_does_not_shake_hands_holds_up_nobody(redis_url: str, tmp_path: Path
         gateway = stack.gateway(
             wait_for=0,
             authority=role / CA_FILE,
+            max_connections=20,
             **{name: str(path) for name, path in files.items()},
         )
+        psutil.Process(gateway.process.pid).rlimit(psutil.RLIMIT_NOFILE, (168, 168))
         for _ in range(200):
             held.enter_context(socket.create_connection(("127.0.0.1", gateway.port)))
         began = time.monotonic()
