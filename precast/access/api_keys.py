@@ -3,8 +3,8 @@
 A key is a file ``<id>.json`` in a folder; what it holds of the key itself is a SHA-256 digest.
 That is enough for a secret of 256 random bits: nobody guesses it, so a slow hash would protect
 nothing. Gateways follow the folder: a file that is put there counts within a second, one that is
-deleted counts no more. Where there is no folder no key is asked for; where there is one, empty or
-not, the API is closed to all who have none.
+deleted counts no more. Where there is no folder no key is asked for; where there is one, or was one
+since the start, the API is closed to all who have none.
 """
 
 import hashlib
@@ -164,10 +164,7 @@ class KeyRing:
             changed_ns = self.folder.stat().st_mtime_ns
             files = frozenset(map(_file, self.folder.glob(_FILES)))
         except FileNotFoundError:
-            if self.folder.exists():  # a file of it was deleted just now
-                self._looked = float("-inf")
-            else:
-                self._keys, self._files = None, None
+            self._is_away()
         except OSError as error:  # closed, rather than open to all
             log.error("api keys can't be read", folder=str(self.folder), reason=error.strerror)
             self._keys, self._files = {}, None
@@ -176,6 +173,17 @@ class KeyRing:
                 self._changed_ns, self._settled = changed_ns, time.monotonic() + _SETTLED_S
             if files != self._files or self._keys is None:
                 self._keys, self._files = {key.id: key for key in load(self.folder)}, files
+
+    def _is_away(self) -> None:
+        """A file of the folder is, or all of it. A folder that was there is put in another's place,
+        or mounted anew: nobody asked for an API that is open to all."""
+        if self.folder.exists():
+            self._looked = float("-inf")
+        elif self._keys:
+            log.error(
+                "the folder of api keys is gone: no key opens anything", folder=str(self.folder)
+            )
+            self._keys, self._files = {}, None
 
 
 def _file(path: Path) -> _File:

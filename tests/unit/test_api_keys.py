@@ -98,6 +98,21 @@ def test_limits_may_be_changed_in_a_file(folder: Path, monkeypatch: pytest.Monke
     assert found.max_concurrent == 12
 
 
+def test_a_folder_that_goes_away_closes_the_door(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for a moment where another one is put in its place."""
+    monkeypatch.setattr(api_keys, "_LOOK_S", 0.0)
+    text, key = api_keys.create(folder, NewKey(name="ann"))
+    keys = ring(folder)
+    assert keys.find(text) == key
+    folder.rename(folder.with_name("away"))
+    assert keys.find(text) is None
+    assert not keys.open
+    folder.with_name("away").rename(folder)
+    assert keys.find(text) == key
+
+
 def test_what_is_no_key_is_left_out(folder: Path) -> None:
     text, key = api_keys.create(folder, NewKey(name="ann"))
     (folder / "0123456789ab.json").write_text("{")
