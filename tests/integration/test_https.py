@@ -38,8 +38,8 @@ def test_clients_that_trust_the_authority_are_served(redis_url: str, tmp_path: P
         assert asyncio.run(seen_by_serve(redis_url, gateway.url)).ready
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(gateway.url + "/health", timeout=5)
-        with pytest.raises(httpx.HTTPError):
-            httpx.get(gateway.url.replace("https", "http") + "/health", timeout=5)
+        plain = httpx.post(gateway.url.replace("https", "http") + "/v1/completions", json=ASK)
+        assert (plain.status_code, "https://" in plain.json()["error"]["message"]) == (400, True)
 
 
 async def seen_by_serve(redis_url: str, gateway_url: str) -> Status:

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
 
 from services.gateway.body_writer import offer
-from services.gateway.openai.errors import ApiError
+from services.gateway.http.refusal import refusal
 from services.gateway.presence import Presence, offer_presence
 
 _LINGER_S: Final = 10.0
@@ -150,10 +149,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.busy:  # an answer within another one's would be no answer
             self.transport.abort()
             return
-        answer = ApiError(status, message, headers={"connection": "close"}).response()
-        lines = [STATUS_LINE[status].rstrip()]
-        lines += [b"%s: %s" % header for header in answer.raw_headers]
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        self.transport.write(refusal(status, message))
         self._close_behind_client()
 
     def _close_behind_client(self) -> None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from precast.log import get_logger
+from services.gateway.http.refusal import refusal
 
 log = get_logger(__name__)
 
 _OUT_OF_FILES_S: Final = 0.1
+_REQUEST_BYTES: Final = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,9 @@ class SecureListener:
     async def _shake_hands(self, accepted: socket.socket) -> None:
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if await self._is_plain(accepted):
+                _refuse(accepted)
+                return
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol,
                 accepted,
@@ -86,3 +91,23 @@ class SecureListener:
             accepted.close()
         finally:
             self._begun.pop(accepted, None)
+
+    async def _is_plain(self, accepted: socket.socket) -> bool:
+        """Whether it begins with a letter, as HTTP does. Raises ``TimeoutError``."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(accepted, readable.set)
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                await readable.wait()
+        finally:
+            loop.remove_reader(accepted)
+        return accepted.recv(1, socket.MSG_PEEK).isalpha()
+
+
+def _refuse(accepted: socket.socket) -> None:
+    """Raises ``OSError``."""
+    with accepted:
+        accepted.recv(_REQUEST_BYTES)  # or the answer would be lost with it
+        accepted.send(refusal(400, "This is HTTPS: the URL has to begin with https://."))
+        accepted.shutdown(socket.SHUT_WR)
