@@ -5,11 +5,13 @@ Plain ASGI, so that streaming and disconnects go through untouched.
 
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
+from precast.errors import Overloaded
 from precast.log import get_logger
 from services.gateway import request_id
 from services.gateway.in_flight import InFlight
@@ -96,7 +98,11 @@ def _log_access(scope: Scope, status: int, seconds: float) -> None:
 
 
 class Admission:
-    """Counts requests, and bounds how many with a body run at once."""
+    """Counts requests, and bounds how many with a body run at once.
+
+    One runs once its body is there: clients that send theirs slowly, or never to its end, take no
+    place of others. How many bodies are read is bounded by connections, and by their memory.
+    """
 
     def __init__(
         self,
@@ -132,13 +138,28 @@ class Admission:
             self._metrics.requests.labels(self._endpoint(scope), str(counted.status)).inc()
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (running := self._in_flight.all) >= self._max_in_flight:
-            refusal = errors.overloaded(f"{running} requests are running already.")
+        if self._in_flight.all >= self._max_in_flight:
+            refusal = errors.from_precast(self._full())
             refusal.headers["connection"] = "close"  # the body is not read
             await refusal.response(scope["path"])(scope, receive, send)
             return
-        with self._in_flight.one_more():
-            await self._app(scope, receive, send)
+        with ExitStack() as running_one:
+            waits = True
+
+            async def counting() -> Message:
+                nonlocal waits
+                message = await receive()
+                if waits and not message.get("more_body", False):
+                    waits = False
+                    if self._in_flight.all >= self._max_in_flight:  # others were quicker
+                        raise self._full()
+                    running_one.enter_context(self._in_flight.one_more())
+                return message
+
+            await self._app(scope, counting, send)
+
+    def _full(self) -> Overloaded:
+        return Overloaded(f"{self._in_flight.all} requests are running already.")
 
     def _endpoint(self, scope: Scope) -> str:
         """The route's path, not the URL's: the number of label values is bounded."""

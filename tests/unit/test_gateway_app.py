@@ -198,7 +198,7 @@ async def test_refusals_are_counted_under_their_endpoint(
 
 
 @pytest.mark.parametrize("options", [{"max_in_flight": 1}])
-async def test_too_many_are_counted_under_their_endpoint(client: httpx.AsyncClient) -> None:
+async def test_a_slow_body_takes_no_place_of_others(client: httpx.AsyncClient) -> None:
     sending = asyncio.Event()
     done = asyncio.Event()
 
@@ -210,12 +210,23 @@ async def test_too_many_are_counted_under_their_endpoint(client: httpx.AsyncClie
     post = client.post("/v1/completions", content=slow_body(), headers=JSON)
     first = asyncio.create_task(post)
     await sending.wait()
+    error_of(await client.post("/v1/completions", json=BODY), 404)
+    done.set()
+    error_of(await first, 404)
+    assert "gateway_in_flight_requests 0.0" in await metrics(client)
+
+
+@pytest.mark.parametrize("options", [{"max_in_flight": 1, "model_host": "nobody-is-here"}])
+async def test_too_many_are_counted_under_their_endpoint(client: httpx.AsyncClient) -> None:
+    first = asyncio.create_task(client.post("/v1/completions", json=BODY))  # waits for its model
+    async with asyncio.timeout(5):
+        while "gateway_in_flight_requests 1.0" not in await metrics(client):
+            await asyncio.sleep(0.01)
     for path in ("/v1/chat/completions", "/v1/nothing"):
         refused = await client.post(path, json=BODY)
         assert error_of(refused, 429)["code"] == "overloaded"
         assert refused.headers["retry-after"]
-    done.set()
-    error_of(await first, 404)
+    first.cancel()
     text = await metrics(client)
     assert 'gateway_requests_total{endpoint="/v1/chat/completions",status="429"} 1.0' in text
     assert 'gateway_requests_total{endpoint="other",status="429"} 1.0' in text
