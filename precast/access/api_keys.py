@@ -9,6 +9,7 @@ since the start, the API is closed to all who have none.
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import time
@@ -28,6 +29,8 @@ log = get_logger(__name__)
 Limit = Annotated[int, Field(ge=1)]
 _SECRET_BYTES: Final = 32
 _LOOK_S: Final = 0.5
+_LIST_S: Final = 5.0
+"""How often files are looked at that may have been changed in place: a thousand take some ms."""
 _SETTLED_S: Final = 1.0
 """More than file systems' clocks tick in."""
 _FILES: Final = "[!.]*.json"
@@ -123,6 +126,8 @@ class KeyRing:
     _settled: float = field(default=float("-inf"))
     """When one more change would have another time (monotonic, s)."""
     _looked: float = field(default=float("-inf"))
+    _listed: float = field(default=float("-inf"))
+    """When the folder, and all of its files, were looked at last (monotonic, s)."""
 
     @property
     def open(self) -> bool:
@@ -161,13 +166,16 @@ class KeyRing:
 
     def _look(self) -> None:
         try:
+            if time.monotonic() - self._listed < _LIST_S and not self._has_changed():
+                return
             changed_ns = self.folder.stat().st_mtime_ns
-            files = frozenset(map(_file, self.folder.glob(_FILES)))
+            files = _files(self.folder)
+            self._listed = time.monotonic()
         except FileNotFoundError:
             self._is_away()
         except OSError as error:  # closed, rather than open to all
             log.error("api keys can't be read", folder=str(self.folder), reason=error.strerror)
-            self._keys, self._files = {}, None
+            self._close()
         else:
             if changed_ns != self._changed_ns:
                 self._changed_ns, self._settled = changed_ns, time.monotonic() + _SETTLED_S
@@ -183,13 +191,22 @@ class KeyRing:
             log.error(
                 "the folder of api keys is gone: no key opens anything", folder=str(self.folder)
             )
-            self._keys, self._files = {}, None
+            self._close()
+
+    def _close(self) -> None:
+        """To all, until the folder is read again."""
+        self._keys, self._files, self._listed = {}, None, float("-inf")
 
 
-def _file(path: Path) -> _File:
-    """What changes with a file's content."""
-    found = path.stat()
-    return path.name, found.st_ino, found.st_size, found.st_mtime_ns
+def _files(folder: Path) -> frozenset[_File]:
+    """What changes with the keys. Raises ``OSError``."""
+    with os.scandir(folder) as entries:
+        return frozenset(map(_file, entries))
+
+
+def _file(entry: "os.DirEntry[str]") -> _File:
+    found = entry.stat()
+    return entry.name, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _digest(secret: str) -> str:
