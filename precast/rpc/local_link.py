@@ -34,6 +34,9 @@ _LENGTH_AND_KIND: Final = struct.Struct("<IB")
 _BEGUN_BYTES: Final = _LENGTH_AND_KIND.size
 _PROTOBUF: Final = 0
 _TOKENS: Final = 1
+_SMALL: Final = 1024
+_TOKENS_BEGUN: Final = tuple(_LENGTH_AND_KIND.pack(size, _TOKENS) for size in range(_SMALL))
+"""What messages of tokens begin with, by their size, where they are small."""
 _WITH_KINDS: Final = "/2"
 """Behind the name of a server for such connections."""
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -91,9 +94,9 @@ class LocalLink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole message of tokens, and nothing that waits for the rest of it.
         size = len(data) - _BEGUN_BYTES
-        alone = size > 0 and not self._buffer and not self._tokens
+        alone = 0 < size < _SMALL and not self._buffer and not self._tokens
         on_tokens = self._on_tokens if alone else None
-        if on_tokens is not None and _LENGTH_AND_KIND.unpack_from(data) == (size, _TOKENS):
+        if on_tokens is not None and data.startswith(_TOKENS_BEGUN[size]):
             on_tokens(step_tokens.decode(data[_BEGUN_BYTES:]))
             return
         self._buffer += data
@@ -156,7 +159,10 @@ class LocalLink(asyncio.Protocol):
     def send_tokens(self, tokens: StepTokens) -> None:
         """Only where there are ``kinds``."""
         data = step_tokens.encode(tokens)
-        self._write(_LENGTH_AND_KIND.pack(len(data), _TOKENS) + data)
+        size = len(data)
+        small = size < _SMALL
+        begun = _TOKENS_BEGUN[size] if small else _LENGTH_AND_KIND.pack(size, _TOKENS)
+        self._write(begun + data)
 
     async def writable(self) -> None:
         """Waits for a slow peer. Raises ``TimeoutError`` if it is too slow."""

@@ -253,3 +253,24 @@ def test_a_message_that_is_too_large_ends_the_connection(
             await link.lost
 
     run(talk())
+
+
+@pytest.mark.parametrize("size", [1, 900, 1000, 1010, 1024, 5000])
+def test_tokens_of_any_size_are_read_however_they_are_cut(run: Any, size: int) -> None:
+    """Whole ones take a shorter way, and small ones begin with bytes that are made before."""
+    step = StepTokens([7], [1], [3], ["x" * size])
+
+    async def talk() -> None:
+        written, got = list[bytes](), list[StepTokens]()
+        writer, reader = LocalLink(kinds=True), LocalLink(kinds=True)
+        writer._write = written.append
+        reader.deliver(lambda _: pytest.fail("no message of tokens"), got.append)
+        writer.send_tokens(step)
+        (data,) = written
+        for cut in (0, 1, 4, 5, 6, len(data) - 1):
+            reader.data_received(data[:cut])
+            reader.data_received(data[cut:])
+        reader.data_received(data + data)
+        assert merged(got) == merged([step] * 8)
+
+    run(talk())

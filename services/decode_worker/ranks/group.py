@@ -145,13 +145,15 @@ class RankGroup:
         Doesn't raise: a group that has failed says so to whoever waits for the answer.
         """
         frames = b"".join(frame(message) for message in (*sampling, step))
-        self.send_frames(frames, timeout_s)
-
-    def send_frames(self, frames: bytes, timeout_s: float) -> None:
-        """``send_step`` of one that is in frames already."""
         for rank in self._ranks:
             rank.send(frames)
         self.sent_steps.add(timeout_s)
+
+    def send_frames(self, frames: bytes, timeout_s: float) -> None:
+        """``send_step`` of one that is in frames already, while others are under way."""
+        for rank in self._ranks:
+            rank.send(frames)
+        self.sent_steps.add_behind(timeout_s)
 
     def send_masks(self, masks: Masks) -> None:
         """Of the oldest step under way. Doesn't raise, as ``send_step``."""

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import cast
+from typing import Final, cast
 
 from services.decode_worker.ranks.protocol import (
     FRAME_HEADER,
@@ -14,6 +14,10 @@ from services.decode_worker.ranks.protocol import (
     StepDone,
     decode_reply,
 )
+
+_SMALL: Final = 1024
+_BEGUN: Final = tuple(map(FRAME_HEADER.pack, range(_SMALL)))
+"""What small frames begin with, by their size."""
 
 
 class RankLink(asyncio.Protocol):
@@ -46,7 +50,7 @@ class RankLink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         # Nearly always: one whole frame, an answer to a step, and nothing that waits for the rest.
         size = len(data) - HEADER_BYTES
-        alone = not self._buffer and size >= 0 and FRAME_HEADER.unpack_from(data)[0] == size
+        alone = not self._buffer and 0 <= size < _SMALL and data.startswith(_BEGUN[size])
         for body in (data[HEADER_BYTES:],) if alone else self._whole(data):
             reply = decode_reply(body)
             if isinstance(reply, StepDone):

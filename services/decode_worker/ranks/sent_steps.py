@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from services.decode_worker.ranks.protocol import StepDone
 from services.decode_worker.ranks.watch import LOOK_S, Watch
@@ -28,6 +28,8 @@ class SentSteps:
         self._fail = fail
         self._limits: deque[float] = deque()
         """How long each step that was sent may take, once those before it are over (s)."""
+        self.add_behind: Final[Callable[[float], None]] = self._limits.append
+        """``add`` where others are under way."""
         self._since = 0.0
         """When the oldest of them became that."""
         self._answers: deque[StepDone] = deque()

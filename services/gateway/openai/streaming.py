@@ -287,13 +287,13 @@ class _Stream:
         pieces = [(one.before, one.after) for one in self._format.text_events]
         if writer is None or not pieces:
             return None
-        write = writer.write
+        write, see = writer.write, watch.see_tokens
 
         def follow(index: int, tokens: int, text: str, now: float) -> bool:
             before, after = pieces[first + index]
             if not write(before + encode_text(text) + after):
                 return False
-            watch.see_tokens(first + index, tokens, now)
+            see(first + index, tokens, now)
             return True
 
         return follow
