@@ -90,15 +90,16 @@ class TokenWatch:
 
     def _measure(self) -> None:
         noted, self._noted = self._noted, []
+        gaps = list[float]()
         for index, tokens, now in noted:
-            self._measure_tokens(index, tokens, now)
-
-    def _measure_tokens(self, index: int, tokens: int, now: float) -> None:
-        self._seen[index] = self._seen.get(index, 0) + tokens
-        self._used += tokens
-        last = self._last.get(index)
-        if last is not None and tokens:
-            self._inter_token.observe((now - last) / tokens, tokens)
-        elif not self._last:
-            self._first_token.observe(now - self._started)
-        self._last[index] = now
+            last = self._last.get(index)
+            if last is None and not self._last:
+                self._first_token.observe(now - self._started)
+            elif last is not None and tokens == 1:  # nearly always
+                gaps.append(now - last)
+            elif last is not None and tokens:
+                self._inter_token.observe((now - last) / tokens, tokens)
+            self._last[index] = now
+            self._seen[index] = self._seen.get(index, 0) + tokens
+        self._used += sum(tokens for _, tokens, _ in noted)
+        self._inter_token.observe_all(gaps)
