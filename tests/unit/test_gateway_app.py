@@ -216,6 +216,34 @@ async def test_a_slow_body_takes_no_place_of_others(client: httpx.AsyncClient) -
     assert "gateway_in_flight_requests 0.0" in await metrics(client)
 
 
+async def test_large_bodies_that_do_not_end_keep_no_small_ones_out(tmp_path: Path) -> None:
+    """Sixteen of the largest take all the memory that there is for bodies."""
+    settings = load_settings(GatewaySettings, home=tmp_path, max_body_bytes=100_000)
+    done = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b" " * 99_000
+        await done.wait()
+
+    transport = httpx.ASGITransport(app=create_app(settings))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway:8000") as client:
+        posts = [client.post("/v1/completions", content=endless(), headers=JSON) for _ in range(20)]
+        sending = [asyncio.create_task(post) for post in posts]
+        large = json.dumps(BODY | {"prompt": "x" * 95_000}).encode()
+        async with asyncio.timeout(10):
+            while (refused := await post_json(client, large)).status_code != 429:
+                await asyncio.sleep(0)
+        assert "too much memory" in error_of(refused, 429)["message"]
+        error_of(await client.post("/v1/completions", json=BODY), 404)
+        done.set()
+        await asyncio.gather(*sending)
+        error_of(await post_json(client, large), 404)
+
+
+async def post_json(client: httpx.AsyncClient, content: bytes) -> httpx.Response:
+    return await client.post("/v1/completions", content=content, headers=JSON)
+
+
 @pytest.mark.parametrize("options", [{"max_in_flight": 1, "model_host": "nobody-is-here"}])
 async def test_too_many_are_counted_under_their_endpoint(client: httpx.AsyncClient) -> None:
     first = asyncio.create_task(client.post("/v1/completions", json=BODY))  # waits for its model

@@ -17,6 +17,8 @@ _DRAIN_BODIES: Final = 4
 """What is read on, in bodies of the largest size, so that a client gets to see its refusal."""
 _BUFFERED_BODIES: Final = 16
 """What all bodies that are being read may take, in bodies of the largest size."""
+_SMALL_BODY: Final = 16 << 10
+"""Bytes that any body may take: who doesn't end large ones keeps no small ones out."""
 _GZIP_WINDOW: Final = 31
 
 
@@ -65,15 +67,17 @@ class BodyReader:
 
     @contextmanager
     def _held(self) -> Iterator[Callable[[int], None]]:
-        """Counts what a body takes while it is read."""
-        mine = 0
+        """Counts what a body takes while it is read, but for what a small one has."""
+        read = mine = 0
 
         def hold(size: int) -> None:
-            nonlocal mine
-            if self._buffered + size > _BUFFERED_BODIES * self._max_bytes:
+            nonlocal read, mine
+            read += size
+            more = max(0, read - _SMALL_BODY) - mine
+            if more and self._buffered + more > _BUFFERED_BODIES * self._max_bytes:
                 raise errors.overloaded("The bodies of other requests take too much memory.")
-            mine += size
-            self._buffered += size
+            mine += more
+            self._buffered += more
 
         try:
             yield hold
