@@ -12,9 +12,6 @@ from services.gateway.openai import errors
 from services.gateway.openai.errors import ApiError, invalid
 
 _TIMEOUT_S: Final = 30.0
-_DRAIN_S: Final = 2.0
-_DRAIN_BODIES: Final = 4
-"""What is read on, in bodies of the largest size, so that a client gets to see its refusal."""
 _BUFFERED_BODIES: Final = 16
 """What all bodies that are being read may take, in bodies of the largest size."""
 _SMALL_BODY: Final = 16 << 10
@@ -34,7 +31,8 @@ class BodyReader:
 
         Raises ``ApiError``: 413 as soon as it is known to be too large, 408 if it is too slow, 415
         for an encoding that isn't known, 429 if other bodies take too much memory, 400 if it
-        can't be unpacked; ``ClientDisconnect`` if the client leaves.
+        can't be unpacked; ``ClientDisconnect`` if the client leaves. What is left of the body then
+        is the server's to throw away.
         """
         try:
             self._check_declared(request)
@@ -43,7 +41,6 @@ class BodyReader:
         except TimeoutError:
             raise _closing(_too_slow()) from None
         except ApiError as error:
-            await self._drain(request)
             raise _closing(error) from None
 
     def _check_declared(self, request: Request) -> None:
@@ -83,21 +80,6 @@ class BodyReader:
             yield hold
         finally:
             self._buffered -= mine
-
-    async def _drain(self, request: Request) -> None:
-        """Read on for a while: a client that is cut off while it sends may not see the answer."""
-        if "expect" in request.headers:  # it waits for a word before it sends
-            return
-        left = _DRAIN_BODIES * self._max_bytes
-        try:
-            async with asyncio.timeout(_DRAIN_S):
-                more = True
-                while more and left > 0:
-                    message = await request.receive()
-                    left -= len(message.get("body", b""))
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            pass
 
 
 class _Plain:
