@@ -34,10 +34,13 @@ class PartCache:
     def get(self, key: str, target: Path) -> bool:
         """Copies an entry to ``target``; returns whether there is one."""
         for found in self.folder.glob(f"{key}.*.so"):
-            shutil.copyfile(found, target)
-            if file_digest(target) == found.name.split(".")[1]:
-                os.utime(found)
-                return True
+            try:
+                shutil.copyfile(found, target)
+                if file_digest(target) == found.name.split(".")[1]:
+                    os.utime(found)
+                    return True
+            except FileNotFoundError:  # another capture has replaced or dropped it meanwhile
+                continue
             found.unlink(missing_ok=True)
         return False
 
@@ -48,7 +51,8 @@ class PartCache:
         partial = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
         shutil.copyfile(path, partial)
         for older in self.folder.glob(f"{key}.*.so"):
-            older.unlink(missing_ok=True)
+            if older != entry:
+                older.unlink(missing_ok=True)
         partial.rename(entry)
         self._bound()
 
