@@ -76,6 +76,8 @@ def health_routes(pool: WorkerPool, models: Models) -> Paths:
         count = sum(worker.ready for worker in pool.workers)
         if not count and not models.startable:
             raise errors.unavailable("No worker is ready.", "not_ready")
-        return JSONResponse({"status": "ready", "workers": count, "models": list(pool.models)})
+        connected = sum(worker.connection.up for worker in pool.workers)
+        counts = {"workers": count, "connected": connected}
+        return JSONResponse({"status": "ready", **counts, "models": list(pool.models)})
 
     return router

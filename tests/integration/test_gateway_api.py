@@ -496,7 +496,8 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_health_and_ready(gateway: Gateway) -> None:
     assert gateway.get("/health").json() == {"status": "ok"}
-    assert gateway.get("/ready").json() == {"status": "ready", "workers": 1, "models": ["tiny"]}
+    counts = {"workers": 1, "connected": 1}
+    assert gateway.get("/ready").json() == {"status": "ready", **counts, "models": ["tiny"]}
 
 
 def test_metrics(gateway: Gateway, client: openai.OpenAI) -> None:

@@ -211,13 +211,14 @@ async def test_a_worker_that_accepts_and_never_answers(stack: Stack) -> None:
             )
         )
         await registry.close()
-        gateway = stack.gateway()
+        gateway = stack.gateway(wait_for=0)
+        eventually(lambda: gateway.get("/ready").status_code == 200)
         start = time.monotonic()
         answers = await post_all(gateway, [BODY] * 5)
         assert {answer.status_code for answer in answers} == {503}
         assert time.monotonic() - start < 8  # one timeout of 2 s for all of them
         stack.worker()
-        eventually(lambda: gateway.workers() == 2)
+        eventually(lambda: gateway.workers() == 1)
         answers = await post_all(gateway, [BODY] * 5)
         assert {answer.status_code for answer in answers} == {200}
 

@@ -145,8 +145,12 @@ class Gateway(Process):
         return httpx.post(self.url + path, timeout=30, verify=self._verify, **arguments)
 
     def workers(self) -> int:
+        """Those that are ready and that it is connected to: others get no requests."""
         answer = self.get("/ready")
-        return int(answer.json()["workers"]) if answer.status_code == 200 else 0
+        if answer.status_code != 200:
+            return 0
+        found = answer.json()
+        return min(int(found["workers"]), int(found["connected"]))
 
 
 def serve_gateway(arguments: Sequence[str]) -> int:
