@@ -317,7 +317,7 @@ class DecodeWorkerSettings(CommonSettings):
     """Requests in the queue; more are refused as overloaded."""
     prefill_chunk: Count = 256
     """Most tokens of a step with prompts in it."""
-    max_decode_gap_ms: Count = 100
+    max_decode_gap_ms: Count = 80
     """Longest time between two tokens of running requests for the sake of prompts, milliseconds: as
     many tokens of prompts are computed beside them as fit, at least 16."""
     speculate: bool = True
