@@ -256,7 +256,10 @@ def _as_openai(status: int, text: str) -> bool:
         error = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):
         return False
-    return isinstance(error["message"], str) and error["type"] == "invalid_request_error"
+    kinds = {"invalid_request_error"}
+    if json.loads(text).get("type") == "error":  # as Anthropic's clients want them
+        kinds.add("not_found_error")
+    return isinstance(error["message"], str) and error["type"] in kinds
 
 
 async def attack(url: str, given: Sequence[Body], found: Found, at_once: int = 8) -> None:
