@@ -102,15 +102,12 @@ def _with_content(message: _Message, form: ToolFormat, placeholders: Mapping[str
     if not calls:
         return message
     kept = {key: value for key, value in message.items() if key != "tool_calls"}
-    texts = [form.written(call["name"], _json(call), placeholders) for call in calls]
+    texts = [form.written(call, placeholders) for call in calls]
     return {**kept, "content": message["content"] + "".join(texts)}
 
 
-def _json(call: Mapping[str, Any]) -> str:
-    return json.dumps(call["arguments"], ensure_ascii=False)
-
-
-_NAME: Final = "probe_f"
+_NAME: Final = "probe_g"
+"""Of the function that was called, not of the tool: templates show both."""
 _KEY: Final = "probe_key"
 _VALUES: Final = ("probe-v1", "probe-v2")
 _RESULTS: Final = ("probe-r1", "probe-r2")
@@ -118,7 +115,7 @@ _IDS: Final = ("callprob1", "callprob2")
 _TOOL: Final = {
     "type": "function",
     "function": {
-        "name": _NAME,
+        "name": "probe_f",
         "description": "A function.",
         "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}},
     },
@@ -127,7 +124,7 @@ _TOOL: Final = {
 
 def _probe() -> list[Message]:
     calls = [
-        {"id": name, "type": "function", "function": {"name": "probe_g", "arguments": text}}
+        {"id": name, "type": "function", "function": {"name": _NAME, "arguments": text}}
         for name, text in zip(_IDS, (json.dumps({_KEY: value}) for value in _VALUES), strict=True)
     ]
     results = [
@@ -147,5 +144,5 @@ def _shows_all(template: ChatTemplate, style: CallStyle) -> bool:
         return False
     python = f"{{'{_KEY}'"  # an object that was joined to a text
     quoted = f'\\"{_KEY}'  # a text that was written as JSON
-    wanted = ("probe_g", *_VALUES, *_RESULTS)
+    wanted = (_NAME, *_VALUES, *_RESULTS)
     return all(word in text for word in wanted) and python not in text and quoted not in text

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from services.gateway.openai.tools.reader import Syntax
 
@@ -33,10 +35,15 @@ class ToolFormat:
         """Those that the format writes around a call."""
         return (*self.syntax.begins[:1], *self.syntax.ends)
 
-    def written(self, name: str, arguments: str, instead: Mapping[str, str]) -> str:
-        """A call as a model writes it. ``arguments``: JSON; ``instead``: of marks."""
+    def written(
+        self, function: Mapping[str, Any], instead: Mapping[str, str] = MappingProxyType({})
+    ) -> str:
+        """A call as a model writes it, of ``name`` and ``arguments``; ``instead``: of marks."""
         mark = "".join(self.syntax.begins[:1])
         tail = self.tail
         for own, other in instead.items():
             mark, tail = mark.replace(own, other), tail.replace(own, other)
-        return f"{mark}{self.head.format(name=json.dumps(name))}{arguments}{tail}"
+        name, arguments = (
+            json.dumps(function[key], ensure_ascii=False) for key in ("name", "arguments")
+        )
+        return f"{mark}{self.head.format(name=name)}{arguments}{tail}"

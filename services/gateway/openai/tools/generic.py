@@ -69,10 +69,5 @@ def _as_text(message: _Message) -> _Message:
     if not calls:
         return message
     texts = [message["content"]] if message["content"] else []
-    texts += [_call(call["function"]) for call in calls]
+    texts += [FORMAT.written(call["function"]) for call in calls]
     return {"role": message["role"], "content": "\n".join(texts)}
-
-
-def _call(function: Mapping[str, Any]) -> str:
-    call = {"name": function["name"], "arguments": function["arguments"]}
-    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
