@@ -108,15 +108,18 @@ def _left_open(text: str) -> str:
 
 
 def read_chat_template(
-    folder: Path, config: Mapping[str, Any], *, for_tools: bool = False
+    folder: Path, config: Mapping[str, Any], *, without_tools: ChatTemplate | None = None
 ) -> ChatTemplate:
-    """The folder's template for chats, or for those with tools: the default, unless it has one of
-    its own for them. ``config``: ``tokenizer_config.json``. Raises nothing."""
+    """The folder's default template or, where that is given as ``without_tools``, the one for chats
+    with tools: the same where it has none of its own for them. ``config``:
+    ``tokenizer_config.json``. Raises nothing."""
     variables = _variables(config)
     try:
         sources = _sources(folder, config)
-        special = sources.get(FOR_TOOLS) if for_tools else None
-        source = special or _default(folder.name, sources)
+        if without_tools is None:
+            source = _default(folder.name, sources)
+        elif not (source := sources.get(FOR_TOOLS, "")):
+            return without_tools
         template, literals = _compiled(source)
     except InvalidRequest as missing:
         return ChatTemplate(template=None, reason=str(missing), variables=variables)

@@ -188,9 +188,7 @@ def read_model_tokenizer(folder: Path) -> ModelTokenizer:
     if not isinstance(declared, int):
         raise ModelCorrupt(f"{folder / 'config.json'}: vocab_size is not an integer")
     template = read_chat_template(folder, config)
-    for_tools = read_chat_template(folder, config, for_tools=True)
-    if for_tools.source == template.source:
-        for_tools = template
+    for_tools = read_chat_template(folder, config, without_tools=template)
     loaded = ModelTokenizer(
         model=folder.name,
         tokenizer=tokenizer,
