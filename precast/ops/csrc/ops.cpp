@@ -50,13 +50,18 @@ void write_inputs(const LinearArgs& args, WriteInputs write) {
   });
 }
 
+// At least so many. Never fewer: what grows again would be cleared again, at every linear of a layer.
+template <typename T>
+T* at_least(std::vector<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(count);
+  return buffer.data();
+}
+
 // They live as long as quantised ones.
 void split_inputs(LinearArgs& args) {
   thread_local std::vector<HalfInputs> rounded, left;
   const int64_t entries = args.m * args.groups + kRowBlock;
-  rounded.resize(entries);
-  left.resize(entries);
-  args.halves = {rounded.data(), left.data()};
+  args.halves = {at_least(rounded, entries), at_least(left, entries)};
   write_inputs(args, kernels().split_inputs);
 }
 
@@ -70,14 +75,14 @@ void quantize_inputs(LinearArgs& args, bool wide, int64_t parts = 0) {
   // And some behind the last row, for tiles that read more rows than there are.
   const int64_t entries = args.m * args.groups + kRowBlock;
   const bool by_halves = parts > 0 || has_halves(args.format);
-  values.resize(entries * kGroup);
-  if (wide) wide_values.resize(entries * kGroup);
-  scales.resize(entries);
-  sums.resize(entries);
-  starts.resize(entries * std::max<int64_t>(1, by_halves ? 2 * std::max<int64_t>(parts, 1) : 1));
-  if (by_halves) halves.resize(2 * entries);
-  args.inputs = {values.data(), wide ? wide_values.data() : nullptr, scales.data(), starts.data(), sums.data(),
-                 by_halves ? halves.data() : nullptr, entries};
+  const int64_t starts_of_entry = by_halves ? 2 * std::max<int64_t>(parts, 1) : 1;
+  args.inputs = {at_least(values, entries * kGroup),
+                 wide ? at_least(wide_values, entries * kGroup) : nullptr,
+                 at_least(scales, entries),
+                 at_least(starts, entries * starts_of_entry),
+                 at_least(sums, entries),
+                 by_halves ? at_least(halves, 2 * entries) : nullptr,
+                 entries};
   write_inputs(args, kernels().quantize_inputs);
   if (by_halves && parts == 0) kernels().find_starts(args.format, args.inputs);
 }

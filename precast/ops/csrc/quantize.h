@@ -49,6 +49,9 @@ inline int32_t half_sums(const int8_t* q) {
 #endif
 }
 
+// The sum itself.
+inline int32_t sum_of(int32_t sums) { return kAvx2Dots ? static_cast<int16_t>(sums) + (sums >> 16) : sums; }
+
 // What products begin at, of inputs with these sums.
 inline int32_t start_of(int32_t offset, int32_t sums, int32_t more = 0) {
   if constexpr (!kAvx2Dots) return -offset * (sums + more);
@@ -67,21 +70,38 @@ void find_starts(Format format, const QuantizedInputs& inputs) {
   }
 }
 
-// Returns the sum of the quantised values. Rounds halves to even.
-inline int32_t quantize(const float* x, int8_t* q, int64_t n, float inverse) {
-  vint sums = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const vint value = nearest(load(x + i) * inverse);
-    sums += value;
-    narrow(value, q + i);
+// The low bytes of a group's integers.
+inline void narrow_group(const vint (&v)[kGroup / kLanes], int8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Each shuffle puts four bytes of each half where the others have zeros: a quarter of narrow()'s instructions.
+  const auto lowest = [](int place) {
+    const auto at = [&](int i) { return i == place ? 0x0c080400 : -1; };
+    return _mm256_setr_epi32(at(0), at(1), at(2), at(3), at(0), at(1), at(2), at(3));
+  };
+  __m256i bytes = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) bytes = _mm256_or_si256(bytes, _mm256_shuffle_epi8((__m256i)v[i], lowest(i)));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  for (int i = 0; i < kGroup / kLanes; ++i) narrow(v[i], to + i * kLanes);
+#endif
+}
+
+// A group's values as bytes, halves rounded to even ones, in units of what it returns divided by 127.
+inline float quantize_group(const float* x, int8_t* q) {
+  constexpr int kParts = kGroup / kLanes;
+  vfloat values[kParts], magnitude = {};
+  for (int i = 0; i < kParts; ++i) {
+    values[i] = load(x + i * kLanes);
+    magnitude = larger(magnitude, (vfloat)((vint)values[i] & 0x7fffffff));
   }
-  int32_t sum = reduce_add(sums);
-  for (; i < n; ++i) {
-    q[i] = static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
-    sum += q[i];
-  }
-  return sum;
+  const float largest = reduce_max(magnitude);
+  const vfloat inverse = splat(largest > 0 ? 127.0f / largest : 0.0f), whole = splat(12582912.0f);
+  vint rounded[kParts];  // as nearest(), but for what is above the low bytes
+  for (int i = 0; i < kParts; ++i) rounded[i] = (vint)multiply_add(values[i], inverse, whole);
+  narrow_group(rounded, q);
+  return largest;
 }
 
 // A group's inputs, those at even places first, as linears multiply weights of 16 bits with them.
@@ -103,22 +123,23 @@ void quantize_inputs(const LinearArgs& a, int64_t begin, int64_t end) {
     const int64_t count = left < 0 ? 0 : left < kGroup ? left : kGroup;
     for (int64_t row = block; row < block + rows_of_block(a.m, block); ++row) {
       const float* x = a.x + row * a.x_stride + first;
+      float padded[kGroup];
+      if (count < kGroup) {
+        clear(padded);
+        x = static_cast<const float*>(std::memcpy(padded, x, count * sizeof(float)));
+      }
       const int64_t at = input_at(a.m, groups, row, group);
       int8_t* q = a.inputs.values + at * kGroup;
-      const float largest = largest_magnitude(x, count);
-      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      const int32_t sum = quantize(x, q, count, inverse);
-      for (int64_t i = count; i < kGroup; ++i) q[i] = 0;
+      const float scale = quantize_group(x, q) / 127.0f;
+      const int32_t low = half_sums(q), high = half_sums(q + kGroup / 2);
       if (a.inputs.wide != nullptr) widen_inputs(q, a.inputs.wide + at * kGroup);
-      a.inputs.scales[at] = largest / 127.0f;
-      a.inputs.sums[at] = static_cast<float>(sum) * a.inputs.scales[at];
+      a.inputs.scales[at] = scale;
+      a.inputs.sums[at] = static_cast<float>(sum_of(low) + sum_of(high)) * scale;
       if (a.inputs.halves != nullptr) {
-        a.inputs.halves[at] = half_sums(q);
-        a.inputs.halves[at + a.inputs.entries] = half_sums(q + kGroup / 2);
-      } else if (kAvx2Dots) {
-        a.inputs.starts[at] = start_of(offset, half_sums(q), half_sums(q + kGroup / 2));
+        a.inputs.halves[at] = low;
+        a.inputs.halves[at + a.inputs.entries] = high;
       } else {
-        a.inputs.starts[at] = start_of(offset, sum);
+        a.inputs.starts[at] = start_of(offset, low, high);
       }
     }
   }
