@@ -4,7 +4,7 @@
 #
 #   credentials            make what is missing
 #   credentials api-key    show the API key of the first start
-#   credentials renew      make new certificates of the same authority; restart the services then
+#   credentials renew      make new certificates of the same authority; services take them as they run
 set -eu
 umask 077
 cd "${CREDENTIALS_DIR:-/var/lib/precast/credentials}"

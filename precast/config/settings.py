@@ -42,6 +42,7 @@ from precast.config.types import (
     PasswordFile,
     Port,
     RedisUrl,
+    RenewedPath,
     Seconds,
     StoreUrl,
     absolute,
@@ -83,7 +84,7 @@ class CommonSettings(BaseSettings):
     """File with the password of ``redis_url``'s user, where it should stand in no variable."""
     redis_url: RedisUrl = "redis://127.0.0.1:6379/0"
     """Where the services meet."""
-    tls_dir: AbsolutePath | None = None
+    tls_dir: RenewedPath | None = None
     """Folder of certificates that `precast keys tls` makes, a subfolder for each role: gRPC is
     mutual TLS then; none: it is plain."""
     otlp_endpoint: OtlpUrl | None = None
@@ -151,9 +152,9 @@ class GatewaySettings(CommonSettings):
     api_keys_dir: AbsolutePath = Field(default_factory=lambda data: data["home"] / "keys" / "api")
     """Folder of the API keys that `precast keys api create` makes; while there is none, no key is
     asked for."""
-    https_certificate: AbsolutePath | None = None
+    https_certificate: RenewedPath | None = None
     """PEM file with the server's certificate and those that vouch for it; none: plain HTTP."""
-    https_key: AbsolutePath | None = None
+    https_key: RenewedPath | None = None
     """PEM file with the key of ``https_certificate``."""
     metrics_host: str = "127.0.0.1"
     """Interface of ``metrics_port``."""

@@ -1,5 +1,6 @@
 """Types of settings that flags and environment give as text and a file may give as lists."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -14,8 +15,18 @@ from precast.system.redis_password import password_in, with_password
 
 def absolute(path: Path) -> Path:
     """With ``~`` expanded, relative to the working directory of the start."""
+    return _of_start(path, lambda path: path.expanduser().resolve())
+
+
+def _unresolved(path: Path) -> Path:
+    """The same, with its links: whoever renews what they lead to makes them lead elsewhere, as
+    mounts of secrets do."""
+    return _of_start(path, lambda path: path.expanduser().absolute())
+
+
+def _of_start(path: Path, made: Callable[[Path], Path]) -> Path:
     try:
-        return path.expanduser().resolve()
+        return made(path)
     except (RuntimeError, OSError) as error:  # no home folder is known, or a loop of links
         raise ValueError(str(error)) from None
 
@@ -112,6 +123,7 @@ RedisUrl = Annotated[str, AfterValidator(_redis_url), AfterValidator(_with_its_p
 OtlpUrl = Annotated[str, AfterValidator(_otlp_url)]
 StoreUrl = Annotated[str, AfterValidator(_store_url)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+RenewedPath = Annotated[Path, AfterValidator(_unresolved)]
 PasswordFile = Annotated[Path, AfterValidator(absolute), AfterValidator(_password_file)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

@@ -6,15 +6,18 @@ Hosts come and go, so a peer is known by its role, not by its host name: every c
 one for the name ``precast``.
 """
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, Self
 
 import grpc
 
 from precast.errors import ConfigError
-from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE, check
+from precast.log import get_logger
+from precast.rpc.tls_files import KEY_FILE, FileState, Pem, file_state, read
+
+log = get_logger(__name__)
 
 NAME: Final = "precast"
 
@@ -29,26 +32,23 @@ class Role(StrEnum):
     """Whoever runs ``precast graphs`` and ``precast workers``; may call everything."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Tls:
-    """What one role shows and trusts."""
+    """What one role shows and trusts, on connections that begin now: its files are read again when
+    they have changed. What can't be used of them leaves everything as it was."""
 
-    authority: bytes
-    certificate: bytes
-    key: bytes
+    def __init__(self, folder: Path) -> None:
+        """``folder``: the role's. Raises ``ConfigError``."""
+        self._folder = folder
+        self._lock = Lock()
+        """gRPC asks from threads of its own."""
+        self._state = file_state(folder)
+        self._pem = read(folder)
+        self._refused = ""
 
     @classmethod
     def load(cls, folder: Path | None, role: Role) -> Self | None:
         """None where there is no folder: connections are plain then. Raises ``ConfigError``."""
-        if folder is None:
-            return None
-        names = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
-        try:
-            authority, certificate, key = ((folder / role / name).read_bytes() for name in names)
-        except OSError as error:
-            raise ConfigError(f"tls_dir {error.filename}: {error.strerror}") from None
-        check(folder / role, authority=authority, certificate=certificate, key=key)
-        return cls(authority=authority, certificate=certificate, key=key)
+        return None if folder is None else cls(folder / role)
 
     @classmethod
     def of_this_machine(cls, folder: Path) -> Self | None:
@@ -57,13 +57,54 @@ class Tls:
         role = next((role for role in Role if (folder / role / KEY_FILE).exists()), Role.ADMIN)
         return cls.load(folder, role)
 
+    @property
+    def pem(self) -> Pem:
+        """As the files are now, or were when they could be used last."""
+        with self._lock:
+            if (state := file_state(self._folder)) != self._state:
+                self._renew(state)
+            return self._pem
+
     def of_server(self) -> grpc.ServerCredentials:
-        return grpc.ssl_server_credentials(
-            [(self.key, self.certificate)], self.authority, require_client_auth=True
+        """gRPC asks for the certificate before each handshake."""
+        shown = self.pem
+
+        def fetch() -> Any:  # None where nothing has changed, of which grpc's stubs don't know
+            nonlocal shown
+            if (now := self.pem) == shown:
+                return None
+            shown = now
+            return _of_server(now)
+
+        return grpc.dynamic_ssl_server_credentials(
+            _of_server(shown), fetch, require_client_authentication=True
         )
 
     def of_channel(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+        """For one channel: those that are opened later may show another certificate."""
+        return of_channel(self.pem)
+
+    def _renew(self, state: FileState) -> None:
+        """Where that fails, the next connection tries again; the log has each reason once."""
+        try:
+            self._pem = read(self._folder)
+        except ConfigError as error:
+            if str(error) != self._refused:
+                log.error("new certificate not used", reason=str(error))
+            self._refused = str(error)
+        else:
+            self._state, self._refused = state, ""
+            log.info("new certificate", folder=str(self._folder))
+
+
+def of_channel(pem: Pem) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(pem.authority, pem.key, pem.certificate)
+
+
+def _of_server(pem: Pem) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(pem.key, pem.certificate)], root_certificates=pem.authority
+    )
 
 
 _DECODE: Final = "/precast.decode.v1.DecodeService/"

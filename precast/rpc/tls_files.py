@@ -1,6 +1,7 @@
 """Looks at certificates before gRPC does, which takes anything: its connections fail then, one by
 one, and it does not say why."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,15 +14,47 @@ if TYPE_CHECKING:
 CA_FILE: Final = "ca.crt"
 CERTIFICATE_FILE: Final = "tls.crt"
 KEY_FILE: Final = "tls.key"
+_FILES: Final = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
 
 
-def check(folder: Path, *, authority: bytes, certificate: bytes, key: bytes) -> None:
-    """PEM files of ``folder``. Raises ``ConfigError`` for what is none, does not belong together or
+FileState = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pem:
+    """What one role shows and trusts."""
+
+    authority: bytes
+    certificate: bytes
+    key: bytes
+
+
+def read(folder: Path) -> Pem:
+    """The files of a role. Raises ``ConfigError`` for what is none, does not belong together or
     does not hold now."""
-    _check_holds(folder / CA_FILE, _certificates(folder / CA_FILE, authority))
-    [own, *_] = _certificates(folder / CERTIFICATE_FILE, certificate)
+    try:
+        authority, certificate, key = ((folder / name).read_bytes() for name in _FILES)
+    except OSError as error:
+        raise ConfigError(f"tls_dir {error.filename}: {error.strerror}") from None
+    pem = Pem(authority=authority, certificate=certificate, key=key)
+    _check(folder, pem)
+    return pem
+
+
+def file_state(folder: Path) -> FileState:
+    """Changes with the files; empty while one is away."""
+    try:
+        files = [(folder / name).stat() for name in _FILES]
+    except OSError:
+        return ()
+    return tuple(n for file in files for n in (file.st_mtime_ns, file.st_size, file.st_ino))
+
+
+def _check(folder: Path, pem: Pem) -> None:
+    _check_holds(folder / CA_FILE, _certificates(folder / CA_FILE, pem.authority))
+    [own, *_] = _certificates(folder / CERTIFICATE_FILE, pem.certificate)
     _check_holds(folder / CERTIFICATE_FILE, [own])
-    if _private_key(folder / KEY_FILE, key).public_key() != own.public_key():
+    if _private_key(folder / KEY_FILE, pem.key).public_key() != own.public_key():
         raise _wrong(folder / KEY_FILE, f"not the key of {CERTIFICATE_FILE}")
 
 
@@ -30,9 +63,12 @@ def _certificates(path: Path, pem: bytes) -> "list[Certificate]":
     from cryptography import x509
 
     try:
-        return x509.load_pem_x509_certificates(pem)
+        found = x509.load_pem_x509_certificates(pem)
     except ValueError:
         raise _wrong(path, "not a certificate in PEM") from None
+    if pem.count(b"-----") % 4:  # the parser passes over a last one that is half there
+        raise _wrong(path, "ends within a certificate")
+    return found
 
 
 def _private_key(path: Path, pem: bytes) -> Any:

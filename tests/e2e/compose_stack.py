@@ -18,8 +18,8 @@ import httpx
 
 from precast.proto.admin.v1 import admin_service_pb2_grpc
 from precast.proto.decode.v1 import decode_service_pb2, decode_service_pb2_grpc
-from precast.rpc.tls import NAME, Role, Tls
-from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE
+from precast.rpc.tls import NAME, Role, of_channel
+from precast.rpc.tls_files import CA_FILE, CERTIFICATE_FILE, KEY_FILE, Pem
 from precast.system.process import available_cpus
 
 ROOT = Path(__file__).parents[2]
@@ -131,18 +131,18 @@ class Stack:
         return self.run("credentials", "api-key")
 
     @functools.cached_property
-    def admin_tls(self) -> Tls:
+    def admin_tls(self) -> Pem:
         names = [f"{CREDENTIALS}/{Role.ADMIN}/{name}" for name in _TLS_FILES]
         return _tls(self.run("admin", *names, entrypoint="cat"))
 
-    def tls(self, service: str, role: Role) -> Tls:
+    def tls(self, service: str, role: Role) -> Pem:
         """What a running service shows."""
         names = " ".join(f"{CREDENTIALS}/{role}/{name}" for name in _TLS_FILES)
         return _tls(self.shell(service, f"cat {names}"))
 
-    def channel(self, service: str, port: int, tls: Tls) -> grpc.Channel:
+    def channel(self, service: str, port: int, tls: Pem) -> grpc.Channel:
         options = [("grpc.ssl_target_name_override", NAME)]
-        return grpc.secure_channel(self.address(service, port), tls.of_channel(), options)
+        return grpc.secure_channel(self.address(service, port), of_channel(tls), options)
 
     def post(self, path: str, body: dict[str, Any], key: str | None = None) -> httpx.Response:
         """With the API key of the first start, or another one; "": with none."""
@@ -185,11 +185,11 @@ class Stack:
 _TLS_FILES = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
 
 
-def _tls(pem: str) -> Tls:
+def _tls(pem: str) -> Pem:
     """Out of the three files, one after the other."""
     block = re.compile(r"-----BEGIN [^-]+-----.+?-----END [^-]+-----\n?", re.DOTALL)
     authority, certificate, key = (found.encode() for found in block.findall(pem))
-    return Tls(authority=authority, certificate=certificate, key=key)
+    return Pem(authority=authority, certificate=certificate, key=key)
 
 
 def docker(*arguments: str) -> str:

@@ -138,6 +138,14 @@ def test_paths_follow_home() -> None:
     assert settings.cache_dir == Path.cwd() / "here" / "cache" / "graphs"
 
 
+def test_links_of_certificates_stay_for_they_may_lead_elsewhere_later(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "now").symlink_to("old")
+    settings = load_settings(GatewaySettings, tls_dir="now", home="now")
+    assert settings.tls_dir == tmp_path / "now"
+    assert settings.home == (tmp_path / "old").resolve()
+
+
 def test_advertised_address() -> None:
     assert load_settings(DecodeWorkerSettings, listen="10.0.0.1:1").advertise == "10.0.0.1:1"
     everywhere = load_settings(CompileWorkerSettings, listen="0.0.0.0:7100")
