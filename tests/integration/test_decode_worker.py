@@ -5,6 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 
@@ -175,6 +176,24 @@ def test_tokens_are_allowed_or_banned_whatever_the_model_prefers(worker: DecodeW
     assert answer.end.finished.reason == pb.FINISH_REASON_LENGTH
 
 
+def test_no_banned_sequence_turns_up_whatever_the_model_prefers(worker: DecodeWorker) -> None:
+    """Whether the likeliest tokens are drawn or others, beside a stream that has none."""
+    client = worker.client()
+    client.start("free", worker.request([9], 40, stop=ENDLESS))
+    free = client.finish("free").token_ids
+    pairs = set(pairwise(free))
+    banned = {"banned_sequences": [{"token_ids": pair} for pair in pairs]}
+    warm = {**banned, "temperature": 1.0, "seed": 4}
+    client.start("free", worker.request([9], 40, stop=ENDLESS))
+    client.start("banned", worker.request([9], 40, sampling=banned, stop=ENDLESS))
+    client.start("warm", worker.request([9], 40, sampling=warm, stop=ENDLESS))
+    found = client.finish("banned").token_ids
+    assert found[0] == free[0]  # the pairs may end, and do not
+    for tokens in (found, client.finish("warm").token_ids):
+        assert not pairs & set(pairwise(tokens))
+    assert client.finish("free").token_ids == free
+
+
 def test_logprobs_come_with_every_token(worker: DecodeWorker) -> None:
     client = worker.client()
     client.start("a", worker.request([1], 3, logprobs=2, stop=ENDLESS))
@@ -311,6 +330,29 @@ def test_a_long_prompt_in_chunks_reads_as_a_short_one(tiny_home: Path, tiny_redi
             {"sampling": pb.SamplingParams(allowed_token_ids=[7], banned_token_ids=[7])},
             pb.ERROR_CODE_INVALID_ARGUMENT,
             "no token is left",
+        ),
+        (
+            {
+                "sampling": pb.SamplingParams(
+                    allowed_token_ids=[7], banned_sequences=[pb.TokenSequence(token_ids=[1, 7])]
+                )
+            },
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "no token is left",
+        ),
+        (
+            {"sampling": pb.SamplingParams(banned_sequences=[pb.TokenSequence()])},
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "banned_sequences: one is empty",
+        ),
+        (
+            {
+                "sampling": pb.SamplingParams(
+                    banned_sequences=[pb.TokenSequence(token_ids=[1] * 9000)]
+                )
+            },
+            pb.ERROR_CODE_INVALID_ARGUMENT,
+            "9000 tokens",
         ),
         ({"sampling": pb.SamplingParams(min_p=1.5)}, pb.ERROR_CODE_INVALID_ARGUMENT, "min_p"),
         (

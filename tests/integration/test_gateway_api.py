@@ -120,7 +120,8 @@ def test_log_probabilities_of_prompts_and_what_is_against_them(gateway: Gateway)
         ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
         ({"allowed_token_ids": [1], "guided_regex": "a"}, "allowed_token_ids"),
         ({"bad_words": ["a"], "guided_regex": "a"}, "bad_words"),
-        ({"bad_words": ["unheard-of"]}, "bad_words"),
+        ({"bad_words": ["unheard-of " * 400, "much " * 1000]}, "bad_words"),
+        ({"bad_words": ["ab"], "guided_regex": "a"}, "bad_words"),
         ({"bad_words": [" "]}, "bad_words"),
         ({"bad_words": [""]}, "bad_words[0]"),
         ({"bad_words": "a"}, "bad_words"),
@@ -150,6 +151,31 @@ def test_single_tokens_are_forbidden(gateway: Gateway, path: str) -> None:
     assert set(said(allowed_token_ids=tokens[:1])) == {tokens[0]}
     assert tokens[0] in said(bad_words=["y"])
     assert not {tokens[1]} & set(said(bad_words=["y"]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_words_of_several_tokens_are_forbidden(gateway: Gateway, path: str, stream: bool) -> None:
+    """Each choice says their tokens, and never one behind the other."""
+    messages = [{"role": "user", "content": "abcab"}]
+    body = {"model": "tiny", "prompt": "abcab", "messages": messages, "max_tokens": 60, "n": 2}
+
+    def said(words: list[str]) -> list[str]:
+        answer = gateway.post(path, json={**body, "bad_words": words, "stream": stream})
+        assert answer.status_code == 200, answer.text
+        lines = answer.text.splitlines() if stream else [f"data: {answer.text}"]
+        found = ["", ""]
+        for line in lines:
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    message = choice.get("delta") or choice.get("message") or choice
+                    found[choice["index"]] += message.get("text") or message.get("content") or ""
+        return found
+
+    for text in said(["x"]):
+        assert "ab" in text and "bca" in text
+    for text in said(["ab", "bca"]):
+        assert "ac" in text and "ab" not in text and "bca" not in text
 
 
 def test_completion(client: openai.OpenAI) -> None:

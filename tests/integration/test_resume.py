@@ -28,6 +28,8 @@ SCHEMA = json.dumps(
         },
     }
 )
+PAIRS = [{"token_ids": [first, second]} for first in range(60) for second in range(0, 128, 2)]
+"""Half of what may follow a token."""
 KINDS: list[dict[str, Any]] = [
     {},
     {"sampling": {"temperature": 1.2, "seed": 5}, "logprobs": 2},
@@ -41,6 +43,7 @@ KINDS: list[dict[str, Any]] = [
     {"constraint": {"json_schema": SCHEMA}, "sampling": {"frequency_penalty": 0.4}},
     {"stop": {"min_tokens": 60, "stop_strings": ["e", "t"], "include_stop_string": True}},
     {"stop": {"show_special_tokens": True}, "logprobs": 0},
+    {"sampling": {"banned_sequences": PAIRS}},
 ]
 
 

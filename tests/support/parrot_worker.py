@@ -93,11 +93,21 @@ class Speech:
     def tokenizer(self) -> Tokenizer:
         return self.table.tokenizer
 
+    def _next(self, words: list[int]) -> int:
+        """The word whose turn it is, or the next one that completes nothing forbidden."""
+        banned = [list(one.token_ids) for one in self.start.sampling.banned_sequences]
+        at = len(self.ids) % len(words)
+        for token in (*words[at:], *words[:at]):
+            said = [*self.ids, token]
+            if not any(said[-len(ids) :] == ids for ids in banned):
+                return token
+        raise AssertionError("nothing is left to say")
+
     def step(self) -> tuple[int, str, pb.TokenLogprob | None]:
         """A token, the text that it completes, and its report."""
         prompt = self.start.prompt_token_ids
         words = self.words or self._heard
-        self.ids.append(words[len(self.ids) % len(words)])
+        self.ids.append(self._next(words))
         if len(self.ids) == len(self.words):
             self.finished = pb.FINISH_REASON_STOP
         full = len(prompt) + len(self.ids) >= self.max_context_length

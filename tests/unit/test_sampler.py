@@ -110,6 +110,45 @@ def test_no_token_ends_a_sequence_too_early() -> None:
     assert draw(sampler, logits[:2], 0, 1).tokens == [1, 2]
 
 
+def banned(*sequences: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> dict[str, object]:
+    return {"banned_sequences": tuple(one.tobytes() for one in sequences)}
+
+
+def test_no_sequence_is_completed_that_must_not_be() -> None:
+    """Beside a bias, in a batch with others, at a sequence's own places alone."""
+    sampler = Sampler(slots=3)
+    bias = {"bias_token_ids": int32(2).tobytes(), "bias_values": np.float32([2.5]).tobytes()}
+    sampler.start(new_sampling(0, **banned(int32(3, 3), int32(3, 1, 3))))
+    sampler.start(new_sampling(1, **banned(int32(3, 3, 3), int32(2, 2)), **bias))
+    sampler.start(new_sampling(2))
+    logits = torch.tensor([0.0, 1.0, 0.5, 2.0]).expand(3, -1)
+    drawn = [draw(sampler, logits, 0, 1, 2, drawn=step).tokens for step in range(5)]
+    assert [row[0] for row in drawn] == [3, 1, 1, 3, 1]
+    assert [row[1] for row in drawn] == [2, 3, 2, 3, 2]
+    assert [row[2] for row in drawn] == [3] * 5
+    sampler.start(new_sampling(0))  # of another sequence
+    assert [draw(sampler, logits[:1], 0).tokens for _ in range(2)] == [[3], [3]]
+
+
+def test_what_was_drawn_before_counts_for_banned_sequences_of_one_that_comes_back() -> None:
+    sampler = Sampler(slots=1)
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    seen = {"output_token_ids": int32(0, 2).tobytes()}
+    sampler.start(new_sampling(0, **banned(int32(0, 2, 2)), **seen))
+    assert [draw(sampler, logits, 0).tokens for _ in range(2)] == [[1], [2]]
+    sampler.start(new_sampling(0, **banned(int32(0, 2, 2))))
+    assert [draw(sampler, logits, 0).tokens for _ in range(2)] == [[2], [2]]
+
+
+def test_a_sequence_that_must_not_turn_up_holds_before_the_least_number_of_tokens_too() -> None:
+    sampler = Sampler(slots=1)
+    endings = {"min_tokens": 2, "ending_token_ids": int32(3).tobytes()}
+    sampler.start(new_sampling(0, **banned(int32(2, 2)), **endings))
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    drawn = [draw(sampler, logits, 0, drawn=step).tokens for step in range(3)]
+    assert drawn == [[2], [1], [3]]
+
+
 def test_masks_are_of_the_draws_that_they_were_made_for() -> None:
     """Beside a bias, with other draws between them, and none for a draw that is for nothing."""
     sampler = Sampler(slots=4)

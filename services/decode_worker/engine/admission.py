@@ -10,7 +10,7 @@ from precast.errors import InvalidRequest, ModelNotFound
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.decode_worker.engine.pooling import Pooling
 from services.decode_worker.engine.ranges import check_range
-from services.decode_worker.engine.requested_biases import token_biases
+from services.decode_worker.engine.requested_biases import banned_sequences, token_biases
 from services.decode_worker.engine.resume import resumed_output
 from services.decode_worker.engine.sequence import SamplingSpec, Sequence
 
@@ -132,6 +132,7 @@ def _sampling(start: pb.StartGeneration, vocab_size: int, endings: frozenset[int
         bias_values=bias_values,
         min_tokens=start.stop.min_tokens,
         ending_token_ids=_endings(endings, vocab_size) if start.stop.min_tokens else b"",
+        banned_sequences=banned_sequences(given, vocab_size),
     )
 
 

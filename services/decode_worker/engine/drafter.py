@@ -26,7 +26,7 @@ class Drafter:
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence is new."""
-        plain = not sequence.sampling.penalises and sequence.matcher is None
+        plain = not sequence.sampling.looks_back and sequence.matcher is None
         if self._graph_sizes is not None and plain:
             sequence.drafting = Drafting()
 

@@ -14,6 +14,8 @@ from services.decode_worker.engine.ranges import check_range
 MAX_BIAS: Final = 100.0
 MAX_BIAS_ENTRIES: Final = 1 << 16
 """Half a megabyte to the rank. Vocabularies may be larger, but no client names them all."""
+MAX_BANNED_TOKENS: Final = 1 << 13
+"""Of all banned sequences."""
 
 
 def token_biases(
@@ -28,10 +30,27 @@ def token_biases(
         forbidden = _forbidden(given, vocab_size)
         bias[forbidden] = -np.inf
         forbidden[[token for token in early if token < vocab_size]] = True
+        forbidden[_ids("banned_sequences", _last_tokens(given), vocab_size)] = True
         if forbidden.all():
             raise InvalidRequest("allowed_token_ids: no token is left that may be drawn")
     ids = np.flatnonzero(~np.isnan(bias))  # in this order for the rank's caches
     return ids.astype(np.int32).tobytes(), bias[ids].tobytes()
+
+
+def banned_sequences(given: pb.SamplingParams, vocab_size: int) -> tuple[bytes, ...]:
+    """int32 ids of each. Raises InvalidRequest, naming the field."""
+    sequences = [one.token_ids for one in given.banned_sequences]
+    if (count := sum(map(len, sequences))) > MAX_BANNED_TOKENS:
+        raise InvalidRequest(f"banned_sequences has {count} tokens: at most {MAX_BANNED_TOKENS}")
+    if not all(sequences):
+        raise InvalidRequest("banned_sequences: one is empty")
+    found = (_ids("banned_sequences", ids, vocab_size) for ids in sequences)
+    return tuple(ids.astype(np.int32).tobytes() for ids in found)
+
+
+def _last_tokens(given: pb.SamplingParams) -> list[int]:
+    """Those that may be forbidden at some place."""
+    return [one.token_ids[-1] for one in given.banned_sequences if one.token_ids]
 
 
 def _bias(given: pb.SamplingParams, vocab_size: int) -> NDArray[np.float32]:

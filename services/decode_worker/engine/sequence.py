@@ -41,14 +41,18 @@ class SamplingSpec:
     """Tokens before which none of ``ending_token_ids`` is drawn."""
     ending_token_ids: bytes = b""
     """int32."""
+    banned_sequences: tuple[bytes, ...] = ()
+    """int32 each."""
 
     @property
-    def penalises(self) -> bool:
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+    def looks_back(self) -> bool:
+        """Whether what was drawn before changes what is drawn next, beyond the logits."""
+        penalties = self.presence_penalty or self.frequency_penalty
+        return bool(self.repetition_penalty != 1 or penalties or self.banned_sequences)
 
     def is_likeliest(self, drawn: int) -> bool:
         """Whether the likeliest token is wanted as it stands, and nothing else, behind so many."""
-        changed = self.temperature or self.bias_token_ids or self.penalises
+        changed = self.temperature or self.bias_token_ids or self.looks_back
         return not (changed or self.logprobs >= 0 or drawn < self.min_tokens)
 
 

@@ -245,9 +245,10 @@ def _start_sampling(sequence: Sequence) -> StartSampling:
         presence_penalty=spec.presence_penalty,
         frequency_penalty=spec.frequency_penalty,
         prompt_token_ids=_ints(sequence.prompt) if repeats else b"",
-        output_token_ids=_ints(sequence.output) if spec.penalises else b"",
+        output_token_ids=_ints(sequence.output) if spec.looks_back else b"",
         bias_token_ids=spec.bias_token_ids,
         bias_values=spec.bias_values,
         min_tokens=spec.min_tokens,
         ending_token_ids=spec.ending_token_ids,
+        banned_sequences=spec.banned_sequences,
     )

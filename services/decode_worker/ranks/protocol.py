@@ -135,13 +135,15 @@ class StartSampling(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompt_token_ids: bytes
     """Filled only where there is a repetition penalty."""
     output_token_ids: bytes
-    """Filled only where there is a penalty."""
+    """Filled only where there is a penalty, or a banned sequence."""
     bias_token_ids: bytes
     bias_values: bytes
     """Little-endian float32."""
     min_tokens: int = 0
     """None of ``ending_token_ids`` is drawn before so many tokens."""
     ending_token_ids: bytes = b""
+    banned_sequences: tuple[bytes, ...] = ()
+    """Token ids of each: its last one is not drawn behind the others."""
 
 
 class ScoredRows(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,7 @@ What doesn't change while a sequence lives is set once (``start``). Counts for p
 here, so that a step only names slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from precast.ops.draw_status import DrawStatus
 from precast.ops.sampling import INTS, REALS, ByRow, Columns, Drawings, sample
+from services.decode_worker.ranks.banned_sequences import BannedSequences
 from services.decode_worker.ranks.protocol import Logprobs, Masks, StartSampling
-from services.decode_worker.ranks.token_biases import NO_BIAS, Bias, SlotBias, slot_bias
+from services.decode_worker.ranks.token_biases import NO_BIAS, Bias, SlotBias, slot_bias, without
 from services.decode_worker.ranks.token_counts import TokenCounts
 
 Ints = NDArray[np.int32]
@@ -70,6 +71,8 @@ class Sampler:
     """By slot, of sequences with penalties."""
     _biases: dict[int, SlotBias] = field(default_factory=dict, init=False)
     """By slot, of sequences with a bias."""
+    _banned: dict[int, BannedSequences] = field(default_factory=dict, init=False)
+    """By slot, of sequences whose output must not have some others in it."""
     _biased: tuple[list[Bias], ByRow] | None = field(default=None, init=False)
     """The last step's biases: mostly the next step's too."""
 
@@ -85,12 +88,16 @@ class Sampler:
         self._ints[slot] = (message.top_k, seed, 0, message.logprobs, -1)
         self._counts.pop(slot, None)
         self._biases.pop(slot, None)
+        self._banned.pop(slot, None)
         self._biased = None
         if _penalises(message):
             prompt, output = _ids(message.prompt_token_ids), _ids(message.output_token_ids)
             self._counts[slot] = TokenCounts(prompt, output)
         if message.bias_token_ids or message.min_tokens:
             self._biases[slot] = slot_bias(message)
+        if message.banned_sequences:
+            output = _ids(message.output_token_ids)
+            self._banned[slot] = BannedSequences(message.banned_sequences, output)
 
     def draw(
         self, logits: Tensor, slots: Ints, drawn: Ints, masks: DrawMasks | None = None
@@ -117,11 +124,9 @@ class Sampler:
         return Drawn(tokens=tokens, logprobs=found, failed=_failed(result))
 
     def _count(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        if not self._counts:
-            return
-        for slot, token in zip(rows, tokens, strict=True):
-            if token >= 0 and (counts := self._counts.get(slot)) is not None:
-                counts.add(token)
+        for kept in (self._counts, self._banned):
+            if kept:
+                _add(kept, rows, tokens)
 
     def _seen(self, rows: Sequence[int]) -> ByRow | None:
         found = [self._counts.get(slot) for slot in rows] if self._counts else []
@@ -131,19 +136,31 @@ class Sampler:
         return _by_row(ids, [counts.counts if counts else _NO_IDS for counts in found])
 
     def _bias(self, rows: Sequence[int], drawn: Sequence[int]) -> ByRow | None:
-        if not any(slot in self._biases for slot in rows):
+        if not any(slot in self._biases or slot in self._banned for slot in rows):
             return None
-        found = [
-            self._biases[slot].at(before) if slot in self._biases else NO_BIAS
-            for slot, before in zip(rows, drawn, strict=True)
-        ]
+        found = [self._bias_of(*row) for row in zip(rows, drawn, strict=True)]
         if self._biased is None or self._biased[0] != found:
             entries = _by_row([bias.ids for bias in found], [bias.values for bias in found])
             self._biased = (found, entries)
         return self._biased[1]
 
+    def _bias_of(self, slot: int, drawn: int) -> Bias:
+        bias = self._biases[slot].at(drawn) if slot in self._biases else NO_BIAS
+        banned = self._banned.get(slot)
+        return bias if banned is None else without(bias, banned.forbidden)
+
 
 _NO_IDS: Final = np.empty(0, dtype=np.int32)
+
+
+def _add(
+    kept: Mapping[int, TokenCounts] | Mapping[int, BannedSequences],
+    rows: Sequence[int],
+    tokens: Sequence[int],
+) -> None:
+    for slot, token in zip(rows, tokens, strict=True):
+        if token >= 0 and (one := kept.get(slot)) is not None:
+            one.add(token)
 
 
 def _penalises(message: StartSampling) -> bool:

@@ -40,8 +40,15 @@ def slot_bias(message: StartSampling) -> SlotBias:
         values=np.frombuffer(message.bias_values, dtype=np.float32),
     )
     endings = np.frombuffer(message.ending_token_ids, dtype=np.int32)
-    early = Bias(
-        ids=np.concatenate((later.ids, endings)),
-        values=np.concatenate((later.values, np.full(len(endings), -np.inf, dtype=np.float32))),
-    )
+    early = without(later, endings)
     return SlotBias(early=early, later=later, min_tokens=message.min_tokens)
+
+
+def without(bias: Bias, tokens: NDArray[np.int32]) -> Bias:
+    """The same, and none of the tokens is drawn."""
+    if not tokens.size:
+        return bias
+    return Bias(
+        ids=np.concatenate((bias.ids, tokens)),
+        values=np.concatenate((bias.values, np.full(len(tokens), -np.inf, dtype=np.float32))),
+    )

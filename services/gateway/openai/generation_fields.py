@@ -100,7 +100,7 @@ class GenerationFields(StructureFields):
     bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(
         default=None, max_length=MAX_BAD_WORDS
     )
-    """Extension, as vLLM has it: words that are not drawn. Refused for one of several tokens."""
+    """Extension, as vLLM has it: words that don't turn up, with or without a blank before them."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Extension, as vLLM has it: log-probabilities of the prompt's tokens, with so many of the
     likeliest ones beside each."""

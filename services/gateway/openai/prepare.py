@@ -13,7 +13,7 @@ from msgspec import UNSET
 from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.tokenizer.model_tokenizer import ModelTokenizer, TokenizerStore
-from services.gateway.openai.bad_words import banned_ids
+from services.gateway.openai.bad_words import banned_tokens
 from services.gateway.openai.chat_constraint import chat_constraint, special_ids
 from services.gateway.openai.checks import check_choices, check_fields, check_free, scored
 from services.gateway.openai.embeddings.fields import EmbeddingRequest, Pooling
@@ -77,7 +77,7 @@ class Planner:
         prompts = [truncated(body, ids, most) for ids in whole]
         each = body.generated_per_prompt
         wanted = _wanted(body, stops_of(body, tokenizer, limit, len(prompts) * each))
-        wanted = replace(wanted, banned=await banned_ids(body.bad_words or (), limited))
+        wanted = replace(wanted, banned=await banned_tokens(body.bad_words or (), limited))
         check_free(body, wanted)
         starts = [
             start_of(body, ids, _completion_budget(body, len(ids), limit), wanted, choice)
@@ -129,7 +129,7 @@ class Planner:
             stops=stops_of(body, tokenizer, limit, count),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
-            banned=await banned_ids(body.bad_words or (), limited),
+            banned=await banned_tokens(body.bad_words or (), limited),
             constraint=chat_constraint(body, use, tokenizer, reading),
             show_special_tokens=body.skip_special_tokens is False
             or bool(special_ids(reading.marks, tokenizer)),

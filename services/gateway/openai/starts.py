@@ -6,6 +6,7 @@ from typing import Final
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.tokenizer.model_tokenizer import ModelTokenizer
+from services.gateway.openai.bad_words import NOTHING_BANNED, Banned
 from services.gateway.openai.errors import context_length_exceeded, invalid
 from services.gateway.openai.generation_fields import GenerationFields
 
@@ -22,8 +23,7 @@ class Wanted:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: pb.OutputConstraint | None = None
-    banned: Sequence[int] = ()
-    """Tokens that are not drawn."""
+    banned: Banned = NOTHING_BANNED
     show_special_tokens: bool = False
 
 
@@ -80,7 +80,8 @@ def _sampling(body: GenerationFields, wanted: Wanted, choice: int) -> pb.Samplin
         repetition_penalty=body.repeat_penalty if repetition is None else repetition,
         logit_bias=body.logit_bias,
         allowed_token_ids=body.allowed_token_ids or (),
-        banned_token_ids=wanted.banned,
+        banned_token_ids=wanted.banned.tokens,
+        banned_sequences=[pb.TokenSequence(token_ids=ids) for ids in wanted.banned.sequences],
     )
 
 
