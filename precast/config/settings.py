@@ -130,7 +130,16 @@ class GatewaySettings(CommonSettings):
     allow_control_tokens: bool = False
     """Take ``<|im_end|>`` and the like in messages as control tokens, not as text."""
     tool_parser: Literal[
-        "auto", "none", "hermes", "llama3", "mistral", "gemma", "phi4", "qwen3_coder", "generic"
+        "auto",
+        "none",
+        "hermes",
+        "llama3",
+        "mistral",
+        "gemma",
+        "phi4",
+        "qwen3_coder",
+        "glm4",
+        "generic",
     ] = "auto"
     """How models write calls of tools; auto: as the chat template shows; none: no tools."""
     reasoning_parser: Literal["auto", "none", "think"] = "auto"

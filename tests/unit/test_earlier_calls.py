@@ -96,6 +96,13 @@ SHOWN = {
         "<tool_response>\ncold\n</tool_response>",
     ),
 }
+GLM = (Path(__file__).parents[1] / "data/glm_z1_0414.jinja").read_text()
+SHOWN["glm"] = (
+    GLM,
+    '[gMASK]<sop><|user|>\nGo.<|assistant|>\nLet me look.<|assistant|>get_a\n{"city": "Oslo"}'
+    '<|observation|>\ncold<|assistant|>get_b\n{"city": "Rome"}<|observation|>\nwarm'
+    "<|assistant|>\n<think>",
+)
 SHOWN["tilde"] = TILDE, SHOWN["joined"][1]
 
 

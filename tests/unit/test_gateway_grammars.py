@@ -103,6 +103,7 @@ def test_a_schema_in_a_grammar_can_not_choose_to_be_read_leniently() -> None:
         ("{% if tools %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}<|tool|>", "phi4"),
         ("{% if tools %}<start_function_call>", "gemma"),
+        ("{% if tools %}Json 格式表示调用的参数", "glm4"),
         ("{{ messages }}", "generic"),
         ("{{ tools }}", "generic"),
     ],

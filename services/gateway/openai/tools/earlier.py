@@ -28,9 +28,10 @@ _Message = Mapping[str, Any]
 class CallStyle:
     """A way to show earlier calls."""
 
-    by: Literal["template", "content", "user"] = "template"
-    """The template itself, from the messages' calls; the content of the assistant's messages, as
-    the model writes calls; or that, with results as words of the user."""
+    by: Literal["template", "metadata", "content", "user"] = "template"
+    """The template itself, from the messages' calls, or from functions' names in ``metadata``; the
+    content of the assistant's messages, as the model writes calls; or that, with results as words
+    of the user."""
     arguments_as_text: bool = False
     one_a_turn: bool = False
     """A turn for each call, with its result behind it."""
@@ -41,6 +42,7 @@ _STYLES: Final = (
     CallStyle(arguments_as_text=True),
     CallStyle(one_a_turn=True),
     CallStyle(one_a_turn=True, arguments_as_text=True),
+    CallStyle(by="metadata", one_a_turn=True, arguments_as_text=True),
     CallStyle(by="content"),
     CallStyle(by="user"),
 )
@@ -49,7 +51,7 @@ _STYLES: Final = (
 
 @lru_cache(maxsize=16)
 def style_of(template: ChatTemplate) -> CallStyle:
-    """How to show calls to this template. It is rendered up to six times, 2 s each at most."""
+    """How to show calls to this template. It is rendered up to seven times, 2 s each at most."""
     if not knows_tools(template.source):
         return CallStyle(by="user")
     return next((style for style in _STYLES if _shows_all(template, style)), CallStyle())
@@ -64,7 +66,8 @@ def shown_earlier(
         return explained(found, []), {}
     if style.by == "content":
         return _in_content(found, format_of(template) or GENERIC)
-    return (list(_one_a_turn(found)) if style.one_a_turn else found), {}
+    turns = list(_one_a_turn(found)) if style.one_a_turn else found
+    return (list(_with_metadata(turns)) if style.by == "metadata" else turns), {}
 
 
 def _one_a_turn(messages: Sequence[_Message]) -> Iterator[_Message]:
@@ -85,6 +88,20 @@ def _one_a_turn(messages: Sequence[_Message]) -> Iterator[_Message]:
             results = [one for one in results if one not in own]
             yield from own
         yield from results
+
+
+def _with_metadata(messages: Sequence[_Message]) -> Iterator[_Message]:
+    """As GLM-4's template has them: a turn for each call, and the role of its result."""
+    for message in messages:
+        if message["role"] == "tool":
+            yield {**message, "role": "observation"}
+            continue
+        calls = message.get("tool_calls", ())
+        if message["content"] or not calls:
+            yield {key: value for key, value in message.items() if key != "tool_calls"}
+        for function in (call["function"] for call in calls):
+            said = {"metadata": function["name"], "content": function["arguments"]}
+            yield {"role": message["role"], **said}
 
 
 def _in_content(

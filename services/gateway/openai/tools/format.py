@@ -19,7 +19,7 @@ class ToolFormat:
     seen_in: tuple[str, ...] = ()
     """Texts of a chat template that mean this format."""
     head: str = '{{"name": {name}, "arguments": '
-    """How a call begins, behind the mark; ``name`` is put in as JSON."""
+    """How a call begins, behind the mark; ``name`` is put in as JSON, ``plain`` as it is."""
     tail: str = "}"
     can_be_strict: bool = True
     """Whether arguments are JSON, which a schema can be enforced on."""
@@ -43,7 +43,8 @@ class ToolFormat:
         tail = self.tail
         for own, other in instead.items():
             mark, tail = mark.replace(own, other), tail.replace(own, other)
-        name, arguments = (
-            json.dumps(function[key], ensure_ascii=False) for key in ("name", "arguments")
-        )
-        return f"{mark}{self.head.format(name=name)}{arguments}{tail}"
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        return f"{mark}{self.head_of(function['name'])}{arguments}{tail}"
+
+    def head_of(self, function: str) -> str:
+        return self.head.format(name=json.dumps(function, ensure_ascii=False), plain=function)

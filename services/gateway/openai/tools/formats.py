@@ -8,6 +8,7 @@ from typing import Final
 from services.gateway.openai.tools import (
     gemma,
     generic,
+    glm,
     hermes,
     llama,
     mistral,
@@ -18,6 +19,7 @@ from services.gateway.openai.tools.format import ToolFormat
 
 _BY_TEMPLATE: Final = (
     *(gemma.FORMAT, mistral.FORMAT, phi.FORMAT, qwen_coder.FORMAT, hermes.FORMAT, llama.FORMAT),
+    glm.FORMAT,
 )
 """In this order: marks of the first ones are in no template of the later ones."""
 FORMATS: Final[Mapping[str, ToolFormat]] = {

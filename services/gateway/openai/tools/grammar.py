@@ -1,10 +1,12 @@
 """Grammars that make a model call a tool, or call it rightly."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
 from precast.json_schema import without_idle
+from services.gateway.openai.tools.call_body import ObjectCall
 from services.gateway.openai.tools.fields import Tool
 from services.gateway.openai.tools.format import ToolFormat
 
@@ -55,11 +57,14 @@ def strict_lark(
     ``marks``: the format's marks, as Lark writes them; ``content``: the schema of an answer without
     calls, None for any text.
     """
-    if not marks and content is not None:
+    named = form.syntax.bare_body is not ObjectCall
+    if not marks and content is not None and not named:
         return _bare_or(content, tools)
     bodies = [f"body_{at}: {_body(form, tool)}" for at, tool in enumerate(tools)]
     body = "body: " + " | ".join(f"body_{at}" for at in range(len(tools)))
-    if not marks:
+    if named:
+        start = _named(tools, content)
+    elif not marks:
         start = ["start: body | text", r'text: /[^{\[](.|\n)*/ | ""']
     elif content is None:
         start = _within_text(marks, several=several)
@@ -92,6 +97,14 @@ def _instead_of(marks: Sequence[str], content: str, *, several: bool) -> list[st
     ]
 
 
+def _named(tools: Sequence[Tool], content: str | None) -> list[str]:
+    """A call begins with the line of a function's name, and no text does."""
+    if content is not None:
+        return ["start: body | answer", f"answer: {json_in_lark(json.loads(content))}"]
+    names = "|".join(re.escape(tool.function.name) for tool in tools)
+    return ["start: body | TEXT", rf"TEXT: {_TEXT} & ~/[ \t\r\n]*({names})[ \t\r]*\n(.|\n)*/"]
+
+
 def _bare_or(content: str, tools: Sequence[Tool]) -> str:
     """A call is the whole answer, as the object that it may be otherwise: one schema for both."""
     calls = [_call(tool, f"#/$defs/{_def(at)}") for at, tool in enumerate(tools)]
@@ -103,9 +116,10 @@ def _bare_or(content: str, tools: Sequence[Tool]) -> str:
 
 
 def _body(form: ToolFormat, tool: Tool) -> str:
-    head = form.head.format(name=json.dumps(tool.function.name))
+    head = json.dumps(form.head_of(tool.function.name))
+    tail = json.dumps(form.tail) if form.tail else ""
     schema = tool.function.schema_of_arguments if tool.function.strict else {"type": "object"}
-    return f"{json.dumps(head)} {json_in_lark(schema)} {json.dumps(form.tail)}"
+    return f"{head} {json_in_lark(schema)} {tail}"
 
 
 def _call(tool: Tool, arguments: str) -> _Schema:

@@ -27,7 +27,9 @@ class Syntax:
     ends: tuple[str, ...] = ()
     """End a region. It also ends where no further call follows."""
     bare: bool = False
-    """An answer that begins with the object of a known function is a call without a mark."""
+    """An answer that begins with a call of a known function needs no mark."""
+    bare_body: Callable[[Collection[str]], CallBody] = ObjectCall
+    """Reads such a call, of one of the functions' names."""
     body: Callable[..., CallBody] = ObjectCall
     """Reads one call behind a mark."""
 
@@ -40,6 +42,9 @@ class CallReader:
         self._syntax = syntax
         self._names = names
         self._most = most
+        named = syntax.bare_body is not ObjectCall
+        self._first_letters = {name[0] for name in names} if named else {"{", "["}
+        """Of answers that are calls."""
         self._state = self._at_start if syntax.bare else self._outside
         self._waiting = ""
         """Text outside of regions that may be the beginning of a mark, or blanks before one."""
@@ -98,7 +103,7 @@ class CallReader:
         if not found:
             self._waiting = waiting
             return ""
-        if found[0] not in "{[":
+        if found[0] not in self._first_letters:
             self._state, self._waiting = self._outside, ""
             return waiting
         self._waiting = waiting[: len(waiting) - len(found)]
@@ -161,7 +166,9 @@ class CallReader:
                 self._raw.append(letter)
                 continue
             if self._body is None:
-                self._body = ObjectCall(self._names) if self._bare else self._syntax.body()
+                self._body = (
+                    self._syntax.bare_body(self._names) if self._bare else self._syntax.body()
+                )
                 self._begun, self._call = False, []
             rest = self._in_call(self._body, letter)
             if self._state != self._within:
