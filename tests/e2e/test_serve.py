@@ -91,8 +91,8 @@ def test_stops_everything(stack: Serve, pids: set[int]) -> None:
     pids.update(process.pid for process in before)
     begun = time.monotonic()
     assert stack.stop(signal.SIGINT) == 0
-    assert time.monotonic() - begun < 20
-    poll(lambda: not any(map(alive, before)), 20, "everything has ended")
+    assert time.monotonic() - begun < 40
+    poll(lambda: not any(map(alive, before)), 60, "everything has ended")
     ours = set(map(str, pids))
     assert not [name for name in segments() if ours & set(name.split("-"))]
 
@@ -137,4 +137,4 @@ def test_streams_end_whole_when_serve_itself_is_killed(home: Path, stack: Serve)
         begun = [outcome for outcome in load.outcomes if outcome.text]  # others were refused
         assert len(begun) >= 3
         assert all(outcome.finished for outcome in begun)
-        poll(lambda: not any(map(alive, started)), 30, "nothing is left")
+        poll(lambda: not any(map(alive, started)), 60, "nothing is left")

@@ -25,7 +25,7 @@ def tiny_package(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def capture_tiny(home: Path) -> Path:
     write_model(home / "models" / "tiny")
     with decode_worker(home, "redis://127.0.0.1:1/0", "tiny", batch_sizes="1") as worker:
-        [wanted] = worker.stub().GetGraphSpecs(pb.GetGraphSpecsRequest(), timeout=10).wanted
+        [wanted] = worker.stub().GetGraphSpecs(pb.GetGraphSpecsRequest(), timeout=30).wanted
     done = run_capture(wanted.factors, home)
     assert done.returncode == 0, done.stderr
     return home / "graph.pt2"

@@ -45,7 +45,7 @@ class Fleet:
         request = pb.RequestGraphsRequest(
             specs=[pb.GraphSpec(factors=factors) for factors in specs], worker_id=worker_id
         )
-        return list((await self.client.graphs.RequestGraphs(request, timeout=10)).states)
+        return list((await self.client.graphs.RequestGraphs(request, timeout=30)).states)
 
     async def refused(self, worker_id: str, *specs: dict[str, str]) -> tuple[str, str]:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
@@ -57,7 +57,7 @@ class Fleet:
 
     async def jobs(self) -> dict[int, admin_pb.Job]:
         """By size: the latest."""
-        listed = await self.client.admin.ListJobs(admin_pb.ListJobsRequest(), timeout=5)
+        listed = await self.client.admin.ListJobs(admin_pb.ListJobsRequest(), timeout=30)
         return {job.num_tokens: job for job in listed.jobs}
 
     def captured(self) -> list[int]:
@@ -80,11 +80,11 @@ async def fleet(folder: Path, redis_url: str) -> AsyncIterator[Fleet]:
     await registry.close()
 
 
-async def until(condition: Callable[[], Any], deadline_s: float = 20.0) -> Any:
+async def until(condition: Callable[[], Any], deadline_s: float = 60.0) -> Any:
     return await asyncio.to_thread(wait_until, condition, deadline_s)
 
 
-async def until_stage(fleet: Fleet, size: int, stage: int, deadline_s: float = 20.0) -> str:
+async def until_stage(fleet: Fleet, size: int, stage: int, deadline_s: float = 60.0) -> str:
     """Wait until the size's job is there; its detail."""
     async with asyncio.timeout(deadline_s):
         while (job := (await fleet.jobs())[size]).stage != stage:
@@ -167,7 +167,7 @@ async def test_what_a_worker_wants_no_more_leaves_the_queue(tmp_path: Path, redi
         waiting = [
             job
             for job in (
-                await each.client.admin.ListJobs(admin_pb.ListJobsRequest(), timeout=5)
+                await each.client.admin.ListJobs(admin_pb.ListJobsRequest(), timeout=30)
             ).jobs
             if not job.ended_at_s
         ]
@@ -202,5 +202,5 @@ async def test_invented_sizes_are_refused(tmp_path: Path, redis_url: str) -> Non
         assert [each.phase for each in told] == [PUBLISHED, pb.GRAPH_PHASE_FAILED]
         assert "worker evil holds no lease" in told[1].error
         assert each.captured() == [1]
-        listed = await each.client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)
+        listed = await each.client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=30)
         assert [graph.key for graph in listed.graphs] == [state.key]

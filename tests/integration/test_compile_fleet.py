@@ -34,7 +34,7 @@ def spec(how: str = "llama", num_tokens: int = 1) -> dict[str, str]:
     return {**FACTORS, "architecture": how, "num_tokens": str(num_tokens)}
 
 
-async def until(condition: Callable[[], Any], deadline_s: float = 20.0) -> Any:
+async def until(condition: Callable[[], Any], deadline_s: float = 60.0) -> Any:
     return await asyncio.to_thread(wait_until, condition, deadline_s)
 
 
@@ -47,6 +47,11 @@ def whole(store: DiskStore, key: str) -> list[int]:
     for version in store.versions(key):
         store.open(key, version)
     return store.versions(key)
+
+
+def logs(home: Path) -> list[Path]:
+    """Of the workers."""
+    return list(home.glob("worker-*.log"))
 
 
 def leftovers(home: Path) -> list[Path]:
@@ -62,7 +67,7 @@ async def test_killed_workers_job_is_done_by_the_next(tmp_path: Path, redis_url:
             await until(lambda: starts(ledger))
             first.kill()
     [pid, *_] = starts(ledger)[0]
-    await until(lambda: not psutil.pid_exists(int(pid)), 5)
+    await until(lambda: not psutil.pid_exists(int(pid)))
     assert leftovers(home), "the killed capture left its folder"
     open_gate(ledger)
     with compile_worker(home, redis_url, ledger) as second:
@@ -81,6 +86,8 @@ async def test_workers_that_share_a_store_capture_a_key_once(
 ) -> None:
     home, ledger = tmp_path / "home", tmp_path / "ledger"
     specs = [spec(num_tokens=size) for size in range(1, 13)]
+    ledger.mkdir()
+    (ledger / "closed").touch()
     with (
         compile_worker(home, redis_url, ledger) as one,
         compile_worker(home, redis_url, ledger) as two,
@@ -89,13 +96,13 @@ async def test_workers_that_share_a_store_capture_a_key_once(
             states, others = await asyncio.gather(first.request(*specs), second.request(*specs))
             keys = [state.key for state in states]
             assert keys == [state.key for state in others]
+            await until(lambda: all("capture claimed" in log.read_text() for log in logs(home)))
+            open_gate(ledger)
             # each hears of all of them, whoever captured
             await asyncio.gather(first.until(keys, PUBLISHED), second.until(keys, PUBLISHED))
     sizes = [int(size) for _, _, size in starts(ledger)]
     assert sorted(sizes) == list(range(1, 13))
     assert all(whole(DiskStore(home / "store"), key) == [1] for key in keys)
-    captured_by = [log.read_text().count("capture claimed") for log in home.glob("worker-*.log")]
-    assert min(captured_by) > 0, "both have worked"
 
 
 async def test_living_worker_takes_over_from_a_killed_one(tmp_path: Path, redis_url: str) -> None:
@@ -195,7 +202,7 @@ async def serves_without_redis(
     assert known.phase == PUBLISHED
     assert unknown.phase == pb.GRAPH_PHASE_FAILED
     assert "ask again: Redis" in unknown.error
-    assert len((await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)).graphs) >= 1
+    assert len((await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=30)).graphs) >= 1
 
 
 async def test_worker_starts_and_serves_with_redis_away(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ async def test_nearest_graphs_and_the_factors_that_differ(tmp_path: Path, redis_
             other_build = {**FACTORS, **BUILD, "compiler": "test 2.0", "host": "x"}
             del other_build["torch"]
             request = pb.ExplainGraphRequest(spec=pb.GraphSpec(factors=other_build))
-            answer = await client.graphs.ExplainGraph(request, timeout=5)
+            answer = await client.graphs.ExplainGraph(request, timeout=30)
             assert [near.key for near in answer.nearest] == [here, there]
             assert differences(answer.nearest[0]) == {
                 "compiler": ("test 2.0", "test 1.0"),
@@ -54,7 +54,7 @@ async def test_nearest_graphs_and_the_factors_that_differ(tmp_path: Path, redis_
             assert not answer.HasField("state")
 
             request = pb.ExplainGraphRequest(key=failed, limit=1)
-            answer = await client.graphs.ExplainGraph(request, timeout=5)
+            answer = await client.graphs.ExplainGraph(request, timeout=30)
             [near] = answer.nearest
             assert (near.key, differences(near)) == (here, {"architecture": ("refuse", "llama")})
             assert (answer.state.phase, "kv_heads is odd" in answer.state.error) == (FAILED, True)
@@ -66,7 +66,7 @@ async def test_nearest_graphs_and_the_factors_that_differ(tmp_path: Path, redis_
                 pb.ExplainGraphRequest(key="0" * 32),
             ):
                 with pytest.raises(grpc.aio.AioRpcError, match=r"INVALID_ARGUMENT|NOT_FOUND"):
-                    await client.graphs.ExplainGraph(wrong, timeout=5)
+                    await client.graphs.ExplainGraph(wrong, timeout=30)
 
         # on the command line: by key, by factors, in a table
         [value] = explained(here[:10], "--address", worker.address)

@@ -40,7 +40,7 @@ def test_serving_needs_no_disk_once_it_runs(tmp_path: Path) -> None:
     mount = 'mount -t tmpfs -o size=64m small "$1" && exec "$2" -c "$0" "$1"'
     command = [*unshare, "sh", "-c", mount, PROGRAM, str(tmp_path), sys.executable]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=115, cwd=Path(__file__).parents[2]
+        command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "served True"

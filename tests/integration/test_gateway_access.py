@@ -64,7 +64,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 def test_closed_without_a_key_and_to_a_wrong_one(house: House, method: str, path: str) -> None:
     url = house.doors[0].url + path
     for headers in ({}, {"authorization": "Bearer pk_x"}, {"authorization": "Basic eDp4"}):
-        answer = httpx.request(method, url, headers=headers, json=CHAT, timeout=10, verify=PLAIN)
+        answer = httpx.request(method, url, headers=headers, json=CHAT, timeout=30, verify=PLAIN)
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["error"]["code"] == "invalid_api_key"

@@ -716,7 +716,7 @@ def test_a_client_that_leaves_mid_stream_frees_its_slot(gateway: Gateway, worker
 
 
 def _raw_post(gateway: Gateway, body: str) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", gateway.port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", gateway.port), timeout=30)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall((head + body).encode())
     return connection

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import uvicorn
@@ -14,6 +14,8 @@ from services.gateway.presence import WhileConnected
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LARGE = 50 << 20
+DEADLINE_S = 30.0
+SHORT_S = 0.5
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,18 +41,35 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
-    """At most 4 connections, 0.5 s for headers, and 0.5 s to read the end of an answer."""
-    monkeypatch.setattr("services.gateway.http.protocol._LINGER_S", 0.5)
-    limits = ConnectionLimits(connections=4, header_timeout_s=0.5)
+    """At most 4 connections, and 0.5 s to read the end of an answer."""
+    monkeypatch.setattr("services.gateway.http.protocol._LINGER_S", SHORT_S)
+    async with serving(ConnectionLimits(connections=4, header_timeout_s=DEADLINE_S)) as server:
+        yield server
+
+
+@pytest.fixture
+async def hasty_server() -> AsyncIterator[uvicorn.Server]:
+    """0.5 s for headers."""
+    async with serving(ConnectionLimits(connections=4, header_timeout_s=SHORT_S)) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def serving(limits: ConnectionLimits) -> AsyncIterator[uvicorn.Server]:
     config = uvicorn.Config(app, port=0, http=limited(limits), lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     task = asyncio.create_task(server._serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.started)
     yield server
     server.should_exit = server.force_exit = True
     await task
+
+
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not check():
+            await asyncio.sleep(0.01)
 
 
 class Client:
@@ -62,12 +81,12 @@ class Client:
 
     async def ask(self, path: str = "/") -> bytes:
         self.writer.write(REQUEST.replace(b"/", path.encode(), 1))
-        return await asyncio.wait_for(self.reader.readuntil(b"ok"), 5)
+        return await asyncio.wait_for(self.reader.readuntil(b"ok"), DEADLINE_S)
 
     async def rest(self) -> bytes:
         """All that comes until the server closes."""
         with contextlib.suppress(ConnectionError):
-            return await asyncio.wait_for(self.reader.read(), 5)
+            return await asyncio.wait_for(self.reader.read(), DEADLINE_S)
         return b""
 
 
@@ -94,7 +113,7 @@ async def test_if_all_are_busy_the_new_one_is_closed(server: uvicorn.Server) -> 
     busy = [await connect(server) for _ in range(4)]
     for client in busy:
         client.writer.write(REQUEST.replace(b"/", b"/wait", 1))
-    await asyncio.sleep(0.1)
+    await until(lambda: len(server.server_state.tasks) == len(busy))
     assert await (await connect(server)).rest() == b""
     assert not any(client.reader.at_eof() for client in busy)
 
@@ -111,19 +130,21 @@ async def test_if_all_are_busy_the_new_one_is_closed(server: uvicorn.Server) -> 
     ],
 )
 async def test_headers_have_a_deadline(
-    server: uvicorn.Server, used: bool, sent: bytes, answer: bytes
+    hasty_server: uvicorn.Server, used: bool, sent: bytes, answer: bytes
 ) -> None:
-    client = await connect(server)
+    client = await connect(hasty_server)
     if used:
         await client.ask()
     client.writer.write(sent)
     assert (await client.rest()).partition(b" Re")[0] == answer
 
 
-async def test_the_rest_of_a_body_that_nobody_reads_has_a_deadline(server: uvicorn.Server) -> None:
-    client = await connect(server)
+async def test_the_rest_of_a_body_that_nobody_reads_has_a_deadline(
+    hasty_server: uvicorn.Server,
+) -> None:
+    client = await connect(hasty_server)
     client.writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n")
-    assert await asyncio.wait_for(client.reader.readuntil(b"ok"), 5)
+    assert await asyncio.wait_for(client.reader.readuntil(b"ok"), DEADLINE_S)
     # one reader for all of it: a reset is an end as well, and only whoever reads is told of it
     closed = asyncio.ensure_future(client.rest())
     while not closed.done():
@@ -135,12 +156,10 @@ async def test_the_rest_of_a_body_that_nobody_reads_has_a_deadline(server: uvico
 async def test_a_client_that_does_not_read_is_dropped(server: uvicorn.Server) -> None:
     client = await connect(server)
     client.writer.write(REQUEST.replace(b"/", b"/large", 1))
-    await asyncio.sleep(0.3)
-    assert len(server.server_state.connections) == 1
-    deadline = asyncio.get_running_loop().time() + 5
-    while server.server_state.connections:
-        assert asyncio.get_running_loop().time() < deadline
-        await asyncio.sleep(0.05)
+    await until(lambda: bool(server.server_state.connections))
+    begun = asyncio.get_running_loop().time()
+    await until(lambda: not server.server_state.connections)
+    assert asyncio.get_running_loop().time() - begun > SHORT_S / 2  # not at once
 
 
 async def test_a_client_that_leaves_after_a_large_body_is_noticed(server: uvicorn.Server) -> None:
@@ -153,13 +172,11 @@ async def test_a_client_that_leaves_after_a_large_body_is_noticed(server: uvicor
         client.sendall(bytes(200_000))  # without a turn of the loop that reads it
         await asyncio.sleep(0.2)
         assert len(server.server_state.connections) == 1
-    async with asyncio.timeout(5):
-        while server.server_state.connections:
-            await asyncio.sleep(0.02)
+    await until(lambda: not server.server_state.connections)
 
 
 async def test_pipelined_requests_are_answered_in_order(server: uvicorn.Server) -> None:
     client = await connect(server)
     client.writer.write(REQUEST * 3)
     for _ in range(3):
-        assert b"200 OK" in await asyncio.wait_for(client.reader.readuntil(b"ok"), 5)
+        assert b"200 OK" in await asyncio.wait_for(client.reader.readuntil(b"ok"), DEADLINE_S)

@@ -91,7 +91,7 @@ def test_all_workers_full_is_429(stack: Stack) -> None:
 
 def test_a_worker_killed_mid_stream(stack: Stack) -> None:
     """Its streams, and what isn't streamed, go on at the other one as if nothing had happened."""
-    victim = stack.worker(worker_id="a-fleet-victim", step_ms=20)
+    victim = stack.worker(worker_id="a-fleet-victim", step_ms=100)
     gateway = stack.gateway()
     asked = {"model": "tiny", "prompt": "the fox", "max_tokens": 200, "n": 2, "logprobs": 1}
     wholes: list[openai.types.Completion] = []
@@ -107,8 +107,8 @@ def test_a_worker_killed_mid_stream(stack: Stack) -> None:
     killed = time.monotonic()
     victim.kill()
     chunks += list(stream)
-    assert time.monotonic() - killed < 5
-    whole.join(20)
+    assert time.monotonic() - killed < 10  # the victim would take 20 s
+    whole.join(60)
     usage = chunks.pop().usage
     texts, tokens = ["", ""], [0, 0]
     for choice in (chunk.choices[0] for chunk in chunks):
@@ -139,7 +139,7 @@ def test_a_request_without_a_token_yet_moves_to_another_worker(stack: Stack) -> 
     stack.worker(worker_id="b-fleet-survivor")
     eventually(lambda: gateway.workers() == 2)
     victim.kill()
-    thread.join(20)
+    thread.join(60)
     assert answers[0].status_code == 200
 
 
@@ -147,7 +147,7 @@ def test_a_request_without_text_yet_moves_to_another_worker(stack: Stack) -> Non
     """Tokens that are no whole character yet are none that a client has seen."""
     tokenizer = Tokenizer.from_file(str(stack.models_dir / "tiny" / "tokenizer.json"))
     begins_an_emoji = tokenizer.token_to_id("ð")
-    victim = stack.worker(worker_id="a-fleet-victim", step_ms=50)
+    victim = stack.worker(worker_id="a-fleet-victim", step_ms=100)
     gateway = stack.gateway()
     answers: list[httpx.Response] = []
     changes = {"prompt": [begins_an_emoji], "max_tokens": 200, "stream": True}
@@ -158,7 +158,7 @@ def test_a_request_without_text_yet_moves_to_another_worker(stack: Stack) -> Non
     eventually(lambda: gateway.workers() == 2)  # tokens have come meanwhile
     assert victim.running() == 1
     victim.kill()
-    thread.join(20)
+    thread.join(60)
     assert answers[0].status_code == 200
     assert "error" not in answers[0].text
     assert survivor.served() == 1
@@ -241,11 +241,11 @@ def test_workers_that_are_starting_or_draining_get_nothing(stack: Stack) -> None
 def test_redis_killed_and_back_empty(
     stack: Stack, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    stack.worker()
+    stack.worker(lease_ttl_s=1)
     gateway = stack.gateway()
     redis_server.process.send_signal(signal.SIGKILL)
     redis_server.process.wait()
-    end = time.monotonic() + 7  # longer than any lease
+    end = time.monotonic() + 5  # longer than the lease, and than who has none is kept
     while time.monotonic() < end:
         assert complete(gateway).status_code == 200
         time.sleep(0.1)
@@ -271,12 +271,15 @@ def test_a_gateway_that_starts_before_redis(tmp_path: Path, redis_server: RedisS
 
 
 async def test_requests_beyond_the_bound_are_429(stack: Stack) -> None:
-    stack.worker(step_ms=100)
+    worker = stack.worker()
     gateway = stack.gateway(max_in_flight=3)
-    answers = await post_all(gateway, [BODY] * 8)
-    statuses = sorted(answer.status_code for answer in answers)
-    assert statuses == [200] * 3 + [429] * 5
-    refused = next(answer for answer in answers if answer.status_code == 429)
+    slow = {**BODY, "prompt": "!slow", "max_tokens": 25}
+    running = asyncio.create_task(post_all(gateway, [slow] * 3))
+    await asyncio.to_thread(eventually, lambda: worker.running() == 3)
+    answers = await post_all(gateway, [BODY] * 5)
+    assert [answer.status_code for answer in answers] == [429] * 5
+    assert [answer.status_code for answer in await running] == [200] * 3
+    refused = answers[0]
     assert refused.json()["error"]["code"] == "overloaded"
     assert refused.headers["retry-after"]
     assert complete(gateway).status_code == 200
@@ -285,7 +288,8 @@ async def test_requests_beyond_the_bound_are_429(stack: Stack) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_deadline_ends_a_request(stack: Stack, stream: bool) -> None:
     worker = stack.worker(step_ms=100)
-    gateway = stack.gateway(request_timeout_s=0.6)
+    gateway = stack.gateway(request_timeout_s=1)
+    assert complete(gateway, max_tokens=1).status_code == 200  # it has read the tokenizer
     answer = complete(gateway, max_tokens=100, stream=stream)
     if stream:  # tokens have come already
         assert answer.status_code == 200
@@ -331,16 +335,16 @@ def test_a_model_folder_without_a_tokenizer(stack: Stack) -> None:
 
 
 def test_a_stop_lets_requests_finish(stack: Stack) -> None:
-    worker = stack.worker(step_ms=100)
-    gateway = stack.gateway(drain_timeout_s=10)
+    worker = stack.worker(step_ms=200)
+    gateway = stack.gateway(drain_timeout_s=30)
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(complete(gateway, max_tokens=8)))
     thread.start()
-    eventually(lambda: worker.running() == 1)
+    eventually(lambda: worker.served() == 1)
     gateway.process.send_signal(signal.SIGTERM)
-    thread.join(20)
+    thread.join(60)
     assert answers[0].status_code == 200
-    assert gateway.process.wait(5) == 0
+    assert gateway.process.wait(60) == 0
 
 
 def test_a_stop_has_a_deadline(stack: Stack) -> None:
@@ -350,8 +354,8 @@ def test_a_stop_has_a_deadline(stack: Stack) -> None:
     thread.start()
     eventually(lambda: worker.running() == 1)
     gateway.process.send_signal(signal.SIGTERM)
-    assert gateway.process.wait(6) == 0
-    thread.join(20)
+    assert gateway.process.wait(20) == 0
+    thread.join(60)
     eventually(lambda: worker.running() == 0)
 
 
@@ -363,4 +367,4 @@ def test_a_killed_gateway_frees_its_slots(stack: Stack) -> None:
     eventually(lambda: worker.running() == 1)
     gateway.kill()
     eventually(lambda: worker.running() == 0)
-    thread.join(20)
+    thread.join(60)

@@ -20,7 +20,7 @@ from precast.rpc.tls import Role, Tls
 from precast.rpc.tls_files import CERTIFICATE_FILE, KEY_FILE
 from tests.support.ports import free_port
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(90)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ def _main(url: str, **environment: str) -> str:
     """What the command says; nothing of a healthy server."""
     command = [sys.executable, "-m", "precast.rpc.healthcheck", url]
     done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=20
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode == 0) == (done.stderr == "")
     return done.stderr

@@ -37,7 +37,7 @@ def test_clients_that_trust_the_authority_are_served(redis_url: str, tmp_path: P
         assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
         assert asyncio.run(seen_by_serve(redis_url, gateway.url)).ready
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(gateway.url + "/health", timeout=5)
+            httpx.get(gateway.url + "/health", timeout=30)
         plain = httpx.post(gateway.url.replace("https", "http") + "/v1/completions", json=ASK)
         assert (plain.status_code, "https://" in plain.json()["error"]["message"]) == (400, True)
 
@@ -69,7 +69,7 @@ def test_a_new_certificate_is_shown_to_new_clients_only(redis_url: str, tmp_path
             for file in (CERTIFICATE_FILE, KEY_FILE):
                 shutil.copy(new / file, used)
             gateway.authority = new / CA_FILE
-            eventually(lambda: answers(gateway), 5)
+            eventually(lambda: answers(gateway))
             assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
@@ -130,7 +130,7 @@ def test_who_does_not_shake_hands_holds_up_nobody(redis_url: str, tmp_path: Path
             held.enter_context(socket.create_connection(("127.0.0.1", gateway.port)))
         began = time.monotonic()
         assert gateway.get("/health").status_code == 200
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(

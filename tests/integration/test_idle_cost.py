@@ -72,11 +72,11 @@ async def test_what_redis_lost_comes_back(redis_url: str, monkeypatch: pytest.Mo
     with redis.Redis.from_url(redis_url) as direct:
         await asyncio.sleep(0.5)
         direct.flushall()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not direct.exists(COUNTER) or not direct.hlen(indexing.HASH):
                 await asyncio.sleep(0.02)
         one.restore(record(2))  # known to the store alone
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while other.get(record(2).key) is None:
                 await asyncio.sleep(0.02)
     for task in tasks:

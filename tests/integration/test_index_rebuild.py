@@ -56,7 +56,7 @@ async def until_known(redis_url: str, count: int) -> None:
 
 async def listed(client: Client) -> dict[str, Any]:
     """What the index says of each graph, but for the time of its last change."""
-    answer = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)
+    answer = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=30)
     return {
         graph.key: (graph.phase, graph.version, graph.published_at_s, sorted(graph.models))
         for graph in answer.graphs
@@ -65,7 +65,7 @@ async def listed(client: Client) -> dict[str, Any]:
 
 async def versions(client: Client, key: str) -> list[Any]:
     request = admin_pb.ListVersionsRequest(key=key)
-    answer = await client.admin.ListVersions(request, timeout=5)
+    answer = await client.admin.ListVersions(request, timeout=30)
     return [(each.version, each.state, each.pinned, each.reason) for each in answer.versions]
 
 
@@ -74,7 +74,7 @@ async def quarantined(client: Client, redis_url: str, key: str) -> None:
     registry = Registry.connect(redis_url)
     await registry.publish(lease("w", keys=[key]))
     crash = pb.ReportCrashRequest(worker_id="w", key=key, version=1, signal="SIGSEGV")
-    await client.graphs.ReportCrash(crash, timeout=5)
+    await client.graphs.ReportCrash(crash, timeout=30)
     await registry.close()
 
 
@@ -99,9 +99,9 @@ async def test_emptied_redis_is_filled_again(
             for key in keys[:2]:
                 await recompiled(client, key)
             rollback = admin_pb.RollBackGraphRequest(key=keys[0])
-            await client.admin.RollBackGraph(rollback, timeout=5)
+            await client.admin.RollBackGraph(rollback, timeout=30)
             pin = admin_pb.PinVersionRequest(key=keys[1], version=1)
-            await client.admin.PinVersion(pin, timeout=5)
+            await client.admin.PinVersion(pin, timeout=30)
             await quarantined(client, redis_url, keys[2])
             known = await listed(client)
             decided = [await versions(client, key) for key in keys]

@@ -105,7 +105,7 @@ def test_new_workers_key_counts_once_it_is_trusted(
 
 
 def gauge(port: int) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     name = "decode_worker_unsigned_graphs_allowed"
     [value] = [line.split()[1] for line in lines if line.startswith(name + " ")]

@@ -12,7 +12,7 @@ from services.gateway.access import quota as quotas
 from services.gateway.access.quota import Quota, Refusal, Ticket
 
 KEY = ApiKey(id="0" * 12, name="ann", digest="0" * 64, created=0)
-DEADLINE_S = 10
+DEADLINE_S = 30
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,8 @@ async def test_clocks_of_gateways_do_not_count(
     doors: tuple[Quota, Quota], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One is an hour ahead, the other one behind."""
+    if (left := 60 - time.time() % 60) < 2:  # counts start anew with each minute
+        await asyncio.sleep(left)
     real, whose = time.time, key(1, max_concurrent=2, requests_per_minute=3)
     shifts = {doors[0]: 3600.0, doors[1]: -3600.0}
     tickets = []

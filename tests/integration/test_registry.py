@@ -42,7 +42,7 @@ async def registry(redis_url: str) -> AsyncIterator[Registry]:
     await registry.close()
 
 
-async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 10.0) -> None:
+async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 30.0) -> None:
     end = time.monotonic() + deadline_s
     while not await check():
         assert time.monotonic() < end, "deadline passed"

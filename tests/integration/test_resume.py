@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ def test_ranks_lost_under_sixteen_streams_cost_them_nothing_but_time(
     os.kill(worker.ranks()[signum == signal.SIGKILL], signum)
     heard = {name: listen(client, name) for name in undisturbed}
     heard["0"].deltas[:0] = begun.deltas
-    assert worker.status().restarts == restarts + 1
+    eventually(lambda: worker.status().restarts == restarts + 1)
     for name, expected in undisturbed.items():
         assert heard[name].whole() == expected.whole(), name
     client.close()
@@ -169,18 +170,27 @@ def test_what_is_to_come_at_the_end_comes_with_an_abort(worker: DecodeWorker) ->
     stop = {"ignore_eos": True}
     client.start("whole", worker.request([3, 4], 240, stop=stop))
     expected = listen(client, "whole")
-    client.start("cut", worker.request([3, 4], 240, stop=stop, deliver_at_end=True))
-    eventually(lambda: worker.status().running == 1)
-    time.sleep(0.05)
-    worker.stub().Abort(pb.AbortRequest(request_id="cut"), timeout=5)
-    cut = listen(client, "cut")
-    assert cut.end is not None
-    assert cut.end.reason == pb.FINISH_REASON_ABORTED
-    assert 0 < len(cut.ids) < 240
+    cut = next(
+        found for attempt in range(50) if (found := cut_amid(worker, client, f"cut-{attempt}"))
+    )
     client.start("rest", worker.request([3, 4], 240, stop=stop, resumed_token_ids=cut.ids))
     rest = listen(client, "rest")
     assert (cut.ids + rest.ids, cut.text + rest.text) == (expected.ids, expected.text)
     client.close()
+
+
+def cut_amid(worker: DecodeWorker, client: DecodeClient, name: str) -> Heard | None:
+    """What comes of a request that is aborted while it runs; None: it was not caught at that."""
+    stop = {"ignore_eos": True}
+    client.start(name, worker.request([3, 4], 240, stop=stop, deliver_at_end=True))
+    time.sleep(random.uniform(0, 0.1))
+    worker.stub().Abort(pb.AbortRequest(request_id=name), timeout=30)
+    cut = listen(client, name)
+    if not 0 < len(cut.ids) < 240:
+        return None
+    assert cut.end is not None
+    assert cut.end.reason == pb.FINISH_REASON_ABORTED
+    return cut
 
 
 def test_a_constrained_request_that_leaves_in_a_step_costs_no_ranks(worker: DecodeWorker) -> None:
@@ -220,7 +230,7 @@ def test_output_that_can_t_be_continued_is_refused_by_name(
     options = {"max_tokens": 20, "resumed_token_ids": resumed, **changes}
     start = worker.request([1, 2], **options)
     client.start("bad", start)
-    end = client.finish("bad", 10).end
+    end = client.finish("bad").end
     assert end.error.code == pb.ERROR_CODE_INVALID_ARGUMENT, end
     assert message in end.error.message
     client.close()

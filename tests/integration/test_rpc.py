@@ -25,7 +25,7 @@ from precast.proto.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from precast.rpc.server import Server, Service, error_of, open_channel, start_server
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["DecodeService"]
-pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(90)]
 
 
 class Servicer(pb_grpc.DecodeServiceServicer):
@@ -73,9 +73,9 @@ async def test_errors_become_statuses_and_back(error: Exception, status: grpc.St
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         stub = pb_grpc.DecodeServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as unary:
-            await stub.GetStatus(pb.GetStatusRequest(), timeout=5)
+            await stub.GetStatus(pb.GetStatusRequest(), timeout=30)
         with pytest.raises(grpc.aio.AioRpcError) as stream:
-            async for _ in stub.Generate(iter([pb.GenerateRequest(request_id="1")]), timeout=5):
+            async for _ in stub.Generate(iter([pb.GenerateRequest(request_id="1")]), timeout=30):
                 pass
     await server.stop(0)
     for failure in (unary.value, stream.value):
@@ -88,7 +88,7 @@ async def test_unexpected_exception_is_internal_without_its_text() -> None:
     server = await serve(Servicer(KeyError("secret")))
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await pb_grpc.DecodeServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=5)
+            await pb_grpc.DecodeServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=30)
     await server.stop(0)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert caught.value.details() == "internal error (KeyError)"
@@ -101,9 +101,9 @@ async def test_what_is_no_message_is_the_callers_mistake(caplog: pytest.LogCaptu
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         unary: Any = channel.unary_unary(f"/{DESCRIPTOR.full_name}/GetStatus")
         with pytest.raises(grpc.aio.AioRpcError) as one:
-            await unary(b"\xff", timeout=5)
+            await unary(b"\xff", timeout=30)
         streams: Any = channel.stream_stream(f"/{DESCRIPTOR.full_name}/Generate")
-        answers = streams(iter([good, b"\xff"]), timeout=5)
+        answers = streams(iter([good, b"\xff"]), timeout=30)
         with pytest.raises(grpc.aio.AioRpcError) as other:
             assert [answer async for answer in answers] == []
     await server.stop(0)
@@ -117,11 +117,11 @@ async def test_cancelled_stream_runs_the_servicers_cleanup() -> None:
     servicer = Servicer()
     server = await serve(servicer)
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
-        call = pb_grpc.DecodeServiceStub(channel).Generate(timeout=5)
+        call = pb_grpc.DecodeServiceStub(channel).Generate(timeout=30)
         await call.write(pb.GenerateRequest(request_id="1"))
         assert (await call.read()).request_id == "1"
         call.cancel()
-        await asyncio.wait_for(servicer.stream_ended.wait(), 5)
+        await asyncio.wait_for(servicer.stream_ended.wait(), 30)
     await server.stop(0)
 
 
@@ -130,11 +130,11 @@ async def test_health_and_reflection() -> None:
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest()
-        assert (await health.Check(request, timeout=5)).status == 1
+        assert (await health.Check(request, timeout=30)).status == 1
         await server.set_serving(False)
-        assert (await health.Check(request, timeout=5)).status == 2
+        assert (await health.Check(request, timeout=30)).status == 2
         listing = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=30
         )
         names = {
             service.name
@@ -150,11 +150,11 @@ async def test_health_of_each_service_and_of_none() -> None:
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         named = health_pb2.HealthCheckRequest(service="precast.decode.v1.DecodeService")
-        assert (await health.Check(named, timeout=5)).status == 1
+        assert (await health.Check(named, timeout=30)).status == 1
         await server.set_serving(False)
-        assert (await health.Check(named, timeout=5)).status == 2
+        assert (await health.Check(named, timeout=30)).status == 2
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=5)
+            await health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=30)
     await server.stop(0)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
@@ -173,7 +173,7 @@ async def test_reflection_in_both_versions(version: str) -> None:
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=service),
         ]
-        listing, described = [answer async for answer in ask(iter(requests), timeout=5)]
+        listing, described = [answer async for answer in ask(iter(requests), timeout=30)]
     await server.stop(0)
     assert service in {each.name for each in listing.list_services_response.service}
     [file] = described.file_descriptor_response.file_descriptor_proto
@@ -215,7 +215,7 @@ async def test_unknown_method_is_unimplemented() -> None:
     server = await start_server("127.0.0.1:0", [])
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await pb_grpc.DecodeServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=5)
+            await pb_grpc.DecodeServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=30)
     await server.stop(0)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 

@@ -39,7 +39,7 @@ def isa_of(fleet: Fleet, worker: DecodeWorker) -> str:
 
 def wanted_isa(worker: DecodeWorker) -> str:
     request = pb.GetGraphSpecsRequest(num_tokens=1)
-    return str(worker.stub().GetGraphSpecs(request, timeout=10).wanted[0].factors["isa"])
+    return str(worker.stub().GetGraphSpecs(request, timeout=30).wanted[0].factors["isa"])
 
 
 def start(tiny_home: Path, tiny_redis: str, name: str, **settings: Any) -> Any:

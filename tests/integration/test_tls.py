@@ -76,7 +76,7 @@ async def code_of(call: Any) -> grpc.StatusCode:
 async def test_each_call_is_open_to_its_roles_alone(stubs: dict[Role, Any], method: str) -> None:
     request = getattr(pb, f"{method}Request")()
     codes = {
-        role: await code_of(getattr(stub, method)(request, timeout=10))
+        role: await code_of(getattr(stub, method)(request, timeout=30))
         for role, stub in stubs.items()
     }
     allowed = {
@@ -89,7 +89,7 @@ async def test_a_compile_workers_calls_are_decode_workers(certificates: Path, ad
     """The table says so for services that this server doesn't have, too: unknown to all."""
     async with open_channel(address, Tls.load(certificates, Role.GATEWAY)) as channel:
         stub: Any = graphs_grpc.GraphsServiceStub(channel)
-        call = stub.ListGraphs(graphs_pb.ListGraphsRequest(), timeout=10)
+        call = stub.ListGraphs(graphs_pb.ListGraphsRequest(), timeout=30)
         assert await code_of(call) is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -127,7 +127,7 @@ async def test_why_there_is_no_connection_is_said_in_words(
     async with open_channel(f"127.0.0.1:{server.port}", loaded[ours]) as channel:
         stub: Any = pb_grpc.DecodeServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.GetStatus(pb.GetStatusRequest(), timeout=10)
+            await stub.GetStatus(pb.GetStatusRequest(), timeout=30)
     await server.stop(0)
     told = str(error_of(caught.value))
     assert told.startswith("can't connect: ")

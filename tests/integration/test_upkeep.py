@@ -182,7 +182,7 @@ async def test_publications_keep_the_store_within_its_bound(tmp_path: Path, redi
             await client.until([state.key], pb.GRAPH_PHASE_PUBLISHED)
             await recompiled(client, state.key)
             pin = admin_pb.PinVersionRequest(key=state.key, version=1)
-            await client.admin.PinVersion(pin, timeout=5)
+            await client.admin.PinVersion(pin, timeout=30)
             await recompiled(client, state.key)
             await asyncio.to_thread(wait_until, lambda: store.versions(state.key) == [1, 3])
         done = await asyncio.to_thread(cli, worker, "gc", "--dry-run")
@@ -227,7 +227,7 @@ async def test_scrub_finds_what_is_damaged_and_has_it_replaced(
                 assert "2 artifacts read, 1 put aside" in done.stdout
 
             async def replaced() -> pb.GraphState:
-                listed = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=5)
+                listed = await client.graphs.ListGraphs(pb.ListGraphsRequest(), timeout=30)
                 [state] = [graph for graph in listed.graphs if graph.key == keys[0]]
                 return state
 
@@ -243,7 +243,7 @@ async def test_scrub_finds_what_is_damaged_and_has_it_replaced(
             assert "1 put aside" in " ".join(listed.stdout.split())
             clean = await asyncio.to_thread(cli, worker, "scrub", "--json")
             assert json.loads(clean.stdout) == {"checked": 2, "damaged": []}
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
             metrics = answer.read().decode()
         assert 'compile_worker_scrubbed_artifacts_total{result="damaged"} 1.0' in metrics
 

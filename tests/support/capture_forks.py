@@ -32,7 +32,7 @@ from precast.system.process import ONE_THREAD, fork
 from tests.support.forked import ISA, ROOT
 
 _MAX_BYTES: Final = 128 << 10
-_START_S: Final = 120.0
+_START_S: Final = 200.0
 PROGRAM: Final = "precast.graphs.capture.entry:main"
 _SOCKET: Final = "orders"
 

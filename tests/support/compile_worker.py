@@ -4,6 +4,7 @@
 its captures are real, and forks of a process that all workers of a test run share.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -11,15 +12,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from precast.config.settings import CompileWorkerSettings, load_settings
+from precast.fleet.queue.asks import ASK_TTL_S
 from precast.proto.admin.v1 import admin_service_pb2_grpc as admin_grpc
 from precast.proto.graphs.v1 import graphs_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2_grpc as graphs_grpc
@@ -99,6 +101,11 @@ def starts(ledger: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def has_captures(home: Path) -> bool:
+    """Whether a capture has its folder: a moment longer than until its graph is published."""
+    return any((home / "captures").iterdir())
+
+
 @contextmanager
 def compile_worker(
     home: Path, redis_url: str, ledger: Path | None = None, **settings: Any
@@ -149,7 +156,7 @@ def _wait_until_serving(worker: WorkerProcess, deadline_s: float = 60.0) -> None
     wait_until(serving, deadline_s)
 
 
-def wait_until(condition: Callable[[], Any], deadline_s: float = 15.0) -> Any:
+def wait_until(condition: Callable[[], Any], deadline_s: float = 60.0) -> Any:
     """Poll until the condition holds, and return what it gave."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
@@ -160,6 +167,9 @@ def wait_until(condition: Callable[[], Any], deadline_s: float = 15.0) -> Any:
     raise AssertionError(f"did not come true within {deadline_s:g} s")
 
 
+_ASK_S: Final = ASK_TTL_S / 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Client:
     """Stubs to one worker."""
@@ -167,6 +177,7 @@ class Client:
     graphs: graphs_grpc.GraphsServiceStub
     admin: admin_grpc.AdminServiceStub
     redis_url: str
+    _asked: list[pb.RequestGraphsRequest] = field(default_factory=list, init=False)
 
     async def request(
         self, *specs: dict[str, str], model: str = "tiny", urgencies: Sequence[int] = ()
@@ -181,12 +192,29 @@ class Client:
             model=model,
             worker_id=worker_id,
         )
-        return list((await self.graphs.RequestGraphs(message, timeout=10)).states)
+        self._asked.append(message)
+        return list((await self.graphs.RequestGraphs(message, timeout=30)).states)
 
     async def until(
-        self, keys: list[str], *phases: int, deadline_s: float = 20.0
+        self, keys: list[str], *phases: int, deadline_s: float = 60.0
     ) -> dict[str, pb.GraphState]:
         """Watch the keys until each is in one of the phases."""
+        asking = asyncio.create_task(self._ask_again())
+        try:
+            return await self._watch(keys, phases, deadline_s)
+        finally:
+            asking.cancel()
+
+    async def _ask_again(self) -> None:
+        """As decode workers do it: what nobody has asked for within a minute is not captured."""
+        while True:
+            await asyncio.sleep(_ASK_S)
+            for message in self._asked:
+                await self.graphs.RequestGraphs(message, timeout=30)
+
+    async def _watch(
+        self, keys: Sequence[str], phases: Sequence[int], deadline_s: float
+    ) -> dict[str, pb.GraphState]:
         states: dict[str, pb.GraphState] = {}
         watch = self.graphs.WatchGraphs(pb.WatchGraphsRequest(keys=keys), timeout=deadline_s)
         async for message in watch:

@@ -105,7 +105,7 @@ class DecodeWorker:
         return grpc.secure_channel(self.address, self.tls.of_channel(), options)
 
     def status(self) -> pb.GetStatusResponse:
-        response: pb.GetStatusResponse = self.stub().GetStatus(pb.GetStatusRequest(), timeout=5)
+        response: pb.GetStatusResponse = self.stub().GetStatus(pb.GetStatusRequest(), timeout=30)
         return response
 
     def is_ready(self) -> bool:
@@ -141,7 +141,7 @@ class DecodeWorker:
         self.process.wait()
 
 
-def eventually(check: Callable[[], Any], deadline_s: float = 30.0) -> Any:
+def eventually(check: Callable[[], Any], deadline_s: float = 60.0) -> Any:
     """What ``check`` returns once it is true."""
     end = time.monotonic() + deadline_s
     while not (value := check()):

@@ -38,7 +38,7 @@ PRELOADED: Final = (
 )
 ISA: Final = "PRECAST_NATIVE_ISA"
 _MAX_BYTES: Final = 128 << 10
-_PRELOAD_S: Final = 90.0
+_PRELOAD_S: Final = 200.0
 _COMMAND: Final = (sys.executable, "-m", "tests.support.forked")
 
 

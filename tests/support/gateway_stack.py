@@ -5,10 +5,12 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import grpc
@@ -27,6 +29,7 @@ from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
+NO_CONSTANTS: Mapping[str, float] = MappingProxyType({})
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] == 'refuse me' %}{{ raise_exception('no such talk') }}{% endif %}"
@@ -58,7 +61,7 @@ def make_model_folder(
     return folder
 
 
-def eventually(check: Callable[[], Any], deadline_s: float = 15.0) -> Any:
+def eventually(check: Callable[[], Any], deadline_s: float = 60.0) -> Any:
     """What ``check`` returns once it is true."""
     end = time.monotonic() + deadline_s
     while not (value := check()):
@@ -85,7 +88,7 @@ class Worker(Process):
     def status(self) -> pb.GetStatusResponse:
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
             stub = DecodeServiceStub(channel)  # type: ignore[no-untyped-call]
-            response: pb.GetStatusResponse = stub.GetStatus(pb.GetStatusRequest(), timeout=5)
+            response: pb.GetStatusResponse = stub.GetStatus(pb.GetStatusRequest(), timeout=30)
         return response
 
     def running(self) -> int:
@@ -93,6 +96,10 @@ class Worker(Process):
 
     def served(self) -> int:
         return self.status().graph_steps
+
+    def said(self) -> int:
+        """Tokens so far."""
+        return self.status().eager_steps
 
 
 @dataclass(kw_only=True)
@@ -131,12 +138,12 @@ class Gateway(Process):
         )
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10, verify=self._verify)
+        return httpx.get(self.url + path, timeout=30, verify=self._verify)
 
     def metrics(self) -> dict[str, float]:
         """Values by name and labels, as they are written."""
         text = httpx.get(
-            f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10, verify=PLAIN
+            f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30, verify=PLAIN
         ).text
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
@@ -154,8 +161,13 @@ class Gateway(Process):
 
 
 def serve_gateway(arguments: Sequence[str]) -> int:
-    """A gateway, with settings as JSON."""
-    settings = load_settings(GatewaySettings, **json.loads(arguments[0]))
+    """A gateway, with settings and its modules' constants as JSON."""
+    values, constants = map(json.loads, arguments)
+    for place, value in constants.items():
+        module, _, name = place.rpartition(".")
+        assert hasattr(import_module(module), name), place
+        setattr(import_module(module), name, value)
+    settings = load_settings(GatewaySettings, **values)
     return (run if settings.workers == 1 else processes.run)(settings)
 
 
@@ -177,9 +189,15 @@ class Stack:
             return Worker(process=process, port=int(said.readline()))
 
     def gateway(
-        self, *, wait_for: int = 1, authority: Path | None = None, **settings: Any
+        self,
+        *,
+        wait_for: int = 1,
+        authority: Path | None = None,
+        constants: Mapping[str, float] = NO_CONSTANTS,
+        **settings: Any,
     ) -> Gateway:
-        """A gateway that sees ``wait_for`` ready workers."""
+        """A gateway that sees ``wait_for`` ready workers. ``constants``, by ``module.NAME``, are
+        for waits that are longer in service than a test should be."""
         port = free_port()
         values = {
             "home": str(self.models_dir.parent),
@@ -190,7 +208,8 @@ class Stack:
             "worker_refresh_s": 0.5,
             **settings,
         }
-        process = self._start(f"{__name__}:serve_gateway", json.dumps(values))
+        given = [json.dumps(each) for each in (values, dict(constants))]
+        process = self._start(f"{__name__}:serve_gateway", *given)
         gateway = Gateway(
             process=process,
             port=port,

@@ -47,7 +47,7 @@ REFUSED: Final = "uniqueItems"
 FAIL_AFTER_TWO: Final = "!later"
 """Two tokens, then INTERNAL."""
 SLOW: Final = "!slow"
-"""A tenth of a second a token."""
+"""A tenth of a second a token, or what ``--slow-ms`` says."""
 _BEAT_S: Final = 0.23
 """Of the lease. No part of half a second, or gateways might never see one that lapses at once."""
 SILENT: Final = "!silent"
@@ -168,6 +168,10 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self.worker_id = options.worker_id or f"parrot-{uuid.uuid4().hex[:8]}"
         self.running: dict[str, asyncio.Task[None]] = {}
         self.served = 0
+        self.said = 0
+        """Tokens, of all requests."""
+        self._slow_s = options.slow_ms / 1000
+        self._step_s = options.step_ms / 1000
         self._seen: set[tuple[str, tuple[int, ...]]] = set()
         self.state = options.state
         self.changed = asyncio.Event()
@@ -245,6 +249,8 @@ class Parrot(pb_grpc.DecodeServiceServicer):
         self.changed.set()
 
     def recover(self) -> None:
+        """And no longer take time for a token: nobody needs to catch it at one from here on."""
+        self._slow_s = self._step_s = 0.0
         self.state = "ready"
         self.changed.set()
 
@@ -298,10 +304,11 @@ class Parrot(pb_grpc.DecodeServiceServicer):
 
     async def _say(self, recipient: Recipient, speech: Speech, out: Outbox, said: str) -> bool:
         """Whether it came to its end."""
-        step_s = 0.1 if said.startswith(SLOW) else self._options.step_ms / 1000
+        step_s = self._slow_s if said.startswith(SLOW) else self._step_s
         kept = Output(recipient=recipient)
         while not speech.finished:
             await asyncio.sleep(step_s)
+            self.said += 1
             if len(speech.ids) == 2 and said.startswith(FAIL_AFTER_TWO):
                 out.end(_error(recipient, pb.ERROR_CODE_INTERNAL, "told to fail"))
                 return False
@@ -351,7 +358,10 @@ class Parrot(pb_grpc.DecodeServiceServicer):
 
     async def GetStatus(self, _request: Any, _context: Any) -> pb.GetStatusResponse:
         return pb.GetStatusResponse(
-            worker_id=self.worker_id, running=len(self.running), graph_steps=self.served
+            worker_id=self.worker_id,
+            running=len(self.running),
+            graph_steps=self.served,
+            eager_steps=self.said,
         )
 
     def lease(self, port: int) -> DecodeLease:
@@ -404,6 +414,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--worker-id", default="")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of one token")
+    parser.add_argument("--slow-ms", type=float, default=100.0, help=f"the same after {SLOW}")
     parser.add_argument("--max-running", type=int, default=1000)
     parser.add_argument("--max-context-length", type=int, default=256)
     parser.add_argument("--state", default="ready")

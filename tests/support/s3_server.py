@@ -47,7 +47,7 @@ class S3Server:
     def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """An unsigned request: the server asks for no credentials."""
         request = urllib.request.Request(f"{self.endpoint}/{path}", data=body, method=method)
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return bytes(answer.read())
 
     def kill(self) -> None:
