@@ -56,7 +56,7 @@ READY_S = 180.0
 SIMULATED = (
     "import sys; from precast.config.settings import DecodeWorkerSettings, load_settings;"
     "from services.decode_worker.ranks.launcher import RankLauncher;"
-    "launcher = RankLauncher('bench.start_rank'); launcher.start_early(1);"
+    "launcher = RankLauncher('bench.start_rank');"
     "from services.decode_worker.engine.sizing import shares;"
     "from services.decode_worker.main import run;"
     "settings = load_settings(DecodeWorkerSettings);"

@@ -21,9 +21,14 @@ with serving(home, f"--model={MODEL}", "--batch-sizes=1", "--prefill-buckets=") 
     answers = [stack.ask("One, two,", 4).status_code]
     write_until_full(home / "filler")
     until = time.monotonic() + LEASE_S + 1
-    while time.monotonic() < until:
-        answers.append(stack.ask("One, two,", 4).status_code)
-        time.sleep(0.2)
+    try:
+        while time.monotonic() < until:
+            answers.append(stack.ask("One, two,", 4).status_code)
+            time.sleep(0.2)
+    except Exception:  # the disk is gone with this process
+        for log in (home / "logs").iterdir():
+            print(log.name, log.read_text()[-4000:], file=sys.stderr)
+        raise
     line = stack.wait_line("disk full", 20)
     assert "serving goes on" in line and str(home) in line, line
     assert set(answers) == {200}, answers

@@ -242,16 +242,16 @@ def test_redis_killed_and_back_empty(
     stack: Stack, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     stack.worker(lease_ttl_s=1)
-    gateway = stack.gateway()
+    gateway = stack.gateway(constants={"services.gateway.routing.worker.MISSING_GRACE_S": 1})
     redis_server.process.send_signal(signal.SIGKILL)
     redis_server.process.wait()
-    end = time.monotonic() + 5  # longer than the lease, and than who has none is kept
+    end = time.monotonic() + 3  # longer than the lease, and than who has none is kept
     while time.monotonic() < end:
         assert complete(gateway).status_code == 200
         time.sleep(0.1)
     port = int(redis_server.url.rpartition(":")[2].removesuffix("/0"))
     with start_redis(tmp_path / "empty", port):
-        end = time.monotonic() + 2
+        end = time.monotonic() + 1.5
         while time.monotonic() < end:
             assert complete(gateway).status_code == 200
         stack.worker(worker_id="new")

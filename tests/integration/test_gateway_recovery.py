@@ -221,8 +221,13 @@ def test_a_stopped_worker_counts_as_dead_within_ten_seconds(stack: Stack, gatewa
     eventually(lambda: gateway.workers() == 2)
 
 
-def test_a_worker_that_answers_is_alive_whatever_redis_says(stack: Stack, gateway: Gateway) -> None:
+def test_a_worker_that_answers_is_alive_whatever_redis_says(stack: Stack) -> None:
     """Its lease lapses all the time, then Redis refuses it; then it is restarted unseen."""
+    gateway = stack.gateway(
+        wait_for=0,
+        expected_models="tiny",
+        constants={"services.gateway.routing.worker.MISSING_GRACE_S": 1},
+    )
     port = free_port()
     worker = stack.worker(port=port, lease_ttl_s=0.05)
     eventually(lambda: gateway.workers() == 1)
@@ -235,10 +240,10 @@ def test_a_worker_that_answers_is_alive_whatever_redis_says(stack: Stack, gatewa
             assert gateway.get("/ready").status_code == 200
             time.sleep(0.1)
 
-    served_for(3)
+    served_for(2)
     client.config_set("maxmemory", "1")
     eventually(lambda: not client.keys("precast:lease:decode:*"))
-    served_for(4)
+    served_for(2)
     worker.kill()
     eventually(lambda: gateway.get("/ready").status_code == 503)
     stack.worker(port=port)

@@ -14,7 +14,7 @@ from services.decode_worker.ranks import group as rank_group
 from services.decode_worker.ranks import sent_steps
 from services.decode_worker.ranks.group import GroupFailed, RankGroup
 from services.decode_worker.ranks.kv_memory import KvMemory
-from services.decode_worker.ranks.launcher import RankLauncher
+from services.decode_worker.ranks.launcher import RankLauncher, RankProcess
 from services.decode_worker.ranks.protocol import Init
 from services.decode_worker.ranks.sent_steps import SentSteps
 
@@ -41,17 +41,24 @@ def init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Init:
     )
 
 
+class OneRank(RankLauncher):
+    """Which has started, and is given out."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self._rank = self.start()
+
+    async def take(self) -> RankProcess:
+        return self._rank
+
+
 async def start(init: Init, started: Path) -> RankGroup:
     """A group whose rank runs already: importing is no silence."""
-    launcher = RankLauncher("tests.support.slow_rank")
-    launcher.start_early(1)
-    try:
-        async with asyncio.timeout(60):
-            while not started.exists():
-                await asyncio.sleep(0.01)
-            return await RankGroup.start((init,), launcher, KvMemory(1))
-    finally:
-        launcher.close()
+    launcher = OneRank("tests.support.slow_rank")
+    async with asyncio.timeout(60):
+        while not started.exists():
+            await asyncio.sleep(0.01)
+        return await RankGroup.start((init,), launcher, KvMemory(1))
 
 
 async def test_a_rank_that_says_how_far_it_is_may_take_longer(

@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 from precast.system.redis_server import start_redis
+from tests.support.damage import damaged
 from tests.support.decode_worker import DecodeWorker, decode_worker
 from tests.support.gateway_stack import Gateway, Stack
 from tests.support.json_schemas import CASES
@@ -119,7 +120,9 @@ def bodies(seed: int) -> Iterator[Body]:
         path = rng.choice(list(GOOD))
         with suppress(RecursionError):  # deeper than we can write it
             data = _body(rng, path)
-            yield path, _damaged(rng, data) if rng.random() < 0.15 else data
+            if rng.random() < 0.15:
+                data = damaged(rng, data, _not_a_number, _begun_again)
+            yield path, data
 
 
 def _body(rng: random.Random, path: str) -> bytes:
@@ -214,20 +217,12 @@ CHANGES: Final[Sequence[Callable[[random.Random, Any], None]]] = (
 )
 
 
-def _damaged(rng: random.Random, data: bytes) -> bytes:
-    text, at = bytearray(data), rng.randrange(len(data))
-    match rng.randrange(5):
-        case 0:
-            return bytes(text[:at])
-        case 1:
-            text[at] ^= 1 << rng.randrange(8)
-        case 2:
-            text[at:at] = rng.randbytes(rng.randrange(1, 9))
-        case 3:
-            text[at:at] = b"NaN"
-        case _:
-            text += bytes(text[:at])
-    return bytes(text)
+def _not_a_number(_: random.Random, data: bytes, at: int) -> bytes:
+    return data[:at] + b"NaN" + data[at:]
+
+
+def _begun_again(_: random.Random, data: bytes, at: int) -> bytes:
+    return data + data[:at]
 
 
 @dataclass(kw_only=True)

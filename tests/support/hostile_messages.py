@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.graphs.v1 import graphs_service_pb2 as graphs
 from tests.support.compile_worker import FACTORS
+from tests.support.damage import damaged
 from tests.support.hostile_bodies import PATTERNS, hostile_schema
 
 _DECODE: Final = "/precast.decode.v1.DecodeService/"
@@ -32,7 +33,7 @@ def calls(rng: random.Random, model: str) -> Call:
     """One of them."""
     made = rng.choice((_generate, _generate, _of_decode, _of_graphs))(rng, model)
     if rng.random() < 0.3:
-        return replace(made, message=_damaged(rng, made.message))
+        return replace(made, message=damaged(rng, made.message, _noise))
     return made
 
 
@@ -136,15 +137,5 @@ def _spoilt(rng: random.Random, request: Message) -> bytes:
     return request.SerializeToString()
 
 
-def _damaged(rng: random.Random, data: bytes) -> bytes:
-    text, at = bytearray(data or b"\x0a"), rng.randrange(max(1, len(data)))
-    match rng.randrange(4):
-        case 0:
-            return bytes(text[:at])
-        case 1:
-            text[at] ^= 1 << rng.randrange(8)
-        case 2:
-            text[at:at] = rng.randbytes(rng.randrange(1, 9))
-        case _:
-            return rng.randbytes(rng.randrange(200))
-    return bytes(text)
+def _noise(rng: random.Random, _data: bytes, _at: int) -> bytes:
+    return rng.randbytes(rng.randrange(200))

@@ -46,35 +46,24 @@ class RankLauncher:
         ``forks``."""
         self._module = module
         self._forks = forks
-        self._waiting: list[RankProcess] = []
-
-    def start_early(self, count: int) -> None:
-        """Starts ranks that ``take`` will give out."""
-        self._waiting += [self._start() for _ in range(count)]
 
     async def take(self) -> RankProcess:
         """A rank that waits for its first command."""
-        if self._waiting:
-            return self._waiting.pop(0)
         if self._forks is not None:
             try:
                 # in a thread, because the nursery may still import torch
                 return await asyncio.to_thread(self._fork, self._forks)
             except OSError as error:
                 log.warning("no rank from the nursery; starting one afresh", reason=str(error))
-        return self._start()
+        return self.start()
 
     def close(self) -> None:
-        """Ends the nursery, and ranks that nobody took."""
-        for rank in self._waiting:
-            rank.process.kill()
-            rank.process.wait()
-            rank.connection.close()
-        self._waiting.clear()
+        """Ends the nursery."""
         if self._forks is not None:
             self._forks.close()
 
-    def _start(self) -> RankProcess:
+    def start(self) -> RankProcess:
+        """One that is no fork, which waits for its first command."""
         # Not in a thread, and not one of asyncio's processes: with the thread that started it, be
         # it a child watcher's, a child would end. A fork and exec is all that blocks here.
         ours, theirs = socket.socketpair()
