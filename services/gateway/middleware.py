@@ -73,7 +73,8 @@ class RequestIds:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[request_id.HEADER] = name
+                for header in request_id.headers_at(scope["path"]):
+                    MutableHeaders(scope=message)[header] = name
             await send(message)
 
         watched = StatusWatch(named)

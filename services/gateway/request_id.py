@@ -11,6 +11,8 @@ from typing import Final
 from starlette.types import Scope
 
 HEADER: Final = "x-request-id"
+_OF_MESSAGES: Final = "request-id"
+"""As Anthropic's clients look for it."""
 _KEY: Final = "precast.request_id"
 _GOOD: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """What can go into logs and headers as it is; anything else is replaced."""
@@ -19,6 +21,11 @@ _GOOD: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 def name_for(given: str) -> str:
     """The name that the client has given, if it is a good one."""
     return given if _GOOD.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def headers_at(path: str) -> tuple[str, ...]:
+    """Those of an answer from the path that have the name."""
+    return (HEADER, _OF_MESSAGES) if path.startswith("/v1/messages") else (HEADER,)
 
 
 def named_scope(scope: Scope, name: str) -> Scope:

@@ -25,11 +25,12 @@ from services.gateway.openai.messages_api.fields import CountTokensRequest, Mess
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.prepare import Planner
 from services.gateway.openai.responses_api.conversation import Conversations, KeepingResponse
-from services.gateway.openai.responses_api.convert import as_written, chat_of
+from services.gateway.openai.responses_api.convert import chat_of
 from services.gateway.openai.responses_api.fields import ResponsesRequest
 from services.gateway.openai.schemas import ChatRequest, CompletionRequest
 from services.gateway.openai.streaming import GenerationResponse
 from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeRequest, Version
+from services.gateway.openai.written_names import as_written
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.sole_model import SoleModel
 
@@ -114,7 +115,7 @@ def generation_routes(
             try:
                 plan = await planner.chat(chat_of(origin.whole))
             except ApiError as error:
-                raise as_written(error) from None
+                raise as_written(error, "responses") from None
             plan = replace(plan, endpoint="responses", origin=origin)
             kept = KeepingResponse(answer(plan, started, headers), conversations, origin)
             return held.until_sent(kept)
@@ -124,7 +125,10 @@ def generation_routes(
         body, headers = await bodies.read(MessagesRequest, request)
         started = time.monotonic()
         async with models.held(body.model, request) as held:
-            plan = await planner.chat(messages_api.chat_of(body))
+            try:
+                plan = await planner.chat(messages_api.chat_of(body))
+            except ApiError as error:
+                raise as_written(error, "messages") from None
             return held.until_sent(answer(replace(plan, endpoint="messages"), started, headers))
 
     @router.post("/messages/count_tokens")

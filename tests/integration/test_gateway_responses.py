@@ -26,6 +26,8 @@ ALL = (
     f'<think>hm</think>Look.<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
 )
 
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+BAD_TOOL = {"name": "x", "input_schema": {}}
 UNIQUE = {"type": "json_schema", "name": "x", "schema": {"uniqueItems": True}}
 """What the parrot can't hold an answer to."""
 
@@ -66,6 +68,17 @@ def test_a_response_that_is_cut(client: openai.OpenAI) -> None:
     assert answer.incomplete_details is not None
     assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.output_text.startswith("system: Be kind.")
+
+
+def test_what_labels_a_response_is_in_it(client: openai.OpenAI) -> None:
+    labels: Any = {"metadata": {"run": "7"}, "user": "u", "safety_identifier": "s"}
+    answer = client.responses.create(model="thinker", input="!say Hi !end", **labels)
+    assert {name: getattr(answer, name) for name in labels} == labels
+    assert answer.completed_at is not None and answer.completed_at >= answer.created_at
+    stream = client.responses.create(model="thinker", input="hi", stream=True, **labels)
+    ends: Any = [event for event in stream if "response" in event.model_fields_set]
+    assert [event.response.metadata for event in ends] == [{"run": "7"}] * 3
+    assert client.responses.create(model="thinker", input="!say Hi !end").metadata == {}
 
 
 def test_items_of_a_response(client: openai.OpenAI) -> None:
@@ -135,6 +148,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": UNIQUE}}, "text.format.schema"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"metadata": {"x": "y" * 513}}, "metadata.x"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
     ],
 )
@@ -164,6 +178,7 @@ def test_a_message(gateway: Gateway, stream: bool) -> None:
         thought, text, call = found["content"]
         assert (thought["thinking"], text["text"]) == ("hm", "Look.")
         assert (call["name"], call["input"]) == ("weather", {"city": "Paris"})
+        assert call["id"].startswith("toolu_")
         assert found["stop_reason"] == "tool_use"
         return
     events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:6] == "data: "]
@@ -173,6 +188,32 @@ def test_a_message(gateway: Gateway, stream: bool) -> None:
     told = [event["delta"] for event in events if event["type"] == "content_block_delta"]
     assert "".join(one.get("partial_json", "") for one in told) == ARGUMENTS
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+def test_a_request_has_the_name_that_anthropics_clients_look_for(gateway: Gateway) -> None:
+    for body, status in ((messages("x"), 200), (messages("x", max_tokens=0), 400)):
+        answer = gateway.post("/v1/messages", json=body)
+        assert answer.status_code == status
+        assert answer.headers["request-id"] == answer.headers["x-request-id"] != ""
+    other = gateway.post("/v1/responses", json={"model": "thinker", "input": "!say x !end"})
+    assert "request-id" not in other.headers and other.headers["x-request-id"]
+
+
+def test_the_schema_of_a_message_is_held_to(gateway: Gateway) -> None:
+    form = {"type": "json_schema", "schema": PARAMETERS}
+    turns = [{"role": "user", "content": "!ask"}]
+    asked = ({"output_config": {"format": form, "effort": "low"}}, {"output_format": form})
+    for fields in asked:
+        body = messages("", messages=turns, **fields)
+        answer = gateway.post("/v1/messages", json={**body, "max_tokens": 2000})
+        assert answer.status_code == 200, answer.text
+        assert "x-precast-ignored-fields" not in answer.headers
+        wanted = json.loads(answer.json()["content"][0]["text"])["constraint"]["lark"]
+        assert '"properties":{"city":{"type":"string"}}' in wanted
+    refused = {"format": {**form, "schema": UNIQUE["schema"]}}
+    answer = gateway.post("/v1/messages", json=messages("x", output_config=refused))
+    assert answer.status_code == 400
+    assert "'output_config.format.schema'" in answer.json()["error"]["message"]
 
 
 def test_turns_of_a_conversation_of_messages(gateway: Gateway) -> None:
@@ -249,6 +290,9 @@ def test_tokens_of_messages_are_counted(gateway: Gateway) -> None:
         ({"model": "none"}, 404, "not_found_error", "'none' does not exist"),
         ({"max_tokens": 0}, 400, "invalid_request_error", "'max_tokens'"),
         ({"max_tokens": 9999}, 400, "invalid_request_error", "maximum context length"),
+        ({"tools": [WEB_SEARCH]}, 400, "invalid_request_error", "'tools[0].type'"),
+        ({"output_format": {"type": "text"}}, 400, "invalid_request_error", "'output_format.type'"),
+        ({"tools": [BAD_TOOL] * 2}, 400, "invalid_request_error", "two functions"),
         ({"messages": [{"role": "user", "content": "!later"}]}, 500, "api_error", "told to fail"),
     ],
 )

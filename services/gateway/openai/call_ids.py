@@ -7,10 +7,10 @@ from typing import Final
 _SHORT: Final = 9
 
 
-def new_call_id(*, short: bool) -> str:
+def new_call_id(*, short: bool, prefix: str = "call") -> str:
     """``short``: nine letters and digits, as some chat templates demand."""
     name = uuid.uuid4().hex
-    return name[:_SHORT] if short else f"call_{name[:24]}"
+    return name[:_SHORT] if short else f"{prefix}_{name[:24]}"
 
 
 def short_call_id(name: str) -> str:

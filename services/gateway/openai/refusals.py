@@ -11,8 +11,8 @@ from precast.json_schema import place_of, without_idle
 from services.gateway.openai.errors import invalid
 from services.gateway.openai.plan import Plan
 from services.gateway.openai.refusal_spots import spots_of
-from services.gateway.openai.responses_api.convert import path_as_written
 from services.gateway.openai.structured.constraint import Asked
+from services.gateway.openai.written_names import path_as_written
 
 _CONSTRAINT: Final = "constraint: "
 _DIMENSIONS: Final = "dimensions: "
@@ -90,6 +90,6 @@ def _places(plan: Plan) -> Iterator[_Place]:
 
 
 def _asked(asked: Asked, plan: Plan) -> _Place:
-    path = path_as_written(asked.path) if plan.endpoint == "responses" else asked.path
+    path = path_as_written(asked.path, plan.endpoint)
     written = asked.constraint.json_schema
     return _Place(path=path, schema=without_idle(json.loads(written)) if written else None)

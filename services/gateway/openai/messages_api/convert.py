@@ -42,6 +42,7 @@ def chat_of(body: MessagesRequest) -> ChatRequest:
         "top_k": body.top_k,
         "top_p": body.top_p,
         "reasoning_effort": "none" if body.thinking and body.thinking.type == "disabled" else None,
+        "response_format": _format(body),
         "stream": body.stream,
     }
     try:
@@ -103,6 +104,15 @@ def _text(content: str | list[TextBlock]) -> str:
 def _tool(tool: _Json) -> _Json:
     function = {name: tool[name] for name in ("name", "description", "strict")}
     return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+
+
+def _format(body: MessagesRequest) -> _Json | None:
+    asked = body.output_config.format if body.output_config else None
+    asked = asked or body.output_format
+    if asked is None:
+        return None
+    named = {"name": "answer", "schema": asked.schema_}
+    return {"type": "json_schema", "json_schema": named}
 
 
 def _choice(choice: ToolChoice | None) -> Any:

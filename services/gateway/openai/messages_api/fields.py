@@ -77,10 +77,11 @@ class Turn(Lenient):
 
 
 class MessagesTool(Lenient):
+    type: Literal["custom"] | None = None
+    """First, so that it is what an error names for tools of Anthropic's servers."""
     name: str = Field(pattern=NAME)
     description: str | None = None
     input_schema: dict[str, Any]
-    type: Literal["custom"] | None = None
     strict: bool | None = None
 
 
@@ -89,6 +90,18 @@ class ToolChoice(Lenient):
     name: str | None = None
     """With type tool."""
     disable_parallel_tool_use: bool | None = None
+
+
+class OutputFormat(Lenient):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Lenient):
+    """Whatever effort it asks for."""
+
+    accepted: ClassVar[frozenset[str]] = frozenset({"effort"})
+    format: OutputFormat | None = None
 
 
 class Thinking(Lenient):
@@ -117,6 +130,10 @@ class MessagesRequest(Lenient):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     """disabled: without reasoning, where the chat template can do that."""
+    output_config: OutputConfig | None = None
+    """The answer follows its schema."""
+    output_format: OutputFormat | None = None
+    """The same, as it was called at first."""
     stream: bool | None = None
 
     @model_validator(mode="before")

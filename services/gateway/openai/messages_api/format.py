@@ -84,7 +84,7 @@ class MessagesFormat:
                 yield self._delta("thinking_delta", "thinking", part.text)
             case CallBegun():
                 yield from self._close()
-                call_id = new_call_id(short=self._plan.short_call_ids)
+                call_id = new_call_id(short=self._plan.short_call_ids, prefix="toolu")
                 yield from self._begin(
                     {"type": "tool_use", "id": call_id, "name": part.name, "input": {}}
                 )

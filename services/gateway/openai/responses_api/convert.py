@@ -1,35 +1,26 @@
 """A body of ``/v1/responses`` as the chat that it stands for."""
 
-import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
-from services.gateway.openai.errors import ApiError, invalid
+from services.gateway.openai.errors import invalid
 from services.gateway.openai.responses_api.fields import (
     ChosenFunction,
     InputCall,
-    InputItem,
     InputMessage,
     InputOutput,
+    InputReasoning,
     InputText,
     ResponsesRequest,
     SchemaFormat,
     Text,
 )
+from services.gateway.openai.responses_api.turns import AssistantTurn, Part
 from services.gateway.openai.schemas import ChatRequest
 
 _Json = dict[str, Any]
-_NAMES: Final = (
-    (re.compile(r"^messages\b.*"), "input"),
-    (re.compile(r"^response_format\.json_schema"), "text.format"),
-    (re.compile(r"^response_format"), "text.format"),
-    (re.compile(r"^max_completion_tokens$"), "max_output_tokens"),
-    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
-    (re.compile(r"^(tools\[\d+\])\.function"), r"\1"),
-)
-"""Paths of a chat's fields, and what the client has written in their places."""
 
 
 def chat_of(body: ResponsesRequest) -> ChatRequest:
@@ -54,65 +45,51 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
         raise invalid("Invalid 'input': it has too many items.", "input") from None
 
 
-def as_written(error: ApiError) -> ApiError:
-    """An error about the chat, with the names of the client's own fields."""
-    if error.param is None:
-        return error
-    param = path_as_written(error.param)
-    return ApiError(
-        error.status,
-        error.message.replace(f"'{error.param}'", f"'{param}'"),
-        kind=error.kind,
-        param=param,
-        code=error.code,
-        headers=error.headers,
-    )
-
-
-def path_as_written(path: str) -> str:
-    """A field of the chat, as the client has called it."""
-    for pattern, name in _NAMES:
-        if pattern.search(path):
-            return pattern.sub(name, path)
-    return path
-
-
 def _messages(body: ResponsesRequest) -> Iterator[_Json]:
     if body.instructions:
         yield {"role": "system", "content": body.instructions}
     if isinstance(body.input, str):
         yield {"role": "user", "content": body.input}
         return
-    pending: list[_Json] = []
-    """Calls of one turn: they belong to one message."""
+    turn = AssistantTurn()
     for item in body.input:
-        if isinstance(item, InputCall):
-            pending.append(_call(item))
+        if isinstance(item, InputOutput) or _is_told(item):
+            yield from turn.message()
+            turn = AssistantTurn()
+            yield _message(item)
             continue
-        if pending:
-            yield {"role": "assistant", "content": None, "tool_calls": pending}
-            pending = []
-        yield from _message(item)
-    if pending:
-        yield {"role": "assistant", "content": None, "tool_calls": pending}
+        if not turn.takes(item):
+            yield from turn.message()
+            turn = AssistantTurn()
+        _add(turn, item)
+    yield from turn.message()
 
 
-def _message(item: InputItem) -> Iterator[_Json]:
+def _is_told(item: Part) -> TypeGuard[InputMessage]:
+    """Whether somebody else than the assistant says it."""
+    return isinstance(item, InputMessage) and item.role != "assistant"
+
+
+def _add(turn: AssistantTurn, item: Part) -> None:
+    match item:
+        case InputReasoning():
+            turn.think(item)
+        case InputCall():
+            turn.call(item)
+        case InputMessage():
+            turn.text = _text(item.content)
+
+
+def _message(item: InputMessage | InputOutput) -> _Json:
     if isinstance(item, InputMessage):
-        yield {"role": item.role, "content": _text(item.content)}
-    elif isinstance(item, InputOutput):
-        yield {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+        return {"role": item.role, "content": _text(item.content)}
+    return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
 
 
 def _text(content: Text) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.text if isinstance(part, InputText) else part.refusal for part in content)
-
-
-def _call(item: InputCall) -> _Json:
-    function = {"name": item.name, "arguments": item.arguments}
-    return {"id": item.call_id, "type": "function", "function": function}
 
 
 def _tool(function: _Json) -> _Json:

@@ -20,7 +20,8 @@ _NEUTRAL: Final[Neutral] = {
     "moderation": (),
     "context_management": ([],),
 }
-_LABELS: Final = (LABELS - {"store"}) | {"include", "stream_options", "top_logprobs"}
+_ECHOED: Final = frozenset({"metadata", "user", "safety_identifier"})
+_LABELS: Final = (LABELS - {"store"} - _ECHOED) | {"include", "stream_options"}
 
 
 class InputText(Lenient):
@@ -150,6 +151,10 @@ class ReasoningOptions(Lenient):
     """Ignored: reasoning is returned as it is."""
 
 
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
+
+
 class ResponsesRequest(Lenient):
     """``POST /v1/responses``."""
 
@@ -175,6 +180,10 @@ class ResponsesRequest(Lenient):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     stream: bool | None = None
+    metadata: dict[_Key, _Value] | None = Field(default=None, max_length=16)
+    """Is in the response as it came; so are the two below."""
+    user: str | None = None
+    safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(default=None, max_length=256)
     """Requests of the same key go to the same worker, as long as it isn't much busier."""
 
