@@ -202,9 +202,10 @@ def test_a_request_has_the_name_that_anthropics_clients_look_for(gateway: Gatewa
 def test_the_schema_of_a_message_is_held_to(gateway: Gateway) -> None:
     form = {"type": "json_schema", "schema": PARAMETERS}
     turns = [{"role": "user", "content": "!ask"}]
+    nothing = {"context_management": {"edits": []}}
     asked = ({"output_config": {"format": form, "effort": "low"}}, {"output_format": form})
     for fields in asked:
-        body = messages("", messages=turns, **fields)
+        body = messages("", messages=turns, **fields, **nothing)
         answer = gateway.post("/v1/messages", json={**body, "max_tokens": 2000})
         assert answer.status_code == 200, answer.text
         assert "x-precast-ignored-fields" not in answer.headers

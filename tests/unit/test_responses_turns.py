@@ -4,6 +4,8 @@ from typing import Any
 
 from services.gateway.openai.responses_api.convert import chat_of
 from services.gateway.openai.responses_api.fields import ResponsesRequest
+from services.gateway.openai.tools.formats import FORMATS
+from services.gateway.openai.tools.use import tool_use
 
 
 def thought(text: str | None) -> dict[str, Any]:
@@ -59,6 +61,17 @@ def test_turns_follow_each_other_where_no_one_speaks_between_them() -> None:
         ("assistant", "Two.", ["a"], None),
         ("assistant", "", ["b"], "hm"),
     ]
+
+
+def test_the_tools_that_may_be_called_are_some_of_them() -> None:
+    tools = [{"type": "function", "name": name} for name in ("a", "b", "c")]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": tools[:2]}
+    body = {"model": "m", "input": "x", "tools": tools, "tool_choice": choice}
+    asked = ResponsesRequest.model_validate(body)
+    use = tool_use(chat_of(asked), FORMATS["hermes"])
+    assert use is not None and use.mode == "forced"
+    assert use.names == {"a", "b"}
+    assert asked.model_dump(exclude_unset=True)["tool_choice"] == choice
 
 
 def test_reasoning_without_an_answer_is_left_out() -> None:

@@ -13,7 +13,7 @@ from services.gateway.openai.tools.fields import MAX_TOOLS, NAME
 _NEUTRAL: Final[Neutral] = {
     "container": (),
     "mcp_servers": ([],),
-    "context_management": (),
+    "context_management": ({}, {"edits": []}),
 }
 _LABELS: Final = frozenset({"metadata", "service_tier", "betas"})
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from services.gateway.openai.errors import invalid
 from services.gateway.openai.responses_api.fields import (
+    AllowedFunctions,
     ChosenFunction,
     InputCall,
     InputMessage,
@@ -98,8 +99,15 @@ def _tool(function: _Json) -> _Json:
 
 def _choice(choice: object) -> Any:
     if isinstance(choice, ChosenFunction):
-        return {"type": "function", "function": {"name": choice.name}}
+        return _chosen(choice)
+    if isinstance(choice, AllowedFunctions):
+        allowed = {"mode": choice.mode, "tools": [_chosen(one) for one in choice.tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
     return choice
+
+
+def _chosen(function: ChosenFunction) -> _Json:
+    return {"type": "function", "function": {"name": function.name}}
 
 
 def _format(body: ResponsesRequest) -> _Json | None:

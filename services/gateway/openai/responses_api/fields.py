@@ -116,15 +116,27 @@ class ChosenFunction(Lenient):
     name: str
 
 
+class AllowedFunctions(Lenient):
+    """Of the tools, those that may be called now."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ChosenFunction] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
 def _choice(value: Any) -> str:
     if value is None:
         return "none"
-    return "word" if isinstance(value, str) else "named"
+    if isinstance(value, AllowedFunctions):
+        return "allowed"
+    allowed = isinstance(value, dict) and value.get("type") == "allowed_tools"
+    return "word" if isinstance(value, str) else "allowed" if allowed else "named"
 
 
 Choice = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag("word")]
     | Annotated[ChosenFunction, Tag("named")]
+    | Annotated[AllowedFunctions, Tag("allowed")]
     | Annotated[None, Tag("none")],
     Discriminator(_choice),
 ]
