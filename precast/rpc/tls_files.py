@@ -1,10 +1,9 @@
 """Looks at certificates before gRPC does, which takes anything: its connections fail then, one by
 one, and it does not say why."""
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from precast.errors import ConfigError
 
@@ -20,8 +19,7 @@ _FILES: Final = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
 FileState = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pem:
+class Pem(NamedTuple):
     """What one role shows and trusts."""
 
     authority: bytes

@@ -33,6 +33,7 @@ from services.gateway.openai.tokenizing import DetokenizeRequest, TokenizeReques
 from services.gateway.openai.written_names import as_written
 from services.gateway.routing.pool import WorkerPool
 from services.gateway.sole_model import SoleModel
+from services.gateway.usage import expect_tokens
 
 IGNORED: Final = "x-precast-ignored-fields"
 """Header of answers: fields of the request that nobody here knows."""
@@ -86,7 +87,10 @@ def generation_routes(
 ) -> Paths:
     router = Paths("/v1")
 
-    def answer(plan: Plan, started: float, headers: dict[str, str]) -> Response:
+    async def answer(
+        request: Request, plan: Plan, started: float, headers: dict[str, str]
+    ) -> Response:
+        await expect_tokens(request.scope, plan.expected_tokens)
         timeout_s = settings.request_timeout_s
         return GenerationResponse(
             plan, pool, metrics, started=started, timeout_s=timeout_s, headers=headers
@@ -97,14 +101,16 @@ def generation_routes(
         body, headers = await bodies.read(CompletionRequest, request)
         started = time.monotonic()
         async with models.held(body.model, request) as held:
-            return held.until_sent(answer(await planner.completion(body), started, headers))
+            plan = await planner.completion(body)
+            return held.until_sent(await answer(request, plan, started, headers))
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body, headers = await bodies.read(ChatRequest, request)
         started = time.monotonic()
         async with models.held(body.model, request) as held:
-            return held.until_sent(answer(await planner.chat(body), started, headers))
+            plan = await planner.chat(body)
+            return held.until_sent(await answer(request, plan, started, headers))
 
     @router.post("/responses")
     async def make_response(request: Request) -> Response:
@@ -117,8 +123,8 @@ def generation_routes(
             except ApiError as error:
                 raise as_written(error, "responses") from None
             plan = replace(plan, endpoint="responses", origin=origin)
-            kept = KeepingResponse(answer(plan, started, headers), conversations, origin)
-            return held.until_sent(kept)
+            made = await answer(request, plan, started, headers)
+            return held.until_sent(KeepingResponse(made, conversations, origin))
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:
@@ -129,7 +135,8 @@ def generation_routes(
                 plan = await planner.chat(messages_api.chat_of(body))
             except ApiError as error:
                 raise as_written(error, "messages") from None
-            return held.until_sent(answer(replace(plan, endpoint="messages"), started, headers))
+            plan = replace(plan, endpoint="messages")
+            return held.until_sent(await answer(request, plan, started, headers))
 
     @router.post("/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
@@ -144,7 +151,7 @@ def generation_routes(
         started = time.monotonic()
         async with models.held(body.model, request) as held:
             plan = await planner.embedding(body, settings.embedding_pooling)
-            return held.until_sent(answer(plan, started, headers))
+            return held.until_sent(await answer(request, plan, started, headers))
 
     return router
 

@@ -1,6 +1,6 @@
 """What a request has used: told by whoever answers it, read by whoever let it in."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +13,7 @@ _KEY: Final = "precast.usage"
 @dataclass
 class Usage:
     _count: Callable[[], int] | None = None
+    _expect: Callable[[int], Awaitable[None]] | None = None
 
     @property
     def tokens(self) -> int:
@@ -23,9 +24,23 @@ class Usage:
         """``tokens`` is what ``count`` says, from now on."""
         self._count = count
 
+    def on_expected(self, expect: Callable[[int], Awaitable[None]]) -> None:
+        """``expect`` is called with the tokens that the request will use, before it does."""
+        self._expect = expect
+
+    async def expect(self, tokens: int) -> None:
+        if self._expect is not None:
+            await self._expect(tokens)
+
     def watch(self, scope: Scope) -> Scope:
         """The scope of a request whose tokens are counted here."""
         return {**scope, _KEY: self}
+
+
+async def expect_tokens(scope: Scope, tokens: int) -> None:
+    """The request of this scope is about to use so many. Raises whatever stands against it."""
+    if (usage := scope.get(_KEY)) is not None:
+        await usage.expect(tokens)
 
 
 def count_tokens(scope: Scope, count: Callable[[], int]) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -157,6 +158,28 @@ def test_tokens_of_prompts_and_answers_count(house: House) -> None:
     wait_for_a_minute()
     assert [house.ask(key, stream=True).status_code for _ in range(2)] == [200] * 2
     assert limited(house.ask(key, door=1), "tokens per minute")
+
+
+def test_a_burst_at_two_gateways_passes_the_limit_by_one_request_at_most(house: House) -> None:
+    expected = house.ask(house.key("sole")).json()["usage"]["prompt_tokens"] + 40
+    key = house.key("bursting", f"--tokens-per-minute={4 * expected}")
+    wait_for_a_minute()
+    with ThreadPoolExecutor(24) as crowd:
+        asked = [crowd.submit(house.ask, key, n % 2, max_tokens=40) for n in range(24)]
+    answers = [one.result() for one in asked]
+    used = [one.json()["usage"]["total_tokens"] for one in answers if one.status_code == 200]
+    assert expected <= sum(used) < 5 * expected
+    assert all(limited(one, "tokens per minute") for one in answers if one.status_code != 200)
+    assert len(used) < len(answers)
+
+
+def test_what_is_no_generation_counts_as_a_request_too(house: House) -> None:
+    key = house.key("wrong", "--tokens-per-minute=1000", "--requests-per-minute=3")
+    wait_for_a_minute()
+    codes = [house.ask(key, n % 2, model="none").status_code for n in range(3)]
+    assert codes == [404] * 3
+    assert limited(house.ask(key), "requests per minute")
+    assert limited(house.ask(key, model="none"), "requests per minute")  # known at the door now
 
 
 def test_requests_at_once_are_bounded_and_given_back(house: House) -> None:

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from precast.access.api_keys import ApiKey
+from precast.fleet.leases import connect_redis
 from services.gateway.access import quota as quotas
-from services.gateway.access.quota import Quota, Refusal, Ticket
+from services.gateway.access.quota import Quota, Ticket
 
 KEY = ApiKey(id="0" * 12, name="ann", digest="0" * 64, created=0)
 DEADLINE_S = 30
@@ -34,20 +35,21 @@ def key(number: int, **limits: int) -> ApiKey:
     return KEY.model_copy(update={"id": f"{number:012x}", **limits})
 
 
-async def entered(door: Quota, whose: ApiKey) -> Ticket:
-    ticket = await door.enter(whose)
-    assert isinstance(ticket, Ticket)
+async def entered(door: Quota, whose: ApiKey, expected: int = 0) -> Ticket:
+    ticket = Ticket(key=whose)
+    assert await door.enter(ticket, expected) is None
     return ticket
 
 
 async def refused(door: Quota, whose: ApiKey, limit: str) -> bool:
-    answer = await door.enter(whose)
-    if isinstance(answer, Refusal):
-        assert answer.limit == limit
-        assert 1 <= answer.retry_after_s <= 60
-        return True
-    await door.leave(answer)
-    return False
+    ticket = Ticket(key=whose)
+    answer = await door.enter(ticket)
+    await door.leave(ticket)
+    if answer is None:
+        return False
+    assert answer.limit == limit
+    assert 1 <= answer.retry_after_s <= 60
+    return True
 
 
 async def until_refused(door: Quota, whose: ApiKey, limit: str) -> None:
@@ -120,3 +122,90 @@ async def test_a_redis_that_is_away_refuses_nobody_and_is_not_waited_for() -> No
         await away.leave(await entered(away, key(5, requests_per_minute=1)))
     assert time.monotonic() - began < 5
     await away.close()
+
+
+def use(ticket: Ticket, tokens: int) -> None:
+    ticket.usage.follow(lambda: tokens)
+
+
+async def enter_at_once(doors: tuple[Quota, Quota], whose: ApiKey, expected: int) -> list[Ticket]:
+    """A hundred requests, half of them at each; those that got in."""
+    tickets = [Ticket(key=whose) for _ in range(100)]
+    asked = [doors[n % 2].enter(one, expected) for n, one in enumerate(tickets)]
+    answers = await asyncio.gather(*asked)
+    return [one for one, refusal in zip(tickets, answers, strict=True) if refusal is None]
+
+
+async def test_a_burst_passes_the_limit_by_one_request_at_most(
+    doors: tuple[Quota, Quota], redis_url: str
+) -> None:
+    whose = key(6, tokens_per_minute=1000)
+    inside = await enter_at_once(doors, whose, 150)
+    assert len(inside) == 7
+    for ticket in inside:
+        use(ticket, 20)
+        await doors[0 if ticket.id in doors[0]._running else 1].leave(ticket)
+    assert len(await enter_at_once(doors, whose, 150)) in (6, 7)  # 140 were used, this minute
+
+
+async def test_what_was_expected_and_is_used_counts_once(doors: tuple[Quota, Quota]) -> None:
+    """While it runs, after its renewals, and when it has ended with less."""
+    whose = key(7, tokens_per_minute=200)
+    if (left := 60 - time.time() % 60) < 3:  # counts start anew with each minute
+        await asyncio.sleep(left)
+    ticket = await entered(doors[0], whose, 199)
+    use(ticket, 150)
+    async with asyncio.timeout(DEADLINE_S):
+        while ticket.charged != 150:
+            await asyncio.sleep(0.02)
+    assert not await refused(doors[1], whose, "tokens per minute")
+    other = await entered(doors[1], whose, 1)
+    assert await refused(doors[1], whose, "tokens per minute")
+    await doors[0].leave(ticket)
+    assert not await refused(doors[1], whose, "tokens per minute")
+    await doors[1].leave(other)
+
+
+async def test_what_a_gateway_that_is_gone_expected_comes_back(redis_url: str) -> None:
+    whose = key(8, tokens_per_minute=100)
+    gone, left = Quota(redis_url), Quota(redis_url)
+    await entered(gone, whose, 100)
+    assert await refused(left, whose, "tokens per minute")
+    assert left.refused(whose) is None  # it may be over soon
+    await gone.close()
+    async with asyncio.timeout(DEADLINE_S):
+        while await refused(left, whose, "tokens per minute"):
+            await asyncio.sleep(0.1)
+    await left.close()
+
+
+async def test_what_is_used_up_is_known_without_asking_until_the_minute_ends(
+    doors: tuple[Quota, Quota],
+) -> None:
+    whose = key(9, tokens_per_minute=100)
+    while doors[0].refused(whose) is None:
+        ticket = Ticket(key=whose)
+        if await doors[0].enter(ticket) is None:
+            use(ticket, 100)
+            await doors[0].leave(ticket)
+    known = doors[0].refused(whose)
+    assert known is not None
+    assert known.limit == "tokens per minute"
+    assert 0 < known.sure_until - time.monotonic() <= 60
+    assert doors[0].refused(whose.model_copy(update={"tokens_per_minute": 200})) is None
+
+
+async def test_a_request_asks_redis_twice(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quotas, "_RENEW_S", 60.0)
+    door, whose = Quota(redis_url), key(10, tokens_per_minute=10**6)
+    await door.leave(await entered(door, whose, 10))  # scripts are loaded
+    async with connect_redis(redis_url, timeout_s=5) as watching:
+        before = await watching.info("commandstats")
+        for _ in range(10):
+            ticket = await entered(door, whose, 10)
+            use(ticket, 5)
+            await door.leave(ticket)
+        after = await watching.info("commandstats")
+    calls = [stats["cmdstat_evalsha"]["calls"] for stats in (before, after)]
+    assert calls[1] - calls[0] == 20
+    await door.close()

@@ -1,6 +1,7 @@
 """Lets through who has an API key, where keys are asked for."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -8,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from precast.access.api_keys import ApiKey, KeyRing
 from precast.access.api_keys import Scope as AccessScope
-from services.gateway.access.quota import Quota, Refusal
+from services.gateway.access.quota import Quota, Refusal, Ticket
 from services.gateway.access.tenant import tenant_scope
 from services.gateway.openai.errors import ApiError
 
@@ -55,13 +56,22 @@ class Guard:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        ticket = await self._quota.enter(key)
-        if isinstance(ticket, Refusal):
-            raise _Refused(_limited(key, ticket))
+        ticket = Ticket(key=key)
+        # where tokens are limited it is let in when its prompt was read, for their sake
+        early = key.tokens_per_minute is None
+        refusal = await self._quota.enter(ticket) if early else self._quota.refused(key)
+        if refusal is not None:
+            raise _Refused(_limited(key, refusal))
         try:
+            ticket.usage.on_expected(partial(self._expect, ticket))
             await self._app(ticket.usage.watch(scope), receive, send)
         finally:
             await self._quota.leave(ticket)
+
+    async def _expect(self, ticket: Ticket, tokens: int) -> None:
+        """Raises ``ApiError`` if a limit of the key's is reached."""
+        if not ticket.asked and (refusal := await self._quota.enter(ticket, tokens)) is not None:
+            raise _limited(ticket.key, refusal)
 
 
 _CHALLENGE: Final = {"www-authenticate": "Bearer"}

@@ -1,18 +1,20 @@
 """What API keys have used, counted in Redis, so that all gateways agree.
 
 Requests and tokens are counted by calendar minute, and requests that run are a sorted set of leases
-that their gateways renew: those of a gateway that died end soon. It is Redis' clock that counts,
-for those of gateways may differ. While Redis is away limits don't hold: it is the requests that
-must not fail then.
+that their gateways renew: those of a gateway that died end soon. A request that runs holds the
+tokens that it is expected to use and has not yet, so that many at once can't pass the limit. It is
+Redis' clock that counts, for those of gateways may differ. While Redis is away limits don't hold:
+it is the requests that must not fail then.
 """
 
 import asyncio
+import math
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -41,6 +43,8 @@ class Refusal:
 
     limit: str
     retry_after_s: int
+    sure_until: float
+    """Until when (monotonic, s) the key's other requests would be told the same."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -48,10 +52,20 @@ class Ticket:
     """A request that counts while it runs."""
 
     key: ApiKey
-    id: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     usage: Usage = field(default_factory=Usage)
+    expected: int = 0
+    """Tokens that it will use, as far as is known."""
     charged: int = 0
     """Of its tokens, those that are in Redis."""
+    asked: bool = False
+    """Whether it was let in, or refused."""
+
+    @property
+    def limited(self) -> bool:
+        key = self.key
+        limits = (key.max_concurrent, key.requests_per_minute, key.tokens_per_minute)
+        return any(limit is not None for limit in limits)
 
 
 class Quota:
@@ -61,6 +75,8 @@ class Quota:
         self._redis = connect_redis(redis_url, timeout_s=_TIMEOUT_S)
         self._admit = self._redis.register_script(ADMIT)
         self._renew = self._redis.register_script(RENEW)
+        self._refusals: dict[str, tuple[ApiKey, Refusal]] = {}
+        """The last one of each key that had any, by id."""
         self._running: dict[str, Ticket] = {}
         """Of keys with limits, by id."""
         self._renewing: asyncio.Task[None] | None = None
@@ -69,23 +85,36 @@ class Quota:
         self._renewed.set()
         self._spared_until = 0.0
 
-    async def enter(self, key: ApiKey) -> Ticket | Refusal:
-        """Counts a request, unless one of the key's limits is reached."""
-        ticket = Ticket(key=key, id=uuid.uuid4().hex)
-        limits = (key.max_concurrent, key.requests_per_minute, key.tokens_per_minute)
-        if all(limit is None for limit in limits):
-            return ticket
-        bounds = [_UNLIMITED if limit is None else limit for limit in limits]
-        reached, wait_s = await self._asked([ticket.id, LEASE_S, *bounds], key)
-        if reached:
-            return Refusal(limit=_REFUSALS[reached], retry_after_s=wait_s)
+    def refused(self, key: ApiKey) -> Refusal | None:
+        """What Redis said of this key lately, if it would say so still."""
+        known, refusal = self._refusals.get(key.id, (key, None))
+        if refusal is None or known != key or (left := refusal.sure_until - time.monotonic()) <= 0:
+            return None
+        return replace(refusal, retry_after_s=math.ceil(left))
+
+    async def enter(self, ticket: Ticket, expected: int = 0) -> Refusal | None:
+        """Counts a request that is expected to use so many tokens, unless one of the key's limits
+        is reached."""
+        ticket.asked, ticket.expected = True, expected
+        if not ticket.limited:
+            return None
+        try:
+            refusal = await self._asked(ticket)
+        except BaseException:  # it may have been counted
+            self._running[ticket.id] = ticket
+            raise
+        if refusal is not None:
+            self._refusals[ticket.key.id] = ticket.key, refusal
+            return refusal
         self._running[ticket.id] = ticket
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._keep_renewing(), name="renew leases")
-        return ticket
+        return None
 
     async def leave(self, ticket: Ticket) -> None:
-        """The request has ended."""
+        """The request has ended. It counts even if nobody ever asked to let it in."""
+        if not ticket.asked:
+            await self.enter(ticket)
         if self._running.pop(ticket.id, None) is not None:
             await self._renewed.wait()
             await self._tell(ticket.key, [ticket], ended=ticket.id)
@@ -96,14 +125,19 @@ class Quota:
             await asyncio.gather(self._renewing, return_exceptions=True)
         await self._redis.aclose()
 
-    async def _asked(self, arguments: Sequence[str | int], key: ApiKey) -> tuple[int, int]:
-        """The limit that is reached, 0 for none, and how long to wait, s."""
-        reached, wait_s = 0, 0
+    async def _asked(self, ticket: Ticket) -> Refusal | None:
+        key, (reached, wait_s, sure_ms) = ticket.key, (0, 0, 0)
+        limits = (key.max_concurrent, key.requests_per_minute, key.tokens_per_minute)
+        bounds = [_UNLIMITED if limit is None else limit for limit in limits]
         if time.monotonic() < self._spared_until:
-            return reached, wait_s
+            return None
         with self._excused("limits of api keys don't hold"):
-            reached, wait_s = await self._admit(keys=_places(key), args=arguments)
-        return reached, wait_s
+            arguments: list[str | int] = [ticket.id, LEASE_S, ticket.expected, *bounds]
+            reached, wait_s, sure_ms = await self._admit(keys=_places(key), args=arguments)
+        sure_until = time.monotonic() + sure_ms / 1000
+        limit = _REFUSALS[reached]
+        refusal = Refusal(limit=limit, retry_after_s=wait_s, sure_until=sure_until)
+        return refusal if reached else None
 
     async def _keep_renewing(self) -> None:
         while True:
@@ -127,7 +161,10 @@ class Quota:
             return
         used = [ticket.usage.tokens for ticket in tickets]
         fresh = sum(used) - sum(ticket.charged for ticket in tickets)
-        running = [ticket.id for ticket in tickets if ticket.id != ended]
+        running: list[str | int] = []
+        for ticket, tokens in zip(tickets, used, strict=True):
+            if ticket.id != ended:
+                running += (ticket.id, max(0, ticket.expected - tokens))
         with self._excused("use of an api key was not counted"):
             await self._renew(keys=_places(key), args=[LEASE_S, fresh, ended, *running])
             for ticket, tokens in zip(tickets, used, strict=True):
@@ -144,5 +181,5 @@ class Quota:
 
 
 def _places(key: ApiKey) -> list[str]:
-    """What runs, and what was used in a minute."""
-    return [f"precast:quota:{key.id}:running", f"precast:quota:{key.id}:used"]
+    """What runs, what was used in a minute, and what is expected to be used yet."""
+    return [f"precast:quota:{key.id}:{name}" for name in ("running", "used", "expected")]

@@ -1,11 +1,14 @@
 """One HTTP request, ready to run: what the workers are asked for, and how it is answered."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from services.gateway.openai.interpret import PLAIN, Reading
 from services.gateway.openai.structured.constraint import Asked
+
+OPEN_ENDED_TOKENS: Final = 1024
+"""What an answer is expected to have, at most, that may be as long as the context allows."""
 
 Endpoint = Literal["completions", "chat", "responses", "messages", "embeddings"]
 
@@ -52,3 +55,9 @@ class Plan:
     """Of the tokenizer that made the prompts; empty: not known."""
     session: str = ""
     """Requests of the same one go to the same worker; empty: of none."""
+
+    @property
+    def expected_tokens(self) -> int:
+        """Of prompts and answers: the most that there may be, where the body says how many."""
+        most = OPEN_ENDED_TOKENS if self.open_ended else 2**31
+        return self.prompt_tokens + sum(min(one.stop.max_tokens, most) for one in self.starts)
