@@ -18,8 +18,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, cast
 
-from google.protobuf.message import Message
+import msgspec
+from google.protobuf.message import DecodeError, Message
 
+from precast.errors import PrecastError
 from precast.log import get_logger
 from precast.rpc import step_tokens
 from precast.rpc.server import MAX_MESSAGE_BYTES
@@ -48,6 +50,9 @@ _MAX_UNREAD: Final = 64
 Handler = Callable[[AsyncIterator[Any], "LocalLink"], AsyncIterator[Any]]
 """A stream-stream method: requests in, responses out. Either ends the connection. It may also send
 on the link itself while that ``is_writable``, between two of its responses."""
+
+NO_MESSAGE: Final = (msgspec.DecodeError, DecodeError, PrecastError)
+"""What tells that bytes are none, or none that makes sense to who gets it."""
 
 
 class LocalLink(asyncio.Protocol):
@@ -96,11 +101,15 @@ class LocalLink(asyncio.Protocol):
         size = len(data) - _BEGUN_BYTES
         alone = 0 < size < _SMALL and not self._buffer and not self._tokens
         on_tokens = self._on_tokens if alone else None
-        if on_tokens is not None and data.startswith(_TOKENS_BEGUN[size]):
-            on_tokens(step_tokens.decode(data[_BEGUN_BYTES:]))
-            return
-        self._buffer += data
-        self._take_whole()
+        try:
+            if on_tokens is not None and data.startswith(_TOKENS_BEGUN[size]):
+                on_tokens(step_tokens.decode(data[_BEGUN_BYTES:]))
+                return
+            self._buffer += data
+            self._take_whole()
+        except NO_MESSAGE as error:
+            log.error("what came is no message; closing the connection", reason=str(error))
+            self.abort()
 
     def _take_whole(self) -> None:
         """Hand out the messages that are complete."""

@@ -43,5 +43,13 @@ _decoder: Final = msgspec.msgpack.Decoder(StepTokens)
 
 
 encode: Final[Callable[[StepTokens], bytes]] = _encoder.encode
-decode: Final[Callable[[bytes | memoryview], StepTokens]] = _decoder.decode
-"""Raises ``msgspec.DecodeError``."""
+
+
+def decode(data: bytes | memoryview) -> StepTokens:
+    """Raises ``msgspec.DecodeError``, also where the columns don't belong together."""
+    step = _decoder.decode(data)
+    if not len(step.handles) == len(step.token_counts) == len(step.texts):
+        raise msgspec.DecodeError("columns of different lengths")
+    if sum(step.token_counts) != len(step.token_ids):
+        raise msgspec.DecodeError("counts that are not those of the tokens")
+    return step

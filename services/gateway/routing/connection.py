@@ -26,7 +26,7 @@ from precast.log import get_logger
 from precast.proto.decode.v1 import decode_service_pb2 as pb
 from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from precast.rpc.connect_errors import clear
-from precast.rpc.local_link import LocalLink
+from precast.rpc.local_link import NO_MESSAGE, LocalLink
 from precast.rpc.server import COLUMNS, HEARTBEATS
 from precast.rpc.step_tokens import StepTokens
 from precast.rpc.tls import Tls
@@ -225,7 +225,7 @@ class WorkerConnection:
             await channel.close(None)  # else its pings would keep gRPC's threads awake
             await self._serve(self._read_locally(link), self._write_locally(link), link.abort)
         else:
-            call = stub.Generate(metadata=[HEARTBEATS, COLUMNS])
+            call = _generate(channel)(metadata=[HEARTBEATS, COLUMNS])
             await self._serve(self._read(call), self._write(call), call.cancel)
 
     async def _serve(
@@ -271,8 +271,8 @@ class WorkerConnection:
                 raise WorkerUnavailable(reason) from None
 
     async def _read(self, call: Any) -> None:
-        async for response in call:
-            self._handle(response)
+        async for message in call:
+            self._handle(pb.GenerateResponse.FromString(message))
 
     def _handle(self, response: pb.GenerateResponse) -> None:
         """All that comes passes here."""
@@ -323,6 +323,8 @@ class WorkerConnection:
         texts: Sequence[str],
         reports: Mapping[int, Sequence[pb.TokenLogprob]],
     ) -> None:
+        if not len(handles) == len(counts) == len(texts) or sum(counts) != len(token_ids):
+            raise WorkerUnavailable(f"The worker at {self.address} sent columns that don't fit.")
         taken, done = 0, 0
         for handle, count, text in zip(handles, counts, texts, strict=True):
             ids = token_ids[taken : taken + count]
@@ -344,7 +346,8 @@ class WorkerConnection:
 
     def _single(self, response: pb.GenerateResponse) -> None:
         """An event of one request, of a worker that knows no columns."""
-        handle = int(response.request_id.rpartition("-")[2])
+        number = response.request_id.rpartition("-")[2]
+        handle = int(number) if number.isdecimal() else 0  # of no request of ours
         if response.HasField("delta"):
             self._put(handle, _delta(response.delta))
         else:
@@ -384,7 +387,7 @@ class WorkerConnection:
                 reason = f"{error.code().name}: {clear(error.details() or '')}"
             elif isinstance(error, grpc.aio.UsageError | asyncio.InvalidStateError):
                 continue  # written to after it ended: the reader says why
-            elif error is not None and not isinstance(error, PrecastError):
+            elif error is not None and not isinstance(error, NO_MESSAGE):
                 log.error("worker stream failed", address=self.address, exc_info=error)
             log.warning("worker stream lost", address=self.address, reason=reason)
 
@@ -396,6 +399,16 @@ class WorkerConnection:
             if (place := self._pop(handle, Ended.LOST)) is not None:
                 place.queue.lose(place.index, self._lost)
         self._on_change()
+
+
+def _generate(channel: grpc.aio.Channel) -> Any:
+    """The method, with responses as bytes: gRPC makes None of what is no message, and a log
+    entry."""
+    untyped: Any = channel
+    return untyped.stream_stream(
+        "/precast.decode.v1.DecodeService/Generate",
+        request_serializer=pb.GenerateRequest.SerializeToString,
+    )
 
 
 def _how(end: pb.GenerationFinished | pb.GenerationError) -> Ended:
