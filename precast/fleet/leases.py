@@ -30,6 +30,9 @@ from precast.rpc.address import Address
 
 log = get_logger(__name__)
 
+REDIS_FAILURES: Final = (RedisError, OSError, ValueError)
+"""What Redis' client raises of a server that is away, refuses, or is none: of what such a one says
+it can't read the numbers."""
 LEASE_TTL_S: Final = 6.0
 """Three beats' time: a host that is busy for one or two of them loses no lease."""
 _SOCKET_TIMEOUT_S: Final = 1.0
@@ -301,5 +304,5 @@ async def bounded() -> AsyncIterator[None]:
         raise RegistryUnavailable(
             f"Redis did not answer within {_OPERATION_TIMEOUT_S:g} s"
         ) from None
-    except (RedisError, OSError) as error:
+    except REDIS_FAILURES as error:
         raise RegistryUnavailable(f"Redis: {error}") from error

@@ -11,6 +11,7 @@ from precast.access.api_keys import ApiKey
 from precast.fleet.leases import connect_redis
 from services.gateway.access import quota as quotas
 from services.gateway.access.quota import Quota, Ticket
+from tests.support.nonsense_redis import WORDS, nonsense_redis
 
 KEY = ApiKey(id="0" * 12, name="ann", digest="0" * 64, created=0)
 DEADLINE_S = 30
@@ -209,3 +210,11 @@ async def test_a_request_asks_redis_twice(redis_url: str, monkeypatch: pytest.Mo
     calls = [stats["cmdstat_evalsha"]["calls"] for stats in (before, after)]
     assert calls[1] - calls[0] == 20
     await door.close()
+
+
+@pytest.mark.parametrize("words", WORDS)
+async def test_what_is_no_redis_refuses_nobody(words: bytes) -> None:
+    async with nonsense_redis(words) as url:
+        door = Quota(url)
+        await door.leave(await entered(door, key(11, tokens_per_minute=1), 5))
+        await door.close()

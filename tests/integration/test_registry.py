@@ -14,6 +14,7 @@ from precast.errors import ConfigError, RegistryUnavailable
 from precast.fleet.heartbeat import Heartbeat
 from precast.fleet.leases import CompileLease, DecodeLease, LoadedGraphRecord, Registry
 from precast.system.redis_server import RedisServer, start_redis
+from tests.support.nonsense_redis import WORDS, nonsense_redis
 from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -165,6 +166,15 @@ async def test_no_redis_is_reported_quickly() -> None:
         await registry.decode_workers()
     assert time.monotonic() - started < 6
     await registry.close()
+
+
+@pytest.mark.parametrize("words", WORDS)
+async def test_what_is_no_redis_is_reported(words: bytes) -> None:
+    async with nonsense_redis(words) as url:
+        registry = Registry.connect(url)
+        with pytest.raises(RegistryUnavailable):
+            await registry.decode_workers()
+        await registry.close()
 
 
 async def test_a_redis_that_hangs_is_reported_in_bounded_time(redis_server: RedisServer) -> None:

@@ -11,10 +11,9 @@ from typing import Any, Final
 
 import msgspec
 import redis.asyncio
-from redis.exceptions import RedisError
 
 from precast.errors import RegistryUnavailable
-from precast.fleet.leases import bounded
+from precast.fleet.leases import REDIS_FAILURES, bounded
 from precast.graphs.key import is_key
 from precast.log import get_logger
 from precast.system.backoff import Backoff
@@ -120,7 +119,7 @@ class GraphIndex:
                     await pubsub.subscribe(CHANNEL)
                     failures = 0
                     await self._receive(pubsub)
-            except (RedisError, OSError, TimeoutError):
+            except REDIS_FAILURES:
                 failures += 1
                 await asyncio.sleep(_RETRY.wait_s(failures))
 

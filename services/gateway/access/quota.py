@@ -17,10 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from redis.exceptions import RedisError
-
 from precast.access.api_keys import ApiKey
-from precast.fleet.leases import connect_redis
+from precast.fleet.leases import REDIS_FAILURES, connect_redis
 from precast.log import get_logger
 from services.gateway.access.quota_scripts import ADMIT, RENEW
 from services.gateway.usage import Usage
@@ -175,7 +173,7 @@ class Quota:
         """Goes on without Redis where it fails."""
         try:
             yield
-        except (RedisError, OSError) as error:
+        except REDIS_FAILURES as error:
             self._spared_until = time.monotonic() + _SPARED_S
             log.warning(what, reason=str(error))
 

@@ -10,10 +10,9 @@ from collections.abc import Awaitable
 from typing import Any, Final, cast
 
 import msgspec
-from redis.exceptions import RedisError
 
 from precast.errors import Unavailable
-from precast.fleet.leases import connect_redis
+from precast.fleet.leases import REDIS_FAILURES, connect_redis
 
 _TIMEOUT_S: Final = 1.0
 _ID: Final = re.compile(r"resp_[0-9a-f]{32}")
@@ -100,7 +99,7 @@ class ResponseStore:
 async def _reached(call: Any) -> Any:
     try:
         return await cast(Awaitable[Any], call)
-    except (RedisError, OSError) as error:
+    except REDIS_FAILURES as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unavailable(f"Responses that were kept can't be reached: {reason}.") from None
 
