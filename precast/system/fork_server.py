@@ -102,10 +102,12 @@ class ForkServer:
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether it may be asked."""
+        return self._orders.fileno() >= 0 and self._process.poll() is None
 
     def spawn(self, order: Order, descriptors: Sequence[int] = ()) -> Child:
-        """A process, forked and ours. Raises ``OSError`` if the server can't."""
+        """A process, forked and ours. Raises ``OSError`` if the server can't; one that did not
+        answer is gone then."""
         answer = self._ask(asdict(order), descriptors)
         if "pid" not in answer:
             raise OSError(f"can't fork: {answer.get('error')}")
@@ -123,14 +125,24 @@ class ForkServer:
 
     def _ask(self, message: Mapping[str, object], descriptors: Sequence[int]) -> dict[str, int]:
         with self._lock:
-            self._orders.settimeout(self._answer_s)
-            socket.send_fds(self._orders, [json.dumps(message).encode()], list(descriptors))
-            answer = self._orders.recv(_MAX_BYTES)
-            if not answer:
-                raise ConnectionResetError("the fork server has ended")
+            try:
+                answer = self._answer(message, descriptors)
+            except OSError:
+                # it is not asked again: a late answer would be taken for that to the next order
+                self._process.kill()
+                self._orders.close()
+                raise
             self._answer_s = ANSWER_S
             parsed: dict[str, int] = json.loads(answer)
             return parsed
+
+    def _answer(self, message: Mapping[str, object], descriptors: Sequence[int]) -> bytes:
+        self._orders.settimeout(self._answer_s)
+        socket.send_fds(self._orders, [json.dumps(message).encode()], list(descriptors))
+        answer = self._orders.recv(_MAX_BYTES)
+        if not answer:
+            raise ConnectionResetError("the fork server has ended")
+        return answer
 
 
 def _serve(orders: socket.socket, owner: int, main: Main) -> int:

@@ -55,7 +55,14 @@ class RankLauncher:
                 return await asyncio.to_thread(self._fork, self._forks)
             except OSError as error:
                 log.warning("no rank from the nursery; starting one afresh", reason=str(error))
+                self._renew(self._forks)
         return self.start()
+
+    def _renew(self, forks: ForkServer) -> None:
+        """Another nursery for the ranks after this one, where the last one is gone."""
+        if not forks.alive:
+            forks.close()
+            self._forks = ForkServer.start(NURSERY_MODULE)
 
     def close(self) -> None:
         """Ends the nursery."""
