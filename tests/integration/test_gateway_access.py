@@ -183,14 +183,15 @@ def test_what_is_no_generation_counts_as_a_request_too(house: House) -> None:
 
 
 def test_requests_at_once_are_bounded_and_given_back(house: House) -> None:
-    key = house.key("narrow", "--max-concurrent=1")
-    long = {"max_tokens": 100, "messages": [{"role": "user", "content": "the fox " * 40}]}
-    first = Thread(target=house.ask, args=(key,), kwargs=long)
-    first.start()
-    eventually(house.worker.running)
-    assert limited(house.ask(key, door=1), "concurrent requests")
-    first.join()
-    assert house.ask(key, door=1).status_code == 200
+    key, running = house.key("narrow", "--max-concurrent=1"), house.worker.running()
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", house.doors[0].port)) as held:
+        body = json.dumps({"model": "tiny", "prompt": "!silent"})
+        held.request("POST", "/v1/completions", body, headers)
+        eventually(lambda: house.worker.running() > running)
+        assert limited(house.ask(key, door=1), "concurrent requests")
+    eventually(lambda: house.ask(key, door=1).status_code == 200)  # its client has left
+    assert house.ask(key).status_code == 200  # and this one has ended
 
 
 def test_slots_of_a_gateway_that_died_come_back(house: House) -> None:
