@@ -44,9 +44,16 @@ ARCHITECTURES = {
 }
 """Hugging Face class names and the module in ``precast.models`` that implements each."""
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "exaone4": {"sliding_window": 4096},
     "glm4": {"head_dim": 128},
-    "gpt_oss": {"head_dim": 64},
-    "gemma3": {"head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+    "gpt_oss": {"head_dim": 64, "sliding_window": 128},
+    "gemma3": {
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"sliding_window": 4096},
     "qwen3": {"head_dim": 128},
     "smollm3": {"tie_word_embeddings": True},
 }

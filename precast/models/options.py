@@ -228,10 +228,9 @@ def _exaone4(raw: Mapping[str, Any]) -> Reading:
     window, pattern = raw.get("sliding_window") or 0, raw.get("sliding_window_pattern", 4)
     every = len(pattern) if isinstance(pattern, str) else pattern or 1
     kinds = _layer_kinds(raw, lambda index: bool(window) and (index + 1) % every != 0)
-    hybrid = bool(window) and "sliding" in kinds
-    layers = [LayerPlan(kind, int(hybrid and kind == "full")) for kind in kinds]
-    ropes = (_plain_rope(raw), NO_ROPE) if hybrid else (_plain_rope(raw),)
-    return _reading(WindowOptions(window=window if hybrid else 0), ropes, layers)
+    layers = [LayerPlan(kind, int(bool(window) and kind == "full")) for kind in kinds]
+    ropes = (_plain_rope(raw), NO_ROPE) if window else (_plain_rope(raw),)
+    return _reading(WindowOptions(window=window if "sliding" in kinds else 0), ropes, layers)
 
 
 def _glm(raw: Mapping[str, Any], out_norms: bool = False) -> Reading:

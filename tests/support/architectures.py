@@ -116,6 +116,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "glm4": lambda: _config("Glm4", partial_rotary_factor=0.5, attention_bias=True),
     "glm": lambda: _config("Glm", partial_rotary_factor=0.5, attention_bias=True),
     "exaone4": lambda: _config("Exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
+    "exaone4_full": lambda: _config(
+        "Exaone4", sliding_window=WINDOW, layer_types=["full_attention"] * 3
+    ),
     "exaone4_window": lambda: _config("Exaone4", sliding_window=WINDOW, sliding_window_pattern=3),
     "mistral": lambda: _config("Mistral", sliding_window=None),
     "mistral_window": lambda: _config("Mistral", sliding_window=WINDOW),

@@ -46,6 +46,16 @@ def int8_tensor(weight: Array) -> tuple[Stored, Tensor]:
     return {"weight": values.to(torch.int8), "weight_scale": scale}, values * scale
 
 
+def int8_zeros(weight: Array) -> tuple[Stored, Tensor]:
+    """A scale and a zero point for each row."""
+    low, high = numpy.minimum(weight.min(1, keepdims=True), 0), weight.max(1, keepdims=True)
+    scale = torch.tensor((high - low) / 255).float()
+    zeros = torch.round(torch.tensor(-low) / scale) - 128
+    values = (torch.round(torch.tensor(weight) / scale) + zeros).clamp(-128, 127)
+    stored = {"weight": values.to(torch.int8), "weight_scale": scale}
+    return stored | {"weight_zero_point": zeros.to(torch.int8)}, (values - zeros) * scale
+
+
 def packed_words(values: Array, bits: int) -> Tensor:
     """int32 words of numbers below 2^bits along the columns, the first one lowest."""
     each = 32 // bits
@@ -98,6 +108,15 @@ def pack_channels(weight: Array) -> tuple[Stored, Tensor]:
     numbers = stored["weight"].numpy().astype(numpy.int64) + 128
     packed = {"weight_packed": packed_words(numbers, 8), "weight_shape": torch.tensor(weight.shape)}
     return packed | {"weight_scale": stored["weight_scale"]}, values
+
+
+def pack_rows(weight: Array) -> tuple[Stored, Tensor]:
+    """4 bits in words, a scale for each row."""
+    scale = torch.tensor(numpy.abs(weight).max(1, keepdims=True) / 7.5).half().float()
+    values = torch.round(torch.tensor(weight) / scale).clamp(-8, 7)
+    packed = packed_words(values.numpy().astype(numpy.int64) + 8, 4)
+    stored = {"weight_packed": packed, "weight_shape": torch.tensor(weight.shape)}
+    return stored | {"weight_scale": scale.half()}, values * scale
 
 
 def shuffled(weight: Array) -> tuple[Array, Array]:
@@ -230,7 +249,12 @@ SCHEMES: dict[str, tuple[dict[str, Any], Maker]] = {
     "w8a8": (_compressed("int-quantized", strategy="channel"), int8_channels),
     "w8a8_static": (_compressed("int-quantized", strategy="channel"), int8_static),
     "w8a8_tensor": (_compressed("int-quantized", strategy="tensor"), int8_tensor),
+    "w8a8_zeros": (
+        _compressed("int-quantized", strategy="channel", symmetric=False),
+        int8_zeros,
+    ),
     "w4a16": (_packed(4, True), pack_quantized(4, True)),
+    "w4a16_rows": (_packed(4, True, strategy="channel", group_size=None), pack_rows),
     "w4a16_zeros": (_packed(4, False), pack_quantized(4, False)),
     "w4a16_act_order": (_packed(4, True, actorder="group"), pack_act_order),
     "w8a16_groups": (_packed(8, True), pack_quantized(8, True)),

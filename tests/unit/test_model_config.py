@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from precast.errors import (
     InvalidRequest,
@@ -131,11 +132,10 @@ ROPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", ROPES)
 def test_frequencies_are_those_of_transformers(settings: dict[str, Any]) -> None:
-    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = {"rope_theta": 500000.0, **settings}
-    theirs = LlamaConfig(
+    theirs = transformers.LlamaConfig(
         hidden_size=2048, num_attention_heads=32, head_dim=64, rope_parameters=parameters
     )
     expected, amplitude = ROPE_INIT_FUNCTIONS[settings["rope_type"]](theirs, torch.device("cpu"))
@@ -299,6 +299,17 @@ def test_layers_of_gemma3_take_turns(tmp_path: Path) -> None:
     assert to_factor(config.options) == (
         '{"kinds":["full","sliding"],"query_scale":0.0625,"ropes":2,"window":512}'
     )
+
+
+@pytest.mark.parametrize("name", ["Exaone4", "Gemma3Text", "GptOss", "Mistral", "Mixtral", "Phi3"])
+def test_a_window_that_is_left_out_is_that_of_transformers(tmp_path: Path, name: str) -> None:
+    theirs = getattr(transformers, f"{name}Config")()
+    architecture = f"{name.removesuffix('Text')}ForCausalLM"
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_act": "silu"}
+    config = load_config(write(tmp_path, architectures=[architecture], **more))
+    assert getattr(config.options, "window", 0) == (theirs.sliding_window or 0)
+    none = load_config(write(tmp_path, architectures=[architecture], **more, sliding_window=None))
+    assert getattr(none.options, "window", 0) == 0
 
 
 def test_options_have_one_spelling() -> None:

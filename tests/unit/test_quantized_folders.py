@@ -38,7 +38,9 @@ FORMATS: dict[str, tuple[Quantization, float]] = {
     "w8a8": ("int8", EXACT),
     "w8a8_static": ("int8", EXACT),
     "w8a8_tensor": ("int8", EXACT),
+    "w8a8_zeros": ("q8_0", EIGHT_BITS),
     "w4a16": ("q4_0", EXACT),
+    "w4a16_rows": ("q4_0", EXACT),
     "w4a16_zeros": ("q4_1", 2**-11),
     "w4a16_act_order": ("q8_0", EIGHT_BITS),
     "w8a16_groups": ("q8_0", EXACT),
@@ -155,6 +157,32 @@ def test_damaged_tensors_are_one_line(
         load(folder)
     assert said in str(caught.value) and O_PROJ in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def add_tensors(folder: Path, **tensors: Tensor) -> None:
+    """By what follows the name of a layer's attention."""
+    named = {f"model.layers.0.self_attn.{name}": tensor for name, tensor in tensors.items()}
+    save_file(load_file(folder / "model.safetensors") | named, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_biases_of_zeros_that_the_model_has_not_are_left(
+    dtype: torch.dtype, folders: Path, tmp_path: Path
+) -> None:
+    """AutoGPTQ writes one for each linear."""
+    folder = copied(folders / "gptq", tmp_path)
+    add_tensors(folder, **{"o_proj.bias": torch.zeros(96, dtype=dtype)})
+    check_weights(folder, load_config(folder))
+    add_tensors(folder, **{"o_proj.bias": torch.eye(96, dtype=dtype)[-1].clone()})
+    with pytest.raises(PrecastError, match=r"o_proj\.bias is none of a llama model's"):
+        check_weights(folder, load_config(folder))
+
+
+def test_scales_of_caches_are_left(folders: Path, tmp_path: Path) -> None:
+    folder = copied(folders / "w8a8", tmp_path)
+    names = ("q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point")
+    add_tensors(folder, **{name: torch.ones(1) for name in names})
+    check_weights(folder, load_config(folder))
 
 
 def changed(scheme: str, **changes: Any) -> dict[str, Any]:

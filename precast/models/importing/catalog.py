@@ -26,6 +26,7 @@ from precast.models.quantized.scheme import Stored, expected_files
 from precast.models.weights.adapter_folder import is_adapter
 from precast.models.weights.checkpoint import weight_files
 from precast.models.weights.expected import expected_tensors
+from precast.models.weights.zero_biases import zero_biases
 from precast.system.pointer import refuse_pointer
 from precast.tokenizer.load import load_tokenizer
 
@@ -133,8 +134,30 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...
                 f"{folder}: tensor {name} has type {dtype}, which is not one of: "
                 f"{', '.join(wanted.dtypes)}"
             )
-    _refuse_others(folder, config, set(found) - set(files))
+    others = set(found) - set(files)
+    _refuse_others(folder, config, others - _needless_biases(folder, config, expected, found))
     return expected
+
+
+def _needless_biases(
+    folder: Path,
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+) -> set[str]:
+    """Biases of zeros that quantised linears have and the model has not."""
+    if config.scheme is None:
+        return set()
+    modules = [name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 2]
+    biases = {
+        bias
+        for module in modules
+        if (bias := f"{module}.bias") in found
+        and bias not in expected
+        and found[bias][0] == (expected[f"{module}.weight"][0],)
+        and config.scheme.is_stored(module, found)
+    }
+    return zero_biases(folder, biases)
 
 
 def _expected_files(

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
     from precast.ops.scaled import ScaledWeight
 
-_EXTRAS: Final = ("input_scale", "input_zero_point", "k_scale", "v_scale", "output_scale")
+_EXTRAS: Final = tuple(
+    f"{of}_{kind}" for of in ("input", "output", "q", "k", "v") for kind in ("scale", "zero_point")
+)
+"""Of activations, and of caches as ``kv_cache_scheme`` has them."""
 _FORMATS: Final = ("int-quantized", "naive-quantized", "float-quantized", "pack-quantized")
 
 
