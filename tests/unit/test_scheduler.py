@@ -811,7 +811,7 @@ def test_prompts_beside_decoding_take_no_longer_than_the_gap() -> None:
         assert step is not None
         # what a step really takes: more for each token, the further the prompt has come
         context = max(s.computed for s in step.sequences)
-        seconds = 0.02 + 0.002 * step.decoding + step.prompt_tokens * (1 + context / 3000) * 1e-3
+        seconds = 0.06 + 0.002 * step.decoding + step.prompt_tokens * (1 + context / 3000) * 1e-3
         if step.decoding and step.prompt_tokens:
             times.append(seconds)
         pace.observe(step.decoding, step.prompt_tokens, seconds)
@@ -819,6 +819,17 @@ def test_prompts_beside_decoding_take_no_longer_than_the_gap() -> None:
     assert len(times) > 10
     assert max(times) <= 0.150
     assert sum(times) / len(times) > 0.08, "the gap is not used"
+
+
+def test_prompts_beside_quick_decoding_take_less_than_the_gap() -> None:
+    """In proportion to what decoding alone takes; but where that is next to nothing, enough for
+    steps that are worth it."""
+    for decode_s, gap_s in ((0.020, 0.050), (0.002, 0.045), (0.080, 0.150)):
+        pace = Pace(0.150)
+        pace.observe(4, 0, decode_s)
+        pace.observe(4, 100, decode_s + 0.1)
+        tokens = pace.prompt_tokens(4)
+        assert 0.7 * gap_s < decode_s + 0.001 * tokens <= gap_s
 
 
 def test_drafts_are_part_of_the_gap_and_leave_prompts_half_of_it() -> None:

@@ -13,6 +13,11 @@ _WEIGHT: Final = 0.3
 """Of the newest step in an average."""
 _MARGIN: Final = 0.8
 """Of the gap that is planned with: steps of one kind differ."""
+STRETCH: Final = 2.5
+"""Times as long as decoding alone a step with prompts may take: who reads a stream sees a wait by
+what he is used to."""
+LEAST_GAP_S: Final = 0.045
+"""Where decoding is quicker still: nobody sees it, and steps of few tokens are dear."""
 FIRST_TOKENS: Final = 64
 """Of prompts beside decoding, before anything is known."""
 GUESSED_GROWTH: Final = 0.05
@@ -98,7 +103,9 @@ class Pace:
             return self._prompt_tokens_alone()
         if self._token_s is None:
             return FIRST_TOKENS
-        room = self._gap_s * _MARGIN - self.decode_s(decoding)
+        decode_s = self.decode_s(decoding)
+        gap_s = min(self._gap_s, max(LEAST_GAP_S, STRETCH * decode_s))
+        room = gap_s * _MARGIN - decode_s
         return max(LEAST_TOKENS, int(room / max(self._token_s, 1e-9)))
 
     def _prompt_tokens_alone(self) -> int:
