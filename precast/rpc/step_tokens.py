@@ -2,7 +2,7 @@
 one host: a tenth of what the same ``StepOutput`` costs to make and to read."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence, Sized
 from itertools import chain
 from typing import Final
 
@@ -48,8 +48,15 @@ encode: Final[Callable[[StepTokens], bytes]] = _encoder.encode
 def decode(data: bytes | memoryview) -> StepTokens:
     """Raises ``msgspec.DecodeError``, also where the columns don't belong together."""
     step = _decoder.decode(data)
-    if not len(step.handles) == len(step.token_counts) == len(step.texts):
-        raise msgspec.DecodeError("columns of different lengths")
-    if sum(step.token_counts) != len(step.token_ids):
-        raise msgspec.DecodeError("counts that are not those of the tokens")
+    check_columns(step.handles, step.token_counts, step.token_ids, step.texts)
     return step
+
+
+def check_columns(
+    handles: Sized, token_counts: Collection[int], token_ids: Sized, texts: Sized
+) -> None:
+    """Of a step's message. Raises ``msgspec.DecodeError`` where they don't belong together."""
+    if not len(handles) == len(token_counts) == len(texts):
+        raise msgspec.DecodeError("columns of different lengths")
+    if sum(token_counts) != len(token_ids):
+        raise msgspec.DecodeError("counts that are not those of the tokens")

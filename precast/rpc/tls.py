@@ -15,7 +15,8 @@ import grpc
 
 from precast.errors import ConfigError
 from precast.log import get_logger
-from precast.rpc.tls_files import KEY_FILE, FileState, Pem, file_state, read
+from precast.rpc.tls_files import KEY_FILE, Pem, read, state
+from precast.system.file_state import FileState
 
 log = get_logger(__name__)
 
@@ -41,7 +42,7 @@ class Tls:
         self._folder = folder
         self._lock = Lock()
         """gRPC asks from threads of its own."""
-        self._state = file_state(folder)
+        self._state = state(folder)
         self._pem = read(folder)
         self._refused = ""
 
@@ -61,8 +62,8 @@ class Tls:
     def pem(self) -> Pem:
         """As the files are now, or were when they could be used last."""
         with self._lock:
-            if (state := file_state(self._folder)) != self._state:
-                self._renew(state)
+            if (now := state(self._folder)) != self._state:
+                self._renew(now)
             return self._pem
 
     def of_server(self) -> grpc.ServerCredentials:
@@ -84,7 +85,7 @@ class Tls:
         """For one channel: those that are opened later may show another certificate."""
         return of_channel(self.pem)
 
-    def _renew(self, state: FileState) -> None:
+    def _renew(self, now: FileState) -> None:
         """Where that fails, the next connection tries again; the log has each reason once."""
         try:
             self._pem = read(self._folder)
@@ -93,7 +94,7 @@ class Tls:
                 log.error("new certificate not used", reason=str(error))
             self._refused = str(error)
         else:
-            self._state, self._refused = state, ""
+            self._state, self._refused = now, ""
             log.info("new certificate", folder=str(self._folder))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from precast.errors import ConfigError
+from precast.system.file_state import FileState, file_state
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -14,9 +15,6 @@ CA_FILE: Final = "ca.crt"
 CERTIFICATE_FILE: Final = "tls.crt"
 KEY_FILE: Final = "tls.key"
 _FILES: Final = (CA_FILE, CERTIFICATE_FILE, KEY_FILE)
-
-
-FileState = tuple[int, ...]
 
 
 class Pem(NamedTuple):
@@ -39,13 +37,9 @@ def read(folder: Path) -> Pem:
     return pem
 
 
-def file_state(folder: Path) -> FileState:
-    """Changes with the files; empty while one is away."""
-    try:
-        files = [(folder / name).stat() for name in _FILES]
-    except OSError:
-        return ()
-    return tuple(n for file in files for n in (file.st_mtime_ns, file.st_size, file.st_ino))
+def state(folder: Path) -> FileState:
+    """Of the files of a role."""
+    return file_state(folder / name for name in _FILES)
 
 
 def _check(folder: Path, pem: Pem) -> None:

@@ -60,10 +60,10 @@ class Ticket:
     """Whether it was let in, or refused."""
 
     @property
-    def limited(self) -> bool:
+    def limits(self) -> tuple[int | None, ...]:
+        """Of requests that run, of requests and of tokens in a minute."""
         key = self.key
-        limits = (key.max_concurrent, key.requests_per_minute, key.tokens_per_minute)
-        return any(limit is not None for limit in limits)
+        return key.max_concurrent, key.requests_per_minute, key.tokens_per_minute
 
 
 class Quota:
@@ -94,7 +94,7 @@ class Quota:
         """Counts a request that is expected to use so many tokens, unless one of the key's limits
         is reached."""
         ticket.asked, ticket.expected = True, expected
-        if not ticket.limited:
+        if all(limit is None for limit in ticket.limits):
             return None
         try:
             refusal = await self._asked(ticket)
@@ -124,18 +124,17 @@ class Quota:
         await self._redis.aclose()
 
     async def _asked(self, ticket: Ticket) -> Refusal | None:
-        key, (reached, wait_s, sure_ms) = ticket.key, (0, 0, 0)
-        limits = (key.max_concurrent, key.requests_per_minute, key.tokens_per_minute)
-        bounds = [_UNLIMITED if limit is None else limit for limit in limits]
         if time.monotonic() < self._spared_until:
             return None
+        reached, wait_s, sure_ms = 0, 0, 0
         with self._excused("limits of api keys don't hold"):
+            bounds = [_UNLIMITED if limit is None else limit for limit in ticket.limits]
             arguments: list[str | int] = [ticket.id, LEASE_S, ticket.expected, *bounds]
-            reached, wait_s, sure_ms = await self._admit(keys=_places(key), args=arguments)
+            reached, wait_s, sure_ms = await self._admit(keys=_places(ticket.key), args=arguments)
+        if not reached:
+            return None
         sure_until = time.monotonic() + sure_ms / 1000
-        limit = _REFUSALS[reached]
-        refusal = Refusal(limit=limit, retry_after_s=wait_s, sure_until=sure_until)
-        return refusal if reached else None
+        return Refusal(limit=_REFUSALS[reached], retry_after_s=wait_s, sure_until=sure_until)
 
     async def _keep_renewing(self) -> None:
         while True:

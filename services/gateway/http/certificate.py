@@ -6,10 +6,9 @@ from typing import Final
 
 from precast.errors import ConfigError
 from precast.log import get_logger
+from precast.system.file_state import file_state
 
 log = get_logger(__name__)
-
-_State = tuple[int, ...]
 
 
 class Certificate:
@@ -18,7 +17,8 @@ class Certificate:
     def __init__(self, certificate: Path, key: Path | None) -> None:
         self._certificate: Final = certificate
         self._key: Final = key
-        self._read = self._state()
+        self._files: Final = tuple(path for path in (certificate, key) if path is not None)
+        self._read = file_state(self._files)
 
     def check(self) -> None:
         """Raises ``ConfigError``."""
@@ -34,7 +34,8 @@ class Certificate:
     def renew(self, context: ssl.SSLContext) -> None:
         """Has connections that begin from now on see the files as they are now. What can't be used
         leaves everything as it is."""
-        if (state := self._state()) == self._read:
+        state = file_state(self._files)
+        if state in (self._read, ()):  # those that are away have not changed yet
             return
         self._read = state
         try:
@@ -48,11 +49,3 @@ class Certificate:
     def _load(self, context: ssl.SSLContext) -> None:
         """Without asking a terminal for a password: a key that has one can't be used."""
         context.load_cert_chain(self._certificate, self._key, password=lambda: "")
-
-    def _state(self) -> _State:
-        """Changes with the files; those that are away have not changed yet."""
-        try:
-            files = [path.stat() for path in (self._certificate, self._key) if path is not None]
-        except OSError:
-            return getattr(self, "_read", ())
-        return tuple(n for file in files for n in (file.st_mtime_ns, file.st_size, file.st_ino))

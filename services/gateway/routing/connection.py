@@ -28,7 +28,7 @@ from precast.proto.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from precast.rpc.connect_errors import clear
 from precast.rpc.local_link import NO_MESSAGE, LocalLink
 from precast.rpc.server import COLUMNS, HEARTBEATS
-from precast.rpc.step_tokens import StepTokens
+from precast.rpc.step_tokens import StepTokens, check_columns
 from precast.rpc.tls import Tls
 from precast.system.backoff import Backoff
 from services.gateway.routing.channel import connect, local_link
@@ -323,8 +323,7 @@ class WorkerConnection:
         texts: Sequence[str],
         reports: Mapping[int, Sequence[pb.TokenLogprob]],
     ) -> None:
-        if not len(handles) == len(counts) == len(texts) or sum(counts) != len(token_ids):
-            raise WorkerUnavailable(f"The worker at {self.address} sent columns that don't fit.")
+        check_columns(handles, counts, token_ids, texts)
         taken, done = 0, 0
         for handle, count, text in zip(handles, counts, texts, strict=True):
             ids = token_ids[taken : taken + count]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from precast.json_schema import without_idle
-from services.gateway.openai.tools.call_body import ObjectCall
 from services.gateway.openai.tools.fields import Tool
 from services.gateway.openai.tools.format import ToolFormat
 
@@ -57,7 +56,7 @@ def strict_lark(
     ``marks``: the format's marks, as Lark writes them; ``content``: the schema of an answer without
     calls, None for any text.
     """
-    named = form.syntax.bare_body is not ObjectCall
+    named = form.syntax.bare_by_name
     if not marks and content is not None and not named:
         return _bare_or(content, tools)
     bodies = [f"body_{at}: {_body(form, tool)}" for at, tool in enumerate(tools)]

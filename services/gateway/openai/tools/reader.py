@@ -33,6 +33,11 @@ class Syntax:
     body: Callable[..., CallBody] = ObjectCall
     """Reads one call behind a mark."""
 
+    @property
+    def bare_by_name(self) -> bool:
+        """Whether a call without a mark begins with its function's name, not with an object."""
+        return self.bare_body is not ObjectCall
+
 
 class CallReader:
     """Reads one answer."""
@@ -42,8 +47,7 @@ class CallReader:
         self._syntax = syntax
         self._names = names
         self._most = most
-        named = syntax.bare_body is not ObjectCall
-        self._first_letters = {name[0] for name in names} if named else {"{", "["}
+        self._first_letters = {name[0] for name in names} if syntax.bare_by_name else {"{", "["}
         """Of answers that are calls."""
         self._state = self._at_start if syntax.bare else self._outside
         self._waiting = ""
