@@ -58,11 +58,6 @@ inline vint splat_pair(int32_t pair) {
 #endif
 }
 
-// The nearest integer of x * factor in the low 16 bits, halves to the even one, for results below 2^15.
-inline vint rounded(vfloat x, float factor) {
-  return (vint)multiply_add(x, splat(factor), splat(12582912.0f));
-}
-
 // Neighbouring values in pairs, as the instruction set makes them in the least time: those of a pair are
 // kApart apart.
 constexpr int kApart = kLanes == 16 ? 1 : kLanes;

@@ -97,10 +97,10 @@ inline float quantize_group(const float* x, int8_t* q) {
     magnitude = larger(magnitude, (vfloat)((vint)values[i] & 0x7fffffff));
   }
   const float largest = reduce_max(magnitude);
-  const vfloat inverse = splat(largest > 0 ? 127.0f / largest : 0.0f), whole = splat(12582912.0f);
-  vint rounded[kParts];  // as nearest(), but for what is above the low bytes
-  for (int i = 0; i < kParts; ++i) rounded[i] = (vint)multiply_add(values[i], inverse, whole);
-  narrow_group(rounded, q);
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  vint bytes[kParts];
+  for (int i = 0; i < kParts; ++i) bytes[i] = rounded(values[i], inverse);
+  narrow_group(bytes, q);
   return largest;
 }
 

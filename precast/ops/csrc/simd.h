@@ -168,7 +168,6 @@ inline float to_float(int8_t x) { return static_cast<float>(x); }
 #if defined(__AVX512F__)
 inline float reduce_add(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float reduce_max(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
-inline int32_t reduce_add(vint v) { return _mm512_reduce_add_epi32((__m512i)v); }
 #elif defined(__AVX2__)
 // Half onto half; GCC 12 takes loops over lanes literally.
 template <typename F>
@@ -183,11 +182,6 @@ inline float reduce_add(vfloat v) {
 inline float reduce_max(vfloat v) {
   return fold(v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
 }
-inline int32_t reduce_add(vint v) {
-  __m128i x = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  x = _mm_add_epi32(x, _mm_unpackhi_epi64(x, x));
-  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 1)));
-}
 #else
 inline float reduce_add(vfloat v) {
   float total = 0;
@@ -198,11 +192,6 @@ inline float reduce_max(vfloat v) {
   float largest = v[0];
   for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
   return largest;
-}
-inline int32_t reduce_add(vint v) {
-  int32_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
 }
 #endif
 // The nearest integer, halves to the even one, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
@@ -227,6 +216,11 @@ inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #else
   return a * b + c;
 #endif
+}
+
+// The nearest integer of x * factor in the low 16 bits, halves to the even one, for results below 2^15.
+inline vint rounded(vfloat x, float factor) {
+  return (vint)multiply_add(x, splat(factor), splat(12582912.0f));
 }
 
 inline float largest_magnitude(const float* x, int64_t n) {
